@@ -1,0 +1,131 @@
+"""The arrays of a cache: names, axes, widths, dtypes, codecs, and how labels are coded into them.
+
+Every array lies on one axis (example, token, position); shard s owns the slots [s * stride, (s + 1) * stride) of each,
+which are exactly one Zarr shard, hence one object. Log-probabilities are stored as unsigned codes: l = -code * scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.manifest import LabelSettings, ShardPlan
+from cache.targets import SparseTargets
+
+Axis = Literal["example", "token", "position"]
+CHUNK = {"example": 4096, "token": 65536, "position": 4096}
+HEAD_SCALE = 2.0**-8  # nats a code; the head holds most of the mass
+TAIL_SCALE = 2.0**-4
+MASS_SCALE = 2.0**-10
+PARTITION_SCALE = 2.0**-12
+ABSENT = 65535  # the code of minus infinity
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array: ``width`` entries a slot (0: one scalar a slot)."""
+
+    name: str
+    axis: Axis
+    dtype: str
+    width: int
+    meaning: str
+
+
+def id_dtype(vocab_size: int) -> str:
+    """The smallest unsigned type that holds every token id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def array_specs(label: LabelSettings) -> list[ArraySpec]:
+    """All arrays written shard by shard, in the order of their digests in a commit record."""
+    ids, k, m, j = id_dtype(label.vocab_size), label.head_size, label.tail_draws, len(label.temperatures)
+    count = "uint8" if m < 256 else "uint32"
+    specs = [
+        ArraySpec("token_count", "example", "uint32", 0, "tokens of the example"),
+        ArraySpec("position_count", "example", "uint32", 0, "target positions of the example"),
+        ArraySpec("input_ids", "token", ids, 0, "token ids"),
+        ArraySpec("target_mask", "token", "uint8", 0, "1 where the distribution of the next token is stored"),
+        ArraySpec("head_ids", "position", ids, k, "the K most probable tokens, most probable first"),
+        ArraySpec("head_logprobs", "position", "uint16", k, f"-l / {HEAD_SCALE}, of the head"),
+        ArraySpec("tail_ids", "position", ids, m, "distinct drawn tokens, ascending, each less the one before it"),
+        ArraySpec("tail_logprobs", "position", "uint16", m, f"-l / {TAIL_SCALE}, of the drawn tokens"),
+        ArraySpec("tail_counts", "position", count, m, "times drawn; 0 is padding"),
+        ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}"),
+        ArraySpec("log_tail_mass", "position", "uint16", j, f"-log(mass outside the head) / {MASS_SCALE}"),
+        ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {HEAD_SCALE}, of the token that came next"),
+    ]
+    wanted: Callable[[ArraySpec], bool] = lambda spec: not (
+        (spec.name.startswith("head_") and k == 0) or (spec.name.startswith("tail_") and m == 0)
+    )
+    return [spec for spec in specs if wanted(spec)]
+
+
+def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
+    """Arguments of ``create_array``: one Zarr shard per shard of the plan, chunks inside it."""
+    stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}[spec.axis]
+    chunk = min(CHUNK[spec.axis], stride)
+    columns = (spec.width,) if spec.width else ()
+    names = {"example": "example", "token": "token", "position": "position"}
+    return {
+        "shape": (plan.count * stride, *columns),
+        "shards": (stride, *columns),
+        "chunks": (chunk, *columns),
+        "dtype": spec.dtype,
+        "dimension_names": (names[spec.axis], "entry")[: 1 + len(columns)],
+        "attributes": {"meaning": spec.meaning},
+    }
+
+
+def stride_for(axis: Axis, longest: int) -> int:
+    """The stride of an axis whose fullest shard holds ``longest`` slots: whole chunks."""
+    chunk = CHUNK[axis]
+    return max(1, longest if longest <= chunk else -(-longest // chunk) * chunk)
+
+
+def _codes(logprobs: NDArray[Any], scale: float) -> NDArray[np.uint16]:
+    """Codes of log-probabilities <= 0 (rounding may leave a hair above 0); -inf becomes ABSENT."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        codes = np.rint(np.clip(-logprobs.astype(np.float64) / scale, 0, ABSENT - 1))
+    return np.where(np.isneginf(logprobs), ABSENT, codes).astype(np.uint16)
+
+
+def _values(codes: NDArray[Any], scale: float) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = codes.astype(np.float32) * np.float32(-scale)
+    return np.where(codes == ABSENT, np.float32(-np.inf), values)
+
+
+def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
+    """Labels as the integer arrays of the cache, by array name."""
+    padding = targets.tail_counts == 0
+    drawn = np.maximum.accumulate(np.where(padding, 0, targets.tail_ids), axis=1)
+    return {
+        "head_ids": targets.head_ids,
+        "head_logprobs": _codes(targets.head_logprobs, HEAD_SCALE),
+        "tail_ids": np.diff(drawn, axis=1, prepend=0),
+        "tail_logprobs": np.where(padding, 0, _codes(targets.tail_logprobs, TAIL_SCALE)),
+        "tail_counts": targets.tail_counts,
+        "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
+        "log_tail_mass": _codes(targets.log_tail_mass, MASS_SCALE),
+        "gold_logprobs": _codes(targets.gold_logprobs, HEAD_SCALE),
+    }
+
+
+def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
+    """The inverse of ``encode_targets``, to the declared quantisation."""
+    n = len(arrays["gold_logprobs"])
+    none = np.zeros((n, 0), dtype=np.int64)
+    counts = arrays.get("tail_counts", none).astype(np.int64)
+    tail_ids = np.cumsum(arrays.get("tail_ids", none), axis=1, dtype=np.int64)
+    return SparseTargets(
+        head_ids=arrays.get("head_ids", none).astype(np.int64),
+        head_logprobs=_values(arrays.get("head_logprobs", none), HEAD_SCALE),
+        tail_ids=np.where(counts == 0, 0, tail_ids),
+        tail_logprobs=_values(arrays.get("tail_logprobs", none), TAIL_SCALE),
+        tail_counts=counts,
+        log_partition=arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE),
+        log_tail_mass=_values(arrays["log_tail_mass"], MASS_SCALE),
+        gold_logprobs=_values(arrays["gold_logprobs"], HEAD_SCALE),
+    )

@@ -1,0 +1,130 @@
+"""The manifest: what a cache was made from, kept in the group's attributes under ``logitcask``.
+
+Stage 2 compares it with the run and refuses every difference. Nothing in it depends on when, where or by whom the
+cache was made, so equal inputs give equal bytes.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache.errors import CacheFormatError
+
+FORMAT_VERSION = 1
+ATTRIBUTE = "logitcask"
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(max_length=1024)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TeacherIdentity(_Part):
+    """The model that gave the labels."""
+
+    id: Name = Field(description="hub id, or the last component of a local path")
+    revision: Name
+    weights: Digest = Field(description="SHA-256 over names, shapes, dtypes and a sample of every parameter")
+    dtype: Name
+    engine: Name
+    versions: dict[str, Name]
+
+
+class TokenizerIdentity(_Part):
+    """The tokenizer, by what it does: its vocabulary and its encodings of fixed probe texts."""
+
+    fingerprint: Digest
+    chat_template: Digest | None
+    files: dict[Name, Digest] = Field(description="tokenizer files kept in the cache, by name", max_length=8)
+
+
+class DataIdentity(_Part):
+    """The tokenized examples, before they were shuffled."""
+
+    fingerprint: Digest
+    examples: Count
+    tokens: Count
+    positions: Count
+    truncated: Count
+    dropped: Count
+    max_seq_length: Count
+    prompt_loss: bool
+
+
+class LabelSettings(_Part):
+    """How a label was made from the teacher's logits."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    head_size: Annotated[int, Field(ge=0, le=2**16)]
+    tail_draws: Annotated[int, Field(ge=0, le=2**16)]
+    temperatures: Annotated[list[Annotated[float, Field(gt=0, le=1e4)]], Field(min_length=1, max_length=64)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ShardPlan(_Part):
+    """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; what it does not fill stays zero."""
+
+    count: Annotated[int, Field(ge=1, le=2**31)]
+    examples: Annotated[int, Field(ge=1, le=2**31)]
+    tokens: Annotated[int, Field(ge=1, le=2**31)]
+    positions: Annotated[int, Field(ge=1, le=2**31)]
+    digest: Digest = Field(description="SHA-256 of shard_examples as little-endian int64")
+
+
+class Manifest(_Part):
+    """Everything that decides the bytes of a cache."""
+
+    format_version: int
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    data: DataIdentity
+    label: LabelSettings
+    shards: ShardPlan
+
+    def flat(self) -> dict[str, object]:
+        """Dotted names to values, for comparing two manifests."""
+        found: dict[str, object] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for key, inner in value.items():
+                    walk(f"{prefix}.{key}" if prefix else key, inner)
+            else:
+                found[prefix] = value
+
+        walk("", self.model_dump())
+        return found
+
+
+def parse_manifest(attributes: Any, where: str) -> Manifest:
+    """The manifest in a group's attributes.
+
+    Raises CacheFormatError where there is none, it is of a newer format, or it breaks its schema.
+    """
+    raw = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    if not isinstance(raw, dict):
+        raise CacheFormatError(f"{where}: not a logit cache: its Zarr group has no {ATTRIBUTE!r} attribute")
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{where}: cache format {version} is newer than this version reads ({FORMAT_VERSION}): upgrade logitcask"
+        )
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CacheFormatError(f"{where}: damaged manifest: {place}: {first['msg']}") from error
+    if version != FORMAT_VERSION:
+        raise CacheFormatError(f"{where}: cache format {version!r} is not readable: this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def sha256(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()

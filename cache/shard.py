@@ -1,0 +1,50 @@
+"""A shard in memory: whole examples, their tokens and their labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.targets import IntArray, SparseTargets
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: L tokens, of which N are followed by a labelled target."""
+
+    input_ids: IntArray  # (L,)
+    target_mask: NDArray[np.bool_]  # (L,) true at t where the distribution of token t + 1 is stored
+    targets: SparseTargets  # N rows, in the order of the mask
+
+
+@dataclass(frozen=True)
+class Shard:
+    """E examples laid end to end."""
+
+    token_count: IntArray  # (E,)
+    position_count: IntArray  # (E,)
+    input_ids: IntArray  # (sum of token_count,)
+    target_mask: NDArray[np.bool_]  # (sum of token_count,)
+    targets: SparseTargets  # sum of position_count rows
+
+    def __len__(self) -> int:
+        return len(self.token_count)
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> "Shard":
+        """The shard of these examples, in order."""
+        return Shard(
+            token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),
+            position_count=np.array([len(example.targets) for example in examples], dtype=np.int64),
+            input_ids=np.concatenate([example.input_ids for example in examples]),
+            target_mask=np.concatenate([example.target_mask for example in examples]),
+            targets=SparseTargets.concatenate([example.targets for example in examples]),
+        )
+
+    def example(self, index: int) -> Example:
+        """The example at a place in the shard."""
+        token, position = int(self.token_count[:index].sum()), int(self.position_count[:index].sum())
+        tokens = slice(token, token + int(self.token_count[index]))
+        rows = slice(position, position + int(self.position_count[index]))
+        return Example(self.input_ids[tokens], self.target_mask[tokens], self.targets[rows])

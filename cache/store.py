@@ -1,0 +1,72 @@
+"""Where a cache lies: opening a Zarr store, and the few raw object operations that commits need."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from cache.errors import CacheFormatError, LogitcaskError
+
+
+def open_store(path: str | Path, *, read_only: bool) -> Store:
+    """The Zarr store in a folder.
+
+    Raises CacheFormatError where a cache should be read and there is none.
+    """
+    folder = Path(path)
+    if read_only and not folder.exists():
+        raise CacheFormatError(f"{path}: no such cache; make one with logitcask precompute-logits")
+    if folder.exists() and not folder.is_dir():
+        raise CacheFormatError(f"{path}: not a logit cache: a cache is a folder, this is a file")
+    return LocalStore(folder, read_only=read_only)
+
+
+def read_object(store: Store, key: str) -> bytes | None:
+    """The bytes of one object, None where it is missing."""
+    buffer = sync(store.get(key, prototype=default_buffer_prototype()))
+    return None if buffer is None else buffer.to_bytes()
+
+
+def list_names(store: Store, prefix: str) -> set[str]:
+    """Names directly below a prefix."""
+
+    async def collect() -> set[str]:
+        return {name async for name in store.list_dir(prefix)}
+
+    return sync(collect())
+
+
+def flush_objects(store: Store, keys: list[str]) -> None:
+    """Push local objects to the disk, so that a commit record never survives a power cut that they did not."""
+    if isinstance(store, LocalStore):
+        for key in keys:
+            for place in (store.root / key, (store.root / key).parent):
+                handle = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+
+
+def drop_partial_objects(store: Store) -> None:
+    """Remove what a killed process left half written (Zarr writes ``*.partial`` and renames)."""
+    if isinstance(store, LocalStore):
+        for left in Path(store.root).rglob("*.partial"):
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain_write_errors(path: str | Path) -> Iterator[None]:
+    """Turn the operating system's refusals while writing into one line that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise LogitcaskError(
+            f"{path}: cannot write the cache: {error.strerror or error}; committed shards are kept: "
+            "mend that and run the same command again to finish"
+        ) from error

@@ -1,0 +1,154 @@
+"""Writing a cache: whole shards, committed last. What is not committed does not exist."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.codecs import BloscCodec
+from zarr.core.sync import sync
+
+from cache.errors import CacheMismatchError, LogitcaskError, differences
+from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
+from cache.manifest import ATTRIBUTE, Manifest, sha256
+from cache.reader import committed_shards, read_manifest
+from cache.shard import Shard
+from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store, read_object
+
+COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
+
+
+def plan_digest(shard_examples: NDArray[np.int64]) -> str:
+    """The digest of a shard plan, as the manifest keeps it."""
+    return sha256(shard_examples.astype("<i8").tobytes())
+
+
+class CacheWriter:
+    """Writes the shards of one cache. Safe to open again on a cache that was interrupted."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Manifest,
+        shard_examples: NDArray[np.int64],
+        tokenizer_files: dict[str, bytes],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Create the cache, or take up an interrupted one made from the same inputs.
+
+        Raises CacheMismatchError, listing every difference, where another cache lies there, and LogitcaskError where
+        a complete one does, unless ``overwrite``.
+        """
+        self.path, self.manifest = path, manifest
+        self._specs = array_specs(manifest.label)
+        with explain_write_errors(path):
+            self._store = open_store(path, read_only=False)
+            self._admit(overwrite)
+            drop_partial_objects(self._store)
+            root = zarr.open_group(self._store, mode="a", zarr_format=3)
+            if ATTRIBUTE not in root.attrs:
+                root.attrs.put({ATTRIBUTE: manifest.model_dump(mode="json")})
+            self._arrays = {spec.name: self._array(root, spec) for spec in self._specs}
+            self._commits = self._commit_array(root)
+            _constant(root, "shard_examples", shard_examples.astype("<i8"))
+            for name, data in tokenizer_files.items():
+                _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
+
+    def _admit(self, overwrite: bool) -> None:
+        folder = Path(self.path)
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        if overwrite and read_object(self._store, "zarr.json") is not None:
+            _clear(self._store)
+            return
+        found = read_manifest(self._store, str(self.path))
+        wrong = differences(found.flat(), self.manifest.flat())
+        if wrong:
+            raise CacheMismatchError(
+                f"{self.path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite it"
+            )
+        if len(committed_shards(self._store, found)) == found.shards.count:
+            raise LogitcaskError(f"{self.path}: the cache is complete already; pass --overwrite to make it again")
+
+    def _array(self, root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
+        if spec.name in root:
+            return _require_array(root, spec.name)
+        layout = zarr_layout(spec, self.manifest.shards)
+        return root.create_array(
+            spec.name, **layout, compressors=COMPRESSOR, fill_value=0, config={"write_empty_chunks": True}
+        )
+
+    def _commit_array(self, root: zarr.Group) -> zarr.Array[Any]:
+        if "commits" in root:
+            return _require_array(root, "commits")
+        width = 32 * len(self._specs)
+        return root.create_array(
+            "commits",
+            shape=(self.manifest.shards.count, width),
+            chunks=(1, width),
+            dtype="uint8",
+            compressors=None,
+            fill_value=0,
+            dimension_names=("shard", "byte"),
+            attributes={"meaning": "SHA-256 of each object of the shard", "arrays": [spec.name for spec in self._specs]},
+        )
+
+    def missing_shards(self) -> list[int]:
+        """Shards not committed yet, in order."""
+        return sorted(set(range(self.manifest.shards.count)) - committed_shards(self._store, self.manifest))
+
+    def write_shard(self, index: int, shard: Shard) -> None:
+        """Write every object of a shard, then its commit record."""
+        plan = self.manifest.shards
+        values: dict[str, Any] = {
+            "token_count": shard.token_count,
+            "position_count": shard.position_count,
+            "input_ids": shard.input_ids,
+            "target_mask": shard.target_mask,
+            **encode_targets(shard.targets),
+        }
+        stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}
+        keys: list[str] = []
+        with explain_write_errors(self.path):
+            for spec in self._specs:
+                array, length = self._arrays[spec.name], stride[spec.axis]
+                whole = np.zeros((length, *array.shape[1:]), dtype=spec.dtype)
+                whole[: len(values[spec.name])] = values[spec.name]
+                array[index * length : (index + 1) * length] = whole
+                keys.append(shard_key(spec, index))
+            flush_objects(self._store, keys)
+            digests = b"".join(hashlib.sha256(_existing(self._store, key)).digest() for key in keys)
+            self._commits[index] = np.frombuffer(digests, dtype=np.uint8)
+            flush_objects(self._store, [f"commits/c/{index}/0"])
+
+
+def shard_key(spec: ArraySpec, index: int) -> str:
+    """The object that holds shard ``index`` of an array."""
+    return f"{spec.name}/c/{index}" + ("/0" if spec.width else "")
+
+
+def _existing(store: Store, key: str) -> bytes:
+    data = read_object(store, key)
+    assert data is not None, f"{key} vanished right after it was written"
+    return data
+
+
+def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
+    found = root[name]
+    assert isinstance(found, zarr.Array)
+    return found
+
+
+def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
+    """A small array written once, whole, in one object."""
+    if name not in root:
+        root.create_array(name, shape=data.shape, chunks=(max(1, len(data)),), dtype=data.dtype, compressors=COMPRESSOR)
+    _require_array(root, name)[:] = data
+
+
+def _clear(store: Store) -> None:
+    sync(store.clear())

@@ -1,0 +1,1 @@
+"""The two stages of offline logit distillation, and the commands around them."""

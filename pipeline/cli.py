@@ -1,0 +1,103 @@
+"""The logitcask command. Each subcommand parses, loads what it needs, and calls one function."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.options import options_from
+from pipeline.settings import GenerateDataSettings, GenerateSettings, PrecomputeSettings, TrainSettings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
+)
+cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check and move logit caches.")
+app.add_typer(cache_app, name="cache")
+
+
+def _example(text: str) -> dict[str, Any]:
+    return {"epilog": f"Example: logitcask {text}"}
+
+
+@app.command("generate-data", **_example("generate-data --provider source --num-examples 500 --output-dir data"))
+@options_from(GenerateDataSettings)
+def generate_data(settings: GenerateDataSettings) -> None:
+    """Write prompt/response examples to OUTPUT_DIR/train.jsonl."""
+    from pipeline.generate_data import from_source
+
+    written = from_source(settings)
+    typer.echo(f"{written.examples} examples -> {written.path}")
+
+
+@app.command(
+    "precompute-logits",
+    **_example("precompute-logits --teacher-model Qwen/Qwen3-8B --train-data data/train.jsonl --output data/cache"),
+)
+@options_from(PrecomputeSettings)
+def precompute_logits(settings: PrecomputeSettings) -> None:
+    """Stage 1: run the teacher once and write its sparse soft labels. Run it again to finish an interrupted cache."""
+    from pipeline.precompute import precompute
+
+    report = precompute(settings)
+    data = report.manifest.data
+    typer.echo(
+        f"{data.examples} examples, {data.positions} target positions -> {settings.output} "
+        f"({report.shards_written} shards written, {report.shards_found} were there)\n"
+        f"{data.truncated} examples cut at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
+    )
+
+
+@app.command("train", **_example("train --cache data/cache --student-config configs/students/tiny.json --output-dir runs/a"))
+@options_from(TrainSettings)
+def train(settings: TrainSettings) -> None:
+    """Stage 2: train a student from the cache, with no teacher in memory."""
+    from pipeline.train import run_training
+
+    run_training(settings)
+
+
+@app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
+@options_from(GenerateSettings)
+def generate(settings: GenerateSettings) -> None:
+    """Text from a student."""
+    from pipeline.generate import generate_text
+
+    for piece in generate_text(settings):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@cache_app.command("info", **_example("cache info data/cache"))
+def cache_info(
+    path: Annotated[str, typer.Argument(help="folder of the cache")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a cache holds: identity, sizes, captured mass."""
+    from cache.report import describe, render
+
+    found = describe(path)
+    typer.echo(found.model_dump_json(indent=2) if json else render(found))
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2, an interrupt 130."""
+    from cache.errors import LogitcaskError
+
+    try:
+        app()
+    except LogitcaskError as error:
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to go on\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

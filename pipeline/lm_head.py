@@ -1,0 +1,60 @@
+"""The last step of a causal language model, hidden states to logits, taken out so that it can run on chosen rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cache.errors import LogitcaskError
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = cap * tanh(scale * (h W' + b) / cap), or scale * (h W' + b) where there is no soft-cap."""
+
+    weight: Tensor  # (V, width)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (N, width), shape (N, V), in the dtype of the weights."""
+        raw = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+def last_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What the head of a causal LM sees, shape (batch, length, width)."""
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def read_head(model: PreTrainedModel) -> LMHead:
+    """The head of a model, its scale and soft-cap found and checked against the model's own logits.
+
+    Raises LogitcaskError where the architecture does something else between hidden states and logits.
+    """
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    if head is None:
+        raise LogitcaskError(f"{name}: has no language-model head: choose a causal language model")
+    was_training = model.training
+    model.eval()
+    probe = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
+    own = model(input_ids=probe).logits[0].double()
+    raw = torch.nn.functional.linear(last_hidden_states(model, probe)[0], head.weight, getattr(head, "bias", None)).double()
+    model.train(was_training)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    uncapped = own if cap is None else cap * torch.atanh((own / cap).clamp(-1 + 1e-7, 1 - 1e-7))
+    scale = float((raw * uncapped).sum() / (raw * raw).sum().clamp_min(1e-30))
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    scale = 1.0 if abs(scale - 1.0) < tolerance / 10 else scale
+    found = LMHead(head.weight, getattr(head, "bias", None), scale, cap)
+    again = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+    if not torch.allclose(again, own, rtol=tolerance, atol=tolerance * max(1.0, float(own.abs().max()))):
+        raise LogitcaskError(f"{name}: its logits are not scale * (h W' + b), soft-capped or not: not supported yet")
+    return found

@@ -1,0 +1,104 @@
+"""Distillation losses: the plain reference, one line of mathematics a line of code.
+
+Legend: N target positions, V vocabulary, S entries of a sparse label, K of them head. Log-probabilities are in nats;
+every loss is per position, shape (N,). KL is forward, KL(teacher || student), unless named otherwise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What kind of loss: alpha * hard + (1 - alpha) * T^2 * soft."""
+
+    alpha: float
+    temperature: float
+    tail: str  # sampled, bucket, renormalize
+    divergence: str  # forward-kl, reverse-kl, jsd
+
+
+@dataclass(frozen=True)
+class SparseLabels:
+    """Teacher entries at the temperature of training; see pipeline.soft_labels."""
+
+    ids_NS: Tensor
+    weights_NS: Tensor
+    log_probs_NS: Tensor
+    log_rest_N: Tensor
+    head_size: int
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over target positions, so that means over any grouping of them are means over positions."""
+
+    total: Tensor  # differentiable
+    hard: Tensor
+    soft: Tensor
+    teacher_mass: Tensor  # of the head, at T
+    student_mass: Tensor  # on the same tokens, at T
+
+
+def hard_loss(logits_NV: Tensor, gold_N: Tensor) -> Tensor:
+    """Cross-entropy with the token that came next, at T=1."""
+    return functional.cross_entropy(logits_NV, gold_N, reduction="none")
+
+
+def sparse_forward_kl(log_q_NV: Tensor, labels: SparseLabels) -> Tensor:
+    """sum_s w_s (log p_T(v_s) - log q_T(v_s)): unbiased for KL(p_T || q_T) with sampled weights, up to a term free of q."""
+    log_q_NS = log_q_NV.gather(1, labels.ids_NS)
+    return (labels.weights_NS * (labels.log_probs_NS - log_q_NS)).sum(1)
+
+
+def bucket_divergence(log_q_NV: Tensor, labels: SparseLabels, divergence: str) -> Tensor:
+    """Divergence over K + 1 outcomes: the head's tokens, and everything else as one, with its true mass at T."""
+    ids_NK = labels.ids_NS[:, : labels.head_size]
+    log_q_NO, log_p_NO = log_q_NV.gather(1, ids_NK), labels.log_probs_NS[:, : labels.head_size]
+    if labels.head_size < log_q_NV.shape[1]:
+        rest_N1 = log_q_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1, keepdim=True)
+        log_q_NO = torch.cat([log_q_NO, rest_N1], dim=1)
+        log_p_NO = torch.cat([log_p_NO, labels.log_rest_N[:, None]], dim=1)
+    if divergence == "forward-kl":
+        return functional.kl_div(log_q_NO, log_p_NO, reduction="none", log_target=True).sum(1)
+    if divergence == "reverse-kl":
+        return functional.kl_div(log_p_NO, log_q_NO, reduction="none", log_target=True).sum(1)
+    assert divergence == "jsd", divergence
+    log_m_NO = torch.logaddexp(log_p_NO, log_q_NO) - math.log(2.0)
+    sides = [functional.kl_div(log_m_NO, side, reduction="none", log_target=True).sum(1) for side in (log_p_NO, log_q_NO)]
+    return 0.5 * (sides[0] + sides[1])
+
+
+def soft_loss(log_q_NV: Tensor, labels: SparseLabels, settings: LossSettings) -> Tensor:
+    """T^2 times the divergence at T (Hinton et al., 2015: keeps the gradient's size about equal over T)."""
+    if settings.tail == "bucket":
+        divergence_N = bucket_divergence(log_q_NV, labels, settings.divergence)
+    else:
+        assert settings.divergence == "forward-kl", "only the bucket defines another divergence"
+        divergence_N = sparse_forward_kl(log_q_NV, labels)
+    return settings.temperature**2 * divergence_N
+
+
+def distillation_loss(
+    logits_NV: Tensor, gold_N: Tensor, labels: SparseLabels | None, settings: LossSettings
+) -> LossSums:
+    """alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None where alpha is 1."""
+    hard_N = hard_loss(logits_NV, gold_N)
+    if labels is None:
+        zero = hard_N.new_zeros(())
+        return LossSums(settings.alpha * hard_N.sum(), hard_N.detach().sum(), zero, zero, zero)
+    log_q_NV = functional.log_softmax(logits_NV / settings.temperature, dim=1)
+    soft_N = soft_loss(log_q_NV, labels, settings)
+    head_NK = log_q_NV.detach().gather(1, labels.ids_NS[:, : labels.head_size]).exp()
+    total = settings.alpha * hard_N.sum() + (1.0 - settings.alpha) * soft_N.sum()
+    return LossSums(
+        total=total,
+        hard=hard_N.detach().sum(),
+        soft=soft_N.detach().sum(),
+        teacher_mass=(-torch.expm1(labels.log_rest_N)).sum(),
+        student_mass=head_NK.sum(),
+    )

@@ -1,0 +1,131 @@
+"""Stage 1: label every example once with the teacher and write the cache, shard by shard."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.errors import LogitcaskError
+from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
+from cache.reader import is_complete
+from cache.shard import Example, Shard
+from cache.targets import IntArray
+from cache.writer import CacheWriter
+from pipeline.examples import Encoded, Encoder, read_records
+from pipeline.progress import track
+from pipeline.settings import PrecomputeSettings
+from pipeline.shards import cut_shards, plan_batches, plan_strides, shuffled
+from pipeline.teachers.base import Teacher, TokenizedExample
+from pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from pipeline.token_table import TokenTable, stage_tokens
+from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What a run of stage 1 did."""
+
+    manifest: Manifest
+    shards_written: int
+    shards_found: int
+
+
+def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
+    """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
+    if is_complete(settings.output) and not settings.overwrite:
+        raise LogitcaskError(f"{settings.output}: the cache is complete already; pass --overwrite to make it again")
+    tokenizer = load_tokenizer(
+        settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
+    )
+    size = tokenizer_size(tokenizer)
+    if settings.head_size + settings.tail_draws > size:
+        raise LogitcaskError(
+            f"--head-size + --tail-draws is {settings.head_size + settings.tail_draws}, more than the vocabulary's {size}"
+        )
+    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+        encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
+        table = stage_tokens(
+            _encode_all(encoder, settings.train_data),
+            Path(folder),
+            max_seq_length=settings.max_seq_length,
+            prompt_loss=settings.prompt_loss,
+            source=settings.train_data,
+        )
+        teacher = load_teacher(
+            settings.teacher_model,
+            revision=settings.teacher_revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        check_teacher(teacher, size, settings.max_seq_length)
+        order = shuffled(len(table), settings.seed)
+        positions = table.positions[order].astype(np.int64)
+        shard_examples = cut_shards(positions, settings.shard_positions)
+        files = tokenizer_files(tokenizer)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            teacher=teacher.identity,
+            tokenizer=identify(tokenizer, files),
+            data=table.identity,
+            label=LabelSettings(
+                vocab_size=size,
+                head_size=settings.head_size,
+                tail_draws=settings.tail_draws,
+                temperatures=list(settings.temperatures),
+                seed=settings.seed,
+            ),
+            shards=plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+        )
+        writer = CacheWriter(settings.output, manifest, shard_examples, files, overwrite=settings.overwrite)
+        missing = writer.missing_shards()
+        batch_tokens = settings.batch_size * settings.max_seq_length
+        label_shards(teacher, table, order, shard_examples, missing, batch_tokens, writer)
+    return PrecomputeReport(manifest, len(missing), manifest.shards.count - len(missing))
+
+
+def label_shards(
+    teacher: Teacher,
+    table: TokenTable,
+    order: IntArray,
+    shard_examples: IntArray,
+    missing: list[int],
+    batch_tokens: int,
+    writer: CacheWriter,
+) -> None:
+    """Label and write the missing shards, each whole before the next."""
+    starts = np.concatenate([[0], np.cumsum(shard_examples)])
+    todo = sum(int(table.positions[order[starts[s] : starts[s + 1]]].sum()) for s in missing)
+    with track("labelling", todo, "positions") as advance:
+        for index in missing:
+            examples = [
+                TokenizedExample(place, found.input_ids, found.target_mask)
+                for place in range(int(starts[index]), int(starts[index + 1]))
+                for found in [table.example(int(order[place]))]
+            ]
+            labelled: dict[int, Example] = {}
+            for group in plan_batches(np.array([len(e.input_ids) for e in examples]), batch_tokens):
+                batch = [examples[int(i)] for i in group]
+                for example, targets in zip(batch, teacher.label(batch, writer.manifest.label), strict=True):
+                    labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
+                    advance(len(targets))
+            writer.write_shard(index, Shard.of([labelled[example.index] for example in examples]))
+
+
+def check_teacher(teacher: TransformersTeacher, vocabulary: int, max_seq_length: int) -> None:
+    """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
+    if vocabulary > teacher.logits_width:
+        raise LogitcaskError(
+            f"the tokenizer has {vocabulary} tokens, the teacher's head only {teacher.logits_width}: they do not belong together"
+        )
+    if teacher.max_length is not None and max_seq_length > teacher.max_length:
+        raise LogitcaskError(f"--max-seq-length {max_seq_length} is more than the teacher's {teacher.max_length}: lower it")
+
+
+def _encode_all(encoder: Encoder, source: str) -> Iterator[Encoded]:
+    with track(f"reading {source}", None, "examples") as advance:
+        for where, record in read_records(source):
+            yield encoder.encode(where, record)
+            advance(1)

@@ -1,0 +1,191 @@
+"""Settings: each knob stands here once, with its type, its limits, its default and its help text.
+
+The command line is made from these models; a ``--config`` file sets the same names, a flag overrides it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cache.errors import LogitcaskError
+
+
+def _parse_temperatures(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
+Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=1, le=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Settings(BaseModel):
+    """A frozen, closed set of knobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class GenerateDataSettings(Settings):
+    """Knobs of ``logitcask generate-data``."""
+
+    provider: Literal["source"] = Field("source", description="where examples come from; source: Python source code")
+    output_dir: Path = Field(description="folder for train.jsonl")
+    num_examples: Whole = Field(1000, description="examples to write at most")
+    source_dir: Path | None = Field(None, description="tree of Python files; default: the standard library")
+    seed: Seed = Field(0, description="seed of the order")
+
+
+class PrecomputeSettings(Settings):
+    """Knobs of ``logitcask precompute-logits``."""
+
+    teacher_model: str = Field(description="hub id, local folder or .gguf file of a causal language model")
+    teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
+    train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
+    output: Path = Field(description="folder of the cache")
+    head_size: Annotated[int, Field(ge=0, le=65536)] = Field(8, description="most probable tokens kept exactly, K")
+    tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(24, description="tokens drawn from the rest, M")
+    temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures students may train at")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
+    prompt_loss: bool = Field(False, description="label prompts too, not only responses")
+    batch_size: Whole = Field(8, description="full-length sequences a forward pass; shorter ones go in greater number")
+    shard_positions: Whole = Field(65536, description="target positions a shard: the unit of resuming")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
+    overwrite: bool = Field(False, description="replace a cache that lies at the output")
+    seed: Seed = Field(0, description="seed of the shuffle and of the draws")
+
+    @model_validator(mode="after")
+    def _label_is_not_empty(self) -> Self:
+        if self.head_size + self.tail_draws == 0:
+            raise ValueError("head_size + tail_draws must be at least 1, is 0: a label needs an entry")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"temperatures must differ from each other, are {list(self.temperatures)}")
+        return self
+
+
+class TrainSettings(Settings):
+    """Knobs of ``logitcask train``."""
+
+    distillation_type: Literal["output", "logit", "hybrid"] = Field(
+        "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
+    )
+    cache: str | None = Field(None, description="the logit cache")
+    train_data: str | None = Field(None, description="data file for output distillation without a cache")
+    student_config: Path | None = Field(None, description="Hugging Face config JSON of a new student")
+    student_model: str | None = Field(None, description="hub id or folder of a student to go on from")
+    init_from_teacher_layers: str | None = Field(
+        None, description="layers of a local --teacher-model to start from, as 0,9,19,29"
+    )
+    teacher_model: str | None = Field(None, description="for its layers, or for its tokenizer where there is no cache")
+    output_dir: Path = Field(description="folder of the run: checkpoints and final/")
+    alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.5")
+    temperature: Temperature = Field(2.0, description="one of the cache's temperatures")
+    tail: Literal["sampled", "bucket", "renormalize"] | None = Field(
+        None, description="mass outside the head; sampled where the cache holds draws, else bucket"
+    )
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "forward-kl", description="reverse-kl and jsd need --tail bucket"
+    )
+    batch_size: Whole = Field(8, description="examples a device and forward pass")
+    gradient_accumulation_steps: Whole = Field(1, description="forward passes an optimizer step")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(5e-4, description="peak learning rate")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="steps of linear warm-up, before a cosine decay")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.01, description="AdamW's weight decay")
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="gradient clipping, 0: off")
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="passes over the data")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps; overrides epochs")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="for --train-data only")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of examples held out")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps between evaluations; default: at the ends")
+    save_steps: Whole = Field(1000, description="steps between checkpoints")
+    save_total_limit: Whole = Field(3, description="checkpoints kept")
+    logging_steps: Whole = Field(10, description="steps between log lines")
+    resume_from_checkpoint: str | None = Field(None, description="a checkpoint folder, or latest")
+    use_gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    use_mixed_precision: bool = Field(False, description="autocast to the dtype below")
+    mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read the cache ahead")
+    device: str = Field("auto", description="auto or cpu")
+    use_wandb: bool = Field(False, description="report to Weights & Biases")
+    wandb_project: str = Field("logitcask", description="project there")
+    wandb_run_name: str | None = Field(None, description="run name there")
+    use_tensorboard: bool = Field(False, description="write TensorBoard events to the run's folder")
+    seed: Seed = Field(0, description="seed of initial weights, held-out examples and order")
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> Self:
+        students = [self.student_config, self.student_model, self.init_from_teacher_layers]
+        if sum(choice is not None for choice in students) != 1:
+            raise ValueError("give exactly one of student_config, student_model, init_from_teacher_layers")
+        if self.init_from_teacher_layers is not None and self.teacher_model is None:
+            raise ValueError("init_from_teacher_layers needs teacher_model: the local model whose layers to take")
+        if (self.cache is None) == (self.train_data is None):
+            raise ValueError("give exactly one of cache and train_data")
+        if self.cache is None and self.distillation_type != "output":
+            raise ValueError(f"distillation_type {self.distillation_type} needs cache: soft labels lie there")
+        fixed = {"output": 1.0, "logit": 0.0}.get(self.distillation_type)
+        if fixed is not None and self.alpha not in (None, fixed):
+            raise ValueError(f"alpha must be {fixed} for {self.distillation_type}, is {self.alpha}: use hybrid or leave it out")
+        if self.divergence != "forward-kl" and self.tail != "bucket":
+            raise ValueError(f"divergence {self.divergence} is only defined with tail bucket, tail is {self.tail}")
+        return self
+
+    @property
+    def hard_weight(self) -> float:
+        """The weight of the hard loss, alpha."""
+        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}[self.distillation_type]
+        return fixed if self.alpha is None else self.alpha
+
+
+class GenerateSettings(Settings):
+    """Knobs of ``logitcask generate``."""
+
+    model: str = Field(description="folder or hub id of a causal language model, such as a run's final/")
+    prompt: str = Field(description="what to answer")
+    max_new_tokens: Whole = Field(128, description="tokens at most")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="0: the likeliest token")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    seed: Seed = Field(0, description="seed of sampling")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML config file. Raises LogitcaskError where it is no mapping."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise LogitcaskError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
+    if not isinstance(found, dict):
+        raise LogitcaskError(f"{path}: a config must be a mapping of option names to values, is {type(found).__name__}")
+    return {str(key): value for key, value in found.items()}
+
+
+def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
+    """Validated settings from a config file and flags. Raises LogitcaskError naming the option, rule and value."""
+    given = {**(read_config(config) if config else {}), **flags}
+    unknown = sorted(given.keys() - model.model_fields.keys())
+    if unknown:
+        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}: known are {', '.join(model.model_fields)}")
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise LogitcaskError("; ".join(_explain(dict(item)) for item in error.errors())) from error
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One line for one broken rule."""
+    option = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
+    if item["type"] == "missing":
+        return f"{option} is required"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{option}: {message}, is {item['input']!r}" if option else message

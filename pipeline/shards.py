@@ -1,0 +1,50 @@
+"""Which examples make which shard, and which of a shard's examples make which batch: from data and settings only."""
+
+import numpy as np
+
+from cache.layout import stride_for
+from cache.manifest import ShardPlan
+from cache.targets import IntArray
+from cache.writer import plan_digest
+
+
+def shuffled(examples: int, seed: int) -> IntArray:
+    """The order in which the data's examples enter the cache, (examples,): reading the cache in order is random."""
+    return np.random.default_rng(seed).permutation(examples)
+
+
+def cut_shards(positions: IntArray, shard_positions: int) -> IntArray:
+    """Examples of each shard, (S,): shards are filled in order up to ``shard_positions`` target positions.
+
+    ``positions`` (E,) are those of the examples in cache order; one that is longer than a shard gets its own.
+    """
+    ends = np.cumsum(positions, dtype=np.int64)
+    cuts, first = [0], 0
+    while first < len(ends):
+        limit = (int(ends[first - 1]) if first else 0) + shard_positions
+        first = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
+        cuts.append(first)
+    return np.diff(np.array(cuts, dtype=np.int64))
+
+
+def plan_strides(shard_examples: IntArray, tokens: IntArray, positions: IntArray) -> ShardPlan:
+    """The plan's strides: the fullest shard of each axis, in whole chunks. ``tokens``, ``positions`` are (E,)."""
+    starts = np.concatenate([[0], np.cumsum(shard_examples)[:-1]])
+    return ShardPlan(
+        count=len(shard_examples),
+        examples=stride_for("example", int(shard_examples.max())),
+        tokens=stride_for("token", int(np.add.reduceat(tokens, starts).max())),
+        positions=stride_for("position", int(np.add.reduceat(positions, starts).max())),
+        digest=plan_digest(shard_examples),
+    )
+
+
+def plan_batches(lengths: IntArray, batch_tokens: int) -> list[IntArray]:
+    """Groups of a shard's examples of about one length, padded size at most ``batch_tokens``; longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, first = [], 0
+    while first < len(order):
+        size = max(1, batch_tokens // int(lengths[order[first]]))
+        batches.append(order[first : first + size])
+        first += size
+    return batches

@@ -1,0 +1,113 @@
+"""Students: new from a config, continued from a checkpoint, or begun from some of a teacher's layers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from cache.errors import LogitcaskError
+from pipeline.settings import TrainSettings
+from pipeline.teachers.transformers import forget_gguf
+
+
+@dataclass(frozen=True)
+class Size:
+    """Trainable parameters of a model."""
+
+    total: int
+    without_embeddings: int
+
+
+def make_student(settings: TrainSettings, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The student of a run, in float32, its special tokens those of the tokenizer.
+
+    Raises LogitcaskError where it cannot be made or its vocabulary is smaller than ``vocab_size``.
+    """
+    set_seed(settings.seed)
+    if settings.student_config is not None:
+        model = _from_config(settings.student_config, vocab_size)
+    elif settings.student_model is not None:
+        model = _load(settings.student_model)
+    else:
+        assert settings.teacher_model is not None and settings.init_from_teacher_layers is not None
+        model = keep_layers(_load(settings.teacher_model), settings.init_from_teacher_layers)
+    width = model.get_output_embeddings().weight.shape[0]
+    if width < vocab_size:
+        raise LogitcaskError(
+            f"the student's vocabulary is {width}, the tokenizer's {vocab_size}: it must be at least as large; "
+            "leave vocab_size out of the student config"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name)
+        setattr(model.config, name, value)
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, value)
+    return model
+
+
+def _from_config(path: Path, vocab_size: int) -> PreTrainedModel:
+    try:
+        values: Any = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise LogitcaskError(f"--student-config {path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise LogitcaskError(f"--student-config {path}: not a readable JSON file: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise LogitcaskError(f"--student-config {path}: must be a Hugging Face config: a JSON object with model_type")
+    values.setdefault("vocab_size", vocab_size)
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # configs are validated by each architecture in its own way
+        reason = " ".join(str(error).split())
+        raise LogitcaskError(f"--student-config {path}: no causal language model can be made of it: {reason}") from error
+    return model
+
+
+def _load(source: str) -> PreTrainedModel:
+    try:
+        if source.endswith(".gguf"):
+            path = Path(source)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            forget_gguf(model)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise LogitcaskError(f"{source}: no causal language model could be loaded: {str(error).splitlines()[0]}") from error
+    found: PreTrainedModel = model
+    return found
+
+
+def keep_layers(model: PreTrainedModel, chosen: str) -> PreTrainedModel:
+    """The model with only these of its layers, as ``"0,9,19,29"``. Raises LogitcaskError where one is not there."""
+    trunk: Any = model.base_model
+    holder = trunk if hasattr(trunk, "layers") else getattr(trunk, "decoder", None)
+    if not hasattr(holder, "layers"):
+        raise LogitcaskError(f"--init-from-teacher-layers: {type(model).__name__} has no list of layers to take from")
+    layers, count = holder.layers, len(holder.layers)
+    try:
+        places = [int(part) for part in chosen.split(",")]
+    except ValueError as error:
+        raise LogitcaskError(f"--init-from-teacher-layers: must be layer numbers as 0,9,19, is {chosen!r}") from error
+    wrong = [place for place in places if not 0 <= place < count]
+    if wrong or len(set(places)) < len(places):
+        raise LogitcaskError(f"--init-from-teacher-layers: layers are 0 to {count - 1}, each once; got {chosen}")
+    holder.layers = torch.nn.ModuleList(layers[place] for place in places)
+    for number, layer in enumerate(holder.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    model.config.num_hidden_layers = len(places)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[place] for place in places]
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> Size:
+    """Parameters with and without the embedding matrices."""
+    embeddings = {id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Size(total, total - sum(embeddings.values()))

@@ -1,0 +1,1 @@
+"""Teachers: what turns token ids into sparse labels."""

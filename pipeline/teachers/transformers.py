@@ -1,0 +1,138 @@
+"""The transformers engine: any causal language model by hub id, local folder or GGUF file, labelled in plain PyTorch.
+
+Legend: B sequences a batch, L their padded length, N target positions, V vocabulary, M tail draws.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cache.errors import LogitcaskError
+from cache.manifest import LabelSettings, TeacherIdentity
+from cache.targets import SparseTargets
+from pipeline.devices import choose_device
+from pipeline.lm_head import last_hidden_states, read_head
+from pipeline.sparsify import sparsify, uniform_draws
+from pipeline.teachers.base import TokenizedExample
+
+SLICE_LOGITS = 1 << 22  # logits in memory at a time: 16 MiB in float32, whatever the batch and its lengths
+SAMPLED = 4096  # entries of each parameter in the weights fingerprint
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersTeacher:
+    """A causal language model in evaluation mode. Only target positions meet its head, a slice of them at a time."""
+
+    def __init__(self, model: PreTrainedModel, identity: TeacherIdentity) -> None:
+        self.identity = identity
+        self._model = model.eval()
+        self._head = read_head(model)
+
+    def label(self, batch: Sequence[TokenizedExample], settings: LabelSettings) -> list[SparseTargets]:
+        """The labels of each example's target positions.
+
+        Rows are padded at the right and run without a padding mask: attention is causal, so no real token sees one.
+        Logits beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalising.
+        """
+        longest = max(len(example.input_ids) for example in batch)
+        ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
+        mask_BL = np.zeros((len(batch), longest), dtype=bool)
+        for row, example in enumerate(batch):
+            ids_BL[row, : len(example.input_ids)] = example.input_ids
+            mask_BL[row, : len(example.input_ids)] = example.target_mask
+        gold_N = torch.from_numpy(np.roll(ids_BL, -1, axis=1)[mask_BL]).to(self._model.device)
+        counts = mask_BL.sum(1)
+        uniforms_NM = torch.from_numpy(
+            np.concatenate(
+                [
+                    uniform_draws(settings.seed, example.index, int(count), settings.tail_draws)
+                    for example, count in zip(batch, counts, strict=True)
+                ]
+            )
+        )
+        with torch.inference_mode():
+            hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
+            hidden_NH = hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)]
+            rows = max(1, SLICE_LOGITS // settings.vocab_size)
+            parts = [
+                sparsify(
+                    self._head.logits(hidden_NH[start : start + rows])[:, : settings.vocab_size],
+                    gold_N[start : start + rows],
+                    uniforms_NM[start : start + rows].to(hidden_NH.device),
+                    settings.head_size,
+                    settings.temperatures,
+                )
+                for start in range(0, len(hidden_NH), rows)
+            ]
+        targets = SparseTargets.concatenate(parts)
+        ends = np.cumsum(counts)
+        return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model was made for, None where its config does not say."""
+        found = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return int(found) if found else None
+
+    @property
+    def logits_width(self) -> int:
+        """Rows of the head: the tokenizer's vocabulary, perhaps padded."""
+        return int(self._head.weight.shape[0])
+
+
+def load_teacher(
+    source: str, *, revision: str | None, dtype: str, device: str, trust_remote_code: bool
+) -> TransformersTeacher:
+    """Load a teacher. Raises LogitcaskError where the model or the device cannot be had."""
+    place = choose_device(device)
+    kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    try:
+        if source.endswith(".gguf"):
+            if not Path(source).is_file():
+                raise LogitcaskError(f"{source}: no such GGUF file: check --teacher-model")
+            model = AutoModelForCausalLM.from_pretrained(
+                str(Path(source).parent), gguf_file=Path(source).name, dtype=kind
+            )
+            forget_gguf(model)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=kind, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
+    identity = TeacherIdentity(
+        id=Path(source).name if Path(source).exists() else source,
+        revision=getattr(model.config, "_commit_hash", None) or revision or "",
+        weights=weights_fingerprint(model),
+        dtype=str(kind).removeprefix("torch."),
+        engine="transformers",
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    return TransformersTeacher(model.to(place), identity)
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Remove the quantisation marks of a GGUF file: the weights are plain floats now, and saving refuses the marks."""
+    for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over the name, shape, dtype and up to 4,096 evenly spaced entries of every parameter.
+
+    A sample, so that a teacher of any size is told from its neighbours in a second; it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].float().cpu().numpy().astype("<f4")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()

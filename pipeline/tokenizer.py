@@ -1,0 +1,122 @@
+"""Tokenizers: loading them, telling two of them apart by what they do, and carrying them inside a cache."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from cache.errors import LogitcaskError
+from cache.manifest import TokenizerIdentity, sha256
+
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PLAIN_GPT2 = {"gpt-2", "gpt2", "default"}
+# Texts on which tokenizers of one family differ: digits, indentation, line ends, scripts, accents, byte fallback.
+PROBES = (
+    "x  12 == 3.14159 and y1234567",
+    "def f(a, b):\n    return a + b\n\n\n\tpass  # tail  ",
+    "Hello, world! It's 10:30pm; don't panic.\r\n",
+    "naïve café — “quotes” … ½ ﬁ",
+    "日本語のテキスト 한국어 العربية עברית हिन्दी",
+    "🙂👩‍👩‍👧 \u200b\x07 \U0001f9ff",
+    " leading", "trailing ", "   ", "\n\n", "<|im_start|>user\n<s></s>[INST]",
+)
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id, a local folder or a GGUF file.
+
+    Raises LogitcaskError where it cannot be had, or a GGUF file asks for a splitting rule that is not known here.
+    """
+    try:
+        if source.endswith(".gguf"):
+            folder, name = str(Path(source).parent), Path(source).name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            _mend_gguf_splitting(tokenizer, source)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise LogitcaskError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give a byte-level tokenizer read from GGUF the splitting rule its file names.
+
+    The reader of transformers ignores names it does not know, silently: SmolLM2's splits digits one by one before
+    anything else, and without that blanks before digits are merged wrongly, which no round trip shows.
+    """
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    if "tokenizer.ggml.model" not in fields or fields["tokenizer.ggml.model"].contents() != "gpt2":
+        return
+    rule = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
+    if rule == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )
+    elif rule not in PLAIN_GPT2 and rule not in GGUF_PRE_TOKENIZER_SPLITS:
+        raise LogitcaskError(
+            f"{path}: tokenizer.ggml.pre is {rule!r}, a splitting rule not known here; "
+            "its tokens would be silently wrong: use the model's Hugging Face folder instead of the GGUF file"
+        )
+
+
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the probe texts."""
+    return [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the vocabulary and the encodings of the probe texts.
+
+    Equal widths do not make equal tokenizers, and two wrappers of one tokenizer must not look different.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return sha256(json.dumps([vocabulary, encodings(tokenizer)], ensure_ascii=True).encode())
+
+
+def identify(tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes]) -> TokenizerIdentity:
+    """What the manifest says of a tokenizer."""
+    template = tokenizer.chat_template
+    return TokenizerIdentity(
+        fingerprint=fingerprint(tokenizer),
+        chat_template=sha256(json.dumps(template).encode()) if template else None,
+        files={name: sha256(data) for name, data in files.items()},
+    )
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files that make the tokenizer elsewhere, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        found = {name: Path(folder, name).read_bytes() for name in CARRIED if Path(folder, name).exists()}
+    if "tokenizer.json" in found:  # canonical, so that equal tokenizers give equal bytes
+        found["tokenizer.json"] = Tokenizer.from_str(found["tokenizer.json"].decode()).to_str().encode()
+    return found
+
+
+def tokenizer_from_files(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a cache carries. File names outside the known set are refused; no code is ever loaded."""
+    strange = set(files) - set(CARRIED)
+    if strange:
+        raise LogitcaskError(f"cache carries unknown tokenizer files {sorted(strange)}: known are {list(CARRIED)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            Path(folder, name).write_bytes(data)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

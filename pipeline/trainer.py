@@ -1,0 +1,160 @@
+"""transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
+from pipeline.lm_head import LMHead, last_hidden_states, read_head
+from pipeline.losses import LossSettings, LossSums, SparseLabels, distillation_loss
+
+SLICE_LOGITS = 1 << 24  # logits in memory at a time
+SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
+
+
+def make_loss_forward(model: PreTrainedModel, settings: LossSettings, head_size: int) -> None:
+    """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
+
+    Called without ``target_index`` it is the forward it was.
+    """
+    plain = model.forward
+    shape = read_head(model)
+
+    def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
+        if target_index is None:
+            return plain(*args, **inputs)
+        head = model.get_output_embeddings()
+        current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
+        hidden = last_hidden_states(model, inputs["input_ids"]).flatten(0, 1)[target_index]
+        return sliced_loss(hidden, current, inputs, settings, head_size)
+
+    model.forward = forward
+
+
+def sliced_loss(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSettings, head_size: int) -> LossSums:
+    """The loss of N rows, a slice of them at a time; logits are made again in the backward pass, never all kept."""
+    rows = max(1, SLICE_LOGITS // head.weight.shape[0])
+
+    def one(hidden: Tensor, first: int) -> LossSums:
+        part = slice(first, first + rows)
+        labels = None
+        if "label_ids" in batch:
+            labels = SparseLabels(
+                batch["label_ids"][part],
+                batch["label_weights"][part],
+                batch["label_log_probs"][part],
+                batch["label_log_rest"][part],
+                head_size,
+            )
+        return distillation_loss(head.logits(hidden).float(), batch["gold"][part], labels, settings)
+
+    parts: list[LossSums] = [
+        checkpoint(one, hidden_NH[first : first + rows], first, use_reentrant=False)
+        for first in range(0, len(hidden_NH), rows)
+    ]
+    return LossSums(*(torch.stack([getattr(part, name) for part in parts]).sum() for name in SUMS))
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose batches come from a cache and whose loss is a mean over the step's target positions."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        examples: Dataset[TrainingExample],
+        sampler: BatchSampler,
+        held_out: Sequence[int],
+        collator: Collator,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self._sampler, self._held_out = sampler, list(held_out)
+        self.loss_is_scaled_for_ga = True
+        self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in the sampler's order."""
+        return self._loader(self._sampler)
+
+    def _loader(self, batches: Any) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """The batches of one optimizer step and the number of their target positions over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count[None]).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This batch's share of the step's mean; ranks are averaged later, hence the factor."""
+        sums: LossSums = model(**inputs)
+        assert num_items_in_batch is not None and not return_outputs
+        row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
+        self._sums = row.double() if self._sums is None else self._sums + row
+        return sums.total * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's line with the parts of the loss in place of its own mean of means."""
+        if "loss" in logs and self._sums is not None:
+            logs = {key: value for key, value in logs.items() if key != "loss"}
+            logs = {**self._means(self._sums, ""), **logs}
+            self._sums = None
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Means over all target positions of the held-out examples, the same quantities as in training."""
+        size = self.args.per_device_eval_batch_size
+        batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
+        self.model.eval()
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches[self.args.process_index :: self.args.world_size]:
+                inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
+                found: LossSums = self.model(**inputs)
+                sums += torch.stack([*(getattr(found, n).double().cpu() for n in SUMS), torch.tensor(len(inputs["gold"]))])
+        metrics = self._means(sums.to(self.args.device), "eval_")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        totals = self.accelerator.reduce(sums, "sum").tolist()
+        means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
+        found = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
+        found[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
+        found[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
+        found[f"{prefix}student_head_mass"] = means["student_mass"]
+        return found
