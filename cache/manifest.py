@@ -121,7 +121,9 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
         place = ".".join(str(part) for part in first["loc"])
         raise CacheFormatError(f"{where}: damaged manifest: {place}: {first['msg']}") from error
     if version != FORMAT_VERSION:
-        raise CacheFormatError(f"{where}: cache format {version!r} is not readable: this version reads {FORMAT_VERSION}")
+        raise CacheFormatError(
+            f"{where}: cache format {version!r} is not readable: this version reads {FORMAT_VERSION}"
+        )
     return manifest
 
 

@@ -113,7 +113,9 @@ class CacheReader:
         }
         length = {"token": int(counts["token_count"].sum()), "position": int(counts["position_count"].sum())}
         if length["token"] > plan.tokens or length["position"] > plan.positions:
-            raise CacheFormatError(f"{self.path}: shard {index} is damaged: its examples do not fit it; run cache verify")
+            raise CacheFormatError(
+                f"{self.path}: shard {index} is damaged: its examples do not fit it; run cache verify"
+            )
         stride = {"token": plan.tokens, "position": plan.positions}
         found = {
             spec.name: self._slots(spec.name, index, stride[spec.axis], length[spec.axis])
@@ -136,7 +138,11 @@ class CacheReader:
         want = zarr_layout(spec, self.manifest.shards)
         if not isinstance(found, zarr.Array):
             raise CacheFormatError(f"{self.path}: array {spec.name} is missing; run cache verify")
-        wrong = [f"{key} {getattr(found, key)}" for key in ("shape", "chunks", "shards", "dtype") if getattr(found, key) != want[key]]
+        wrong = [
+            f"{key} {getattr(found, key)}"
+            for key in ("shape", "chunks", "shards", "dtype")
+            if getattr(found, key) != want[key]
+        ]
         if wrong:
             raise CacheFormatError(f"{self.path}: array {spec.name} does not fit the manifest: {', '.join(wrong)}")
         return found

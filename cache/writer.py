@@ -69,7 +69,7 @@ class CacheWriter:
         wrong = differences(found.flat(), self.manifest.flat())
         if wrong:
             raise CacheMismatchError(
-                f"{self.path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite it"
+                f"{self.path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
             )
         if len(committed_shards(self._store, found)) == found.shards.count:
             raise LogitcaskError(f"{self.path}: the cache is complete already; pass --overwrite to make it again")
@@ -94,7 +94,10 @@ class CacheWriter:
             compressors=None,
             fill_value=0,
             dimension_names=("shard", "byte"),
-            attributes={"meaning": "SHA-256 of each object of the shard", "arrays": [spec.name for spec in self._specs]},
+            attributes={
+                "meaning": "SHA-256 of each object of the shard",
+                "arrays": [spec.name for spec in self._specs],
+            },
         )
 
     def missing_shards(self) -> list[int]:

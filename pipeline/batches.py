@@ -56,7 +56,9 @@ class CacheExamples(Dataset[TrainingExample]):
 
     def __getitem__(self, index: int) -> TrainingExample:
         found = self.reader.example(index)
-        return TrainingExample(Encoded(found.input_ids, found.target_mask), found.targets if self._with_targets else None)
+        return TrainingExample(
+            Encoded(found.input_ids, found.target_mask), found.targets if self._with_targets else None
+        )
 
     def __getstate__(self) -> dict[str, object]:
         return {"_path": self._path, "_with_targets": self._with_targets, "_reader": None}
@@ -76,7 +78,7 @@ class FileExamples(Dataset[TrainingExample]):
 
 
 def held_out(examples: int, fraction: float, seed: int) -> IntArray:
-    """Examples kept for evaluation, ascending: a share of them chosen by seed, at least one where the share is not 0."""
+    """Examples kept for evaluation, ascending: a share of them, chosen by seed, at least one unless it is 0."""
     if fraction == 0.0:
         return np.zeros(0, dtype=np.int64)
     count = min(examples - 1, max(1, round(examples * fraction)))

@@ -10,6 +10,8 @@ from pipeline.options import options_from
 from pipeline.settings import GenerateDataSettings, GenerateSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
+os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +55,9 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
     )
 
 
-@app.command("train", **_example("train --cache data/cache --student-config configs/students/tiny.json --output-dir runs/a"))
+@app.command(
+    "train", **_example("train --cache data/cache --student-config configs/students/tiny.json --output-dir runs/a")
+)
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, with no teacher in memory."""

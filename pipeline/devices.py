@@ -6,7 +6,7 @@ from cache.errors import LogitcaskError
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes an accelerator where there is one. Raises LogitcaskError for none such."""
+    """The device of that name; ``auto`` takes an accelerator if there is one. Raises LogitcaskError for none such."""
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache.errors import LogitcaskError
 from cache.targets import IntArray
+from pipeline.progress import track
 
 KINDS = {"prompt": ("prompt", "response"), "messages": ("messages",), "text": ("text",)}
 OPTIONAL = {"category", "language"}
@@ -179,6 +180,14 @@ class Encoder:
         if not segments:
             raise LogitcaskError(f"{where}: has no target: the chat has no assistant turn")
         return [*segments, (whole[done:], False)]
+
+
+def encode_source(encoder: Encoder, source: str) -> Iterator[Encoded]:
+    """Every record of a source, encoded, under a progress bar."""
+    with track(f"reading {source}", None, "examples") as advance:
+        for where, record in read_records(source):
+            yield encoder.encode(where, record)
+            advance(1)
 
 
 def _require_text(where: str, field: str, text: str) -> None:

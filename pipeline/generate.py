@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from threading import Thread
 
 import torch
-from transformers import AutoModelForCausalLM, TextIteratorStreamer, set_seed
+from transformers import TextIteratorStreamer, set_seed
 
-from cache.errors import LogitcaskError
 from pipeline.devices import choose_device
+from pipeline.models import load_causal_lm
 from pipeline.settings import GenerateSettings
 from pipeline.tokenizer import load_tokenizer
 
@@ -15,10 +15,7 @@ from pipeline.tokenizer import load_tokenizer
 def generate_text(settings: GenerateSettings) -> Iterator[str]:
     """Pieces of the answer as they are made. Raises LogitcaskError where the model cannot be loaded."""
     tokenizer = load_tokenizer(settings.model)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(settings.model).to(choose_device(settings.device)).eval()
-    except (OSError, ValueError) as error:
-        raise LogitcaskError(f"{settings.model}: no causal language model could be loaded from it") from error
+    model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": settings.prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -26,7 +23,9 @@ def generate_text(settings: GenerateSettings) -> Iterator[str]:
     else:
         inputs = tokenizer(settings.prompt, return_tensors="pt")
     set_seed(settings.seed)
-    sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
+    )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     request = {**inputs.to(model.device), **sampling, "max_new_tokens": settings.max_new_tokens, "streamer": streamer}
 

@@ -46,7 +46,9 @@ def read_head(model: PreTrainedModel) -> LMHead:
     model.eval()
     probe = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
     own = model(input_ids=probe).logits[0].double()
-    raw = torch.nn.functional.linear(last_hidden_states(model, probe)[0], head.weight, getattr(head, "bias", None)).double()
+    raw = torch.nn.functional.linear(
+        last_hidden_states(model, probe)[0], head.weight, getattr(head, "bias", None)
+    ).double()
     model.train(was_training)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     uncapped = own if cap is None else cap * torch.atanh((own / cap).clamp(-1 + 1e-7, 1 - 1e-7))

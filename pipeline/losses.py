@@ -50,7 +50,7 @@ def hard_loss(logits_NV: Tensor, gold_N: Tensor) -> Tensor:
 
 
 def sparse_forward_kl(log_q_NV: Tensor, labels: SparseLabels) -> Tensor:
-    """sum_s w_s (log p_T(v_s) - log q_T(v_s)): unbiased for KL(p_T || q_T) with sampled weights, up to a term free of q."""
+    """sum_s w_s (log p_T(v_s) - log q_T(v_s)): unbiased for KL(p_T || q_T) with sampled weights."""
     log_q_NS = log_q_NV.gather(1, labels.ids_NS)
     return (labels.weights_NS * (labels.log_probs_NS - log_q_NS)).sum(1)
 
@@ -69,7 +69,9 @@ def bucket_divergence(log_q_NV: Tensor, labels: SparseLabels, divergence: str) -
         return functional.kl_div(log_p_NO, log_q_NO, reduction="none", log_target=True).sum(1)
     assert divergence == "jsd", divergence
     log_m_NO = torch.logaddexp(log_p_NO, log_q_NO) - math.log(2.0)
-    sides = [functional.kl_div(log_m_NO, side, reduction="none", log_target=True).sum(1) for side in (log_p_NO, log_q_NO)]
+    sides = [
+        functional.kl_div(log_m_NO, side, reduction="none", log_target=True).sum(1) for side in (log_p_NO, log_q_NO)
+    ]
     return 0.5 * (sides[0] + sides[1])
 
 

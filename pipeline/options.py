@@ -49,8 +49,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     elif field.default is not None and not switch:
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text += f" [default: {default}]"
-    option = typer.Option(flag, f"--no-{flag[2:]}" if switch else flag, help=help_text, show_default=False) if switch else (
-        typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field))
+    option = (
+        typer.Option(flag, f"--no-{flag[2:]}" if switch else flag, help=help_text, show_default=False)
+        if switch
+        else (typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field)))
     )
     kind: Any = bool if switch else str
     return inspect.Parameter(

@@ -1,7 +1,6 @@
 """Stage 1: label every example once with the teacher and write the cache, shard by shard."""
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from cache.reader import is_complete
 from cache.shard import Example, Shard
 from cache.targets import IntArray
 from cache.writer import CacheWriter
-from pipeline.examples import Encoded, Encoder, read_records
+from pipeline.examples import Encoder, encode_source
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import cut_shards, plan_batches, plan_strides, shuffled
@@ -41,13 +40,12 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     )
     size = tokenizer_size(tokenizer)
     if settings.head_size + settings.tail_draws > size:
-        raise LogitcaskError(
-            f"--head-size + --tail-draws is {settings.head_size + settings.tail_draws}, more than the vocabulary's {size}"
-        )
+        asked = settings.head_size + settings.tail_draws
+        raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(
-            _encode_all(encoder, settings.train_data),
+            encode_source(encoder, settings.train_data),
             Path(folder),
             max_seq_length=settings.max_seq_length,
             prompt_loss=settings.prompt_loss,
@@ -118,14 +116,9 @@ def check_teacher(teacher: TransformersTeacher, vocabulary: int, max_seq_length:
     """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
     if vocabulary > teacher.logits_width:
         raise LogitcaskError(
-            f"the tokenizer has {vocabulary} tokens, the teacher's head only {teacher.logits_width}: they do not belong together"
+            f"the tokenizer has {vocabulary} tokens, its head {teacher.logits_width} rows: they do not fit"
         )
     if teacher.max_length is not None and max_seq_length > teacher.max_length:
-        raise LogitcaskError(f"--max-seq-length {max_seq_length} is more than the teacher's {teacher.max_length}: lower it")
-
-
-def _encode_all(encoder: Encoder, source: str) -> Iterator[Encoded]:
-    with track(f"reading {source}", None, "examples") as advance:
-        for where, record in read_records(source):
-            yield encoder.encode(where, record)
-            advance(1)
+        raise LogitcaskError(
+            f"--max-seq-length {max_seq_length} is more than the teacher's {teacher.max_length}: lower it"
+        )

@@ -99,12 +99,16 @@ class TrainSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(5e-4, description="peak learning rate")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="steps of linear warm-up, before a cosine decay")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.01, description="AdamW's weight decay")
-    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="gradient clipping, 0: off")
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="gradient clipping, 0: off"
+    )
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="passes over the data")
     max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps; overrides epochs")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="for --train-data only")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of examples held out")
-    eval_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="steps between evaluations; default: at the ends")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between evaluations; default: at the ends"
+    )
     save_steps: Whole = Field(1000, description="steps between checkpoints")
     save_total_limit: Whole = Field(3, description="checkpoints kept")
     logging_steps: Whole = Field(10, description="steps between log lines")
@@ -133,7 +137,9 @@ class TrainSettings(Settings):
             raise ValueError(f"distillation_type {self.distillation_type} needs cache: soft labels lie there")
         fixed = {"output": 1.0, "logit": 0.0}.get(self.distillation_type)
         if fixed is not None and self.alpha not in (None, fixed):
-            raise ValueError(f"alpha must be {fixed} for {self.distillation_type}, is {self.alpha}: use hybrid or leave it out")
+            raise ValueError(
+                f"alpha must be {fixed} for {self.distillation_type}, is {self.alpha}: use hybrid or leave it out"
+            )
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"divergence {self.divergence} is only defined with tail bucket, tail is {self.tail}")
         return self

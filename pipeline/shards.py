@@ -24,7 +24,8 @@ def cut_shards(positions: IntArray, shard_positions: int) -> IntArray:
         limit = (int(ends[first - 1]) if first else 0) + shard_positions
         first = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
         cuts.append(first)
-    return np.diff(np.array(cuts, dtype=np.int64))
+    found = np.array(cuts, dtype=np.int64)
+    return found[1:] - found[:-1]
 
 
 def plan_strides(shard_examples: IntArray, tokens: IntArray, positions: IntArray) -> ShardPlan:

@@ -30,16 +30,15 @@ def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
     for index, stored in enumerate(temperatures):
         if abs(stored - temperature) < 1e-6:
             return index
-    raise LogitcaskError(
-        f"--temperature {temperature:g} is not stored in the cache: it holds {', '.join(f'{t:g}' for t in temperatures)}"
-    )
+    stored_names = ", ".join(f"{stored:g}" for stored in temperatures)
+    raise LogitcaskError(f"--temperature {temperature:g} is not stored in the cache: it holds {stored_names}")
 
 
 def soft_labels(targets: SparseTargets, temperatures: Sequence[float], temperature: float, tail: str) -> SoftLabels:
     """Labels at one stored temperature.
 
     ``sampled``: head weight p_T(v), tail weight (count / M) * p_T(v) / r(v), where r(v) = mean over stored t of
-    p_t(v) / (tail mass at t) is what the draws came from; unbiased for every f. ``bucket``: the head, its weights p_T(v);
+    p_t(v) / (tail mass at t) is what the draws came from; unbiased for every f. ``bucket``: the head, weights p_T(v);
     the rest is ``log_rest``. ``renormalize``: the head's weights made to sum to 1; ignores the rest, biased.
     """
     j = temperature_index(temperatures, temperature)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from cache.errors import LogitcaskError
+from pipeline.models import load_causal_lm
 from pipeline.settings import TrainSettings
-from pipeline.teachers.transformers import forget_gguf
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ def make_student(settings: TrainSettings, vocab_size: int, tokenizer: PreTrained
     if settings.student_config is not None:
         model = _from_config(settings.student_config, vocab_size)
     elif settings.student_model is not None:
-        model = _load(settings.student_model)
+        model = load_causal_lm(settings.student_model, dtype=torch.float32)
     else:
-        assert settings.teacher_model is not None and settings.init_from_teacher_layers is not None
-        model = keep_layers(_load(settings.teacher_model), settings.init_from_teacher_layers)
+        assert settings.teacher_model is not None
+        assert settings.init_from_teacher_layers is not None
+        whole = load_causal_lm(settings.teacher_model, dtype=torch.float32)
+        model = keep_layers(whole, settings.init_from_teacher_layers)
     width = model.get_output_embeddings().weight.shape[0]
     if width < vocab_size:
         raise LogitcaskError(
@@ -63,28 +65,16 @@ def _from_config(path: Path, vocab_size: int) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # configs are validated by each architecture in its own way
         reason = " ".join(str(error).split())
-        raise LogitcaskError(f"--student-config {path}: no causal language model can be made of it: {reason}") from error
+        raise LogitcaskError(
+            f"--student-config {path}: no causal language model can be made of it: {reason}"
+        ) from error
     return model
-
-
-def _load(source: str) -> PreTrainedModel:
-    try:
-        if source.endswith(".gguf"):
-            path = Path(source)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-            forget_gguf(model)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise LogitcaskError(f"{source}: no causal language model could be loaded: {str(error).splitlines()[0]}") from error
-    found: PreTrainedModel = model
-    return found
 
 
 def keep_layers(model: PreTrainedModel, chosen: str) -> PreTrainedModel:
     """The model with only these of its layers, as ``"0,9,19,29"``. Raises LogitcaskError where one is not there."""
     trunk: Any = model.base_model
-    holder = trunk if hasattr(trunk, "layers") else getattr(trunk, "decoder", None)
+    holder: Any = trunk if hasattr(trunk, "layers") else getattr(trunk, "decoder", None)
     if not hasattr(holder, "layers"):
         raise LogitcaskError(f"--init-from-teacher-layers: {type(model).__name__} has no list of layers to take from")
     layers, count = holder.layers, len(holder.layers)
@@ -108,6 +98,8 @@ def keep_layers(model: PreTrainedModel, chosen: str) -> PreTrainedModel:
 
 def count_parameters(model: PreTrainedModel) -> Size:
     """Parameters with and without the embedding matrices."""
-    embeddings = {id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    embeddings = {
+        id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
+    }
     total = sum(parameter.numel() for parameter in model.parameters())
     return Size(total, total - sum(embeddings.values()))

@@ -21,11 +21,17 @@ PROBES = (
     "naïve café — “quotes” … ½ ﬁ",
     "日本語のテキスト 한국어 العربية עברית हिन्दी",
     "🙂👩‍👩‍👧 \u200b\x07 \U0001f9ff",
-    " leading", "trailing ", "   ", "\n\n", "<|im_start|>user\n<s></s>[INST]",
+    " leading",
+    "trailing ",
+    "   ",
+    "\n\n",
+    "<|im_start|>user\n<s></s>[INST]",
 )
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id, a local folder or a GGUF file.
 
     Raises LogitcaskError where it cannot be had, or a GGUF file asks for a splitting rule that is not known here.
@@ -70,7 +76,7 @@ def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest token id."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(int(token) for token in tokenizer.get_vocab().values()) + 1
 
 
 def encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

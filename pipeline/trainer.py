@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from torch.utils.checkpoint import checkpoint
+from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
@@ -121,9 +121,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """This batch's share of the step's mean; ranks are averaged later, hence the factor."""
         sums: LossSums = model(**inputs)
-        assert num_items_in_batch is not None and not return_outputs
+        assert num_items_in_batch is not None
+        assert not return_outputs
         row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
-        self._sums = row.double() if self._sums is None else self._sums + row
+        self._sums = row if self._sums is None else self._sums + row
         return sums.total * self.accelerator.num_processes / num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -144,10 +145,12 @@ class DistillationTrainer(Trainer):
             for batch in batches[self.args.process_index :: self.args.world_size]:
                 inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
                 found: LossSums = self.model(**inputs)
-                sums += torch.stack([*(getattr(found, n).double().cpu() for n in SUMS), torch.tensor(len(inputs["gold"]))])
-        metrics = self._means(sums.to(self.args.device), "eval_")
+                sums += torch.stack(
+                    [*(getattr(found, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))]
+                )
+        metrics = self._means(sums.float().to(self.args.device), "eval_")
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:

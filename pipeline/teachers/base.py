@@ -13,7 +13,10 @@ from cache.targets import IntArray, SparseTargets
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids (L,), and where the distribution of the next token is wanted, (L,); ``index`` is its place in the cache."""
+    """Token ids (L,), and where the distribution of the next token is wanted, (L,).
+
+    ``index`` is the example's place in the cache.
+    """
 
     index: int
     input_ids: IntArray

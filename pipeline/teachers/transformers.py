@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cache.errors import LogitcaskError
 from cache.manifest import LabelSettings, TeacherIdentity
 from cache.targets import SparseTargets
 from pipeline.devices import choose_device
 from pipeline.lm_head import last_hidden_states, read_head
+from pipeline.models import load_causal_lm
 from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
 
@@ -91,21 +91,7 @@ def load_teacher(
     """Load a teacher. Raises LogitcaskError where the model or the device cannot be had."""
     place = choose_device(device)
     kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    try:
-        if source.endswith(".gguf"):
-            if not Path(source).is_file():
-                raise LogitcaskError(f"{source}: no such GGUF file: check --teacher-model")
-            model = AutoModelForCausalLM.from_pretrained(
-                str(Path(source).parent), gguf_file=Path(source).name, dtype=kind
-            )
-            forget_gguf(model)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=kind, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
+    model = load_causal_lm(source, dtype=kind, revision=revision, trust_remote_code=trust_remote_code)
     identity = TeacherIdentity(
         id=Path(source).name if Path(source).exists() else source,
         revision=getattr(model.config, "_commit_hash", None) or revision or "",
@@ -115,13 +101,6 @@ def load_teacher(
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
     return TransformersTeacher(model.to(place), identity)
-
-
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Remove the quantisation marks of a GGUF file: the weights are plain floats now, and saving refuses the marks."""
-    for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
-        if hasattr(owner, name):
-            delattr(owner, name)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

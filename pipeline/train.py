@@ -1,0 +1,267 @@
+"""Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from cache.errors import CacheMismatchError, LogitcaskError
+from cache.reader import CacheReader
+from cache.targets import IntArray
+from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
+from pipeline.examples import Encoder, encode_source
+from pipeline.losses import LossSettings
+from pipeline.settings import TrainSettings
+from pipeline.soft_labels import temperature_index
+from pipeline.student import count_parameters, make_student
+from pipeline.token_table import stage_tokens
+from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
+from pipeline.trainer import DistillationTrainer, make_loss_forward
+
+SETTINGS_FILE = "settings.json"
+# Knobs that may differ between a run and its resumption: they do not change what is learned at a step.
+FREE = {
+    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
+    *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "cache", "device"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's examples come from."""
+
+    examples: CacheExamples | FileExamples
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    temperatures: tuple[float, ...]
+    head_size: int
+    tail: str
+    shard_starts: IntArray
+    identity: str  # of the data, for telling runs apart
+    captured: float | None  # teacher mass in the head at the temperature of training
+
+
+def run_training(settings: TrainSettings) -> dict[str, float]:
+    """Train and save a student; returns the last evaluation. Raises LogitcaskError for anything the user can mend."""
+    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+        source = cache_source(settings) if settings.cache else file_source(settings, Path(folder))
+        record = {**settings.model_dump(mode="json"), "tail": source.tail, "data_fingerprint": source.identity}
+        checkpoint = admit_output(settings, record)
+        if source.tail == "renormalize" and source.captured is not None:
+            _say(f"tail renormalize: the head holds {source.captured:.1%} of the teacher's mass at this temperature; "
+                 "the rest is ignored and the student is pulled away from the teacher")  # fmt: skip
+        return _train(settings, source, record, checkpoint)
+
+
+def _train(settings: TrainSettings, source: Source, record: dict[str, Any], checkpoint: str | None) -> dict[str, float]:
+    model = make_student(settings, source.vocab_size, source.tokenizer)
+    size = count_parameters(model)
+    _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings")
+    loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
+    make_loss_forward(model, loss, source.head_size)
+    kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
+    sampler = BatchSampler(source.shard_starts, kept, settings.batch_size, settings.seed)
+    pad = source.tokenizer.pad_token_id
+    trainer = DistillationTrainer(
+        model=model,
+        args=training_arguments(settings),
+        examples=source.examples,
+        sampler=sampler,
+        held_out=kept.tolist(),
+        collator=Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail),
+        tokenizer=source.tokenizer,
+        callbacks=[KeepSettings(record)],
+    )
+    before = trainer.evaluate() if len(kept) and checkpoint is None else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = trainer.evaluate() if len(kept) else {}
+    final = settings.output_dir / "final"
+    trainer.save_model(str(final))
+    if trainer.is_world_process_zero():
+        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
+        _write_json(final / SETTINGS_FILE, record)
+        _write_json(settings.output_dir / "metrics.json", {"before": before, "after": after})
+        _print_evaluation(before, after, settings.temperature)
+        _say(f"student -> {final}")
+    return after
+
+
+def cache_source(settings: TrainSettings) -> Source:
+    """A cache as the source of a run. Raises LogitcaskError where it does not fit the settings."""
+    assert settings.cache is not None
+    reader = CacheReader(settings.cache)
+    label = reader.manifest.label
+    soft = settings.hard_weight < 1.0
+    tail = settings.tail or ("sampled" if label.tail_draws else "bucket")
+    captured = None
+    if soft:
+        j = temperature_index(label.temperatures, settings.temperature)
+        if tail != "sampled" and label.head_size == 0:
+            raise LogitcaskError(f"--tail {tail} needs a head, the cache has head size 0: use --tail sampled")
+        if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
+            raise LogitcaskError("--tail sampled needs draws, the cache has none: use --tail bucket")
+        captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
+    tokenizer = tokenizer_from_files(reader.tokenizer_files())
+    for other in {settings.student_model, settings.teacher_model} - {None}:
+        require_tokenizer(str(other), reader.manifest.tokenizer.fingerprint, settings.cache)
+    return Source(
+        examples=CacheExamples(settings.cache, with_targets=soft),
+        tokenizer=tokenizer,
+        vocab_size=label.vocab_size,
+        temperatures=tuple(label.temperatures),
+        head_size=label.head_size,
+        tail=tail,
+        shard_starts=reader.shard_starts,
+        identity=reader.manifest.data.fingerprint,
+        captured=captured,
+    )
+
+
+def file_source(settings: TrainSettings, folder: Path) -> Source:
+    """A data file as the source of output distillation; the tokenizer is the student's, or that of --teacher-model."""
+    assert settings.train_data is not None
+    owner = settings.student_model or settings.teacher_model
+    if owner is None:
+        raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model, only its tokenizer is loaded")
+    tokenizer = load_tokenizer(owner)
+    encoded = encode_source(Encoder(tokenizer, prompt_loss=False), settings.train_data)
+    table = stage_tokens(
+        encoded, folder, max_seq_length=settings.max_seq_length, prompt_loss=False, source=settings.train_data
+    )
+    return Source(
+        examples=FileExamples(table),
+        tokenizer=tokenizer,
+        vocab_size=tokenizer_size(tokenizer),
+        temperatures=(),
+        head_size=0,
+        tail="sampled",
+        shard_starts=np.array([0, len(table)], dtype=np.int64),
+        identity=table.identity.fingerprint,
+        captured=None,
+    )
+
+
+def require_tokenizer(source: str, wanted: str, cache: str) -> None:
+    """Raise CacheMismatchError where a model's own tokenizer is not the one the cache was made with."""
+    found = fingerprint(load_tokenizer(source))
+    if found != wanted:
+        raise CacheMismatchError(
+            f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {found[:12]}; "
+            "make a cache with a teacher of the same tokenizer"
+        )
+
+
+def admit_output(settings: TrainSettings, record: dict[str, Any]) -> str | None:
+    """The checkpoint to resume from, None for a new run.
+
+    Raises LogitcaskError where the output folder is not empty, or the checkpoint is missing or of another run.
+    """
+    wanted = settings.resume_from_checkpoint
+    if wanted is None:
+        if settings.output_dir.exists() and (not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())):
+            raise LogitcaskError(
+                f"--output-dir {settings.output_dir}: not an empty folder: choose another, or go on with "
+                "--resume-from-checkpoint latest"
+            )
+        return None
+    folder = _latest(settings.output_dir) if wanted == "latest" else Path(wanted)
+    if not (folder / SETTINGS_FILE).is_file():
+        raise LogitcaskError(f"--resume-from-checkpoint {folder}: no complete checkpoint of a run lies there")
+    found = json.loads((folder / SETTINGS_FILE).read_text())
+    wrong = [
+        f"{name}: checkpoint {found.get(name)!r}, now {record.get(name)!r}"
+        for name in sorted((found.keys() | record.keys()) - FREE)
+        if found.get(name) != record.get(name)
+    ]
+    if wrong:
+        raise LogitcaskError(
+            f"{folder}: is a checkpoint of another run: {'; '.join(wrong)}; use the settings it began with"
+        )
+    return str(folder)
+
+
+def _latest(output: Path) -> Path:
+    found = [folder for folder in output.glob("checkpoint-*") if (folder / SETTINGS_FILE).is_file()]
+    if not found:
+        raise LogitcaskError(
+            f"--resume-from-checkpoint latest: {output} holds no complete checkpoint: start without it"
+        )
+    return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def training_arguments(settings: TrainSettings) -> TrainingArguments:
+    """The Trainer's own settings."""
+    reports = [name for name, on in (("wandb", settings.use_wandb), ("tensorboard", settings.use_tensorboard)) if on]
+    half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
+    if settings.use_wandb:
+        import os
+
+        os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+    return TrainingArguments(
+        output_dir=str(settings.output_dir),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=settings.save_total_limit,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
+        eval_steps=settings.eval_steps,
+        gradient_checkpointing=settings.use_gradient_checkpointing,
+        bf16=half == "bf16",
+        fp16=half == "fp16",
+        dataloader_num_workers=settings.num_workers,
+        use_cpu=settings.device == "cpu",
+        report_to=reports or "none",
+        run_name=settings.wandb_run_name,
+        seed=settings.seed,
+        remove_unused_columns=False,
+    )
+
+
+class KeepSettings(TrainerCallback):
+    """Writes the resolved settings into each checkpoint, last: a checkpoint without them is not complete."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._record = record
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Complete the checkpoint that was just saved."""
+        if state.is_world_process_zero:
+            _write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / SETTINGS_FILE, self._record)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+
+
+def _print_evaluation(before: dict[str, float] | None, after: dict[str, float], temperature: float) -> None:
+    if not after:
+        return
+    table = Table("held out", "before", "after")
+    rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
+    if after["eval_teacher_captured_mass"]:
+        rows[f"KL to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
+    for name, (key, factor) in rows.items():
+        table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
+    Console().print(table)

