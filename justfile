@@ -1,10 +1,8 @@
 # Logitcask's recipes. `just` alone runs the whole check, as CI does.
 
-python := if path_exists(".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" }
 base := env("PYTHON", "python3")
 bin := ".venv/bin"
 logitcask := bin / "logitcask"
-export HF_HUB_OFFLINE := env("HF_HUB_OFFLINE", "0")
 
 # everything CI runs: format check, lint, types, import layers, tests
 check: lint pytest

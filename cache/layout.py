@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, TransposeCodec
 
 from cache.manifest import LabelSettings, ShardPlan
 from cache.targets import SparseTargets
 
 Axis = Literal["example", "token", "position"]
-CHUNK = {"example": 4096, "token": 65536, "position": 4096}
-HEAD_SCALE = 2.0**-8  # nats a code; the head holds most of the mass
-TAIL_SCALE = 2.0**-4
-MASS_SCALE = 2.0**-10
-PARTITION_SCALE = 2.0**-12
+CHUNK = {"example": 4096, "token": 65536, "position": 16384}
+HEAD_SCALE = 2.0**-6  # nats a code: 0.8 % of a probability at most
+TAIL_SCALE = 5 / 16  # coarser: a draw's own variance is a hundred times what this adds
+MASS_SCALE = 2.0**-7
+PARTITION_SCALE = 2.0**-8
 ABSENT = 65535  # the code of minus infinity
 
 
@@ -48,9 +49,17 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
         ArraySpec("input_ids", "token", ids, 0, "token ids"),
         ArraySpec("target_mask", "token", "uint8", 0, "1 where the distribution of the next token is stored"),
         ArraySpec("head_ids", "position", ids, k, "the K most probable tokens, most probable first"),
-        ArraySpec("head_logprobs", "position", "uint16", k, f"-l / {HEAD_SCALE}, of the head"),
+        ArraySpec(
+            "head_logprobs", "position", "uint16", k, f"-l / {HEAD_SCALE} of the head, each less the one before it"
+        ),
         ArraySpec("tail_ids", "position", ids, m, "distinct drawn tokens, ascending, each less the one before it"),
-        ArraySpec("tail_logprobs", "position", "uint16", m, f"-l / {TAIL_SCALE}, of the drawn tokens"),
+        ArraySpec(
+            "tail_logprobs",
+            "position",
+            "uint16",
+            m,
+            f"(l of the last of the head, or 0, - l) / {TAIL_SCALE} of the drawn",
+        ),
         ArraySpec("tail_counts", "position", count, m, "times drawn; 0 is padding"),
         ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}"),
         ArraySpec("log_tail_mass", "position", "uint16", j, f"-log(mass outside the head) / {MASS_SCALE}"),
@@ -72,8 +81,20 @@ def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
         "chunks": (chunk, *columns),
         "dtype": spec.dtype,
         "dimension_names": (names[spec.axis], "entry")[: 1 + len(columns)],
+        **_codecs(spec),
         "attributes": {"meaning": spec.meaning},
     }
+
+
+def _codecs(spec: ArraySpec) -> dict[str, Any]:
+    """Codecs that zarr-python, tensorstore and zarrs all know: columns together, bytes shuffled, zstd.
+
+    Head ids are better left as rows: the same few likeliest tokens come together again and again.
+    """
+    if spec.name == "head_ids":
+        return {"filters": [], "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle")}
+    columns = [TransposeCodec(order=(1, 0))] if spec.width else []
+    return {"filters": columns, "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="shuffle")}
 
 
 def stride_for(axis: Axis, longest: int) -> int:
@@ -94,15 +115,24 @@ def _values(codes: NDArray[Any], scale: float) -> NDArray[np.float32]:
     return np.where(codes == ABSENT, np.float32(-np.inf), values)
 
 
+def _last(head_logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """l of the last head token, (N, 1), which no drawn token exceeds; 0 where there is no head."""
+    if head_logprobs.shape[1] == 0:
+        return np.zeros((len(head_logprobs), 1), dtype=np.float32)
+    return np.where(np.isneginf(head_logprobs[:, -1:]), np.float32(0.0), head_logprobs[:, -1:])
+
+
 def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     """Labels as the integer arrays of the cache, by array name."""
     padding = targets.tail_counts == 0
+    head = _codes(targets.head_logprobs, HEAD_SCALE)
+    below = _last(_values(head, HEAD_SCALE)) - targets.tail_logprobs
     drawn = np.maximum.accumulate(np.where(padding, 0, targets.tail_ids), axis=1)
     return {
         "head_ids": targets.head_ids,
-        "head_logprobs": _codes(targets.head_logprobs, HEAD_SCALE),
+        "head_logprobs": np.diff(head, axis=1, prepend=np.uint16(0)),
         "tail_ids": np.diff(drawn, axis=1, prepend=0),
-        "tail_logprobs": np.where(padding, 0, _codes(targets.tail_logprobs, TAIL_SCALE)),
+        "tail_logprobs": np.where(padding, 0, _codes(-np.maximum(below, 0.0), TAIL_SCALE)),
         "tail_counts": targets.tail_counts,
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
         "log_tail_mass": _codes(targets.log_tail_mass, MASS_SCALE),
@@ -115,12 +145,14 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
     n = len(arrays["gold_logprobs"])
     none = np.zeros((n, 0), dtype=np.int64)
     counts = arrays.get("tail_counts", none).astype(np.int64)
+    head = _values(np.cumsum(arrays.get("head_logprobs", none), axis=1, dtype=np.uint16), HEAD_SCALE)
+    tail = _last(head) + _values(arrays.get("tail_logprobs", none), TAIL_SCALE)
     tail_ids = np.cumsum(arrays.get("tail_ids", none), axis=1, dtype=np.int64)
     return SparseTargets(
         head_ids=arrays.get("head_ids", none).astype(np.int64),
-        head_logprobs=_values(arrays.get("head_logprobs", none), HEAD_SCALE),
+        head_logprobs=head,
         tail_ids=np.where(counts == 0, 0, tail_ids),
-        tail_logprobs=_values(arrays.get("tail_logprobs", none), TAIL_SCALE),
+        tail_logprobs=np.where(counts == 0, np.float32(0.0), tail),
         tail_counts=counts,
         log_partition=arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE),
         log_tail_mass=_values(arrays["log_tail_mass"], MASS_SCALE),

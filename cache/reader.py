@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 
 from cache.errors import CacheFormatError, IncompleteCacheError
+from cache.integrity import committed_shards, shard_damage
 from cache.layout import ArraySpec, array_specs, decode_targets, zarr_layout
 from cache.manifest import Manifest, parse_manifest, sha256
 from cache.shard import Example, Shard
-from cache.store import list_names, open_store
+from cache.store import open_store
 from cache.targets import IntArray
 
 SHARDS_KEPT = 2  # decoded shards held in memory: a batch may straddle two
@@ -26,12 +27,6 @@ def read_manifest(store: Store, where: str) -> Manifest:
     except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
         raise CacheFormatError(f"{where}: not a logit cache: no Zarr v3 group with a manifest in it") from error
     return parse_manifest(dict(group.attrs), where)
-
-
-def committed_shards(store: Store, manifest: Manifest) -> set[int]:
-    """Shards that have a commit record."""
-    names = {name for name in list_names(store, "commits/c") if name.isdecimal()}
-    return {int(name) for name in names if int(name) < manifest.shards.count}
 
 
 def is_complete(path: str | Path) -> bool:
@@ -49,14 +44,18 @@ class CacheReader:
     ``manifest`` says what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open a cache. Raises CacheFormatError where it is none, IncompleteCacheError where shards are missing."""
+    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
+        """Open a cache.
+
+        Raises CacheFormatError where it is none, IncompleteCacheError where shards are missing, unless ``partial``.
+        """
         self.path = str(path)
         self._store = open_store(path, read_only=True)
         self.manifest = read_manifest(self._store, self.path)
         self._root = zarr.open_group(self._store, mode="r", zarr_format=3)
-        done, count = committed_shards(self._store, self.manifest), self.manifest.shards.count
-        if len(done) < count:
+        count = self.manifest.shards.count
+        done = committed_shards(self._store, count)
+        if len(done) < count and not partial:
             raise IncompleteCacheError(
                 f"{self.path}: {len(done)} of {count} shards are committed: finish it with the same "
                 "logitcask precompute-logits command that began it"
@@ -105,6 +104,11 @@ class CacheReader:
         return slots[used].astype(np.int64)
 
     def _read_shard(self, index: int) -> Shard:
+        wrong = shard_damage(self._store, self._specs, index)
+        if wrong:
+            raise CacheFormatError(
+                f"{self.path}: shard {index} is damaged: {wrong[0]}; run logitcask cache verify --repair"
+            )
         plan = self.manifest.shards
         examples = int(self.shard_starts[index + 1] - self.shard_starts[index])
         counts = {

@@ -32,13 +32,19 @@ def read_object(store: Store, key: str) -> bytes | None:
     return None if buffer is None else buffer.to_bytes()
 
 
-def list_names(store: Store, prefix: str) -> set[str]:
-    """Names directly below a prefix."""
+def list_objects(store: Store, prefix: str) -> set[str]:
+    """Keys of all objects below a prefix."""
 
     async def collect() -> set[str]:
-        return {name async for name in store.list_dir(prefix)}
+        return {key async for key in store.list_prefix(prefix)}
 
     return sync(collect())
+
+
+def delete_objects(store: Store, keys: list[str]) -> None:
+    """Remove objects, in order; those already gone are passed over."""
+    for key in keys:
+        sync(store.delete(key))
 
 
 def flush_objects(store: Store, keys: list[str]) -> None:

@@ -1,24 +1,21 @@
 """Writing a cache: whole shards, committed last. What is not committed does not exist."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import Store
-from zarr.codecs import BloscCodec
+from zarr.codecs import ZstdCodec
 from zarr.core.sync import sync
 
 from cache.errors import CacheMismatchError, LogitcaskError, differences
+from cache.integrity import commit_key, committed_shards, constant_objects, digests, shard_keys, write_seal
 from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
 from cache.manifest import ATTRIBUTE, Manifest, sha256
-from cache.reader import committed_shards, read_manifest
+from cache.reader import read_manifest
 from cache.shard import Shard
 from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store, read_object
-
-COMPRESSOR = BloscCodec(cname="zstd", clevel=5, shuffle="shuffle")
 
 
 def plan_digest(shard_examples: NDArray[np.int64]) -> str:
@@ -49,38 +46,40 @@ class CacheWriter:
             self._store = open_store(path, read_only=False)
             self._admit(overwrite)
             drop_partial_objects(self._store)
-            root = zarr.open_group(self._store, mode="a", zarr_format=3)
-            if ATTRIBUTE not in root.attrs:
-                root.attrs.put({ATTRIBUTE: manifest.model_dump(mode="json")})
+            # An object is written even where it is all zeros: its digest stands in the commit record.
+            zarr.config.set({"array.write_empty_chunks": True})
+            attributes: dict[str, Any] = {
+                ATTRIBUTE: manifest.model_dump(mode="json")
+            }  # written with the group, at once
+            root = zarr.open_group(self._store, mode="a", zarr_format=3, attributes=attributes)
             self._arrays = {spec.name: self._array(root, spec) for spec in self._specs}
             self._commits = self._commit_array(root)
             _constant(root, "shard_examples", shard_examples.astype("<i8"))
             for name, data in tokenizer_files.items():
                 _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
+            write_seal(root, constant_objects(self._specs, list(tokenizer_files)))
 
     def _admit(self, overwrite: bool) -> None:
         folder = Path(self.path)
-        if not folder.exists() or not any(folder.iterdir()):
-            return
-        if overwrite and read_object(self._store, "zarr.json") is not None:
-            _clear(self._store)
+        if not folder.exists() or all(file.suffix == ".partial" for file in folder.iterdir()):
             return
         found = read_manifest(self._store, str(self.path))
+        if overwrite:
+            sync(self._store.clear())
+            return
         wrong = differences(found.flat(), self.manifest.flat())
         if wrong:
             raise CacheMismatchError(
                 f"{self.path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
             )
-        if len(committed_shards(self._store, found)) == found.shards.count:
+        if len(committed_shards(self._store, found.shards.count)) == found.shards.count:
             raise LogitcaskError(f"{self.path}: the cache is complete already; pass --overwrite to make it again")
 
     def _array(self, root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
         if spec.name in root:
             return _require_array(root, spec.name)
         layout = zarr_layout(spec, self.manifest.shards)
-        return root.create_array(
-            spec.name, **layout, compressors=COMPRESSOR, fill_value=0, config={"write_empty_chunks": True}
-        )
+        return root.create_array(spec.name, **layout, fill_value=0)
 
     def _commit_array(self, root: zarr.Group) -> zarr.Array[Any]:
         if "commits" in root:
@@ -102,7 +101,9 @@ class CacheWriter:
 
     def missing_shards(self) -> list[int]:
         """Shards not committed yet, in order."""
-        return sorted(set(range(self.manifest.shards.count)) - committed_shards(self._store, self.manifest))
+        return sorted(
+            set(range(self.manifest.shards.count)) - committed_shards(self._store, self.manifest.shards.count)
+        )
 
     def write_shard(self, index: int, shard: Shard) -> None:
         """Write every object of a shard, then its commit record."""
@@ -115,29 +116,16 @@ class CacheWriter:
             **encode_targets(shard.targets),
         }
         stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}
-        keys: list[str] = []
+        keys = shard_keys(self._specs, index)
         with explain_write_errors(self.path):
             for spec in self._specs:
                 array, length = self._arrays[spec.name], stride[spec.axis]
                 whole = np.zeros((length, *array.shape[1:]), dtype=spec.dtype)
                 whole[: len(values[spec.name])] = values[spec.name]
                 array[index * length : (index + 1) * length] = whole
-                keys.append(shard_key(spec, index))
             flush_objects(self._store, keys)
-            digests = b"".join(hashlib.sha256(_existing(self._store, key)).digest() for key in keys)
-            self._commits[index] = np.frombuffer(digests, dtype=np.uint8)
-            flush_objects(self._store, [f"commits/c/{index}/0"])
-
-
-def shard_key(spec: ArraySpec, index: int) -> str:
-    """The object that holds shard ``index`` of an array."""
-    return f"{spec.name}/c/{index}" + ("/0" if spec.width else "")
-
-
-def _existing(store: Store, key: str) -> bytes:
-    data = read_object(store, key)
-    assert data is not None, f"{key} vanished right after it was written"
-    return data
+            self._commits[index] = digests(self._store, keys).reshape(-1)
+            flush_objects(self._store, [commit_key(index)])
 
 
 def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -149,9 +137,7 @@ def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
 def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
     """A small array written once, whole, in one object."""
     if name not in root:
-        root.create_array(name, shape=data.shape, chunks=(max(1, len(data)),), dtype=data.dtype, compressors=COMPRESSOR)
+        root.create_array(
+            name, shape=data.shape, chunks=(max(1, len(data)),), dtype=data.dtype, compressors=ZstdCodec(level=9)
+        )
     _require_array(root, name)[:] = data
-
-
-def _clear(store: Store) -> None:
-    sync(store.clear())

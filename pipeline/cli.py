@@ -89,6 +89,29 @@ def cache_info(
     typer.echo(found.model_dump_json(indent=2) if json else render(found))
 
 
+@cache_app.command("verify", **_example("cache verify data/cache --repair"))
+def cache_verify(
+    path: Annotated[str, typer.Argument(help="folder of the cache")],
+    repair: Annotated[bool, typer.Option("--repair", help="drop damaged shards, for stage 1 to do again")] = False,
+) -> None:
+    """Check every object against its digest, and the labels against the manifest and each other."""
+    from cache import verify as verification
+    from cache.errors import CacheFormatError
+    from pipeline.progress import track
+
+    with track("verifying", None, "shards") as advance:
+        found = verification.verify(path, advance)
+    if not found.problems:
+        typer.echo(f"{path}: all {found.shards} shards are whole")
+        return
+    for line in found.problems:
+        typer.echo(line)
+    if not repair:
+        raise CacheFormatError(f"{path}: {len(found.problems)} problems; drop damaged shards with --repair")
+    dropped = verification.repair(path, found)
+    typer.echo(f"dropped shards {dropped}: run the same logitcask precompute-logits command again to do them again")
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2, an interrupt 130."""
     from cache.errors import LogitcaskError

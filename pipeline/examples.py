@@ -113,8 +113,8 @@ class Encoder:
         empty = tokenizer("").input_ids
         self._begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        # SentencePiece tokenizers put a blank before every text; a text that goes on must not get one.
-        self._joins = self._ids("a b") == self._ids("a") + self._ids(" b")
+        # SentencePiece tokenizers put a blank before a text (some: where none is); one that goes on must not get it.
+        self._joins = self._ids("a b") == self._ids("a") + self._ids(" b") and self._ids("b") != self._ids(" b")
         self._sentinel = [] if self._joins else self._ids("\n")
 
     def encode(self, where: str, record: dict[str, Any]) -> Encoded:
@@ -149,7 +149,8 @@ class Encoder:
         return found
 
     def _continued(self, text: str) -> list[int]:
-        return self._ids("\n" + text)[len(self._sentinel) :]
+        whole, begin = self._ids("\n" + text), self._sentinel
+        return whole[len(begin) :] if whole[: len(begin)] == begin else self._ids(text)
 
     def _chat_segments(self, where: str, messages: list[dict[str, Any]]) -> list[Segment]:
         """The rendered chat cut at the borders of assistant turns; white space after a turn's end is no target."""

@@ -66,24 +66,19 @@ def _documented_functions(root: Path) -> Iterator[tuple[str, str]]:
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue  # deliberately broken files lie in every tree
+        lines = source.split("\n")  # as the parser counts them: not at form feeds
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
-                pair = _example(node, source)
+                pair = _example(node, lines)
                 if pair:
                     yield pair
 
 
-def _example(node: ast.FunctionDef, source: str) -> tuple[str, str] | None:
+def _example(node: ast.FunctionDef, source: list[str]) -> tuple[str, str] | None:
     docstring = ast.get_docstring(node)
-    segment = ast.get_source_segment(source, node, padded=True)
-    if not docstring or not segment or len(docstring) > LONGEST_DOCSTRING or len(segment) > LONGEST_CODE:
+    code = textwrap.dedent("\n".join(source[node.lineno - 1 : node.end_lineno])).rstrip()
+    signature = "\n".join(code.split("\n")[: node.body[0].lineno - node.lineno])
+    if not docstring or not signature or len(docstring) > LONGEST_DOCSTRING or len(code) > LONGEST_CODE:
         return None
-    lines = textwrap.dedent(segment).splitlines()
-    signature_lines = node.body[0].lineno - node.lineno
-    signature = "\n".join(lines[:signature_lines])
-    if not signature:
-        return None
-    prompt = f"Write a Python function that does what its docstring says.\n\n{signature}\n" + textwrap.indent(
-        f'"""{docstring}"""', "    "
-    )
-    return prompt, "\n".join(lines).rstrip() + "\n"
+    quoted = textwrap.indent(f'"""{docstring}"""', "    ")
+    return f"Write a Python function that does what its docstring says.\n\n{signature}\n{quoted}", code + "\n"

@@ -117,7 +117,7 @@ class TrainSettings(Settings):
     use_mixed_precision: bool = Field(False, description="autocast to the dtype below")
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read the cache ahead")
-    device: str = Field("auto", description="auto or cpu")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator where there is one")
     use_wandb: bool = Field(False, description="report to Weights & Biases")
     wandb_project: str = Field("logitcask", description="project there")
     wandb_run_name: str | None = Field(None, description="run name there")

@@ -21,10 +21,13 @@ class Size:
     without_embeddings: int
 
 
-def make_student(settings: TrainSettings, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_student(
+    settings: TrainSettings, vocab_size: int, longest: int, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """The student of a run, in float32, its special tokens those of the tokenizer.
 
-    Raises LogitcaskError where it cannot be made or its vocabulary is smaller than ``vocab_size``.
+    Raises LogitcaskError where it cannot be made, its vocabulary is smaller than ``vocab_size``, or it takes fewer
+    tokens than the ``longest`` example has.
     """
     set_seed(settings.seed)
     if settings.student_config is not None:
@@ -41,6 +44,11 @@ def make_student(settings: TrainSettings, vocab_size: int, tokenizer: PreTrained
         raise LogitcaskError(
             f"the student's vocabulary is {width}, the tokenizer's {vocab_size}: it must be at least as large; "
             "leave vocab_size out of the student config"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise LogitcaskError(
+            f"the student's max_position_embeddings is {limit}, the longest example has {longest} tokens: raise it"
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(tokenizer, name)

@@ -3,10 +3,12 @@
 import json
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -40,6 +42,7 @@ class Source:
     examples: CacheExamples | FileExamples
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    longest: int  # tokens of the longest example
     temperatures: tuple[float, ...]
     head_size: int
     tail: str
@@ -61,7 +64,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
 
 
 def _train(settings: TrainSettings, source: Source, record: dict[str, Any], checkpoint: str | None) -> dict[str, float]:
-    model = make_student(settings, source.vocab_size, source.tokenizer)
+    arguments = training_arguments(settings)
+    model = make_student(settings, source.vocab_size, source.longest, source.tokenizer)
     size = count_parameters(model)
     _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings")
     loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
@@ -71,7 +75,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     pad = source.tokenizer.pad_token_id
     trainer = DistillationTrainer(
         model=model,
-        args=training_arguments(settings),
+        args=arguments,
         examples=source.examples,
         sampler=sampler,
         held_out=kept.tolist(),
@@ -115,6 +119,7 @@ def cache_source(settings: TrainSettings) -> Source:
         examples=CacheExamples(settings.cache, with_targets=soft),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
+        longest=int(reader.token_counts().max()),
         temperatures=tuple(label.temperatures),
         head_size=label.head_size,
         tail=tail,
@@ -139,6 +144,7 @@ def file_source(settings: TrainSettings, folder: Path) -> Source:
         examples=FileExamples(table),
         tokenizer=tokenizer,
         vocab_size=tokenizer_size(tokenizer),
+        longest=int(np.diff(table.starts).max()),
         temperatures=(),
         head_size=0,
         tail="sampled",
@@ -197,8 +203,11 @@ def _latest(output: Path) -> Path:
 
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """The Trainer's own settings."""
+    """The Trainer's own settings. Raises LogitcaskError where a package to report with is not installed."""
     reports = [name for name, on in (("wandb", settings.use_wandb), ("tensorboard", settings.use_tensorboard)) if on]
+    for name in reports:
+        if find_spec(name) is None:
+            raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if settings.use_wandb:
         import os
@@ -223,10 +232,11 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
         eval_steps=settings.eval_steps,
-        gradient_checkpointing=settings.use_gradient_checkpointing,
+        activation_checkpointing=settings.use_gradient_checkpointing,
         bf16=half == "bf16",
         fp16=half == "fp16",
         dataloader_num_workers=settings.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=settings.device == "cpu",
         report_to=reports or "none",
         run_name=settings.wandb_run_name,

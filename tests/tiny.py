@@ -20,7 +20,10 @@ FloatArray64 = NDArray[np.float64]
 
 WORDS = ("apples", "bread", "coffee", "dates", "eggs", "figs", "grapes", "honey")
 RECORDS: list[dict[str, object]] = [
-    {"prompt": f"How many {word} are {2 + n}+{n}?\n", "response": f"There are {2 + 2 * n} {word}" + " and more" * n + "."}
+    {
+        "prompt": f"How many {word} are {2 + n}+{n}?\n",
+        "response": f"There are {2 + 2 * n} {word}" + " and more" * n + ".",
+    }
     for n in range(3)
     for word in WORDS
 ]
@@ -110,7 +113,7 @@ def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> 
 
 def tiny_cache(tmp_path: Path, **changes: object) -> Path:
     """A cache made by a new tiny teacher."""
-    return make_cache(tmp_path, **changes)
+    return make_cache(tmp_path, None, **changes)
 
 
 def dense_log_probs(z_NV: NDArray[np.floating], temperature: float = 1.0) -> FloatArray64:

@@ -49,7 +49,8 @@ def main() -> None:
             model(torch.from_numpy(ids), use_cache=False)
 
     times: dict[str, list[float]] = {"bare forward, full logits": [], "stage 1, head 8 + tail 24": []}
-    bare(), teacher.label(batch, settings)
+    bare()  # warm
+    teacher.label(batch, settings)
     for _ in range(ROUNDS):  # interleaved, so that a noisy machine troubles both alike
         times["bare forward, full logits"].append(seconds(bare))
         times["stage 1, head 8 + tail 24"].append(seconds(lambda: teacher.label(batch, settings)))

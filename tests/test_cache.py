@@ -1,0 +1,350 @@
+"""The store: what is written is what is read, to the declared quantisation, and only when it is committed."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError
+from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, array_specs, id_dtype
+from cache.manifest import DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity, sha256
+from cache.reader import CacheReader, is_complete
+from cache.report import describe, render
+from cache.shard import Example, Shard
+from cache.targets import SparseTargets
+from cache.writer import CacheWriter
+from pipeline.precompute import precompute
+from pipeline.shards import plan_strides
+from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
+
+FILES = {"tokenizer.json": b"{}", "chat_template.jinja": bytes(range(256))}
+SCALES = {
+    "head_logprobs": HEAD_SCALE,
+    "tail_logprobs": TAIL_SCALE,
+    "log_partition": PARTITION_SCALE,
+    "log_tail_mass": MASS_SCALE,
+    "gold_logprobs": HEAD_SCALE,
+}
+
+
+def label_settings(vocab: int, head: int, draws: int, temperatures: int = 3) -> LabelSettings:
+    return LabelSettings(
+        vocab_size=vocab,
+        head_size=head,
+        tail_draws=draws,
+        temperatures=[1.0 + i / 2 for i in range(temperatures)],
+        seed=0,
+    )
+
+
+def random_targets(random: np.random.Generator, n: int, label: LabelSettings) -> SparseTargets:
+    """Labels of the right shape: distinct ids, ascending tail with padding last, some positions without a tail."""
+    vocab, k, m, j = label.vocab_size, label.head_size, label.tail_draws, len(label.temperatures)
+    ids = np.stack([random.choice(vocab, k + m, replace=k + m > vocab) for _ in range(n)]).reshape(n, k + m)
+    ids[: n // 2] = np.where(ids[: n // 2] < 3, vocab - 1 - ids[: n // 2], ids[: n // 2])  # reach the last ids
+    distinct = random.integers(0, m + 1, n) if m else np.zeros(n, dtype=np.int64)
+    used = np.arange(m) < distinct[:, None]
+    tail = np.sort(np.where(used, ids[:, k:], vocab), axis=1)
+    counts = np.where(used, 1, 0)
+    if m:
+        counts[:, 0] += np.where(distinct > 0, m - distinct, 0)
+    mass = -random.exponential(3.0, (n, j)).astype(np.float32)
+    mass[distinct == 0] = -np.inf
+    gold = -random.exponential(3.0, n).astype(np.float32)
+    gold[:1] = -np.inf
+    head = -np.sort(random.exponential(4.0, (n, k)), axis=1).astype(np.float32)
+    bottom = head[:, -1:] if k else np.zeros((n, 1), dtype=np.float32)  # no drawn token is above the head
+    return SparseTargets(
+        head_ids=ids[:, :k],
+        head_logprobs=head,
+        tail_ids=np.where(used, tail, 0),
+        tail_logprobs=np.where(used, bottom - random.exponential(20.0, (n, m)), 0.0).astype(np.float32),
+        tail_counts=counts,
+        log_partition=random.normal(0.0, 3.0, (n, j)).astype(np.float32),
+        log_tail_mass=mass,
+        gold_logprobs=gold,
+    )
+
+
+def random_shards(label: LabelSettings, sizes: list[int], seed: int = 0) -> list[Shard]:
+    random = np.random.default_rng(seed)
+    shards = []
+    for examples in sizes:
+        parts = []
+        for _ in range(examples):
+            length = int(random.integers(2, 12))
+            mask = random.random(length) < 0.5
+            mask[0], mask[-1] = True, False
+            ids = random.integers(0, label.vocab_size, length)
+            parts.append(Example(ids, mask, random_targets(random, int(mask.sum()), label)))
+        shards.append(Shard.of(parts))
+    return shards
+
+
+def manifest_of(label: LabelSettings, shards: list[Shard]) -> tuple[Manifest, np.ndarray[Any, Any]]:
+    tokens = np.concatenate([s.token_count for s in shards])
+    positions = np.concatenate([s.position_count for s in shards])
+    shard_examples = np.array([len(s) for s in shards], dtype=np.int64)
+    counts = {"examples": len(tokens), "tokens": int(tokens.sum()), "positions": int(positions.sum())}
+    manifest = Manifest(
+        format_version=1,
+        teacher=TeacherIdentity(id="t", revision="", weights="0" * 64, dtype="float32", engine="none", versions={}),
+        tokenizer=TokenizerIdentity(
+            fingerprint="1" * 64, chat_template=None, files={name: sha256(data) for name, data in FILES.items()}
+        ),
+        data=DataIdentity(fingerprint="2" * 64, **counts, truncated=0, dropped=0, max_seq_length=12, prompt_loss=False),
+        label=label,
+        shards=plan_strides(shard_examples, tokens, positions),
+    )
+    return manifest, shard_examples
+
+
+def write(path: Path, label: LabelSettings, shards: list[Shard], only: set[int] | None = None) -> CacheWriter:
+    manifest, shard_examples = manifest_of(label, shards)
+    writer = CacheWriter(path, manifest, shard_examples, FILES)
+    for index in writer.missing_shards():
+        if only is None or index in only:
+            writer.write_shard(index, shards[index])
+    return writer
+
+
+def assert_equal_targets(found: SparseTargets, want: SparseTargets) -> None:
+    assert found.tail_logprobs.shape == want.tail_logprobs.shape
+    for field in fields(SparseTargets):
+        a, b = getattr(found, field.name), getattr(want, field.name)
+        if field.name in SCALES:
+            np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), err_msg=field.name)
+            near = np.isfinite(b)
+            np.testing.assert_allclose(a[near], b[near], rtol=0, atol=SCALES[field.name] * 0.501, err_msg=field.name)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "head", "draws"),
+    [
+        (300, 4, 8),
+        (65_536, 8, 24),
+        (65_537, 2, 3),
+        (70_000, 8, 24),
+        (152_064, 8, 24),
+        (300, 0, 8),
+        (300, 8, 0),
+        (70_000, 3, 255),
+        (70_000, 3, 256),
+        (300, 0, 300),
+        (2000, 1, 300),
+    ],
+)
+def test_what_is_written_is_read(tmp_path: Path, vocab: int, head: int, draws: int) -> None:
+    label = label_settings(vocab, head, draws)
+    shards = random_shards(label, [3, 1, 5])
+    write(tmp_path / "c", label, shards)
+    reader = CacheReader(tmp_path / "c")
+    assert len(reader) == 9
+    place = iter(range(9))
+    for index, shard in enumerate(shards):
+        np.testing.assert_array_equal(reader.shard(index).input_ids, shard.input_ids)
+        assert_equal_targets(reader.shard(index).targets, shard.targets)
+        for inner in range(len(shard)):
+            found, want = reader.example(next(place)), shard.example(inner)
+            np.testing.assert_array_equal(found.input_ids, want.input_ids)
+            np.testing.assert_array_equal(found.target_mask, want.target_mask)
+            assert_equal_targets(found.targets, want.targets)
+    np.testing.assert_array_equal(reader.token_counts(), np.concatenate([s.token_count for s in shards]))
+    np.testing.assert_array_equal(reader.position_counts(), np.concatenate([s.position_count for s in shards]))
+    assert reader.tokenizer_files() == FILES
+
+
+@settings(deadline=None, max_examples=8, derandomize=True)
+@given(
+    st.sampled_from([2, 300, 65_536, 65_537]),
+    st.integers(0, 2),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_any_shape_is_read_as_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    vocab: int,
+    head: int,
+    draws: int,
+    temperatures: int,
+    sizes: list[int],
+    seed: int,
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "c"
+    label = label_settings(vocab, head, draws, temperatures)
+    shards = random_shards(label, sizes, seed)
+    write(path, label, shards)
+    reader = CacheReader(path)
+    for index, shard in enumerate(shards):
+        assert_equal_targets(reader.shard(index).targets, shard.targets)
+
+
+def test_dtypes_are_the_smallest_that_hold_the_vocabulary(tmp_path: Path) -> None:
+    assert [id_dtype(v) for v in (300, 65_536, 65_537, 152_064)] == ["uint16", "uint16", "uint32", "uint32"]
+    label = label_settings(70_000, 2, 300)
+    write(tmp_path / "c", label, random_shards(label, [2]))
+    group = zarr.open_group(tmp_path / "c", mode="r")
+    for spec in array_specs(label):
+        array = group[spec.name]
+        assert isinstance(array, zarr.Array)
+        assert (array.dtype, array.ndim) == (np.dtype(spec.dtype), 2 if spec.width else 1), spec.name
+
+
+def test_uncommitted_shards_are_missing_and_refused(tmp_path: Path) -> None:
+    label = label_settings(300, 4, 8)
+    shards = random_shards(label, [2, 2, 2, 2])
+    writer = write(tmp_path / "c", label, shards, only={0, 2})
+    assert writer.missing_shards() == [1, 3]
+    assert not is_complete(tmp_path / "c")
+    with pytest.raises(IncompleteCacheError, match=r"2 of 4 shards.*logitcask precompute-logits"):
+        CacheReader(tmp_path / "c")
+    write(tmp_path / "c", label, shards)
+    assert is_complete(tmp_path / "c")
+    assert_equal_targets(CacheReader(tmp_path / "c").shard(3).targets, shards[3].targets)
+
+
+def test_a_commit_record_holds_the_digest_of_each_object(tmp_path: Path) -> None:
+    label = label_settings(300, 4, 8)
+    write(tmp_path / "c", label, random_shards(label, [2, 3]))
+    commits = zarr.open_group(tmp_path / "c", mode="r")["commits"]
+    assert isinstance(commits, zarr.Array)
+    for index in range(2):
+        row = np.asarray(commits[index]).tobytes()
+        keys = [f"{s.name}/c/{index}" + ("/0" if s.width else "") for s in array_specs(label)]
+        assert row.hex() == "".join(sha256((tmp_path / "c" / key).read_bytes()) for key in keys)
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("moment", [1, 2, 9, 23, 35, 36, 60, 74])
+def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Stop instead of writing object number ``moment`` of 74: 22 to set up, 12 a shard and its commit record."""
+    teacher = make_teacher(tmp_path / "teacher")
+    whole = make_cache(tmp_path, teacher, output=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    again = precompute_settings(tmp_path, teacher_model=str(teacher), output=killed)
+    objects, written, write_shard, put = [0], list[int](), CacheWriter.write_shard, LocalStore.set
+
+    async def stop(self: LocalStore, key: str, value: Buffer) -> None:
+        objects[0] += 1
+        if objects[0] == moment:
+            raise Stopped
+        await put(self, key, value)
+
+    def count(self: CacheWriter, index: int, shard: Shard) -> None:
+        written.append(index)
+        write_shard(self, index, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "set", stop)
+        with pytest.raises(Stopped):
+            precompute(again)
+    killed.mkdir(exist_ok=True)
+    for left in (killed / "zarr.1f.partial", *(folder / "0.1f.partial" for folder in killed.glob("tail_ids/c"))):
+        left.write_bytes(b"half")
+    monkeypatch.setattr(CacheWriter, "write_shard", count)
+    report = precompute(again)
+    found = max(0, moment - 23) // 13
+    assert (report.shards_found, written) == (found, list(range(found, 4)))
+    assert folder_bytes(killed) == folder_bytes(whole)
+    with pytest.raises(LogitcaskError, match=r"complete already.*--overwrite"):
+        precompute(again)
+
+
+def test_two_runs_give_the_same_bytes_and_another_batch_size_too(tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "teacher")
+    caches = [make_cache(tmp_path, teacher, output=tmp_path / name) for name in ("a", "b")]
+    assert folder_bytes(caches[0]) == folder_bytes(caches[1])
+    other = make_cache(tmp_path, teacher, output=tmp_path / "c", batch_size=1)
+    a, b = CacheReader(caches[0]), CacheReader(other)
+    for index in range(len(a)):
+        np.testing.assert_array_equal(a.example(index).targets.tail_ids, b.example(index).targets.tail_ids)
+
+
+def test_a_different_run_is_refused_with_every_difference(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    shutil.rmtree(cache / "commits/c/0")
+    changes = {"head_size": 5, "tail_draws": 9, "temperatures": (1.0, 3.0), "seed": 4}
+    before = folder_bytes(cache)
+    with pytest.raises(CacheMismatchError) as caught:
+        precompute(precompute_settings(tmp_path, **changes))
+    for name in (
+        "label.head_size: cache has 4, this run has 5",
+        "label.tail_draws",
+        "label.temperatures",
+        "label.seed",
+    ):
+        assert name in str(caught.value)
+    assert "teacher" not in str(caught.value).split("holds a cache", 1)[1]
+    assert folder_bytes(cache) == before
+    make_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
+        precompute(precompute_settings(tmp_path, teacher_model=str(tmp_path / "other")))
+    write_jsonl(tmp_path / "train.jsonl", RECORDS[1:])
+    with pytest.raises(CacheMismatchError, match=r"data\.examples: cache has 24, this run has 23"):
+        precompute(precompute_settings(tmp_path))
+
+
+def test_overwrite_leaves_nothing_of_the_old_cache(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path, head_size=0)
+    fresh = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "fresh", tail_draws=0)
+    make_cache(tmp_path, tmp_path / "teacher", output=cache, tail_draws=0, overwrite=True)
+    assert folder_bytes(cache) == folder_bytes(fresh)
+    assert not (cache / "tail_ids").exists()
+
+
+def test_overwrite_spares_a_folder_that_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/thesis.txt").write_text("mine")
+    with pytest.raises(CacheFormatError, match="not a logit cache"):
+        make_cache(tmp_path, overwrite=True)
+    assert (tmp_path / "cache/thesis.txt").read_text() == "mine"
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    changed = (cache / "zarr.json").read_text().replace('"format_version": 1', '"format_version": 2, "new_field": 1')
+    (cache / "zarr.json").write_text(changed)
+    with pytest.raises(CacheFormatError, match=r"format 2 is newer .*upgrade logitcask"):
+        CacheReader(cache)
+
+
+def test_a_moved_cache_reads_the_same(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    first = CacheReader(cache)
+    examples = [first.example(i) for i in range(len(first))]
+    shutil.move(cache, tmp_path / "else where")
+    shutil.rmtree(tmp_path / "teacher")
+    moved = CacheReader(tmp_path / "else where")
+    assert moved.manifest == first.manifest
+    for index, want in enumerate(examples):
+        found = moved.example(index)
+        np.testing.assert_array_equal(found.input_ids, want.input_ids)
+        np.testing.assert_array_equal(found.targets.tail_ids, want.targets.tail_ids)
+    assert f"{len(RECORDS)} examples" in render(describe(tmp_path / "else where"))
+
+
+def test_the_cache_does_not_import_torch() -> None:
+    names = [f"cache.{path.stem}" for path in sorted(Path("cache").glob("*.py")) if path.stem != "__init__"]
+    assert len(names) > 5
+    code = f"import {', '.join(names)}, sys; print({{'torch', 'transformers', 'pipeline'}} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
