@@ -15,7 +15,7 @@ from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
 from cache.manifest import ATTRIBUTE, Manifest, sha256
 from cache.reader import read_manifest
 from cache.shard import Shard
-from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store, read_object
+from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store
 
 
 def plan_digest(shard_examples: NDArray[np.int64]) -> str:
@@ -48,9 +48,7 @@ class CacheWriter:
             drop_partial_objects(self._store)
             # An object is written even where it is all zeros: its digest stands in the commit record.
             zarr.config.set({"array.write_empty_chunks": True})
-            attributes: dict[str, Any] = {
-                ATTRIBUTE: manifest.model_dump(mode="json")
-            }  # written with the group, at once
+            attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}  # one write with the group
             root = zarr.open_group(self._store, mode="a", zarr_format=3, attributes=attributes)
             self._arrays = {spec.name: self._array(root, spec) for spec in self._specs}
             self._commits = self._commit_array(root)

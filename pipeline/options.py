@@ -50,7 +50,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text += f" [default: {default}]"
     option = (
-        typer.Option(flag, f"--no-{flag[2:]}" if switch else flag, help=help_text, show_default=False)
+        typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
         if switch
         else (typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field)))
     )

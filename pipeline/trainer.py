@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
@@ -82,6 +82,7 @@ class DistillationTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=examples,
+            eval_dataset=Subset(examples, held_out),
             data_collator=collator,
             processing_class=tokenizer,
             callbacks=callbacks,

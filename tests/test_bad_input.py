@@ -11,20 +11,10 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.cli import main
-from pipeline.settings import TrainSettings
-from pipeline.train import run_training
+from tests import runs
+from tests.runs import STUDENT, write_config
 from tests.tiny import RECORDS, make_cache, make_teacher
 
-STUDENT = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-}
 USER_TURN = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -38,33 +28,22 @@ class Place(NamedTuple):
 Prepare = Callable[[Place], list[str]]
 
 
-def commit(cache: Path, shard: int = 0) -> Path:
-    """The commit record of a shard."""
-    return cache / "commits" / "c" / str(shard) / "0"
-
-
-def json_file(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
-
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stock")
     make_cache(folder)
     make_teacher(folder / "chat", chat=True)
     make_teacher(folder / "other", vocab_size=280)
-    student = json_file(folder / "student.json", STUDENT)
+    student = write_config(folder / "student.json", STUDENT)
     shutil.copytree(folder / "cache", folder / "incomplete")
-    commit(folder / "incomplete", 1).unlink()
+    (folder / "incomplete" / "commits" / "c" / "1" / "0").unlink()  # its folder stays, as after a kill
     shutil.copytree(folder / "cache", folder / "newer")
     group = json.loads((folder / "newer" / "zarr.json").read_text())
     group["attributes"]["logitcask"]["format_version"] = 99
-    json_file(folder / "newer" / "zarr.json", group)
+    write_config(folder / "newer" / "zarr.json", group)
     (folder / "plain").mkdir()
     (folder / "plain" / "notes.txt").write_text("no cache")
-    run_training(TrainSettings(cache=str(folder / "cache"), student_config=student, output_dir=folder / "run",
-                               max_steps=2, save_steps=1, device="cpu"))  # fmt: skip
+    runs.train(folder / "cache", folder / "run", student_config=student, learning_rate=5e-4, save_steps=1)
     return folder
 
 
@@ -104,13 +83,12 @@ def stage_2_in(**folders: str) -> Prepare:
     return lambda p: train(p, **{name: p.stock / folder for name, folder in folders.items()})
 
 
-def data(content: str | bytes, teacher: str = "teacher") -> Prepare:
+def data(content: str, teacher: str = "teacher", encoding: str = "utf-8") -> Prepare:
     """Stage 1 on a data file of this content."""
 
     def prepare(p: Place) -> list[str]:
-        path = p.new / "data.jsonl"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return precompute(p, train_data=path, teacher_model=p.stock / teacher)
+        (p.new / "data.jsonl").write_text(content, encoding=encoding)
+        return precompute(p, train_data=p.new / "data.jsonl", teacher_model=p.stock / teacher)
 
     return prepare
 
@@ -121,13 +99,12 @@ def third_line(text: str) -> Prepare:
     return data(f"{good}\n{good}\n{text}\n{good}\n")
 
 
-def config(content: str | bytes) -> Prepare:
+def config(content: str, encoding: str = "utf-8") -> Prepare:
     """Stage 2 with a config file of this content."""
 
     def prepare(p: Place) -> list[str]:
-        path = p.new / "run.yaml"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return train(p, config=path)
+        (p.new / "run.yaml").write_text(content, encoding=encoding)
+        return train(p, config=p.new / "run.yaml")
 
     return prepare
 
@@ -194,7 +171,7 @@ ROWS: list[Row] = [
     ("data file of blank lines", data("\n \n"), ("data.jsonl", "has no examples")),
     ("malformed JSON", third_line('{"prompt": "a", '), ("data.jsonl:3", "malformed JSON", "one JSON object")),
     ("not an object", third_line("[1]"), ("data.jsonl:3", "JSON object", "list")),
-    ("not UTF-8", data(b'{"text": "\xff"}\n'), ("data.jsonl:1", "malformed JSON")),
+    ("not UTF-8", data('{"text": "ÿ"}', encoding="latin-1"), ("data.jsonl:1", "malformed JSON")),
     ("missing field", third_line('{"prompt": "a"}'), ("data.jsonl:3", "'response'", "missing")),
     ("mistyped field", third_line('{"prompt": "a", "response": 5}'), ("data.jsonl:3", "'response'", "string", "int")),
     ("mistyped messages", third_line('{"messages": "hi"}'), ("data.jsonl:3", "'messages'", "list", "str")),
@@ -298,7 +275,7 @@ ROWS: list[Row] = [
     ("config is a list", config("- 1\n"), ("run.yaml", "must be a mapping", "list")),
     ("config is empty", config(""), ("run.yaml", "must be a mapping", "NoneType")),
     ("config is no YAML", config("a: [\n"), ("run.yaml", "not a readable YAML file")),
-    ("config is binary", config(b"\xff\xfe\x00"), ("run.yaml", "not a readable YAML file")),
+    ("config is binary", config("ÿ", encoding="latin-1"), ("run.yaml", "not a readable YAML file")),
     ("config value mistyped", config("batch_size: [1]\n"), ("--batch-size", "valid integer", "[1]")),
     ("config missing", stage_2(config="no.yaml"), ("no.yaml", "no such config file")),
     # the other commands

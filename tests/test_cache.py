@@ -16,7 +16,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError
-from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, array_specs, id_dtype
+from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, array_specs, encode_targets, id_dtype
 from cache.manifest import DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity, sha256
 from cache.reader import CacheReader, is_complete
 from cache.report import describe, render
@@ -154,6 +154,7 @@ def test_what_is_written_is_read(tmp_path: Path, vocab: int, head: int, draws: i
     assert len(reader) == 9
     place = iter(range(9))
     for index, shard in enumerate(shards):
+        assert all((a >= 0).all() for name, a in encode_targets(shard.targets).items() if name != "log_partition")
         np.testing.assert_array_equal(reader.shard(index).input_ids, shard.input_ids)
         assert_equal_targets(reader.shard(index).targets, shard.targets)
         for inner in range(len(shard)):
@@ -195,8 +196,7 @@ def test_any_shape_is_read_as_written(
 
 def test_dtypes_are_the_smallest_that_hold_the_vocabulary(tmp_path: Path) -> None:
     assert [id_dtype(v) for v in (300, 65_536, 65_537, 152_064)] == ["uint16", "uint16", "uint32", "uint32"]
-    label = label_settings(70_000, 2, 300)
-    write(tmp_path / "c", label, random_shards(label, [2]))
+    write(tmp_path / "c", label := label_settings(70_000, 2, 300), random_shards(label, [2]))
     group = zarr.open_group(tmp_path / "c", mode="r")
     for spec in array_specs(label):
         array = group[spec.name]
