@@ -1,6 +1,7 @@
 """Where a cache lies: opening a Zarr store, and the few raw object operations that commits need."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,29 @@ def drop_partial_objects(store: Store) -> None:
     if isinstance(store, LocalStore):
         for left in Path(store.root).rglob("*.partial"):
             left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(path: str | Path) -> Iterator[None]:
+    """Hold the right to write a cache, by a lock on a file beside it that the system drops when the process ends.
+
+    Raises LogitcaskError where another run holds it: two writers in one shard lose data silently.
+    """
+    folder = Path(path)
+    with explain_write_errors(path):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                raise BlockingIOError("the holder ended, and another took its place, while we waited")
+        except OSError as error:
+            raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it") from error
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -121,6 +121,9 @@ def main() -> None:
     except LogitcaskError as error:
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
+    except OSError as error:  # the machine's refusal: a full disk, a missing right
+        sys.stderr.write(f"error: {error}: mend that and run the same command again\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: run the same command again to go on\n")
         sys.exit(130)

@@ -10,6 +10,7 @@ from cache.errors import LogitcaskError
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from cache.reader import is_complete
 from cache.shard import Example, Shard
+from cache.store import sole_writer
 from cache.targets import IntArray
 from cache.writer import CacheWriter
 from pipeline.examples import Encoder, encode_source
@@ -42,7 +43,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     if settings.head_size + settings.tail_draws > size:
         asked = settings.head_size + settings.tail_draws
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
-    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+    with sole_writer(settings.output), tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(
             encode_source(encoder, settings.train_data),

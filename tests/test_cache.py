@@ -12,10 +12,8 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
 
-from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError
+from cache.errors import CacheFormatError, IncompleteCacheError
 from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, array_specs, encode_targets, id_dtype
 from cache.manifest import DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity, sha256
 from cache.reader import CacheReader, is_complete
@@ -23,9 +21,8 @@ from cache.report import describe, render
 from cache.shard import Example, Shard
 from cache.targets import SparseTargets
 from cache.writer import CacheWriter
-from pipeline.precompute import precompute
 from pipeline.shards import plan_strides
-from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
+from tests.tiny import RECORDS, make_cache
 
 FILES = {"tokenizer.json": b"{}", "chat_template.jinja": bytes(range(256))}
 SCALES = {
@@ -226,97 +223,6 @@ def test_a_commit_record_holds_the_digest_of_each_object(tmp_path: Path) -> None
         row = np.asarray(commits[index]).tobytes()
         keys = [f"{s.name}/c/{index}" + ("/0" if s.width else "") for s in array_specs(label)]
         assert row.hex() == "".join(sha256((tmp_path / "c" / key).read_bytes()) for key in keys)
-
-
-class Stopped(Exception):
-    """Stands for a kill."""
-
-
-@pytest.mark.parametrize("moment", [1, 2, 9, 23, 35, 36, 60, 74])
-def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
-) -> None:
-    """Stop instead of writing object number ``moment`` of 74: 22 to set up, 12 a shard and its commit record."""
-    teacher = make_teacher(tmp_path / "teacher")
-    whole = make_cache(tmp_path, teacher, output=tmp_path / "whole")
-    killed = tmp_path / "killed"
-    again = precompute_settings(tmp_path, teacher_model=str(teacher), output=killed)
-    objects, written, write_shard, put = [0], list[int](), CacheWriter.write_shard, LocalStore.set
-
-    async def stop(self: LocalStore, key: str, value: Buffer) -> None:
-        objects[0] += 1
-        if objects[0] == moment:
-            raise Stopped
-        await put(self, key, value)
-
-    def count(self: CacheWriter, index: int, shard: Shard) -> None:
-        written.append(index)
-        write_shard(self, index, shard)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalStore, "set", stop)
-        with pytest.raises(Stopped):
-            precompute(again)
-    killed.mkdir(exist_ok=True)
-    for left in (killed / "zarr.1f.partial", *(folder / "0.1f.partial" for folder in killed.glob("tail_ids/c"))):
-        left.write_bytes(b"half")
-    monkeypatch.setattr(CacheWriter, "write_shard", count)
-    report = precompute(again)
-    found = max(0, moment - 23) // 13
-    assert (report.shards_found, written) == (found, list(range(found, 4)))
-    assert folder_bytes(killed) == folder_bytes(whole)
-    with pytest.raises(LogitcaskError, match=r"complete already.*--overwrite"):
-        precompute(again)
-
-
-def test_two_runs_give_the_same_bytes_and_another_batch_size_too(tmp_path: Path) -> None:
-    teacher = make_teacher(tmp_path / "teacher")
-    caches = [make_cache(tmp_path, teacher, output=tmp_path / name) for name in ("a", "b")]
-    assert folder_bytes(caches[0]) == folder_bytes(caches[1])
-    other = make_cache(tmp_path, teacher, output=tmp_path / "c", batch_size=1)
-    a, b = CacheReader(caches[0]), CacheReader(other)
-    for index in range(len(a)):
-        np.testing.assert_array_equal(a.example(index).targets.tail_ids, b.example(index).targets.tail_ids)
-
-
-def test_a_different_run_is_refused_with_every_difference(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path)
-    shutil.rmtree(cache / "commits/c/0")
-    changes = {"head_size": 5, "tail_draws": 9, "temperatures": (1.0, 3.0), "seed": 4}
-    before = folder_bytes(cache)
-    with pytest.raises(CacheMismatchError) as caught:
-        precompute(precompute_settings(tmp_path, **changes))
-    for name in (
-        "label.head_size: cache has 4, this run has 5",
-        "label.tail_draws",
-        "label.temperatures",
-        "label.seed",
-    ):
-        assert name in str(caught.value)
-    assert "teacher" not in str(caught.value).split("holds a cache", 1)[1]
-    assert folder_bytes(cache) == before
-    make_teacher(tmp_path / "other", seed=1)
-    with pytest.raises(CacheMismatchError, match=r"teacher\.weights"):
-        precompute(precompute_settings(tmp_path, teacher_model=str(tmp_path / "other")))
-    write_jsonl(tmp_path / "train.jsonl", RECORDS[1:])
-    with pytest.raises(CacheMismatchError, match=r"data\.examples: cache has 24, this run has 23"):
-        precompute(precompute_settings(tmp_path))
-
-
-def test_overwrite_leaves_nothing_of_the_old_cache(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, head_size=0)
-    fresh = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "fresh", tail_draws=0)
-    make_cache(tmp_path, tmp_path / "teacher", output=cache, tail_draws=0, overwrite=True)
-    assert folder_bytes(cache) == folder_bytes(fresh)
-    assert not (cache / "tail_ids").exists()
-
-
-def test_overwrite_spares_a_folder_that_is_no_cache(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/thesis.txt").write_text("mine")
-    with pytest.raises(CacheFormatError, match="not a logit cache"):
-        make_cache(tmp_path, overwrite=True)
-    assert (tmp_path / "cache/thesis.txt").read_text() == "mine"
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_labels_stand_at_the_tokens_that_predict_the_response(
         longest, likely = longest + (len(ids) == max_seq_length), likely + int(predicted.sum())
     assert len(reader) == len(kept) == len(records) - reader.manifest.data.dropped
     assert (longest > 0) == cut
-    assert likely > 5
+    assert likely >= 5
     assert_batches_agree(cache, leads)
 
 

@@ -60,10 +60,7 @@ def dense(model: Path, cache: Path, examples: list[int], temperature: float = 1.
 
 
 def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
-    a, b = weights(one / "final"), weights(other / "final")
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], rtol=0.0, atol=atol, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(weights(one / "final"), weights(other / "final"), rtol=0.0, atol=atol)
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(8, 4), (10, 2)])
@@ -270,12 +267,3 @@ def test_memory_and_speed_options_change_little(
     np.testing.assert_allclose(losses(changed), losses(plain), rtol=rtol)
     assert (losses(changed) == losses(plain)) == (rtol < 1e-2)
     assert [str(w.message) for w in recwarn if w.category in (FutureWarning, UserWarning)] == []
-
-
-def test_an_interrupted_steps_order_does_not_depend_on_workers(cache: Path) -> None:
-    starts = CacheReader(cache).shard_starts
-    nobody = np.zeros(0, dtype=np.int64)
-    one, other = BatchSampler(starts, nobody, 4, 0), BatchSampler(starts, nobody, 4, 0)
-    one.set_epoch(2)
-    other.set_epoch(2)
-    assert list(one) == list(other) == list(one)
