@@ -63,10 +63,11 @@ def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
     """Stop instead of writing object number ``moment`` of 74: 22 to set up, 12 a shard and its commit record."""
     teacher = make_teacher(tmp_path / "teacher")
     asked = spy_on_batches(monkeypatch)
-    whole = make_cache(tmp_path, teacher, output=tmp_path / "whole")
+    small = {"batch_size": 1, "max_seq_length": 32}  # so that a shard is several batches
+    whole = make_cache(tmp_path, teacher, output=tmp_path / "whole", **small)
     batches = list(asked)
     killed = tmp_path / "killed"
-    again = precompute_settings(tmp_path, teacher_model=str(teacher), output=killed)
+    again = precompute_settings(tmp_path, teacher_model=str(teacher), output=killed, **small)
     objects, written, write_shard, put = [0], list[int](), CacheWriter.write_shard, LocalStore.set
 
     async def stop(self: LocalStore, key: str, value: Buffer) -> None:

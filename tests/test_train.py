@@ -176,7 +176,9 @@ assert out.shape[1] > ids["input_ids"].shape[1]
 
 
 def test_the_student_is_a_plain_folder(tmp_path: Path) -> None:
-    run = train(make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True)), tmp_path / "run", max_steps=1)
+    cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True))
+    student = write_config(tmp_path / "student.json", {**STUDENT, "bos_token_id": 8, "eos_token_id": 9})
+    run = train(cache, tmp_path / "run", student_config=student, max_steps=1)
     names = {file.name for file in (run / "final").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "settings.json"}
     assert "training_args.bin" not in names
