@@ -259,10 +259,11 @@ def test_architectures(name: str, cache: Path, tmp_path: Path) -> None:
         ({"use_mixed_precision": True}, 2e-2),
         ({"use_gradient_checkpointing": True}, 1e-5),
         ({"num_workers": 1}, 0.0),
+        pytest.param({"device": "auto"}, 0.0, marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="CPU")),
     ],
-    ids=["bf16", "checkpointing", "a worker"],
+    ids=["bf16", "checkpointing", "a worker", "auto"],
 )
-def test_memory_and_speed_options_change_little(
+def test_memory_and_speed_options_change_little_and_warn_of_nothing(
     change: dict[str, object], rtol: float, cache: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     plain, changed = train(cache, tmp_path / "plain"), train(cache, tmp_path / "changed", **change)
