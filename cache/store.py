@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def drop_partial_objects(store: Store) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(path: str | Path) -> Iterator[None]:
+def sole_writer(path: str | Path) -> Iterator[Path]:
     """Hold the right to write a cache, by a lock on a file beside it that the system drops when the process ends.
 
+    Gives an empty folder beside the cache for what the run stages; what a killed run left there is removed.
     Raises LogitcaskError where another run holds it: two writers in one shard lose data silently.
     """
     folder = Path(path)
@@ -84,9 +86,14 @@ def sole_writer(path: str | Path) -> Iterator[None]:
                 raise BlockingIOError("the holder ended, and another took its place, while we waited")
         except OSError as error:
             raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it") from error
+        staging = folder.parent / f".{folder.name}.staging"
         try:
-            yield
+            with explain_write_errors(path):
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
+            yield staging
         finally:
+            shutil.rmtree(staging, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
 
 

@@ -1,8 +1,6 @@
 """Stage 1: label every example once with the teacher and write the cache, shard by shard."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -43,11 +41,11 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     if settings.head_size + settings.tail_draws > size:
         asked = settings.head_size + settings.tail_draws
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
-    with sole_writer(settings.output), tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+    with sole_writer(settings.output) as staging:
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(
             encode_source(encoder, settings.train_data),
-            Path(folder),
+            staging,
             max_seq_length=settings.max_seq_length,
             prompt_loss=settings.prompt_loss,
             source=settings.train_data,

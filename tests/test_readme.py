@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_the_recipes_parse() -> None:
-    listed = subprocess.run(["just", "--list"], cwd=README.parent, capture_output=True, text=True, check=False)
+    just = Path(sys.executable).parent / "just"
+    listed = subprocess.run([just, "--list"], cwd=README.parent, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
     for recipe in ("setup", "demo", "test", "lint", "precompute", "train", "cache-info", "bench", "clean"):
         assert recipe in listed.stdout
