@@ -24,7 +24,7 @@ run logitcask train --distillation-type hybrid --cache "$out/cache" --student-co
     --output-dir "$out/run" --epochs 4 --learning-rate 3e-3 --batch-size 8 --logging-steps 20
 
 say "5 of 5: the student writes"
-run logitcask generate --model "$out/run/final" --max-new-tokens 60 --temperature 0.7 \
+run logitcask generate --model "$out/run/final" --max-new-tokens 60 --temperature 0.8 --seed 2 \
     --prompt 'Write a Python function that does what its docstring says.
 
 def __len__(self):
