@@ -1,6 +1,7 @@
 """Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory."""
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -210,8 +211,6 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if settings.use_wandb:
-        import os
-
         os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
     return TrainingArguments(
         output_dir=str(settings.output_dir),

@@ -3,19 +3,24 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from cache.errors import CacheFormatError, CacheMismatchError, LogitcaskError
+from cache.errors import CacheMismatchError, LogitcaskError
 from cache.manifest import LabelSettings
 from cache.reader import CacheReader
 from cache.shard import Shard
 from cache.targets import SparseTargets
 from cache.writer import CacheWriter
 from pipeline.precompute import precompute
+from pipeline.sparsify import sparsify
+from pipeline.teachers import transformers as engine
 from pipeline.teachers.base import TokenizedExample
 from pipeline.teachers.transformers import TransformersTeacher
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -140,9 +145,25 @@ def test_overwrite_leaves_nothing_of_the_old_cache(tmp_path: Path) -> None:
     assert not (cache / "tail_ids").exists()
 
 
-def test_overwrite_spares_a_folder_that_is_no_cache(tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/thesis.txt").write_text("mine")
-    with pytest.raises(CacheFormatError, match="not a logit cache"):
-        make_cache(tmp_path, overwrite=True)
-    assert (tmp_path / "cache/thesis.txt").read_text() == "mine"
+def test_parquet_gives_the_same_cache_as_jsonl(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    datasets.Dataset.from_list(RECORDS).to_parquet(str(tmp_path / "train.parquet"))
+    other = make_cache(
+        tmp_path, tmp_path / "teacher", train_data=str(tmp_path / "train.parquet"), output=tmp_path / "other"
+    )
+    assert folder_bytes(other) == folder_bytes(cache)
+
+
+def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only target positions meet the head, and no more of them at a time than the slice allows."""
+    seen: list[int] = []
+
+    def spy(logits: torch.Tensor, *rest: Any) -> SparseTargets:
+        seen.append(logits.shape[0])
+        return sparsify(logits, *rest)
+
+    monkeypatch.setattr(engine, "sparsify", spy)
+    monkeypatch.setattr(engine, "SLICE_LOGITS", 300 * 7)
+    cache = make_cache(tmp_path, batch_size=64, shard_positions=10_000)
+    assert max(seen) == 7
+    assert sum(seen) == CacheReader(cache).manifest.data.positions
