@@ -44,9 +44,10 @@ train cache student output *args:
 cache-info cache:
     {{logitcask}} cache info {{cache}}
 
-# measure: capture cost, bytes by codec
+# measure: stage 1's speed against a bare forward pass; bytes and gradient angles of labels
 bench:
     {{bin}}/python -m tests.benchmarks.capture
+    {{bin}}/python -m tests.benchmarks.fidelity
 
 # remove what the recipes made, but for .venv
 clean:
