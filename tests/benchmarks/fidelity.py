@@ -58,7 +58,7 @@ def real_positions() -> Positions:
     """Python functions of the standard library, as the teacher sees them."""
     tokenizer = load_tokenizer(teacher_path())
     with tempfile.TemporaryDirectory() as folder:
-        written = from_source(GenerateDataSettings(output_dir=Path(folder), num_examples=EXAMPLES))
+        written = from_source(GenerateDataSettings.model_validate({"output_dir": folder, "num_examples": EXAMPLES}))
         encoder = Encoder(tokenizer, prompt_loss=False)
         found = [encoder.encode(where, record) for where, record in read_records(str(written.path))]
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
@@ -77,7 +77,7 @@ def gradient(student: PreTrainedModel, where: Positions, loss: Loss) -> Tensor:
     head, first = read_head(student), 0
     for tokens, places in zip(where.ids, where.at, strict=True):
         rows = slice(first, first + len(places))
-        loss(head.logits(last_hidden_states(student, tokens[None])[0, places]), rows).backward()
+        torch.autograd.backward(loss(head.logits(last_hidden_states(student, tokens[None])[0, places]), rows))
         first += len(places)
     return torch.cat([p.grad.reshape(-1).double() for p in student.parameters() if p.grad is not None])
 
