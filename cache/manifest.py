@@ -6,6 +6,7 @@ cache was made, so equal inputs give equal bytes.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -86,19 +87,17 @@ class Manifest(_Part):
     label: LabelSettings
     shards: ShardPlan
 
-    def flat(self) -> dict[str, object]:
-        """Dotted names to values, for comparing two manifests."""
-        found: dict[str, object] = {}
 
-        def walk(prefix: str, value: Any) -> None:
-            if isinstance(value, dict):
-                for key, inner in value.items():
-                    walk(f"{prefix}.{key}" if prefix else key, inner)
-            else:
-                found[prefix] = value
-
-        walk("", self.model_dump())
-        return found
+def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
+    """Dotted names to values of a manifest's parts by name, or of a whole one dumped, for telling two apart."""
+    found: dict[str, object] = {}
+    for name, part in parts.items():
+        values = part.model_dump() if isinstance(part, BaseModel) else part
+        if isinstance(values, dict):
+            found.update({f"{name}.{key}": value for key, value in flatten(values).items()})
+        else:
+            found[name] = values
+    return found
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:

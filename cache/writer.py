@@ -1,5 +1,6 @@
 """Writing a cache: whole shards, committed last. What is not committed does not exist."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from zarr.core.sync import sync
 from cache.errors import CacheMismatchError, LogitcaskError, differences
 from cache.integrity import commit_key, committed_shards, constant_objects, digests, shard_keys, write_seal
 from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
-from cache.manifest import ATTRIBUTE, Manifest, sha256
+from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
 from cache.reader import read_manifest
 from cache.shard import Shard
 from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store
@@ -44,7 +45,9 @@ class CacheWriter:
         self._specs = array_specs(manifest.label)
         with explain_write_errors(path):
             self._store = open_store(path, read_only=False)
-            self._admit(overwrite)
+            check_output(path, dict(manifest), overwrite=overwrite)
+            if overwrite:
+                sync(self._store.clear())
             drop_partial_objects(self._store)
             # An object is written even where it is all zeros: its digest stands in the commit record.
             zarr.config.set({"array.write_empty_chunks": True})
@@ -56,22 +59,6 @@ class CacheWriter:
             for name, data in tokenizer_files.items():
                 _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
             write_seal(root, constant_objects(self._specs, list(tokenizer_files)))
-
-    def _admit(self, overwrite: bool) -> None:
-        folder = Path(self.path)
-        if not folder.exists() or all(file.suffix == ".partial" for file in folder.iterdir()):
-            return
-        found = read_manifest(self._store, str(self.path))
-        if overwrite:
-            sync(self._store.clear())
-            return
-        wrong = differences(found.flat(), self.manifest.flat())
-        if wrong:
-            raise CacheMismatchError(
-                f"{self.path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
-            )
-        if len(committed_shards(self._store, found.shards.count)) == found.shards.count:
-            raise LogitcaskError(f"{self.path}: the cache is complete already; pass --overwrite to make it again")
 
     def _array(self, root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
         if spec.name in root:
@@ -139,3 +126,26 @@ def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
             name, shape=data.shape, chunks=(max(1, len(data)),), dtype=data.dtype, compressors=ZstdCodec(level=9)
         )
     _require_array(root, name)[:] = data
+
+
+def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Whether a cache with these parts of a manifest may be written there.
+
+    Raises CacheFormatError where something else lies there, CacheMismatchError, listing every difference, for another
+    cache, and LogitcaskError for a complete one; the last two not with ``overwrite``.
+    """
+    folder = Path(path)
+    if not folder.exists() or (folder.is_dir() and all(file.suffix == ".partial" for file in folder.iterdir())):
+        return  # nothing, or killed before the manifest was there
+    store = open_store(path, read_only=True)
+    found = read_manifest(store, str(path))
+    if overwrite:
+        return
+    if len(committed_shards(store, found.shards.count)) == found.shards.count:
+        raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
+    there = {name: value for name, value in dict(found).items() if name in wanted}
+    wrong = differences(flatten(there), flatten(wanted))
+    if wrong:
+        raise CacheMismatchError(
+            f"{path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
+        )

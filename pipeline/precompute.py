@@ -6,11 +6,10 @@ import numpy as np
 
 from cache.errors import LogitcaskError
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
-from cache.reader import is_complete
 from cache.shard import Example, Shard
 from cache.store import sole_writer
 from cache.targets import IntArray
-from cache.writer import CacheWriter
+from cache.writer import CacheWriter, check_output
 from pipeline.examples import Encoder, encode_source
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
@@ -32,8 +31,6 @@ class PrecomputeReport:
 
 def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
-    if is_complete(settings.output) and not settings.overwrite:
-        raise LogitcaskError(f"{settings.output}: the cache is complete already; pass --overwrite to make it again")
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
@@ -50,6 +47,24 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             prompt_loss=settings.prompt_loss,
             source=settings.train_data,
         )
+        order = shuffled(len(table), settings.seed)
+        positions = table.positions[order].astype(np.int64)
+        shard_examples = cut_shards(positions, settings.shard_positions)
+        files = tokenizer_files(tokenizer)
+        parts = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": identify(tokenizer, files),
+            "data": table.identity,
+            "label": LabelSettings(
+                vocab_size=size,
+                head_size=settings.head_size,
+                tail_draws=settings.tail_draws,
+                temperatures=list(settings.temperatures),
+                seed=settings.seed,
+            ),
+            "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+        }
+        check_output(settings.output, parts, overwrite=settings.overwrite)  # before a large teacher is loaded in vain
         teacher = load_teacher(
             settings.teacher_model,
             revision=settings.teacher_revision,
@@ -58,24 +73,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             trust_remote_code=settings.trust_remote_code,
         )
         check_teacher(teacher, size, settings.max_seq_length)
-        order = shuffled(len(table), settings.seed)
-        positions = table.positions[order].astype(np.int64)
-        shard_examples = cut_shards(positions, settings.shard_positions)
-        files = tokenizer_files(tokenizer)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            teacher=teacher.identity,
-            tokenizer=identify(tokenizer, files),
-            data=table.identity,
-            label=LabelSettings(
-                vocab_size=size,
-                head_size=settings.head_size,
-                tail_draws=settings.tail_draws,
-                temperatures=list(settings.temperatures),
-                seed=settings.seed,
-            ),
-            shards=plan_strides(shard_examples, np.diff(table.starts)[order], positions),
-        )
+        manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
         writer = CacheWriter(settings.output, manifest, shard_examples, files, overwrite=settings.overwrite)
         missing = writer.missing_shards()
         batch_tokens = settings.batch_size * settings.max_seq_length
