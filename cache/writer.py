@@ -46,7 +46,7 @@ class CacheWriter:
         with explain_write_errors(path):
             self._store = open_store(path, read_only=False)
             check_output(path, dict(manifest), overwrite=overwrite)
-            if overwrite:
+            if overwrite and Path(path).exists():
                 sync(self._store.clear())
             drop_partial_objects(self._store)
             # An object is written even where it is all zeros: its digest stands in the commit record.

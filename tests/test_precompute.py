@@ -167,3 +167,7 @@ def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeyp
     cache = make_cache(tmp_path, batch_size=64, shard_positions=10_000)
     assert max(seen) == 7
     assert sum(seen) == CacheReader(cache).manifest.data.positions
+
+
+def test_overwrite_where_there_is_nothing_yet(tmp_path: Path) -> None:
+    assert folder_bytes(make_cache(tmp_path, overwrite=True))
