@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cache.errors import CacheMismatchError, LogitcaskError
+from cache.manifest import sha256
 from cache.reader import CacheReader
 from cache.targets import IntArray
 from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
@@ -48,19 +49,15 @@ class Source:
     head_size: int
     tail: str
     shard_starts: IntArray
-    identity: str  # of the data, for telling runs apart
-    captured: float | None  # teacher mass in the head at the temperature of training
+    identity: str  # of the cache's manifest, or of the data where there is none: tells runs apart
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
     """Train and save a student; returns the last evaluation. Raises LogitcaskError for anything the user can mend."""
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = cache_source(settings) if settings.cache else file_source(settings, Path(folder))
-        record = {**settings.model_dump(mode="json"), "tail": source.tail, "data_fingerprint": source.identity}
+        record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
         checkpoint = admit_output(settings, record)
-        if source.tail == "renormalize" and source.captured is not None:
-            _say(f"tail renormalize: the head holds {source.captured:.1%} of the teacher's mass at this temperature; "
-                 "the rest is ignored and the student is pulled away from the teacher")  # fmt: skip
         return _train(settings, source, record, checkpoint)
 
 
@@ -105,14 +102,18 @@ def cache_source(settings: TrainSettings) -> Source:
     label = reader.manifest.label
     soft = settings.hard_weight < 1.0
     tail = settings.tail or ("sampled" if label.tail_draws else "bucket")
-    captured = None
     if soft:
         j = temperature_index(label.temperatures, settings.temperature)
         if tail != "sampled" and label.head_size == 0:
             raise LogitcaskError(f"--tail {tail} needs a head, the cache has head size 0: use --tail sampled")
         if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
             raise LogitcaskError("--tail sampled needs draws, the cache has none: use --tail bucket")
-        captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
+        if tail == "renormalize":
+            captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
+            _say(
+                f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
+                "the rest is ignored and the student is pulled away from the teacher"
+            )
     tokenizer = tokenizer_from_files(reader.tokenizer_files())
     for other in {settings.student_model, settings.teacher_model} - {None}:
         require_tokenizer(str(other), reader.manifest.tokenizer.fingerprint, settings.cache)
@@ -125,8 +126,7 @@ def cache_source(settings: TrainSettings) -> Source:
         head_size=label.head_size,
         tail=tail,
         shard_starts=reader.shard_starts,
-        identity=reader.manifest.data.fingerprint,
-        captured=captured,
+        identity=sha256(reader.manifest.model_dump_json().encode()),
     )
 
 
@@ -151,7 +151,6 @@ def file_source(settings: TrainSettings, folder: Path) -> Source:
         tail="sampled",
         shard_starts=np.array([0, len(table)], dtype=np.int64),
         identity=table.identity.fingerprint,
-        captured=None,
     )
 
 
@@ -181,7 +180,10 @@ def admit_output(settings: TrainSettings, record: dict[str, Any]) -> str | None:
     folder = _latest(settings.output_dir) if wanted == "latest" else Path(wanted)
     if not (folder / SETTINGS_FILE).is_file():
         raise LogitcaskError(f"--resume-from-checkpoint {folder}: no complete checkpoint of a run lies there")
-    found = json.loads((folder / SETTINGS_FILE).read_text())
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text())
+    except ValueError as error:
+        raise LogitcaskError(f"{folder / SETTINGS_FILE}: damaged: resume from an older checkpoint") from error
     wrong = [
         f"{name}: checkpoint {found.get(name)!r}, now {record.get(name)!r}"
         for name in sorted((found.keys() | record.keys()) - FREE)
@@ -261,7 +263,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(text)
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
 
 
 def _print_evaluation(before: dict[str, float] | None, after: dict[str, float], temperature: float) -> None:
