@@ -17,7 +17,7 @@ from cache.targets import SparseTargets
 Axis = Literal["example", "token", "position"]
 CHUNK = {"example": 4096, "token": 65536, "position": 16384}
 HEAD_SCALE = 2.0**-6  # nats a code: 0.8 % of a probability at most
-TAIL_SCALE = 5 / 16  # coarser: a draw's own variance is a hundred times what this adds
+TAIL_SCALE = 5 / 16  # coarser: lost in the draws' own variance, see tests/benchmarks/fidelity.py
 MASS_SCALE = 2.0**-7
 PARTITION_SCALE = 2.0**-8
 ABSENT = 65535  # the code of minus infinity
@@ -74,13 +74,12 @@ def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
     stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}[spec.axis]
     chunk = min(CHUNK[spec.axis], stride)
     columns = (spec.width,) if spec.width else ()
-    names = {"example": "example", "token": "token", "position": "position"}
     return {
         "shape": (plan.count * stride, *columns),
         "shards": (stride, *columns),
         "chunks": (chunk, *columns),
         "dtype": spec.dtype,
-        "dimension_names": (names[spec.axis], "entry")[: 1 + len(columns)],
+        "dimension_names": (spec.axis, "entry")[: 1 + len(columns)],
         **_codecs(spec),
         "attributes": {"meaning": spec.meaning},
     }

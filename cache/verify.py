@@ -12,7 +12,7 @@ from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, array_specs
 from cache.manifest import LabelSettings, Manifest
 from cache.reader import CacheReader, read_manifest
 from cache.shard import Shard
-from cache.store import delete_objects, open_store
+from cache.store import delete_objects, open_store, sole_writer
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ def repair(path: str | Path, found: Verification) -> list[int]:
         raise LogitcaskError(
             f"{path}: cannot be repaired: {'; '.join(found.constants)}: copy these objects again from a good cache"
         )
-    store = open_store(path, read_only=False)
-    specs = array_specs(read_manifest(store, str(path)).label)
-    for index in found.damaged:
-        delete_objects(store, [commit_key(index), *shard_keys(specs, index)])
+    with sole_writer(path):
+        store = open_store(path, read_only=False)
+        specs = array_specs(read_manifest(store, str(path)).label)
+        for index in found.damaged:
+            delete_objects(store, [commit_key(index), *shard_keys(specs, index)])
     return sorted(found.damaged)
 
 

@@ -5,7 +5,6 @@ Legend: B examples a batch, L their padded length, N target positions of the bat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,14 +26,6 @@ class TrainingExample:
 
     encoded: Encoded
     targets: SparseTargets | None
-
-
-class Examples(Protocol):
-    """Examples of a training run: a cache's, or a tokenized file's."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> TrainingExample: ...
 
 
 class CacheExamples(Dataset[TrainingExample]):

@@ -113,7 +113,7 @@ def cache_verify(
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2, an interrupt 130."""
+    """Run the command; a user's mistake is one line on stderr and exit code 2 (typer makes an interrupt 130)."""
     from cache.errors import LogitcaskError
 
     try:
@@ -124,9 +124,6 @@ def main() -> None:
     except OSError as error:  # the machine's refusal: a full disk, a missing right
         sys.stderr.write(f"error: {error}: mend that and run the same command again\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to go on\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class TrainSettings(Settings):
     save_total_limit: Whole = Field(3, description="checkpoints kept")
     logging_steps: Whole = Field(10, description="steps between log lines")
     resume_from_checkpoint: str | None = Field(None, description="a checkpoint folder, or latest")
-    use_gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    use_gradient_checkpointing: bool = Field(False, description="less memory, slower")
     use_mixed_precision: bool = Field(False, description="autocast to the dtype below")
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read the cache ahead")
