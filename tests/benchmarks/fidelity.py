@@ -2,7 +2,7 @@
 
 Real SmolLM2 labels of Python functions, a tiny student, forward KL alone; the exact gradient uses the teacher's full
 distribution. Each preset is measured as drawn and as it comes back from the cache, so that the difference is what
-quantisation adds. Run as ``python -m tests.benchmarks.fidelity [STUDENT_FOLDER]`` (about five minutes on two cores);
+quantisation adds. Run as ``python -m tests.benchmarks.fidelity [STUDENT_FOLDER]`` (about seven minutes on two cores);
 without a folder the student is new.
 """
 
