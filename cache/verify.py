@@ -9,10 +9,11 @@ import numpy as np
 from cache.errors import CacheFormatError, LogitcaskError
 from cache.integrity import commit_key, committed_shards, constant_damage, constant_objects, shard_damage, shard_keys
 from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, array_specs
+from cache.lock import sole_writer
 from cache.manifest import LabelSettings, Manifest
 from cache.reader import CacheReader, read_manifest
 from cache.shard import Shard
-from cache.store import delete_objects, open_store, sole_writer
+from cache.store import delete_objects, open_store
 
 
 @dataclass(frozen=True)

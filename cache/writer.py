@@ -13,10 +13,11 @@ from zarr.core.sync import sync
 from cache.errors import CacheMismatchError, LogitcaskError, differences
 from cache.integrity import commit_key, committed_shards, constant_objects, digests, shard_keys, write_seal
 from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
+from cache.lock import explain_write_errors
 from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
 from cache.reader import read_manifest
 from cache.shard import Shard
-from cache.store import drop_partial_objects, explain_write_errors, flush_objects, open_store
+from cache.store import drop_partial_objects, flush_objects, open_store
 
 
 def plan_digest(shard_examples: NDArray[np.int64]) -> str:

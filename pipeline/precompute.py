@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.errors import LogitcaskError
+from cache.lock import sole_writer
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from cache.shard import Example, Shard
-from cache.store import sole_writer
 from cache.targets import IntArray
 from cache.writer import CacheWriter, check_output
 from pipeline.examples import Encoder, encode_source

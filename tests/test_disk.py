@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache.errors import LogitcaskError
-from cache.store import sole_writer
+from cache.lock import sole_writer
 from pipeline.precompute import precompute
 from tests.tiny import RECORDS, folder_bytes, make_teacher, precompute_settings, write_jsonl
 
