@@ -4,6 +4,7 @@ Every array lies on one axis (example, token, position); shard s owns the slots 
 which are exactly one Zarr shard, hence one object. Log-probabilities are stored as unsigned codes: l = -code * scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ from cache.targets import SparseTargets
 
 Axis = Literal["example", "token", "position"]
 CHUNK = {"example": 4096, "token": 65536, "position": 16384}
-HEAD_SCALE = 2.0**-6  # nats a code: 0.8 % of a probability at most
-TAIL_SCALE = 5 / 16  # coarser: lost in the draws' own variance, see tests/benchmarks/fidelity.py
-MASS_SCALE = 2.0**-7
+HEAD_SCALE = 2.0**-4  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
+ODDS_SCALE = 2.0**-5  # of the log-odds of the tail, so that head and tail always sum to 1
 PARTITION_SCALE = 2.0**-8
+TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser further down
 ABSENT = 65535  # the code of minus infinity
+NO_TAIL = -(2**15)  # the code of log-odds of minus infinity
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,24 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
         ArraySpec(
             "tail_logprobs",
             "position",
-            "uint16",
+            "uint8",
             m,
-            f"(l of the last of the head, or 0, - l) / {TAIL_SCALE} of the drawn",
+            f"{TAIL_STEPS} log(1 + d / {TAIL_UNIT}) of the drawn, d = l of the last of the head, or 0, - l",
         ),
         ArraySpec("tail_counts", "position", count, m, "times drawn; 0 is padding"),
-        ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}"),
-        ArraySpec("log_tail_mass", "position", "uint16", j, f"-log(mass outside the head) / {MASS_SCALE}"),
+        ArraySpec(
+            "log_tail_odds",
+            "position",
+            "int16",
+            j,
+            f"log(mass outside the head / mass of the head) / {ODDS_SCALE} at each temperature, "
+            "each less the one before it",
+        ),
+        ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}; kept where there is no head"),
         ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {HEAD_SCALE}, of the token that came next"),
     ]
-    absent = {"head_" * (k == 0), "tail_" * (m == 0)} - {""}
-    return [spec for spec in specs if spec.name[:5] not in absent]
+    absent = ("head_", "log_tail_odds") if k == 0 else ("log_partition",)
+    return [spec for spec in specs if not spec.name.startswith((*absent, *(["tail_"] if m == 0 else [])))]
 
 
 def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
@@ -125,16 +134,16 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     """Labels as the integer arrays of the cache, by array name."""
     padding = targets.tail_counts == 0
     head = _codes(targets.head_logprobs, HEAD_SCALE)
-    below = _last(_values(head, HEAD_SCALE)) - targets.tail_logprobs
+    below = np.maximum(_last(_values(head, HEAD_SCALE)) - targets.tail_logprobs, 0.0).astype(np.float64)
     drawn = np.maximum.accumulate(np.where(padding, 0, targets.tail_ids), axis=1)
     return {
         "head_ids": targets.head_ids,
         "head_logprobs": np.diff(head, axis=1, prepend=np.uint16(0)),
         "tail_ids": np.diff(drawn, axis=1, prepend=0),
-        "tail_logprobs": np.where(padding, 0, _codes(-np.maximum(below, 0.0), TAIL_SCALE)),
+        "tail_logprobs": np.where(padding, 0, np.rint(TAIL_STEPS * np.log1p(below / TAIL_UNIT))),
         "tail_counts": targets.tail_counts,
+        "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass), axis=1, prepend=np.int16(0)),
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
-        "log_tail_mass": _codes(targets.log_tail_mass, MASS_SCALE),
         "gold_logprobs": _codes(targets.gold_logprobs, HEAD_SCALE),
     }
 
@@ -145,15 +154,42 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
     none = np.zeros((n, 0), dtype=np.int64)
     counts = arrays.get("tail_counts", none).astype(np.int64)
     head = _values(np.cumsum(arrays.get("head_logprobs", none), axis=1, dtype=np.uint16), HEAD_SCALE)
-    tail = _last(head) + _values(arrays.get("tail_logprobs", none), TAIL_SCALE)
+    below = np.float32(TAIL_UNIT) * np.expm1(arrays.get("tail_logprobs", none).astype(np.float32) / TAIL_STEPS)
     tail_ids = np.cumsum(arrays.get("tail_ids", none), axis=1, dtype=np.int64)
+    if label.head_size:
+        log_partition, log_tail_mass = _masses(head, arrays["log_tail_odds"], label.temperatures)
+    else:
+        log_partition = arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE)
+        log_tail_mass = np.zeros_like(log_partition)
     return SparseTargets(
         head_ids=arrays.get("head_ids", none).astype(np.int64),
         head_logprobs=head,
         tail_ids=np.where(counts == 0, 0, tail_ids),
-        tail_logprobs=np.where(counts == 0, np.float32(0.0), tail),
+        tail_logprobs=np.where(counts == 0, np.float32(0.0), _last(head) - below),
         tail_counts=counts,
-        log_partition=arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE),
-        log_tail_mass=_values(arrays["log_tail_mass"], MASS_SCALE),
+        log_partition=log_partition,
+        log_tail_mass=log_tail_mass,
         gold_logprobs=_values(arrays["gold_logprobs"], HEAD_SCALE),
     )
+
+
+def _odds_codes(log_tail_mass: NDArray[np.float32]) -> NDArray[np.int16]:
+    """Codes of log(m / (1 - m)); no tail at all is NO_TAIL."""
+    log_m = log_tail_mass.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        odds = log_m - np.log(-np.expm1(np.minimum(log_m, -np.finfo(np.float32).tiny)))
+    return np.where(np.isneginf(log_m), NO_TAIL, np.clip(np.rint(odds / ODDS_SCALE), 1 + NO_TAIL, -1 - NO_TAIL)).astype(
+        np.int16
+    )
+
+
+def _masses(
+    head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Log-partitions and log tail masses, both (N, J): A(t) = log sum over the head of exp(l / t) - log(1 - m_t)."""
+    summed = np.cumsum(codes, axis=1, dtype=np.int16)
+    odds = np.where(summed == NO_TAIL, -np.inf, summed * ODDS_SCALE)
+    best, below = head[:, :1], head - head[:, :1]
+    shares = np.stack([np.exp(below / np.float32(t)).sum(1) for t in temperatures], axis=1)
+    log_partition = best / np.asarray(temperatures, dtype=np.float32) + np.log(shares) + np.logaddexp(0.0, odds)
+    return log_partition.astype(np.float32), -np.logaddexp(0.0, -odds).astype(np.float32)

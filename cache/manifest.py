@@ -7,18 +7,20 @@ cache was made, so equal inputs give equal bytes.
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cache.errors import CacheFormatError
+from cache.errors import CacheFormatError, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ATTRIBUTE = "logitcask"
+MAX_SHARD_ENTRIES = 1 << 26  # label entries a shard: what a reader is ready to hold in memory, a few GB decoded
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]  # no control characters
+FileName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # a name, never a path
 
 
 class _Part(BaseModel):
@@ -33,7 +35,7 @@ class TeacherIdentity(_Part):
     weights: Digest = Field(description="SHA-256 over names, shapes, dtypes and a sample of every parameter")
     dtype: Name
     engine: Name
-    versions: dict[str, Name]
+    versions: Annotated[dict[Name, Name], Field(max_length=64)]
 
 
 class TokenizerIdentity(_Part):
@@ -41,7 +43,7 @@ class TokenizerIdentity(_Part):
 
     fingerprint: Digest
     chat_template: Digest | None
-    files: dict[Name, Digest] = Field(description="tokenizer files kept in the cache, by name", max_length=8)
+    files: dict[FileName, Digest] = Field(description="tokenizer files kept in the cache, by name", max_length=8)
 
 
 class DataIdentity(_Part):
@@ -70,10 +72,10 @@ class LabelSettings(_Part):
 class ShardPlan(_Part):
     """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; what it does not fill stays zero."""
 
-    count: Annotated[int, Field(ge=1, le=2**31)]
-    examples: Annotated[int, Field(ge=1, le=2**31)]
-    tokens: Annotated[int, Field(ge=1, le=2**31)]
-    positions: Annotated[int, Field(ge=1, le=2**31)]
+    count: Annotated[int, Field(ge=1, le=2**20)]
+    examples: Annotated[int, Field(ge=1, le=2**22)]
+    tokens: Annotated[int, Field(ge=1, le=MAX_SHARD_ENTRIES)]
+    positions: Annotated[int, Field(ge=1, le=MAX_SHARD_ENTRIES)]
     digest: Digest = Field(description="SHA-256 of shard_examples as little-endian int64")
 
 
@@ -86,6 +88,18 @@ class Manifest(_Part):
     data: DataIdentity
     label: LabelSettings
     shards: ShardPlan
+
+    @model_validator(mode="after")
+    def _shard_fits_in_memory(self) -> Self:
+        entries = self.shards.positions * label_entries(self.label)
+        if entries > MAX_SHARD_ENTRIES:
+            raise ValueError(f"a shard may hold {MAX_SHARD_ENTRIES} label entries, not {entries}")
+        return self
+
+
+def label_entries(label: LabelSettings) -> int:
+    """Entries of a label in all: head, tail and one a temperature."""
+    return label.head_size + label.tail_draws + len(label.temperatures)
 
 
 def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
@@ -111,17 +125,17 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
     version = raw.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheFormatError(
-            f"{where}: cache format {version} is newer than this version reads ({FORMAT_VERSION}): upgrade logitcask"
+            f"{where}: cache format {shown(version)} is newer than this version reads ({FORMAT_VERSION}): upgrade logitcask"
         )
     try:
         manifest = Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = shown(".".join(str(part) for part in first["loc"]))[1:-1]
         raise CacheFormatError(f"{where}: damaged manifest: {place}: {first['msg']}") from error
     if version != FORMAT_VERSION:
         raise CacheFormatError(
-            f"{where}: cache format {version!r} is not readable: this version reads {FORMAT_VERSION}"
+            f"{where}: cache format {shown(version)} is not readable: this version reads {FORMAT_VERSION}"
         )
     return manifest
 

@@ -20,6 +20,7 @@ Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
+PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, tail draws
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -49,8 +50,15 @@ class PrecomputeSettings(Settings):
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
     output: Path = Field(description="folder of the cache")
-    head_size: Annotated[int, Field(ge=0, le=65536)] = Field(8, description="most probable tokens kept exactly, K")
-    tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(24, description="tokens drawn from the rest, M")
+    preset: Literal["lean", "standard", "rich"] = Field(
+        "standard", description="size of a label, head + tail: lean 4 + 8, standard 8 + 24, rich 32 + 64"
+    )
+    head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
+        8, description="most probable tokens kept exactly, K; overrides the preset's"
+    )
+    tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(
+        24, description="tokens drawn from the rest, M; overrides the preset's"
+    )
     temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures students may train at")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
@@ -61,6 +69,12 @@ class PrecomputeSettings(Settings):
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
     overwrite: bool = Field(False, description="replace a cache that lies at the output")
     seed: Seed = Field(0, description="seed of the shuffle and of the draws")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
+        return {"head_size": head, "tail_draws": tail, **given}
 
     @model_validator(mode="after")
     def _label_is_not_empty(self) -> Self:

@@ -14,8 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import CacheFormatError, IncompleteCacheError
-from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, array_specs, encode_targets, id_dtype
-from cache.manifest import DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity, sha256
+from cache.layout import HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, array_specs, encode_targets, id_dtype
+from cache.manifest import (
+    FORMAT_VERSION,
+    DataIdentity,
+    LabelSettings,
+    Manifest,
+    TeacherIdentity,
+    TokenizerIdentity,
+    sha256,
+)
 from cache.reader import CacheReader, is_complete
 from cache.report import describe, render
 from cache.shard import Example, Shard
@@ -27,9 +35,8 @@ from tests.tiny import RECORDS, make_cache
 FILES = {"tokenizer.json": b"{}", "chat_template.jinja": bytes(range(256))}
 SCALES = {
     "head_logprobs": HEAD_SCALE,
-    "tail_logprobs": TAIL_SCALE,
-    "log_partition": PARTITION_SCALE,
-    "log_tail_mass": MASS_SCALE,
+    "log_partition": HEAD_SCALE + ODDS_SCALE,
+    "log_tail_mass": ODDS_SCALE,
     "gold_logprobs": HEAD_SCALE,
 }
 
@@ -61,13 +68,21 @@ def random_targets(random: np.random.Generator, n: int, label: LabelSettings) ->
     gold[:1] = -np.inf
     head = -np.sort(random.exponential(4.0, (n, k)), axis=1).astype(np.float32)
     bottom = head[:, -1:] if k else np.zeros((n, 1), dtype=np.float32)  # no drawn token is above the head
+    partition = random.normal(0.0, 3.0, (n, j)).astype(np.float32)
+    if k:  # head and tail must sum to 1
+        log_head = np.log(-np.expm1(mass.astype(np.float64)))
+        partition = (np.logaddexp.reduce(head[:, :, None] / np.array(label.temperatures), axis=1) - log_head).astype(
+            "f4"
+        )
+    else:
+        mass[:] = 0.0
     return SparseTargets(
         head_ids=ids[:, :k],
         head_logprobs=head,
         tail_ids=np.where(used, tail, 0),
         tail_logprobs=np.where(used, bottom - random.exponential(20.0, (n, m)), 0.0).astype(np.float32),
         tail_counts=counts,
-        log_partition=random.normal(0.0, 3.0, (n, j)).astype(np.float32),
+        log_partition=partition,
         log_tail_mass=mass,
         gold_logprobs=gold,
     )
@@ -94,7 +109,7 @@ def manifest_of(label: LabelSettings, shards: list[Shard]) -> tuple[Manifest, np
     shard_examples = np.array([len(s) for s in shards], dtype=np.int64)
     counts = {"examples": len(tokens), "tokens": int(tokens.sum()), "positions": int(positions.sum())}
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         teacher=TeacherIdentity(id="t", revision="", weights="0" * 64, dtype="float32", engine="none", versions={}),
         tokenizer=TokenizerIdentity(
             fingerprint="1" * 64, chat_template=None, files={name: sha256(data) for name, data in FILES.items()}
@@ -123,6 +138,10 @@ def assert_equal_targets(found: SparseTargets, want: SparseTargets) -> None:
             np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), err_msg=field.name)
             near = np.isfinite(b)
             np.testing.assert_allclose(a[near], b[near], rtol=0, atol=SCALES[field.name] * 0.501, err_msg=field.name)
+        elif field.name == "tail_logprobs":  # coarser further below the head
+            last = want.head_logprobs[:, -1:] if want.head_logprobs.shape[1] else np.float32(0.0)
+            step = np.expm1(1 / (2 * TAIL_STEPS)) * (TAIL_UNIT + last - b) + HEAD_SCALE
+            assert (np.abs(a - b)[want.tail_counts > 0] <= step[want.tail_counts > 0]).all()
         else:
             np.testing.assert_array_equal(a, b, err_msg=field.name)
 
@@ -151,7 +170,11 @@ def test_what_is_written_is_read(tmp_path: Path, vocab: int, head: int, draws: i
     assert len(reader) == 9
     place = iter(range(9))
     for index, shard in enumerate(shards):
-        assert all((a >= 0).all() for name, a in encode_targets(shard.targets).items() if name != "log_partition")
+        assert all(
+            (a >= 0).all()
+            for name, a in encode_targets(shard.targets).items()
+            if name not in ("log_partition", "log_tail_odds")
+        )
         np.testing.assert_array_equal(reader.shard(index).input_ids, shard.input_ids)
         assert_equal_targets(reader.shard(index).targets, shard.targets)
         for inner in range(len(shard)):
@@ -227,9 +250,9 @@ def test_a_commit_record_holds_the_digest_of_each_object(tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     cache = make_cache(tmp_path)
-    changed = (cache / "zarr.json").read_text().replace('"format_version": 1', '"format_version": 2, "new_field": 1')
+    changed = (cache / "zarr.json").read_text().replace('"format_version": 2', '"format_version": 3, "new_field": 1')
     (cache / "zarr.json").write_text(changed)
-    with pytest.raises(CacheFormatError, match=r"format 2 is newer .*upgrade logitcask"):
+    with pytest.raises(CacheFormatError, match=r"format 3 is newer .*upgrade logitcask"):
         CacheReader(cache)
 
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cache.layout import HEAD_SCALE, MASS_SCALE, PARTITION_SCALE, TAIL_SCALE, decode_targets, encode_targets
+from cache.layout import HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, decode_targets, encode_targets
 from cache.manifest import LabelSettings
 from cache.targets import SparseTargets
 from pipeline.examples import Encoded, Encoder
@@ -92,7 +92,9 @@ def test_tail_and_gold_are_the_models_own(targets: SparseTargets, logits: FloatA
     own = dense_log_probs(logits)
     drawn = targets.tail_counts > 0
     of_tail = np.take_along_axis(own, targets.tail_ids, axis=1)
-    np.testing.assert_allclose(targets.tail_logprobs[drawn], of_tail[drawn], rtol=0, atol=TAIL_SCALE / 2 + NOISE)
+    below = targets.head_logprobs[:, -1:] - of_tail
+    step = np.expm1(1 / (2 * TAIL_STEPS)) * (TAIL_UNIT + np.maximum(below, 0.0)) + HEAD_SCALE
+    assert (np.abs(targets.tail_logprobs - of_tail)[drawn] <= (step + NOISE)[drawn]).all()
     np.testing.assert_array_equal(targets.tail_counts.sum(1), 24)
     for row in range(len(targets)):
         assert not set(targets.tail_ids[row][drawn[row]].tolist()) & set(targets.head_ids[row].tolist())
@@ -108,11 +110,13 @@ def test_log_partitions_and_tail_masses_are_those_of_the_full_vocabulary(
     own = dense_log_probs(logits)
     for j, t in enumerate(TEMPERATURES):
         partition = np.log(np.exp(own / t).sum(1))
-        np.testing.assert_allclose(targets.log_partition[:, j], partition, rtol=0, atol=PARTITION_SCALE / 2 + NOISE)
+        np.testing.assert_allclose(
+            targets.log_partition[:, j], partition, rtol=0, atol=(HEAD_SCALE + ODDS_SCALE) / 2 + NOISE
+        )
         p = np.exp(own / t - partition[:, None])
         np.put_along_axis(p, targets.head_ids, 0.0, axis=1)
         mass = np.log(p.sum(1))
-        np.testing.assert_allclose(targets.log_tail_mass[:, j], mass, rtol=0, atol=MASS_SCALE / 2 + 2 * NOISE)
+        np.testing.assert_allclose(targets.log_tail_mass[:, j], mass, rtol=0, atol=ODDS_SCALE / 2 + 2 * NOISE)
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)

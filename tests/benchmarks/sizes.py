@@ -1,0 +1,220 @@
+"""What a label costs on disk: bytes a target position by preset, corpus and array, and what other codecs would give.
+
+Real SmolLM2 labels of Python functions and of English prose (the language reference that Python ships). Run as
+``python -m tests.benchmarks.sizes [POSITIONS]``; 20,000 positions of each, the default, take about five minutes on two
+cores.
+"""
+
+import pydoc_data.topics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs import Blosc, Zstd
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from cache.layout import CHUNK, array_specs, decode_targets, encode_targets
+from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
+from cache.report import describe
+from cache.shard import Example, Shard
+from cache.targets import SparseTargets
+from cache.writer import CacheWriter
+from pipeline.examples import Encoder, read_records
+from pipeline.generate_data import from_source
+from pipeline.settings import PRESETS, GenerateDataSettings
+from pipeline.shards import plan_strides
+from pipeline.soft_labels import soft_labels
+from pipeline.teachers.base import TokenizedExample
+from pipeline.teachers.transformers import load_teacher
+from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from tests.benchmarks.capture import teacher_path
+
+LENGTH, BATCH = 384, 8
+TEMPERATURES = [1.0, 1.5, 2.0]
+GOAL = {"lean": 30, "standard": 80, "rich": 220}
+Codec = Callable[[NDArray[Any]], bytes]
+
+
+def code(encoder: Encoder) -> Iterator[TokenizedExample]:
+    """Functions of the standard library as documentation and code."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GenerateDataSettings.model_validate({"output_dir": folder, "num_examples": 100_000})
+        for index, (where, record) in enumerate(read_records(str(from_source(settings).path))):
+            found = encoder.encode(where, record)
+            mask = found.target_mask[:LENGTH].copy()
+            mask[-1] = False
+            if mask.any():
+                yield TokenizedExample(index, found.input_ids[:LENGTH], mask)
+
+
+def english(encoder: Encoder) -> Iterator[TokenizedExample]:
+    """Chapters of Python's language reference."""
+    for index, name in enumerate(sorted(pydoc_data.topics.topics)):
+        found = encoder.encode(name, {"text": pydoc_data.topics.topics[name]})
+        for first in range(0, len(found.input_ids) - 16, LENGTH):
+            ids = found.input_ids[first : first + LENGTH]
+            yield TokenizedExample(index, ids, np.arange(len(ids)) < len(ids) - 1)
+
+
+def label(source: Iterator[TokenizedExample], positions: int, vocabulary: int) -> dict[str, list[Example]]:
+    """Labels of every preset, by the teacher."""
+    teacher = load_teacher(teacher_path(), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    found: dict[str, list[Example]] = {name: [] for name in PRESETS}
+    done = 0
+    while done < positions:
+        batch = [example for example, _ in zip(source, range(BATCH), strict=False)]
+        if not batch:
+            break
+        for name in PRESETS:
+            labels = teacher.label(batch, settings_of(name, vocabulary))
+            found[name] += [Example(b.input_ids, b.target_mask, t) for b, t in zip(batch, labels, strict=True)]
+        done += sum(int(example.target_mask.sum()) for example in batch)
+    return found
+
+
+def settings_of(name: str, vocabulary: int) -> LabelSettings:
+    """The label settings of a preset."""
+    head, draws = PRESETS[name]
+    return LabelSettings(vocab_size=vocabulary, head_size=head, tail_draws=draws, temperatures=TEMPERATURES, seed=0)
+
+
+def write(folder: Path, name: str, examples: list[Example], tokenizer: Any) -> Path:
+    """A whole cache of one shard."""
+    tokens = np.array([len(e.input_ids) for e in examples])
+    positions = np.array([len(e.targets) for e in examples])
+    shard_examples = np.array([len(examples)])
+    files = tokenizer_files(tokenizer)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        teacher=TeacherIdentity(
+            id="SmolLM2-135M", revision="", weights="0" * 64, dtype="float32", engine="transformers", versions={}
+        ),
+        tokenizer=identify(tokenizer, files),
+        data=DataIdentity(
+            fingerprint="0" * 64,
+            examples=len(examples),
+            tokens=int(tokens.sum()),
+            positions=int(positions.sum()),
+            truncated=0,
+            dropped=0,
+            max_seq_length=LENGTH,
+            prompt_loss=False,
+        ),
+        label=settings_of(name, tokenizer_size(tokenizer)),
+        shards=plan_strides(shard_examples, tokens, positions),
+    )
+    CacheWriter(folder / name, manifest, shard_examples, files).write_shard(0, Shard.of(examples))
+    return folder / name
+
+
+def spoilt(targets: SparseTargets, how: LabelSettings) -> list[float]:
+    """By temperature: squared error that storing adds to the weights, over the variance of the drawn weights."""
+    coded = {s.name: encode_targets(targets)[s.name].astype(s.dtype) for s in array_specs(how) if s.axis == "position"}
+    back, shares = decode_targets(coded, how), []
+    for t in TEMPERATURES:
+        drawn, stored = (soft_labels(x, TEMPERATURES, t, "sampled").weights.astype(np.float64) for x in (targets, back))
+        variance = (drawn[:, how.head_size :] ** 2 / np.maximum(targets.tail_counts, 1)).sum()
+        shares.append(float(((stored - drawn) ** 2).sum() / variance))
+    return shares
+
+
+def codecs() -> dict[str, tuple[bool, Codec]]:
+    """By name: whether columns are put together first, and the compressor."""
+    found: dict[str, tuple[bool, Codec]] = {
+        "rows, zstd": (False, Zstd(9).encode),
+        "rows, shuffle": (False, Blosc("zstd", 9, Blosc.SHUFFLE).encode),
+        "columns, zstd": (True, Blosc("zstd", 9, Blosc.NOSHUFFLE).encode),
+        "columns, shuffle": (True, Blosc("zstd", 9, Blosc.SHUFFLE).encode),
+        "columns, bits": (True, Blosc("zstd", 9, Blosc.BITSHUFFLE).encode),
+        "columns, lz4": (True, Blosc("lz4", 9, Blosc.SHUFFLE).encode),
+    }
+    try:
+        from numcodecs.pcodec import PCodec  # an optional package of numcodecs
+    except ImportError:
+        return found
+    pcodec = PCodec(level=8)
+
+    def encode_wide(columns: NDArray[Any]) -> bytes:
+        wide = columns.astype(np.uint16) if columns.itemsize == 1 else columns
+        return b"".join(bytes(pcodec.encode(np.ascontiguousarray(column))) for column in np.atleast_2d(wide))
+
+    return {**found, "columns, pcodec": (True, encode_wide)}
+
+
+def compressed(array: NDArray[Any], columns: bool, encode: Codec) -> float:
+    """Bytes a position of an array, chunk by chunk."""
+    chunks = [array[first : first + CHUNK["position"]] for first in range(0, len(array), CHUNK["position"])]
+    return sum(len(encode(np.ascontiguousarray(c.T if columns else c))) for c in chunks) / len(array)
+
+
+def variants(targets: SparseTargets, how: LabelSettings) -> dict[str, NDArray[Any]]:
+    """The arrays of the format, then the other ways that were tried."""
+    coded = encode_targets(targets)
+    found = {s.name: coded[s.name].astype(s.dtype) for s in array_specs(how) if s.axis == "position"}
+    padding = targets.tail_counts == 0
+    below = np.maximum(targets.head_logprobs[:, -1:] - targets.tail_logprobs, 0.0)
+    odds = np.cumsum(coded["log_tail_odds"], axis=1, dtype=np.int16)
+    return {
+        **found,
+        "tail_ids, plain": np.where(padding, 0, targets.tail_ids).astype(np.uint16),
+        "tail_logprobs, 1/16 nat": np.where(padding, 0, np.rint(below * 16)).astype(np.uint16),
+        "tail_logprobs, 5/16 nat": np.where(padding, 0, np.rint(below * 16 / 5)).astype(np.uint8),
+        "head_logprobs, 1/64 nat": np.diff(np.rint(-targets.head_logprobs * 64), axis=1, prepend=0).astype(np.uint16),
+        "head_logprobs, plain": np.rint(-targets.head_logprobs * 16).astype(np.uint16),
+        "log_tail_odds, plain": odds,
+        "log_partition, 1/256": np.rint(targets.log_partition * 256).astype(np.int32),
+        "log_tail_mass, 1/128": np.rint(np.clip(-targets.log_tail_mass, 0, 500) * 128).astype(np.uint16),
+    }
+
+
+def size_table(sizes: dict[tuple[str, str], dict[str, float]]) -> Table:
+    """Bytes a position by array; one column a preset and corpus."""
+    table = Table("bytes a position", *(f"{preset}\n{corpus}" for preset, corpus in sizes))
+    for name in dict.fromkeys(name for column in sizes.values() for name in column):
+        table.add_row(name, *(f"{column[name]:.2f}" if name in column else "" for column in sizes.values()))
+    return table
+
+
+def main() -> None:
+    """Print the tables."""
+    positions = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    tokenizer = load_tokenizer(teacher_path())
+    encoder, vocabulary = Encoder(tokenizer, prompt_loss=False), tokenizer_size(tokenizer)
+    sizes: dict[tuple[str, str], dict[str, float]] = {}
+    tried = Table("bytes a position, standard", *codecs(), title="codecs")
+    for corpus, source in (("code", code(encoder)), ("English", english(encoder))):
+        found = label(source, positions, vocabulary)
+        for preset, examples in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                info = describe(write(Path(folder), preset, examples, tokenizer))
+            n = info.manifest.data.positions
+            carried = sum(len(data) for data in tokenizer_files(tokenizer).values())
+            targets = SparseTargets.concatenate([replace(e.targets) for e in examples])
+            shares = spoilt(targets, info.manifest.label)
+            arrays = {name: size / n for name, size in info.bytes_by_array.items()}
+            sizes[preset, corpus] = {
+                "positions": n,
+                **arrays,
+                "arrays": sum(arrays.values()),
+                "goal": GOAL[preset],
+                "whole cache": info.bytes_per_position,
+                "tokenizer, MB": carried / 1e6,
+                **{f"noise added at T={t:g}, %": 100 * x for t, x in zip(TEMPERATURES, shares, strict=True)},
+            }
+            if preset == "standard":
+                for name, array in variants(targets, info.manifest.label).items():
+                    row = [f"{compressed(array, columns, encode):.2f}" for columns, encode in codecs().values()]
+                    tried.add_row(f"{corpus}: {name}", *row)
+    console = Console(width=150)
+    console.print(size_table(sizes))
+    console.print(tried)
+
+
+if __name__ == "__main__":
+    main()
