@@ -18,7 +18,8 @@ from cache.targets import SparseTargets
 Axis = Literal["example", "token", "position"]
 CHUNK = {"example": 4096, "token": 65536, "position": 16384}
 HEAD_SCALE = 2.0**-4  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
-ODDS_SCALE = 2.0**-5  # of the log-odds of the tail, so that head and tail always sum to 1
+ODDS_SCALE = 2.0**-4  # of the log-odds of the tail, so that head and tail always sum to 1
+GOLD_SCALE = 2.0**-3  # for the perplexity of the text alone
 PARTITION_SCALE = 2.0**-8
 TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser further down
 ABSENT = 65535  # the code of minus infinity
@@ -72,7 +73,7 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
             "each less the one before it",
         ),
         ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}; kept where there is no head"),
-        ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {HEAD_SCALE}, of the token that came next"),
+        ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {GOLD_SCALE}, of the token that came next"),
     ]
     absent = ("head_", "log_tail_odds") if k == 0 else ("log_partition",)
     return [spec for spec in specs if not spec.name.startswith((*absent, *(["tail_"] if m == 0 else [])))]
@@ -144,7 +145,7 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
         "tail_counts": targets.tail_counts,
         "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass), axis=1, prepend=np.int16(0)),
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
-        "gold_logprobs": _codes(targets.gold_logprobs, HEAD_SCALE),
+        "gold_logprobs": _codes(targets.gold_logprobs, GOLD_SCALE),
     }
 
 
@@ -169,7 +170,7 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
         tail_counts=counts,
         log_partition=log_partition,
         log_tail_mass=log_tail_mass,
-        gold_logprobs=_values(arrays["gold_logprobs"], HEAD_SCALE),
+        gold_logprobs=_values(arrays["gold_logprobs"], GOLD_SCALE),
     )
 
 

@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import CacheFormatError, IncompleteCacheError
-from cache.layout import HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, array_specs, encode_targets, id_dtype
+from cache.layout import (
+    GOLD_SCALE,
+    HEAD_SCALE,
+    ODDS_SCALE,
+    TAIL_STEPS,
+    TAIL_UNIT,
+    array_specs,
+    encode_targets,
+    id_dtype,
+)
 from cache.manifest import (
     FORMAT_VERSION,
     DataIdentity,
@@ -37,7 +46,7 @@ SCALES = {
     "head_logprobs": HEAD_SCALE,
     "log_partition": HEAD_SCALE + ODDS_SCALE,
     "log_tail_mass": ODDS_SCALE,
-    "gold_logprobs": HEAD_SCALE,
+    "gold_logprobs": GOLD_SCALE,
 }
 
 

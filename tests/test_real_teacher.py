@@ -14,7 +14,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cache.layout import HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, decode_targets, encode_targets
+from cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, decode_targets, encode_targets
 from cache.manifest import LabelSettings
 from cache.targets import SparseTargets
 from pipeline.examples import Encoded, Encoder
@@ -100,7 +100,7 @@ def test_tail_and_gold_are_the_models_own(targets: SparseTargets, logits: FloatA
         assert not set(targets.tail_ids[row][drawn[row]].tolist()) & set(targets.head_ids[row].tolist())
     gold = np.concatenate([e.input_ids[1:][e.target_mask[:-1]] for e in encoded])
     of_gold = own[np.arange(len(own)), gold]
-    np.testing.assert_allclose(targets.gold_logprobs, of_gold, rtol=0, atol=HEAD_SCALE / 2 + NOISE)
+    np.testing.assert_allclose(targets.gold_logprobs, of_gold, rtol=0, atol=GOLD_SCALE / 2 + NOISE)
     assert np.exp(-targets.gold_logprobs.mean()) < 40.0  # perplexity: a shift by one token would give thousands
 
 

@@ -1,0 +1,142 @@
+"""How fast labels become training batches: the cache, against Parquet lists through datasets and a raw memory map.
+
+The same random-looking labels three ways, read in random order as batches of 8 examples, brought to T=2 by the same
+collator, in one run; medians of 5. Run as ``python -m tests.benchmarks.reading`` (about two minutes).
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from cache.reader import CacheReader
+from cache.shard import Example, Shard
+from cache.targets import SparseTargets
+from cache.writer import CacheWriter
+from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample
+from pipeline.examples import Encoded
+from pipeline.shards import cut_shards
+from tests.test_cache import FILES, label_settings, manifest_of, random_targets
+
+EXAMPLES, LENGTH, BATCH, ROUNDS, VOCABULARY = 1024, 128, 8, 5, 49_152
+SHARD_POSITIONS = 32_768
+LABEL = label_settings(VOCABULARY, 8, 24)
+NAMES = [field.name for field in fields(SparseTargets)]
+Read = Callable[[int], TrainingExample]
+
+
+def examples() -> list[Example]:
+    """Examples of full length, every position but the last labelled."""
+    random = np.random.default_rng(0)
+    mask = np.arange(LENGTH) < LENGTH - 1
+    pool = random_targets(random, 4096, LABEL)
+    picks = [random.integers(0, len(pool.gold_logprobs), LENGTH - 1) for _ in range(EXAMPLES)]
+    return [
+        Example(
+            random.integers(0, VOCABULARY, LENGTH),
+            mask,
+            SparseTargets(**{name: getattr(pool, name)[rows] for name in NAMES}),
+        )
+        for rows in picks
+    ]
+
+
+def from_cache(folder: Path, made: list[Example]) -> Read:
+    """The cache."""
+    shard_examples = cut_shards(np.array([len(e.targets) for e in made]), SHARD_POSITIONS)
+    ends = np.cumsum(shard_examples)
+    shards = [Shard.of(made[int(e - n) : int(e)]) for e, n in zip(ends, shard_examples, strict=True)]
+    manifest, counts = manifest_of(LABEL, shards)
+    data = manifest.data.model_copy(update={"max_seq_length": LENGTH})
+    manifest = manifest.model_copy(update={"data": data})
+    writer = CacheWriter(folder, manifest, counts, FILES)
+    for index, shard in enumerate(shards):
+        writer.write_shard(index, shard)
+    found = CacheExamples(str(folder), with_targets=True)
+    return lambda index: found[index]
+
+
+def columns_of(example: Example) -> dict[str, Any]:
+    """One example's arrays by name, in the widths that suffice."""
+    return {
+        "input_ids": example.input_ids.astype(np.uint16),
+        "target_mask": example.target_mask,
+        **{
+            name: getattr(example.targets, name).astype(
+                np.uint16 if name.endswith("ids") else np.uint8 if name == "tail_counts" else np.float32
+            )
+            for name in NAMES
+        },
+    }
+
+
+def example_of(row: dict[str, Any]) -> TrainingExample:
+    """A training example from arrays by name."""
+    whole = {name: row[name].astype(np.int64 if name.endswith(("ids", "counts")) else np.float32) for name in NAMES}
+    return TrainingExample(Encoded(row["input_ids"].astype(np.int64), row["target_mask"]), SparseTargets(**whole))
+
+
+def from_parquet(folder: Path, made: list[Example]) -> Read:
+    """Lists in a Parquet file, as most projects keep them."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({name: value.tolist() for name, value in columns_of(example).items()} for example in made)
+
+    path = str(folder / "labels.parquet")
+    datasets.Dataset.from_generator(rows, cache_dir=str(folder / "made")).to_parquet(path)
+    found = datasets.Dataset.from_parquet(path, cache_dir=str(folder / "read"))
+    return lambda index: example_of({name: np.array(value) for name, value in found[index].items()})
+
+
+def from_memmap(folder: Path, made: list[Example]) -> Read:
+    """One flat file an array, nothing compressed, every example of one size: the fastest there is."""
+    folder.mkdir()
+    shapes = {name: value.shape for name, value in columns_of(made[0]).items()}
+    whole = {name: np.stack([columns_of(e)[name] for e in made]) for name in shapes}
+    for name, value in whole.items():
+        value.tofile(folder / name)
+    maps = {name: np.memmap(folder / name, value.dtype, "r", shape=value.shape) for name, value in whole.items()}
+    return lambda index: example_of({name: np.array(value[index]) for name, value in maps.items()})
+
+
+def positions_a_second(read: Read, batches: list[list[int]]) -> float:
+    """Target positions delivered as batches, a second."""
+    collate, positions = Collator(0, tuple(LABEL.temperatures), 2.0, "sampled"), 0
+    began = time.perf_counter()
+    for batch in batches:
+        positions += len(collate([read(index) for index in batch])["gold"])
+    return positions / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Print the table."""
+    datasets.disable_progress_bars()
+    made = examples()
+    with tempfile.TemporaryDirectory() as place:
+        ways = {
+            "cache": from_cache(Path(place) / "cache", made),
+            "Parquet lists": from_parquet(Path(place), made),
+            "memory map": from_memmap(Path(place) / "maps", made),
+        }
+        sampler = BatchSampler(CacheReader(Path(place) / "cache").shard_starts, np.zeros(0, dtype=np.int64), BATCH, 0)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for epoch in range(1, ROUNDS + 1):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            for name, read in ways.items():
+                # random order over all for the two that do not mind; the cache in its own: shards, then within
+                rates[name].append(positions_a_second(read, order if name != "Parquet lists" else order[:16]))
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    print(f"{EXAMPLES} examples of {LENGTH} tokens, batches of {BATCH}, medians of {ROUNDS}")
+    for name, rate in median.items():
+        print(f"{name:14s}{rate:12,.0f} positions/s   cache / this = {median['cache'] / rate:.2f}")
+
+
+if __name__ == "__main__":
+    main()
