@@ -23,7 +23,13 @@ def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> li
     """Every key whose values differ, as ``name: cache has X, this run has Y``."""
     keys = sorted(found.keys() | wanted.keys())
     return [
-        f"{key}: cache has {found.get(key)!r}, this run has {wanted.get(key)!r}"
+        f"{key}: cache has {shown(found.get(key))}, this run has {shown(wanted.get(key))}"
         for key in keys
         if found.get(key) != wanted.get(key)
     ]
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value from outside on one line, control characters escaped, cut where it is long."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,42 +1,53 @@
-"""The right to write a cache, and the operating system's refusals told in one line."""
+"""The right to write a cache, and the operating system's refusals told in one line.
+
+One file beside the cache is locked whole by a run of all shards and shared by the runs of parts. The system drops a
+lock when its process ends, however it ends.
+"""
 
 import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from cache.errors import LogitcaskError
 
+Part = tuple[int, int]  # part i of n, from 1
+PATIENCE = 1.0  # seconds: the last of several parts holds the lock whole for a moment while it cleans up
+
 
 @contextlib.contextmanager
-def sole_writer(path: str | Path) -> Iterator[Path]:
-    """Hold the right to write a cache, by a lock on a file beside it that the system drops when the process ends.
+def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
+    """Hold the right to write a cache, or a part of its shards while other processes write other parts.
 
     Gives an empty folder beside the cache for what the run stages; what a killed run left there is removed.
     Raises LogitcaskError where another run holds it: two writers in one shard lose data silently.
     """
-    folder = Path(path)
-    with explain_write_errors(path):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
-                raise BlockingIOError("the holder ended, and another took its place, while we waited")
-        except OSError as error:
-            raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it") from error
-        staging = folder.parent / f".{folder.name}.staging"
-        try:
-            with explain_write_errors(path):
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            Path(lock.name).unlink(missing_ok=True)
+    with contextlib.ExitStack() as held:
+        with explain_write_errors(path):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(_lock(path, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH))
+        held.callback(_leave, path, lock)
+        with explain_write_errors(path):
+            folder = _staging(path)
+            if part is not None:
+                held.enter_context(_part_lock(path, part))
+                folder /= _part_name(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+@contextlib.contextmanager
+def setting_up(path: str | Path) -> Iterator[None]:
+    """Among the runs of parts of a cache, let one at a time create what belongs to no shard. Waits its turn."""
+    with (_staging(path) / "setup.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
@@ -49,3 +60,70 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
             f"{path}: cannot write the cache: {error.strerror or error}; committed shards are kept: "
             "mend that and run the same command again to finish"
         ) from error
+
+
+def _staging(path: str | Path) -> Path:
+    return Path(path).parent / f".{Path(path).name}.staging"
+
+
+def _part_name(part: Part) -> str:
+    return f"{part[0]}-of-{part[1]}"
+
+
+def _lock(path: str | Path, kind: int) -> IO[str]:
+    """The locked file beside the cache. Raises LogitcaskError where another run holds it."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        lock = (Path(path).parent / f".{Path(path).name}.lock").open("w")
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                return lock
+        except (BlockingIOError, FileNotFoundError):  # held, or its holder removed it while we waited
+            pass
+        except OSError:
+            lock.close()
+            raise
+        lock.close()
+        if time.monotonic() > deadline:
+            raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it")
+        time.sleep(0.02)
+
+
+def _leave(path: str | Path, lock: IO[str]) -> None:
+    """The last to leave removes the staging folder and the lock."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(_staging(path), ignore_errors=True)
+        Path(lock.name).unlink(missing_ok=True)
+
+
+def _part_lock(path: str | Path, part: Part) -> IO[str]:
+    """The locked file of a part. Raises LogitcaskError where a run holds it, or a part of another number of parts."""
+    folder = _staging(path)
+    folder.mkdir(exist_ok=True)
+    with setting_up(path):
+        for other in folder.glob("*-of-*.lock"):
+            if not other.name.endswith(f"-of-{part[1]}.lock") and _is_held(other):
+                raise LogitcaskError(
+                    f"{path}: another run is writing part {other.stem.replace('-of-', '/')}, this is part "
+                    f"{part[0]}/{part[1]}: wait for it or cut the shards as it does"
+                )
+        lock = (folder / f"{_part_name(part)}.lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise LogitcaskError(
+                f"{path}: another run is writing part {part[0]}/{part[1]} of this cache: wait for it or stop it"
+            ) from error
+        return lock
+
+
+def _is_held(file: Path) -> bool:
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False

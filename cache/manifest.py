@@ -125,7 +125,8 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
     version = raw.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheFormatError(
-            f"{where}: cache format {shown(version)} is newer than this version reads ({FORMAT_VERSION}): upgrade logitcask"
+            f"{where}: cache format {shown(version)} is newer than this version reads ({FORMAT_VERSION}): "
+            "upgrade logitcask"
         )
     try:
         manifest = Manifest.model_validate_json(json.dumps(raw))

@@ -1,32 +1,38 @@
 """Reading a cache: by example or by shard, in any order. A shard that is not committed is not there."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 
+from cache.checks import unusable
 from cache.errors import CacheFormatError, IncompleteCacheError
-from cache.integrity import committed_shards, shard_damage
+from cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
 from cache.layout import ArraySpec, array_specs, decode_targets, zarr_layout
-from cache.manifest import Manifest, parse_manifest, sha256
+from cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
+from cache.objects import Decoder, read_bounded, read_json
 from cache.shard import Example, Shard
 from cache.store import open_store
 from cache.targets import IntArray
 
 SHARDS_KEPT = 2  # decoded shards held in memory: a batch may straddle two
+MAX_TOKENIZER_FILE = 1 << 26  # bytes; the largest in use are half of it
 
 
 def read_manifest(store: Store, where: str) -> Manifest:
     """The manifest of the cache in a store. Raises CacheFormatError where there is none."""
     try:
-        group = zarr.open_group(store, mode="r", zarr_format=3)
-    except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
-        raise CacheFormatError(f"{where}: not a logit cache: no Zarr v3 group with a manifest in it") from error
-    return parse_manifest(dict(group.attrs), where)
+        group = read_json(store, "zarr.json")
+    except CacheFormatError as error:
+        raise CacheFormatError(f"{where}: not a logit cache: {error}") from error
+    if group is None or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
+        raise CacheFormatError(f"{where}: not a logit cache: no Zarr v3 group with a manifest in it")
+    return parse_manifest(group.get("attributes"), where)
 
 
 def is_complete(path: str | Path) -> bool:
@@ -38,21 +44,25 @@ def is_complete(path: str | Path) -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=64)
+def _decoder(spec: ArraySpec, plan: ShardPlan) -> Decoder:
+    return Decoder(spec.name, zarr_layout(spec, plan))
+
+
 class CacheReader:
     """A complete cache, opened for reading.
 
     ``manifest`` says what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard.
     """
 
-    def __init__(self, path: str | Path, *, partial: bool = False) -> None:
-        """Open a cache.
+    def __init__(self, place: str | Path | Store, *, partial: bool = False) -> None:
+        """Open a cache in a folder or a Zarr store.
 
         Raises CacheFormatError where it is none, IncompleteCacheError where shards are missing, unless ``partial``.
         """
-        self.path = str(path)
-        self._store = open_store(path, read_only=True)
+        self.path = str(place)
+        self._store = place if isinstance(place, Store) else open_store(place, read_only=True)
         self.manifest = read_manifest(self._store, self.path)
-        self._root = zarr.open_group(self._store, mode="r", zarr_format=3)
         count = self.manifest.shards.count
         done = committed_shards(self._store, count)
         if len(done) < count and not partial:
@@ -60,23 +70,25 @@ class CacheReader:
                 f"{self.path}: {len(done)} of {count} shards are committed: finish it with the same "
                 "logitcask precompute-logits command that began it"
             )
-        examples = self._constant("shard_examples", limit=count).astype("<i8")
-        if len(examples) != count or sha256(examples.tobytes()) != self.manifest.shards.digest:
-            raise CacheFormatError(f"{self.path}: shard_examples is damaged: its digest is not the manifest's")
-        self.shard_starts: IntArray = np.concatenate([[0], np.cumsum(examples)]).astype(np.int64)
         self._specs = array_specs(self.manifest.label)
-        self._arrays = {spec.name: self._array(spec) for spec in self._specs}
+        try:
+            self._decoders = {spec.name: _decoder(spec, self.manifest.shards) for spec in self._specs}
+            for decoder in self._decoders.values():
+                decoder.require_document(self._store)
+            self.shard_starts = self._read_starts(count)
+        except CacheFormatError as error:
+            raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
         self._decoded = functools.lru_cache(maxsize=SHARDS_KEPT)(self._read_shard)
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
 
     def shard(self, index: int) -> Shard:
-        """A whole shard; the last few read are kept in memory."""
+        """A whole shard; the last few read are kept in memory. Raises CacheFormatError where it is damaged."""
         return self._decoded(index)
 
     def example(self, index: int) -> Example:
-        """An example by its place in the cache."""
+        """An example by its place in the cache. Raises CacheFormatError where its shard is damaged."""
         shard = int(np.searchsorted(self.shard_starts, index, side="right")) - 1
         return self.shard(shard).example(index - int(self.shard_starts[shard]))
 
@@ -84,75 +96,95 @@ class CacheReader:
         """The tokenizer's files, by name. Raises CacheFormatError where one is damaged."""
         files = {}
         for name, digest in self.manifest.tokenizer.files.items():
-            data = self._constant(f"tokenizer/{name}", limit=1 << 28).astype(np.uint8).tobytes()
+            key = f"tokenizer/{name}"
+            try:
+                data = self._constant(key, self._length(key), "uint8").tobytes()
+            except CacheFormatError as error:
+                raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
             if sha256(data) != digest:
-                raise CacheFormatError(f"{self.path}: tokenizer/{name} is damaged: its digest is not the manifest's")
+                raise CacheFormatError(f"{self.path}: {key} is damaged: its digest is not the manifest's")
             files[name] = data
         return files
 
     def token_counts(self) -> IntArray:
-        """Tokens of every example, in order, shape (examples,)."""
+        """Tokens of every example, in order, shape (examples,). Reads one object a shard."""
         return self._per_example("token_count")
 
     def position_counts(self) -> IntArray:
-        """Target positions of every example, in order, shape (examples,)."""
+        """Target positions of every example, in order, shape (examples,). Reads one object a shard."""
         return self._per_example("position_count")
 
     def _per_example(self, name: str) -> IntArray:
-        slots = np.asarray(self._arrays[name][:]).reshape(self.manifest.shards.count, -1)
-        used = np.arange(slots.shape[1])[None] < np.diff(self.shard_starts)[:, None]
-        return slots[used].astype(np.int64)
+        place = [spec.name for spec in self._specs].index(name)
+        parts = []
+        for index, examples in enumerate(np.diff(self.shard_starts).tolist()):
+            with self._told(index):
+                record = commit_record(self._store, self._specs, index)
+                parts.append(self._slots(place, index, record, examples).astype(np.int64))
+        return np.concatenate(parts)
 
     def _read_shard(self, index: int) -> Shard:
-        wrong = shard_damage(self._store, self._specs, index)
-        if wrong:
-            raise CacheFormatError(
-                f"{self.path}: shard {index} is damaged: {wrong[0]}; run logitcask cache verify --repair"
+        with self._told(index):
+            record = commit_record(self._store, self._specs, index)
+            plan = self.manifest.shards
+            length = {"example": int(self.shard_starts[index + 1] - self.shard_starts[index])}
+            found: dict[str, NDArray[Any]] = {}
+            for place, spec in enumerate(self._specs):  # the examples' counts come first
+                found[spec.name] = self._slots(place, index, record, length[spec.axis])
+                if spec.name == "position_count":
+                    length["token"] = int(found["token_count"].sum(dtype=np.int64))
+                    length["position"] = int(found["position_count"].sum(dtype=np.int64))
+                    if length["token"] > plan.tokens or length["position"] > plan.positions:
+                        raise CacheFormatError("its examples do not fit it")
+            shard = Shard(
+                token_count=found.pop("token_count").astype(np.int64),
+                position_count=found.pop("position_count").astype(np.int64),
+                input_ids=found.pop("input_ids").astype(np.int64),
+                target_mask=found.pop("target_mask").astype(bool),
+                targets=decode_targets(found, self.manifest.label),
             )
-        plan = self.manifest.shards
-        examples = int(self.shard_starts[index + 1] - self.shard_starts[index])
-        counts = {
-            name: self._slots(name, index, plan.examples, examples).astype(np.int64)
-            for name in ("token_count", "position_count")
-        }
-        length = {"token": int(counts["token_count"].sum()), "position": int(counts["position_count"].sum())}
-        if length["token"] > plan.tokens or length["position"] > plan.positions:
+            for problem in unusable(shard, self.manifest):
+                raise CacheFormatError(problem)
+        return shard
+
+    def _slots(self, place: int, index: int, record: bytes, count: int) -> NDArray[Any]:
+        """The first ``count`` slots of a shard in the array at ``place`` of the specs, proved by the commit record."""
+        key = shard_keys([self._specs[place]], index)[0]
+        data = read_proved(self._store, key, record[32 * place : 32 * place + 32])
+        return self._decoders[self._specs[place].name].decode(key, data, index, count)
+
+    @contextlib.contextmanager
+    def _told(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except CacheFormatError as error:
             raise CacheFormatError(
-                f"{self.path}: shard {index} is damaged: its examples do not fit it; run cache verify"
-            )
-        stride = {"token": plan.tokens, "position": plan.positions}
-        found = {
-            spec.name: self._slots(spec.name, index, stride[spec.axis], length[spec.axis])
-            for spec in self._specs
-            if spec.axis != "example"
-        }
-        return Shard(
-            token_count=counts["token_count"],
-            position_count=counts["position_count"],
-            input_ids=found.pop("input_ids").astype(np.int64),
-            target_mask=found.pop("target_mask").astype(bool),
-            targets=decode_targets(found, self.manifest.label),
-        )
+                f"{self.path}: shard {index} is damaged: {error}; run logitcask cache verify --repair"
+            ) from error
 
-    def _slots(self, name: str, shard: int, stride: int, count: int) -> NDArray[Any]:
-        return np.asarray(self._arrays[name][shard * stride : shard * stride + count])
+    def _read_starts(self, count: int) -> IntArray:
+        examples = self._constant("shard_examples", count, "int64").astype("<i8")
+        plan, total = self.manifest.shards, self.manifest.data.examples
+        if sha256(examples.tobytes()) != plan.digest:
+            raise CacheFormatError("shard_examples is damaged: its digest is not the manifest's")
+        if int(examples.min()) < 1 or int(examples.max()) > plan.examples or int(examples.sum()) != total:
+            raise CacheFormatError(f"shard_examples: must be 1 to {plan.examples} a shard and {total} in all")
+        return np.concatenate([[0], np.cumsum(examples)]).astype(np.int64)
 
-    def _array(self, spec: ArraySpec) -> zarr.Array[Any]:
-        found = self._root.get(spec.name)
-        want = zarr_layout(spec, self.manifest.shards)
-        if not isinstance(found, zarr.Array):
-            raise CacheFormatError(f"{self.path}: array {spec.name} is missing; run cache verify")
-        wrong = [
-            f"{key} {getattr(found, key)}"
-            for key in ("shape", "chunks", "shards", "dtype")
-            if getattr(found, key) != want[key]
-        ]
-        if wrong:
-            raise CacheFormatError(f"{self.path}: array {spec.name} does not fit the manifest: {', '.join(wrong)}")
-        return found
+    def _constant(self, name: str, length: int, dtype: str) -> NDArray[Any]:
+        """An array outside the shards, of the length that belongs to it."""
+        decoder = Decoder(name, constant_layout(length, dtype))
+        decoder.require_document(self._store)
+        data = read_bounded(self._store, f"{name}/c/0")
+        if data is None:
+            raise CacheFormatError(f"{name}/c/0: missing")
+        return decoder.decode(f"{name}/c/0", data, 0, length)
 
-    def _constant(self, name: str, limit: int) -> NDArray[Any]:
-        found = self._root.get(name)
-        if not isinstance(found, zarr.Array) or found.ndim != 1 or found.shape[0] > limit:
-            raise CacheFormatError(f"{self.path}: array {name} is missing or too large; run cache verify")
-        return np.asarray(found[:])
+    def _length(self, name: str) -> int:
+        """What a tokenizer file's array says of its length: the manifest does not keep it."""
+        shape = (read_json(self._store, f"{name}/zarr.json") or {}).get("shape")
+        if not (isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int)):
+            raise CacheFormatError(f"array {name} is missing")
+        if not 0 <= shape[0] <= MAX_TOKENIZER_FILE:
+            raise CacheFormatError(f"array {name} is longer than {MAX_TOKENIZER_FILE} bytes")
+        return shape[0]

@@ -1,6 +1,7 @@
 """Where a cache lies: opening a Zarr store, and the few raw object operations that commits need."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -57,8 +58,9 @@ def flush_objects(store: Store, keys: list[str]) -> None:
                     os.close(handle)
 
 
-def drop_partial_objects(store: Store) -> None:
-    """Remove what a killed process left half written (Zarr writes ``*.partial`` and renames)."""
+def drop_partial_objects(store: Store, keep: Callable[[str], bool]) -> None:
+    """Remove what a killed process left half written (Zarr writes ``*.partial`` and renames), but for ``keep(key)``."""
     if isinstance(store, LocalStore):
         for left in Path(store.root).rglob("*.partial"):
-            left.unlink(missing_ok=True)
+            if not keep(left.relative_to(store.root).as_posix()):
+                left.unlink(missing_ok=True)

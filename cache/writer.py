@@ -1,19 +1,29 @@
 """Writing a cache: whole shards, committed last. What is not committed does not exist."""
 
-from collections.abc import Mapping
+import contextlib
+import errno
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
 from zarr.core.sync import sync
 
 from cache.errors import CacheMismatchError, LogitcaskError, differences
-from cache.integrity import commit_key, committed_shards, constant_objects, digests, shard_keys, write_seal
+from cache.integrity import (
+    commit_key,
+    committed_shards,
+    constant_layout,
+    constant_objects,
+    digests,
+    shard_keys,
+    write_seal,
+)
 from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
-from cache.lock import explain_write_errors
+from cache.lock import explain_write_errors, setting_up
 from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
 from cache.reader import read_manifest
 from cache.shard import Shard
@@ -36,20 +46,24 @@ class CacheWriter:
         tokenizer_files: dict[str, bytes],
         *,
         overwrite: bool = False,
+        shards: Collection[int] | None = None,
     ) -> None:
         """Create the cache, or take up an interrupted one made from the same inputs.
 
         Raises CacheMismatchError, listing every difference, where another cache lies there, and LogitcaskError where
-        a complete one does, unless ``overwrite``.
+        a complete one does, unless ``overwrite``. ``shards`` are this writer's, of those of a cache that others write
+        at the same time, each under ``sole_writer`` of its part.
         """
         self.path, self.manifest = path, manifest
+        self._shards = set(range(manifest.shards.count) if shards is None else shards)
         self._specs = array_specs(manifest.label)
-        with explain_write_errors(path):
+        alone = shards is None
+        with explain_write_errors(path), contextlib.nullcontext() if alone else setting_up(path):
             self._store = open_store(path, read_only=False)
-            check_output(path, dict(manifest), overwrite=overwrite)
+            check_output(path, dict(manifest), overwrite=overwrite, alone=alone)
             if overwrite and Path(path).exists():
                 sync(self._store.clear())
-            drop_partial_objects(self._store)
+            drop_partial_objects(self._store, self._is_of_others)
             # An object is written even where it is all zeros: its digest stands in the commit record.
             zarr.config.set({"array.write_empty_chunks": True})
             attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}  # one write with the group
@@ -60,6 +74,14 @@ class CacheWriter:
             for name, data in tokenizer_files.items():
                 _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
             write_seal(root, constant_objects(self._specs, list(tokenizer_files)))
+            self._folder = os.stat(path)
+
+    def _is_of_others(self, key: str) -> bool:
+        """Whether a half-written object belongs to a shard that another process may be writing now."""
+        name, *rest = key.split("/")
+        if rest[:1] != ["c"] or name not in {"commits", *(spec.name for spec in self._specs)}:
+            return False
+        return int(rest[1].split(".")[0]) not in self._shards
 
     def _array(self, root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
         if spec.name in root:
@@ -86,10 +108,8 @@ class CacheWriter:
         )
 
     def missing_shards(self) -> list[int]:
-        """Shards not committed yet, in order."""
-        return sorted(
-            set(range(self.manifest.shards.count)) - committed_shards(self._store, self.manifest.shards.count)
-        )
+        """This writer's shards that are not committed yet, in order."""
+        return sorted(self._shards - committed_shards(self._store, self.manifest.shards.count))
 
     def write_shard(self, index: int, shard: Shard) -> None:
         """Write every object of a shard, then its commit record."""
@@ -104,14 +124,21 @@ class CacheWriter:
         stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}
         keys = shard_keys(self._specs, index)
         with explain_write_errors(self.path):
+            self._require_folder()
             for spec in self._specs:
                 array, length = self._arrays[spec.name], stride[spec.axis]
                 whole = np.zeros((length, *array.shape[1:]), dtype=spec.dtype)
                 whole[: len(values[spec.name])] = values[spec.name]
                 array[index * length : (index + 1) * length] = whole
             flush_objects(self._store, keys)
+            self._require_folder()
             self._commits[index] = digests(self._store, keys).reshape(-1)
             flush_objects(self._store, [commit_key(index)])
+
+    def _require_folder(self) -> None:
+        """Raise FileNotFoundError where the folder was moved: Zarr would begin another one in its place."""
+        if not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), self._folder)):
+            raise FileNotFoundError(errno.ENOENT, "its folder was moved or removed during the run")
 
 
 def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -123,17 +150,16 @@ def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
 def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
     """A small array written once, whole, in one object."""
     if name not in root:
-        root.create_array(
-            name, shape=data.shape, chunks=(max(1, len(data)),), dtype=data.dtype, compressors=ZstdCodec(level=9)
-        )
+        root.create_array(name, **constant_layout(len(data), data.dtype.name))
     _require_array(root, name)[:] = data
 
 
-def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool) -> None:
+def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool, alone: bool = True) -> None:
     """Whether a cache with these parts of a manifest may be written there.
 
     Raises CacheFormatError where something else lies there, CacheMismatchError, listing every difference, for another
-    cache, and LogitcaskError for a complete one; the last two not with ``overwrite``.
+    cache, and LogitcaskError for a complete one; the last two not with ``overwrite``. A part's run (not
+    ``alone``) has nothing to do in a complete cache, but is no mistake.
     """
     folder = Path(path)
     if not folder.exists() or (folder.is_dir() and all(file.suffix == ".partial" for file in folder.iterdir())):
@@ -142,7 +168,7 @@ def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool
     found = read_manifest(store, str(path))
     if overwrite:
         return
-    if len(committed_shards(store, found.shards.count)) == found.shards.count:
+    if alone and len(committed_shards(store, found.shards.count)) == found.shards.count:
         raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
     there = {name: value for name, value in dict(found).items() if name in wanted}
     wrong = differences(flatten(there), flatten(wanted))

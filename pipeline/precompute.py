@@ -1,5 +1,6 @@
 """Stage 1: label every example once with the teacher and write the cache, shard by shard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,15 +9,14 @@ from cache.errors import LogitcaskError
 from cache.lock import sole_writer
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from cache.shard import Example, Shard
-from cache.targets import IntArray
 from cache.writer import CacheWriter, check_output
 from pipeline.examples import Encoder, encode_source
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
-from pipeline.shards import cut_shards, plan_batches, plan_strides, shuffled
-from pipeline.teachers.base import Teacher, TokenizedExample
+from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
+from pipeline.teachers.base import Teacher
 from pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from pipeline.token_table import TokenTable, stage_tokens
+from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
 
@@ -38,7 +38,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     if settings.head_size + settings.tail_draws > size:
         asked = settings.head_size + settings.tail_draws
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
-    with sole_writer(settings.output) as staging:
+    with sole_writer(settings.output, settings.part) as staging:
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(
             encode_source(encoder, settings.train_data),
@@ -64,7 +64,9 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             ),
             "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
         }
-        check_output(settings.output, parts, overwrite=settings.overwrite)  # before a large teacher is loaded in vain
+        alone = settings.part is None
+        # before a large teacher is loaded in vain
+        check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
         teacher = load_teacher(
             settings.teacher_model,
             revision=settings.teacher_revision,
@@ -74,39 +76,33 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         )
         check_teacher(teacher, size, settings.max_seq_length)
         manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
-        writer = CacheWriter(settings.output, manifest, shard_examples, files, overwrite=settings.overwrite)
+        mine = (
+            range(manifest.shards.count) if settings.part is None else shards_of(settings.part, manifest.shards.count)
+        )
+        writer = CacheWriter(
+            settings.output,
+            manifest,
+            shard_examples,
+            files,
+            overwrite=settings.overwrite,
+            shards=None if alone else mine,
+        )
         missing = writer.missing_shards()
-        batch_tokens = settings.batch_size * settings.max_seq_length
-        label_shards(teacher, table, order, shard_examples, missing, batch_tokens, writer)
-    return PrecomputeReport(manifest, len(missing), manifest.shards.count - len(missing))
+        work = Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length)
+        label_shards(teacher, work, missing, writer)
+    return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
 
 
-def label_shards(
-    teacher: Teacher,
-    table: TokenTable,
-    order: IntArray,
-    shard_examples: IntArray,
-    missing: list[int],
-    batch_tokens: int,
-    writer: CacheWriter,
-) -> None:
-    """Label and write the missing shards, each whole before the next."""
-    starts = np.concatenate([[0], np.cumsum(shard_examples)])
-    todo = sum(int(table.positions[order[starts[s] : starts[s + 1]]].sum()) for s in missing)
-    with track("labelling", todo, "positions") as advance:
-        for index in missing:
-            examples = [
-                TokenizedExample(place, found.input_ids, found.target_mask)
-                for place in range(int(starts[index]), int(starts[index + 1]))
-                for found in [table.example(int(order[place]))]
-            ]
+def label_shards(teacher: Teacher, work: Work, shards: Sequence[int], writer: CacheWriter) -> None:
+    """Label and write shards, each whole before the next."""
+    with track("labelling", sum(map(work.positions, shards)), "positions") as advance:
+        for index in shards:
             labelled: dict[int, Example] = {}
-            for group in plan_batches(np.array([len(e.input_ids) for e in examples]), batch_tokens):
-                batch = [examples[int(i)] for i in group]
+            for batch in work.batches(index):
                 for example, targets in zip(batch, teacher.label(batch, writer.manifest.label), strict=True):
                     labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
                     advance(len(targets))
-            writer.write_shard(index, Shard.of([labelled[example.index] for example in examples]))
+            writer.write_shard(index, Shard.of([labelled[place] for place in work.places(index)]))
 
 
 def check_teacher(teacher: TransformersTeacher, vocabulary: int, max_seq_length: int) -> None:

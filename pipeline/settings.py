@@ -3,11 +3,12 @@
 The command line is made from these models; a ``--config`` file sets the same names, a flag overrides it.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cache.errors import LogitcaskError
 
@@ -68,6 +69,9 @@ class PrecomputeSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
     overwrite: bool = Field(False, description="replace a cache that lies at the output")
+    shards: str | None = Field(
+        None, description="i/n: write only part i of n, from 1, beside other processes; the cache needs all parts"
+    )
     seed: Seed = Field(0, description="seed of the shuffle and of the draws")
 
     @model_validator(mode="before")
@@ -75,6 +79,30 @@ class PrecomputeSettings(Settings):
     def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
         return {"head_size": head, "tail_draws": tail, **given}
+
+    @field_validator("shards")
+    @classmethod
+    def _shards_are_a_part(cls, value: str | None) -> str | None:
+        found = None if value is None else re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
+        if value is not None and not (found and 1 <= int(found[1]) <= int(found[2])):
+            raise ValueError("must be i/n with i from 1 to n, such as 1/8")
+        return value
+
+    @model_validator(mode="after")
+    def _a_part_keeps_the_others(self) -> Self:
+        if self.shards is not None and self.overwrite:
+            raise ValueError(
+                "overwrite does not go with shards: a part would wipe the others' work; remove the cache's folder first"
+            )
+        return self
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """Part i of n of the shards, None for all of them."""
+        if self.shards is None:
+            return None
+        index, count = self.shards.split("/")
+        return int(index), int(count)
 
     @model_validator(mode="after")
     def _label_is_not_empty(self) -> Self:

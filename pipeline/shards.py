@@ -1,11 +1,48 @@
 """Which examples make which shard, and which of a shard's examples make which batch: from data and settings only."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from cache.layout import stride_for
+from cache.lock import Part
 from cache.manifest import ShardPlan
 from cache.targets import IntArray
 from cache.writer import plan_digest
+from pipeline.teachers.base import TokenizedExample
+from pipeline.token_table import TokenTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to label: every process that has the same data and settings has the same."""
+
+    table: TokenTable
+    order: IntArray  # (E,) places in the table, in cache order
+    shard_examples: IntArray  # (S,)
+    batch_tokens: int
+
+    def places(self, shard: int) -> range:
+        """The shard's examples, by place in the cache."""
+        end = int(self.shard_examples[: shard + 1].sum())
+        return range(end - int(self.shard_examples[shard]), end)
+
+    def positions(self, shard: int) -> int:
+        """Target positions of a shard."""
+        places = self.places(shard)
+        return int(self.table.positions[self.order[places.start : places.stop]].sum())
+
+    def batches(self, shard: int) -> list[list[TokenizedExample]]:
+        """A shard's examples in the batches that a teacher labels at once."""
+        found = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
+        examples = [TokenizedExample(place, example.input_ids, example.target_mask) for place, example in found]
+        groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)
+        return [[examples[int(i)] for i in group] for group in groups]
+
+
+def shards_of(part: Part, count: int) -> range:
+    """The shards of part i of n, from 1: every n-th, so that parts are even."""
+    return range(part[0] - 1, count, part[1])
 
 
 def shuffled(examples: int, seed: int) -> IntArray:
