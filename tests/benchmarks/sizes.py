@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numcodecs import Blosc, Zstd
 from numpy.typing import NDArray
 from rich.console import Console
@@ -27,15 +28,17 @@ from cache.targets import SparseTargets
 from cache.writer import CacheWriter
 from pipeline.examples import Encoder, read_records
 from pipeline.generate_data import from_source
+from pipeline.lm_head import last_hidden_states, read_head
+from pipeline.models import load_causal_lm
 from pipeline.settings import PRESETS, GenerateDataSettings
 from pipeline.shards import plan_strides
 from pipeline.soft_labels import soft_labels
+from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
-from pipeline.teachers.transformers import load_teacher
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 
-LENGTH, BATCH = 384, 8
+LENGTH, ROWS = 384, 64
 TEMPERATURES = [1.0, 1.5, 2.0]
 GOAL = {"lean": 30, "standard": 80, "rich": 220}
 Codec = Callable[[NDArray[Any]], bytes]
@@ -63,18 +66,24 @@ def english(encoder: Encoder) -> Iterator[TokenizedExample]:
 
 
 def label(source: Iterator[TokenizedExample], positions: int, vocabulary: int) -> dict[str, list[Example]]:
-    """Labels of every preset, by the teacher."""
-    teacher = load_teacher(teacher_path(), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    """Labels of every preset, from one forward pass of the teacher."""
+    model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
+    head = read_head(model)
     found: dict[str, list[Example]] = {name: [] for name in PRESETS}
-    done = 0
-    while done < positions:
-        batch = [example for example, _ in zip(source, range(BATCH), strict=False)]
-        if not batch:
+    for index, example in enumerate(source):
+        if sum(len(e.targets) for e in found["lean"]) >= positions:
             break
+        ids, mask = torch.from_numpy(example.input_ids), torch.from_numpy(example.target_mask)
+        parts: dict[str, list[SparseTargets]] = {name: [] for name in PRESETS}
+        with torch.inference_mode():
+            hidden, gold = last_hidden_states(model, ids[None])[0, mask], ids.roll(-1)[mask]
+            uniforms = {n: torch.from_numpy(uniform_draws(0, index, len(gold), m)) for n, (_, m) in PRESETS.items()}
+            for s in (slice(first, first + ROWS) for first in range(0, len(gold), ROWS)):
+                logits = head.logits(hidden[s])[:, :vocabulary]
+                for name, (k, _) in PRESETS.items():
+                    parts[name].append(sparsify(logits, gold[s], uniforms[name][s], k, TEMPERATURES))
         for name in PRESETS:
-            labels = teacher.label(batch, settings_of(name, vocabulary))
-            found[name] += [Example(b.input_ids, b.target_mask, t) for b, t in zip(batch, labels, strict=True)]
-        done += sum(int(example.target_mask.sum()) for example in batch)
+            found[name].append(Example(example.input_ids, example.target_mask, SparseTargets.concatenate(parts[name])))
     return found
 
 
