@@ -17,7 +17,7 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
     for name, ids in (("input_ids", shard.input_ids), ("head_ids", targets.head_ids), ("tail_ids", targets.tail_ids)):
         if ids.size and int(ids.max()) >= vocab:
             yield f"{name}: id {int(ids.max())} is outside the vocabulary of {vocab}"
-    longest = manifest.data.max_seq_length
+    longest = manifest.data.longest
     if int(shard.token_count.min()) < 1 or int(shard.token_count.max()) > longest:
         yield f"token_count: an example must have 1 to {longest} tokens"
         return

@@ -56,6 +56,7 @@ class DataIdentity(_Part):
     truncated: Count
     dropped: Count
     max_seq_length: Count
+    longest: Count = Field(description="tokens of the longest example")
     prompt_loss: bool
 
 

@@ -1,9 +1,11 @@
 """Stage 1: label every example once with the teacher and write the cache, shard by shard."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ValidationError
 
 from cache.errors import LogitcaskError
 from cache.lock import sole_writer
@@ -51,19 +53,21 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         positions = table.positions[order].astype(np.int64)
         shard_examples = cut_shards(positions, settings.shard_positions)
         files = tokenizer_files(tokenizer)
-        parts = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": identify(tokenizer, files),
-            "data": table.identity,
-            "label": LabelSettings(
-                vocab_size=size,
-                head_size=settings.head_size,
-                tail_draws=settings.tail_draws,
-                temperatures=list(settings.temperatures),
-                seed=settings.seed,
-            ),
-            "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
-        }
+        label = LabelSettings(
+            vocab_size=size,
+            head_size=settings.head_size,
+            tail_draws=settings.tail_draws,
+            temperatures=list(settings.temperatures),
+            seed=settings.seed,
+        )
+        with explain_limits():
+            parts = {
+                "format_version": FORMAT_VERSION,
+                "tokenizer": identify(tokenizer, files),
+                "data": table.identity,
+                "label": label,
+                "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+            }
         alone = settings.part is None
         # before a large teacher is loaded in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
@@ -75,10 +79,9 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             trust_remote_code=settings.trust_remote_code,
         )
         check_teacher(teacher, size, settings.max_seq_length)
-        manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
-        mine = (
-            range(manifest.shards.count) if settings.part is None else shards_of(settings.part, manifest.shards.count)
-        )
+        with explain_limits():
+            manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
+        mine = shards_of(settings.part or (1, 1), manifest.shards.count)
         writer = CacheWriter(
             settings.output,
             manifest,
@@ -91,6 +94,19 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         work = Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length)
         label_shards(teacher, work, missing, writer)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+
+
+@contextlib.contextmanager
+def explain_limits() -> Iterator[None]:
+    """Tell in one line that a cache of such shards would be refused by its readers."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise LogitcaskError(
+            f"no reader would take this cache: {place} {first['msg']}: lower --shard-positions"
+        ) from error
 
 
 def label_shards(teacher: Teacher, work: Work, shards: Sequence[int], writer: CacheWriter) -> None:

@@ -72,6 +72,7 @@ def stage_tokens(
         truncated=truncated,
         dropped=dropped,
         max_seq_length=max_seq_length,
+        longest=max(lengths),
         prompt_loss=prompt_loss,
     )
     return TokenTable(

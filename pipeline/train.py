@@ -121,7 +121,7 @@ def cache_source(settings: TrainSettings) -> Source:
         examples=CacheExamples(settings.cache, with_targets=soft),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
-        longest=int(reader.token_counts().max()),
+        longest=reader.manifest.data.longest,
         temperatures=tuple(label.temperatures),
         head_size=label.head_size,
         tail=tail,

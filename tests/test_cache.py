@@ -123,7 +123,9 @@ def manifest_of(label: LabelSettings, shards: list[Shard]) -> tuple[Manifest, np
         tokenizer=TokenizerIdentity(
             fingerprint="1" * 64, chat_template=None, files={name: sha256(data) for name, data in FILES.items()}
         ),
-        data=DataIdentity(fingerprint="2" * 64, **counts, truncated=0, dropped=0, max_seq_length=12, prompt_loss=False),
+        data=DataIdentity(
+            fingerprint="2" * 64, **counts, truncated=0, dropped=0, max_seq_length=12, longest=12, prompt_loss=False
+        ),
         label=label,
         shards=plan_strides(shard_examples, tokens, positions),
     )

@@ -63,6 +63,7 @@ def make(folder: Path, shards: int) -> None:
             truncated=0,
             dropped=0,
             max_seq_length=2,
+            longest=2,
             prompt_loss=False,
         ),
         label=LABEL,

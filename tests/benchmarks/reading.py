@@ -53,7 +53,7 @@ def from_cache(folder: Path, made: list[Example]) -> Read:
     ends = np.cumsum(shard_examples)
     shards = [Shard.of(made[int(e - n) : int(e)]) for e, n in zip(ends, shard_examples, strict=True)]
     manifest, counts = manifest_of(LABEL, shards)
-    data = manifest.data.model_copy(update={"max_seq_length": LENGTH})
+    data = manifest.data.model_copy(update={"max_seq_length": LENGTH, "longest": LENGTH})
     manifest = manifest.model_copy(update={"data": data})
     writer = CacheWriter(folder, manifest, counts, FILES)
     for index, shard in enumerate(shards):

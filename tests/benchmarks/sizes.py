@@ -113,6 +113,7 @@ def write(folder: Path, name: str, examples: list[Example], tokenizer: Any) -> P
             truncated=0,
             dropped=0,
             max_seq_length=LENGTH,
+            longest=int(tokens.max()),
             prompt_loss=False,
         ),
         label=settings_of(name, tokenizer_size(tokenizer)),
