@@ -1,69 +1,144 @@
 """What a cache holds, as figures and as text."""
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel
+from zarr.abc.store import Store
+from zarr.core.sync import sync
 
+from cache.integrity import committed_shards
 from cache.layout import array_specs
 from cache.manifest import Manifest
 from cache.reader import CacheReader
+from cache.statistics import ExampleFigures, LabelFigures, label_figures
+from cache.store import open_store
 
-SAMPLED_SHARDS = 4  # shards whose labels are read for the statistics
+LABEL_PARTS = ("head_", "tail_", "log_", "gold_")  # how the names of arrays of labels begin
+CONCURRENT = 64  # objects asked for their size at once
 
 
 class CacheInfo(BaseModel):
-    """Figures of one cache. Statistics of labels come from its first shards."""
+    """Figures of one cache. The bytes by array and beside them sum to ``bytes``."""
 
     path: str
     manifest: Manifest
+    shards_committed: int
     bytes: int
-    bytes_by_array: dict[str, int]
-    bytes_per_position: float
-    captured_mass: dict[str, float]
-    distinct_tail_draws: float
-    gold_perplexity: float
+    bytes_by_array: dict[str, int]  # objects of the shards
+    bytes_beside: dict[str, int]  # what does not grow with the labels, or hardly
+    positions: int  # committed; where shards are missing, in proportion to their examples
+    bytes_per_position: float | None  # all bytes; None where nothing is committed
+    labels: LabelFigures | None  # of a sample; None where nothing is committed
 
 
-def describe(path: str | Path) -> CacheInfo:
-    """Read a complete cache's figures. Raises CacheFormatError or IncompleteCacheError."""
-    reader = CacheReader(path)
-    sizes = {spec.name: _size(Path(path) / spec.name) for spec in array_specs(reader.manifest.label)}
-    total = _size(Path(path))
-    targets = [reader.shard(s).targets for s in range(min(SAMPLED_SHARDS, reader.manifest.shards.count))]
-    tail_mass = np.exp(np.concatenate([t.log_tail_mass for t in targets]).astype(np.float64))
-    names = [f"{t:g}" for t in reader.manifest.label.temperatures]
-    gold = np.concatenate([t.gold_logprobs for t in targets]).astype(np.float64)
+def describe(place: str | Path | Store) -> CacheInfo:
+    """Read a cache's figures, complete or not. Raises CacheFormatError where it is none or damaged."""
+    store = place if isinstance(place, Store) else open_store(place, read_only=True)
+    reader = CacheReader(place, partial=True)
+    manifest = reader.manifest
+    committed = sorted(committed_shards(store, manifest.shards.count))
+    examples = sum(int(reader.shard_starts[s + 1] - reader.shard_starts[s]) for s in committed)
+    positions = round(manifest.data.positions * examples / manifest.data.examples)
+    sizes = sync(_object_sizes(store))
+    arrays = {spec.name: 0 for spec in array_specs(manifest.label)}
+    beside = {"tokenizer": 0, "digests": 0, "metadata": 0, "other": 0}
+    for key, size in sizes.items():
+        name = key.split("/")[0]
+        if name in arrays and not key.endswith("zarr.json"):
+            arrays[name] += size
+        else:
+            beside[_part(key)] += size
+    total = sum(sizes.values())
     return CacheInfo(
-        path=str(path),
-        manifest=reader.manifest,
+        path=str(place),
+        manifest=manifest,
+        shards_committed=len(committed),
         bytes=total,
-        bytes_by_array=sizes,
-        bytes_per_position=total / reader.manifest.data.positions,
-        captured_mass={name: float(1 - mass) for name, mass in zip(names, tail_mass.mean(0), strict=True)},
-        distinct_tail_draws=float(np.mean(np.concatenate([(t.tail_counts > 0).sum(1) for t in targets]))),
-        gold_perplexity=float(np.exp(-gold.mean())),
+        bytes_by_array=arrays,
+        bytes_beside=beside,
+        positions=positions,
+        bytes_per_position=total / positions if positions else None,
+        labels=label_figures(reader, committed),
     )
+
+
+def _part(key: str) -> str:
+    """What an object outside the shards belongs to."""
+    name = key.split("/", maxsplit=1)[0]
+    if name == "tokenizer":
+        return "tokenizer"
+    if key.endswith("zarr.json"):
+        return "metadata"
+    return "digests" if name in ("commits", "seal", "shard_examples") else "other"
+
+
+async def _object_sizes(store: Store) -> dict[str, int]:
+    """Bytes of every object, by key."""
+    keys = [key async for key in store.list()]
+    sizes: list[int] = []
+    for start in range(0, len(keys), CONCURRENT):
+        sizes += await asyncio.gather(*(store.getsize(key) for key in keys[start : start + CONCURRENT]))
+    return dict(zip(keys, sizes, strict=True))
 
 
 def render(info: CacheInfo) -> str:
     """The figures as lines of text."""
-    m = info.manifest
-    label = m.label
-    captured = ", ".join(f"{mass:.1%} at T={t}" for t, mass in info.captured_mass.items())
-    lines = [
-        f"teacher     {m.teacher.id} ({m.teacher.dtype}, {m.teacher.engine})",
-        f"tokenizer   {label.vocab_size:,} tokens, fingerprint {m.tokenizer.fingerprint[:12]}",
-        f"data        {m.data.examples:,} examples, {m.data.tokens:,} tokens, {m.data.positions:,} target positions",
-        f"label       head {label.head_size}, tail {label.tail_draws} draws, temperatures {label.temperatures}",
-        f"shards      {m.shards.count}, all committed",
-        f"size        {info.bytes:,} bytes, {info.bytes_per_position:.1f} a target position",
-        *(f"  {name:16s}{size / m.data.positions:7.2f} bytes a position" for name, size in info.bytes_by_array.items()),
-        f"captured    head holds {captured}; {info.distinct_tail_draws:.1f} distinct tail draws",
-        f"perplexity  {info.gold_perplexity:.2f}, the teacher's on the text itself",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*_identity(info), *_sizes(info), *(_labels(info.labels) if info.labels else [])])
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _identity(info: CacheInfo) -> Iterator[str]:
+    m, label, data = info.manifest, info.manifest.label, info.manifest.data
+    count, missing = m.shards.count, m.shards.count - info.shards_committed
+    state = f"{info.shards_committed:,} of {count:,} committed: not finished" if missing else "all committed"
+    temperatures = ", ".join(f"{t:g}" for t in label.temperatures)
+    versions = ", ".join(f"{name} {version}" for name, version in m.teacher.versions.items())
+    yield f"cache       {info.path}, format {m.format_version}"
+    yield f"teacher     {m.teacher.id} ({m.teacher.dtype}, {m.teacher.engine}), revision {m.teacher.revision or 'none'}"
+    yield f"            weights {m.teacher.weights[:12]}; {versions}"
+    yield f"tokenizer   {label.vocab_size:,} tokens, fingerprint {m.tokenizer.fingerprint[:12]}"
+    yield f"data        {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions"
+    yield f"            fingerprint {data.fingerprint[:12]}; at most {data.max_seq_length:,} tokens an example"
+    yield f"            {data.truncated:,} examples cut, {data.dropped:,} dropped"
+    draws = f"head {label.head_size}, tail {label.tail_draws} draws"
+    yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
+    yield f"shards      {count:,}, {state}"
+
+
+def _sizes(info: CacheInfo) -> Iterator[str]:
+    labels = {name: size for name, size in info.bytes_by_array.items() if name.startswith(LABEL_PARTS)}
+    tokens = {name: size for name, size in info.bytes_by_array.items() if name not in labels}
+    each = f", {info.bytes_per_position:.1f} a target position" if info.bytes_per_position else ""
+    yield f"size        {info.bytes:,} bytes{each}"
+    for group, sizes in (("labels", labels), ("text", tokens), ("beside", info.bytes_beside)):
+        yield _size(f"  {group}", sum(sizes.values()), info.positions)
+        for name, size in sizes.items():
+            if size:
+                yield _size(f"    {name}", size, info.positions)
+
+
+def _size(name: str, size: int, positions: int) -> str:
+    return f"{name:20s}{size:15,}" + (f"{size / positions:10.2f} a position" if positions else "")
+
+
+def _labels(labels: LabelFigures) -> Iterator[str]:
+    """Lines on the sampled labels, a row a temperature."""
+    bound = "at least " if labels.entropy_is_bound else ""
+    yield (
+        f"sample      {labels.positions:,} positions of {labels.examples:,} examples: the first "
+        f"{labels.shards:,} committed shards; all that follows is of them"
+    )
+    for temperature, mass, entropy in zip(labels.temperatures, labels.captured_mass, labels.entropy, strict=True):
+        yield f"  T={temperature:<8g}head holds {mass:6.1%} of the mass, teacher's entropy {bound}{entropy:.3f} nats"
+    yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws a position"
+    yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text itself"
+    at = f"T={labels.certainty_temperature:g}"
+    yield from _examples(f"most certain examples (index, mean entropy at {at}, beginning)", labels.most_certain)
+    yield from _examples("least certain", labels.least_certain)
+
+
+def _examples(title: str, examples: list[ExampleFigures]) -> Iterator[str]:
+    yield title
+    for example in examples:
+        yield f"  {example.index:8d}  {example.entropy:6.3f}  {example.text}"

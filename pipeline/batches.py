@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cache.reader import CacheReader
+from cache.soft_labels import soft_labels
 from cache.targets import IntArray, SparseTargets
 from pipeline.examples import Encoded
-from pipeline.soft_labels import soft_labels
 from pipeline.token_table import TokenTable
 
 Batch = dict[str, Tensor]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -77,16 +78,27 @@ def generate(settings: GenerateSettings) -> None:
     typer.echo()
 
 
-@cache_app.command("info", **_example("cache info data/cache"))
+@cache_app.command("info", **_example("cache info data/cache --plot cache.png"))
 def cache_info(
     path: Annotated[str, typer.Argument(help="folder of the cache")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw mass by rank and entropies to this .png, .svg or .pdf")
+    ] = None,
 ) -> None:
-    """What a cache holds: identity, sizes, captured mass."""
+    """What a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
+    from cache.errors import IncompleteCacheError
+    from cache.plot import plot_labels, require_plot
     from cache.report import describe, render
 
+    if plot:
+        require_plot(plot)
     found = describe(path)
     typer.echo(found.model_dump_json(indent=2) if json else render(found))
+    if plot:
+        if found.labels is None:
+            raise IncompleteCacheError(f"{path}: no shard is committed yet: there is nothing to draw")
+        plot_labels(found.labels, found.manifest.teacher.id, plot)
 
 
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))

@@ -24,7 +24,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class SparseLabels:
-    """Teacher entries at the temperature of training; see pipeline.soft_labels."""
+    """Teacher entries at the temperature of training; see cache.soft_labels."""
 
     ids_NS: Tensor
     weights_NS: Tensor

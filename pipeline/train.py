@@ -18,12 +18,12 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from cache.errors import CacheMismatchError, LogitcaskError
 from cache.manifest import sha256
 from cache.reader import CacheReader
+from cache.soft_labels import temperature_index
 from cache.targets import IntArray
 from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
 from pipeline.examples import Encoder, encode_source
 from pipeline.losses import LossSettings
 from pipeline.settings import TrainSettings
-from pipeline.soft_labels import temperature_index
 from pipeline.student import count_parameters, make_student
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size

@@ -17,9 +17,9 @@ from torch import Tensor
 from cache.errors import LogitcaskError
 from cache.layout import decode_targets, encode_targets
 from cache.manifest import LabelSettings
+from cache.soft_labels import SoftLabels, soft_labels
 from cache.targets import SparseTargets
 from pipeline.losses import LossSettings, SparseLabels, bucket_divergence, distillation_loss, sparse_forward_kl
-from pipeline.soft_labels import SoftLabels, soft_labels
 from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
 from pipeline.teachers.transformers import load_teacher

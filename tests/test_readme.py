@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cache.reader import CacheReader
+from cache.soft_labels import soft_labels
 from pipeline.cli import app, cache_app
-from pipeline.soft_labels import soft_labels
 from tests.tiny import make_cache
 
 README = Path(__file__).parent.parent / "README.md"

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, decode_targets, encode_targets
 from cache.manifest import LabelSettings
+from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
 from pipeline.examples import Encoded, Encoder
 from pipeline.lm_head import last_hidden_states
-from pipeline.soft_labels import soft_labels
 from pipeline.teachers.base import TokenizedExample
 from pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_files, tokenizer_from_files, tokenizer_size

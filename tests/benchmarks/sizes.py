@@ -24,6 +24,7 @@ from cache.layout import CHUNK, array_specs, decode_targets, encode_targets
 from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
 from cache.report import describe
 from cache.shard import Example, Shard
+from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
 from cache.writer import CacheWriter
 from pipeline.examples import Encoder, read_records
@@ -32,7 +33,6 @@ from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.models import load_causal_lm
 from pipeline.settings import PRESETS, GenerateDataSettings
 from pipeline.shards import plan_strides
-from pipeline.soft_labels import soft_labels
 from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
@@ -204,17 +204,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 info = describe(write(Path(folder), preset, examples, tokenizer))
             n = info.manifest.data.positions
-            carried = sum(len(data) for data in tokenizer_files(tokenizer).values())
             targets = SparseTargets.concatenate([replace(e.targets) for e in examples])
             shares = spoilt(targets, info.manifest.label)
             arrays = {name: size / n for name, size in info.bytes_by_array.items()}
             sizes[preset, corpus] = {
                 "positions": n,
                 **arrays,
-                "arrays": sum(arrays.values()),
+                "metadata": (info.bytes_beside["metadata"] + info.bytes_beside["digests"]) / n,
+                "all but the tokenizer": (info.bytes - info.bytes_beside["tokenizer"]) / n,
                 "goal": GOAL[preset],
-                "whole cache": info.bytes_per_position,
-                "tokenizer, MB": carried / 1e6,
+                "whole cache": info.bytes / n,
                 **{f"noise added at T={t:g}, %": 100 * x for t, x in zip(TEMPERATURES, shares, strict=True)},
             }
             if preset == "standard":
