@@ -44,10 +44,14 @@ train cache student output *args:
 cache-info cache:
     {{logitcask}} cache info {{cache}}
 
-# measure: stage 1's speed against a bare forward pass; bytes and gradient angles of labels
+# measure: stage 1's speed against a bare forward pass; angles and bytes of labels; reading, opening, memory
 bench:
     {{bin}}/python -m tests.benchmarks.capture
     {{bin}}/python -m tests.benchmarks.fidelity
+    {{bin}}/python -m tests.benchmarks.sizes
+    {{bin}}/python -m tests.benchmarks.reading
+    {{bin}}/python -m tests.benchmarks.opening
+    {{bin}}/python -m tests.benchmarks.memory
 
 # remove what the recipes made, but for .venv
 clean:
