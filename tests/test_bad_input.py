@@ -215,7 +215,6 @@ ROWS: list[Row] = [
     ("cache is a file", stage_2_in(cache="train.jsonl"), ("train.jsonl", "not a logit cache", "folder")),
     ("newer cache", stage_2_in(cache="newer"), ("newer", "cache format 99", "upgrade")),
     ("incomplete cache", stage_2_in(cache="incomplete"), ("shards are committed", "finish it with the same")),
-    ("info on an incomplete cache", info("incomplete"), ("shards are committed", "precompute-logits")),
     ("another student's tokenizer", lambda p: train(p, student_config=None, student_model=p.stock / "other"),
      ("another tokenizer", "other", "fingerprints")),
     ("another teacher's tokenizer", stage_2_in(teacher_model="other"), ("another tokenizer", "other")),
