@@ -9,7 +9,6 @@ import pydoc_data.topics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 info = describe(write(Path(folder), preset, examples, tokenizer))
             n = info.manifest.data.positions
-            targets = SparseTargets.concatenate([replace(e.targets) for e in examples])
+            targets = SparseTargets.concatenate([e.targets for e in examples])
             shares = spoilt(targets, info.manifest.label)
             arrays = {name: size / n for name, size in info.bytes_by_array.items()}
             sizes[preset, corpus] = {
