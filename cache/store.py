@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
@@ -23,12 +22,6 @@ def open_store(path: str | Path, *, read_only: bool) -> Store:
     if folder.exists() and not folder.is_dir():
         raise CacheFormatError(f"{path}: not a logit cache: a cache is a folder, this is a file")
     return LocalStore(folder, read_only=read_only)
-
-
-def read_object(store: Store, key: str) -> bytes | None:
-    """The bytes of one object, None where it is missing."""
-    buffer = sync(store.get(key, prototype=default_buffer_prototype()))
-    return None if buffer is None else buffer.to_bytes()
 
 
 def list_objects(store: Store, prefix: str) -> set[str]:
