@@ -44,6 +44,14 @@ train cache student output *args:
 cache-info cache:
     {{logitcask}} cache info {{cache}}
 
+# copy a cache elsewhere, as: just push-cache s3://bucket/name [CACHE]; proved, resumable
+push-cache dst cache="data/cache":
+    {{logitcask}} cache copy {{cache}} {{dst}}
+
+# bring a cache here, as: just pull-cache ssh://me@host/path/cache [CACHE]
+pull-cache src cache="data/cache":
+    {{logitcask}} cache copy {{src}} {{cache}}
+
 # measure: stage 1's speed against a bare forward pass; angles and bytes of labels; reading, opening, memory
 bench:
     {{bin}}/python -m tests.benchmarks.capture

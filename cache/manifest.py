@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cache.errors import CacheFormatError, shown
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries a shard: what a reader is ready to hold in memory, a few GB decoded
 
@@ -80,6 +80,13 @@ class ShardPlan(_Part):
     digest: Digest = Field(description="SHA-256 of shard_examples as little-endian int64")
 
 
+class PartIdentity(_Part):
+    """Where the shards of a cache that was cut out of another stood in it."""
+
+    first: Annotated[int, Field(ge=0, lt=2**20)]
+    of: Annotated[int, Field(ge=1, le=2**20)]
+
+
 class Manifest(_Part):
     """Everything that decides the bytes of a cache."""
 
@@ -89,6 +96,9 @@ class Manifest(_Part):
     data: DataIdentity
     label: LabelSettings
     shards: ShardPlan
+    part: PartIdentity | None = Field(
+        default=None, description="where it was cut out of another; data counts what it holds"
+    )
 
     @model_validator(mode="after")
     def _shard_fits_in_memory(self) -> Self:

@@ -14,6 +14,7 @@ from cache.checks import unusable
 from cache.errors import CacheFormatError, IncompleteCacheError
 from cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
 from cache.layout import ArraySpec, array_specs, decode_targets, zarr_layout
+from cache.local_copies import LocalCopies
 from cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
 from cache.objects import Decoder, read_bounded, read_json
 from cache.shard import Example, Shard
@@ -55,20 +56,20 @@ class CacheReader:
     ``manifest`` says what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard.
     """
 
-    def __init__(self, place: str | Path | Store, *, partial: bool = False) -> None:
-        """Open a cache in a folder or a Zarr store.
+    def __init__(self, place: str | Path | Store, *, partial: bool = False, kept: LocalCopies | None = None) -> None:
+        """Open a cache in a folder, a .zip file, at a URL (what is read stays in ``kept``) or in a Zarr store.
 
         Raises CacheFormatError where it is none, IncompleteCacheError where shards are missing, unless ``partial``.
         """
         self.path = str(place)
-        self._store = place if isinstance(place, Store) else open_store(place, read_only=True)
+        self._store = place if isinstance(place, Store) else open_store(place, read_only=True, kept=kept)
         self.manifest = read_manifest(self._store, self.path)
         count = self.manifest.shards.count
         done = committed_shards(self._store, count)
         if len(done) < count and not partial:
             raise IncompleteCacheError(
                 f"{self.path}: {len(done)} of {count} shards are committed: finish it with the same "
-                "logitcask precompute-logits command that began it"
+                "logitcask precompute-logits or cache copy command that began it"
             )
         self._specs = array_specs(self.manifest.label)
         try:
@@ -106,20 +107,14 @@ class CacheReader:
             files[name] = data
         return files
 
-    def token_counts(self) -> IntArray:
-        """Tokens of every example, in order, shape (examples,). Reads one object a shard."""
-        return self._per_example("token_count")
-
-    def position_counts(self) -> IntArray:
-        """Target positions of every example, in order, shape (examples,). Reads one object a shard."""
-        return self._per_example("position_count")
-
-    def _per_example(self, name: str) -> IntArray:
+    def counts(self, name: str, shards: range) -> IntArray:
+        """``token_count`` or ``position_count`` of every example of some shards, in order. Reads one object a shard."""
         place = [spec.name for spec in self._specs].index(name)
         parts = []
-        for index, examples in enumerate(np.diff(self.shard_starts).tolist()):
+        for index in shards:
             with self._told(index):
                 record = commit_record(self._store, self._specs, index)
+                examples = int(self.shard_starts[index + 1] - self.shard_starts[index])
                 parts.append(self._slots(place, index, record, examples).astype(np.int64))
         return np.concatenate(parts)
 

@@ -1,22 +1,19 @@
 """What a cache holds, as figures and as text."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
 from zarr.abc.store import Store
-from zarr.core.sync import sync
 
 from cache.integrity import committed_shards
 from cache.layout import array_specs
 from cache.manifest import Manifest
 from cache.reader import CacheReader
 from cache.statistics import ExampleFigures, LabelFigures, label_figures
-from cache.store import open_store
+from cache.store import object_sizes, open_store
 
 LABEL_PARTS = ("head_", "tail_", "log_", "gold_")  # how the names of arrays of labels begin
-CONCURRENT = 64  # objects asked for their size at once
 
 
 class CacheInfo(BaseModel):
@@ -41,7 +38,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
     committed = sorted(committed_shards(store, manifest.shards.count))
     examples = sum(int(reader.shard_starts[s + 1] - reader.shard_starts[s]) for s in committed)
     positions = round(manifest.data.positions * examples / manifest.data.examples)
-    sizes = sync(_object_sizes(store))
+    sizes = object_sizes(store)
     arrays = {spec.name: 0 for spec in array_specs(manifest.label)}
     beside = {"tokenizer": 0, "digests": 0, "metadata": 0, "other": 0}
     for key, size in sizes.items():
@@ -74,15 +71,6 @@ def _part(key: str) -> str:
     return "digests" if name in ("commits", "seal", "shard_examples") else "other"
 
 
-async def _object_sizes(store: Store) -> dict[str, int]:
-    """Bytes of every object, by key."""
-    keys = [key async for key in store.list()]
-    sizes: list[int] = []
-    for start in range(0, len(keys), CONCURRENT):
-        sizes += await asyncio.gather(*(store.getsize(key) for key in keys[start : start + CONCURRENT]))
-    return dict(zip(keys, sizes, strict=True))
-
-
 def render(info: CacheInfo) -> str:
     """The figures as lines of text."""
     return "\n".join([*_identity(info), *_sizes(info), *(_labels(info.labels) if info.labels else [])])
@@ -103,7 +91,8 @@ def _identity(info: CacheInfo) -> Iterator[str]:
     yield f"            {data.truncated:,} examples cut, {data.dropped:,} dropped"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
-    yield f"shards      {count:,}, {state}"
+    part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
+    yield f"shards      {count:,}, {state}{part}"
 
 
 def _sizes(info: CacheInfo) -> Iterator[str]:

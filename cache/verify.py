@@ -15,7 +15,7 @@ from cache.manifest import LabelSettings, Manifest
 from cache.objects import require_inside
 from cache.reader import CacheReader, read_manifest
 from cache.shard import Shard
-from cache.store import delete_objects, open_store
+from cache.store import delete_objects, is_url, open_store
 from cache.targets import IntArray
 
 
@@ -76,6 +76,8 @@ def repair(path: str | Path, found: Verification) -> list[int]:
         raise LogitcaskError(
             f"{path}: cannot be repaired: {'; '.join(found.constants)}: copy these objects again from a good cache"
         )
+    if is_url(path) or not Path(path).is_dir():
+        raise LogitcaskError(f"{path}: only a cache in a folder can be repaired: bring it with logitcask cache copy")
     with sole_writer(path):
         store = open_store(path, read_only=False)
         specs = array_specs(read_manifest(store, str(path)).label)

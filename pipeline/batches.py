@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from cache.local_copies import LocalCopies
 from cache.reader import CacheReader
 from cache.soft_labels import soft_labels
 from cache.targets import IntArray, SparseTargets
@@ -31,15 +32,15 @@ class TrainingExample:
 class CacheExamples(Dataset[TrainingExample]):
     """The examples of a cache, opened lazily so that worker processes open it for themselves."""
 
-    def __init__(self, path: str, *, with_targets: bool) -> None:
-        self._path, self._with_targets = path, with_targets
+    def __init__(self, path: str, *, with_targets: bool, kept: LocalCopies | None = None) -> None:
+        self._path, self._with_targets, self._kept = path, with_targets, kept
         self._reader: CacheReader | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The open cache."""
         if self._reader is None:
-            self._reader = CacheReader(self._path)
+            self._reader = CacheReader(self._path, kept=self._kept)
         return self._reader
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class CacheExamples(Dataset[TrainingExample]):
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_path": self._path, "_with_targets": self._with_targets, "_reader": None}
+        return {"_path": self._path, "_with_targets": self._with_targets, "_kept": self._kept, "_reader": None}
 
 
 class FileExamples(Dataset[TrainingExample]):

@@ -80,7 +80,7 @@ def generate(settings: GenerateSettings) -> None:
 
 @cache_app.command("info", **_example("cache info data/cache --plot cache.png"))
 def cache_info(
-    path: Annotated[str, typer.Argument(help="folder of the cache")],
+    path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="draw mass by rank and entropies to this .png, .svg or .pdf")
@@ -101,9 +101,30 @@ def cache_info(
         plot_labels(found.labels, found.manifest.teacher.id, plot)
 
 
+@cache_app.command("copy", **_example("cache copy data/cache s3://bucket/caches/code --shards 0:10"))
+def cache_copy(
+    source: Annotated[str, typer.Argument(help="folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
+    destination: Annotated[str, typer.Argument(help="the same; an interrupted copy to it goes on")],
+    shards: Annotated[
+        str | None, typer.Option(metavar="FIRST:STOP", help="these alone, as a cache of their own")
+    ] = None,
+) -> None:
+    """Copy a cache, proving every object at both ends. Run it again to finish an interrupted copy."""
+    from cache.copy import copy_cache
+    from pipeline.progress import track
+    from pipeline.settings import shard_range
+
+    with track("copying", None, "shards") as advance:
+        copied = copy_cache(source, destination, shard_range(shards) if shards else None, advance)
+    typer.echo(
+        f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} were there, {copied.bytes:,} bytes "
+        "written; all match their digests"
+    )
+
+
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))
 def cache_verify(
-    path: Annotated[str, typer.Argument(help="folder of the cache")],
+    path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
     repair: Annotated[bool, typer.Option("--repair", help="drop damaged shards, for stage 1 to do again")] = False,
 ) -> None:
     """Check every object against its digest, and the labels against the manifest and each other."""

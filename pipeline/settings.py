@@ -80,6 +80,13 @@ class PrecomputeSettings(Settings):
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
         return {"head_size": head, "tail_draws": tail, **given}
 
+    @field_validator("output", mode="before")
+    @classmethod
+    def _output_is_here(cls, value: object) -> object:
+        if "://" in str(value):
+            raise ValueError("must be a folder of this machine: move the cache with logitcask cache copy")
+        return value
+
     @field_validator("shards")
     @classmethod
     def _shards_are_a_part(cls, value: str | None) -> str | None:
@@ -119,7 +126,15 @@ class TrainSettings(Settings):
     distillation_type: Literal["output", "logit", "hybrid"] = Field(
         "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
     )
-    cache: str | None = Field(None, description="the logit cache")
+    cache: str | None = Field(
+        None, description="the logit cache: a folder, a .zip file, or s3://, gs://, hf://, ssh://"
+    )
+    local_copies: Path = Field(
+        Path("~/.cache/logitcask"), description="folder for what was read of a cache on another machine"
+    )
+    local_copies_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        20.0, description="size of that folder at most, in GB of 10^9 bytes"
+    )
     train_data: str | None = Field(None, description="data file for output distillation without a cache")
     student_config: Path | None = Field(None, description="Hugging Face config JSON of a new student")
     student_model: str | None = Field(None, description="hub id or folder of a student to go on from")
@@ -202,6 +217,14 @@ class GenerateSettings(Settings):
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="0: the likeliest token")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     seed: Seed = Field(0, description="seed of sampling")
+
+
+def shard_range(text: str) -> tuple[int, int]:
+    """FIRST and STOP of ``FIRST:STOP``. Raises LogitcaskError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if not found:
+        raise LogitcaskError(f"--shards: must be FIRST:STOP, such as 0:10, is {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def read_config(path: Path) -> dict[str, Any]:

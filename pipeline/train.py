@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cache.errors import CacheMismatchError, LogitcaskError
+from cache.local_copies import LocalCopies
 from cache.manifest import sha256
 from cache.reader import CacheReader
 from cache.soft_labels import temperature_index
@@ -34,6 +35,7 @@ SETTINGS_FILE = "settings.json"
 FREE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "cache", "device"),
+    *("local_copies", "local_copies_gb"),
 }
 
 
@@ -98,7 +100,8 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
 def cache_source(settings: TrainSettings) -> Source:
     """A cache as the source of a run. Raises LogitcaskError where it does not fit the settings."""
     assert settings.cache is not None
-    reader = CacheReader(settings.cache)
+    kept = LocalCopies(settings.local_copies.expanduser(), int(settings.local_copies_gb * 1e9))
+    reader = CacheReader(settings.cache, kept=kept)
     label = reader.manifest.label
     soft = settings.hard_weight < 1.0
     tail = settings.tail or ("sampled" if label.tail_draws else "bucket")
@@ -118,7 +121,7 @@ def cache_source(settings: TrainSettings) -> Source:
     for other in {settings.student_model, settings.teacher_model} - {None}:
         require_tokenizer(str(other), reader.manifest.tokenizer.fingerprint, settings.cache)
     return Source(
-        examples=CacheExamples(settings.cache, with_targets=soft),
+        examples=CacheExamples(settings.cache, with_targets=soft, kept=kept),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
         longest=reader.manifest.data.longest,

@@ -29,7 +29,7 @@ def write_config(path: Path, config: dict[str, object]) -> Path:
     return path
 
 
-def train_settings(cache: Path | None, output: Path, **changes: object) -> TrainSettings:
+def train_settings(cache: Path | str | None, output: Path, **changes: object) -> TrainSettings:
     """Settings of a short run on the CPU; the student is ``STUDENT`` unless the changes name another."""
     values: dict[str, object] = {
         "cache": None if cache is None else str(cache),
@@ -46,7 +46,7 @@ def train_settings(cache: Path | None, output: Path, **changes: object) -> Train
     return TrainSettings.model_validate(values)
 
 
-def train(cache: Path | None, output: Path, **changes: object) -> Path:
+def train(cache: Path | str | None, output: Path, **changes: object) -> Path:
     """A finished run; returns its folder."""
     run_training(train_settings(cache, output, **changes))
     return output

@@ -193,8 +193,14 @@ def test_what_is_written_is_read(tmp_path: Path, vocab: int, head: int, draws: i
             np.testing.assert_array_equal(found.input_ids, want.input_ids)
             np.testing.assert_array_equal(found.target_mask, want.target_mask)
             assert_equal_targets(found.targets, want.targets)
-    np.testing.assert_array_equal(reader.token_counts(), np.concatenate([s.token_count for s in shards]))
-    np.testing.assert_array_equal(reader.position_counts(), np.concatenate([s.position_count for s in shards]))
+    np.testing.assert_array_equal(
+        reader.counts("token_count", range(reader.manifest.shards.count)),
+        np.concatenate([s.token_count for s in shards]),
+    )
+    np.testing.assert_array_equal(
+        reader.counts("position_count", range(reader.manifest.shards.count)),
+        np.concatenate([s.position_count for s in shards]),
+    )
     assert reader.tokenizer_files() == FILES
 
 
@@ -261,9 +267,13 @@ def test_a_commit_record_holds_the_digest_of_each_object(tmp_path: Path) -> None
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     cache = make_cache(tmp_path)
-    changed = (cache / "zarr.json").read_text().replace('"format_version": 2', '"format_version": 3, "new_field": 1')
+    changed = (
+        (cache / "zarr.json")
+        .read_text()
+        .replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {FORMAT_VERSION + 1}, "new_field": 1')
+    )
     (cache / "zarr.json").write_text(changed)
-    with pytest.raises(CacheFormatError, match=r"format 3 is newer .*upgrade logitcask"):
+    with pytest.raises(CacheFormatError, match=rf"format {FORMAT_VERSION + 1} is newer .*upgrade logitcask"):
         CacheReader(cache)
 
 

@@ -71,7 +71,7 @@ def calls(store: MemoryStore) -> list[Callable[[], object]]:
     return [
         lambda: CacheReader(store, partial=True).example(2),
         lambda: CacheReader(store).shard(0),
-        lambda: CacheReader(store, partial=True).token_counts(),
+        lambda: CacheReader(store, partial=True).counts("token_count", range(1)),
         lambda: CacheReader(store, partial=True).tokenizer_files(),
         lambda: verify(store),
     ]

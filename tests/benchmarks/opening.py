@@ -93,7 +93,7 @@ def main() -> None:
             opened = time.perf_counter()
             reader.example(0)
             first = time.perf_counter()
-            reader.token_counts()
+            reader.counts("token_count", range(reader.manifest.shards.count))
             counted = time.perf_counter()
             tracemalloc.start()
             CacheReader(folder / "cache")
@@ -102,7 +102,7 @@ def main() -> None:
             print(
                 f"{shards:6d} shards, {len(reader):9,d} examples: opened in {opened - began:.2f} s, peak "
                 f"{peak / 1e6:.1f} MB; first example {1000 * (first - opened):.0f} ms; "
-                f"token_counts {counted - first:.1f} s"
+                f"counts {counted - first:.1f} s"
             )
         finally:
             shutil.rmtree(folder)
