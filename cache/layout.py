@@ -1,7 +1,8 @@
 """The arrays of a cache: names, axes, widths, dtypes, codecs, and how labels are coded into them.
 
-Every array lies on one axis (example, token, position); shard s owns the slots [s * stride, (s + 1) * stride) of each,
-which are exactly one Zarr shard, hence one object. Log-probabilities are stored as unsigned codes: l = -code * scale.
+Every array lies on one axis (example, token, position, shard); shard s owns the slots [s * stride, (s + 1) * stride)
+of each, which are exactly one Zarr shard, hence one object. Log-probabilities are stored as unsigned codes:
+l = -code * scale.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, TransposeCodec
 
+from cache.fidelity import row_width
 from cache.manifest import LabelSettings, ShardPlan
 from cache.targets import SparseTargets
 
-Axis = Literal["example", "token", "position"]
-CHUNK = {"example": 4096, "token": 65536, "position": 16384}
+Axis = Literal["example", "token", "position", "shard"]
+CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}
 HEAD_SCALE = 2.0**-4  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
 ODDS_SCALE = 2.0**-4  # of the log-odds of the tail, so that head and tail always sum to 1
 GOLD_SCALE = 2.0**-3  # for the perplexity of the text alone
@@ -74,14 +76,21 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
         ),
         ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}; kept where there is no head"),
         ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {GOLD_SCALE}, of the token that came next"),
+        ArraySpec("fidelity", "shard", "float32", row_width(j), "sums of the fidelity certificate"),
     ]
-    absent = ("head_", "log_tail_odds") if k == 0 else ("log_partition",)
-    return [spec for spec in specs if not spec.name.startswith((*absent, *(["tail_"] if m == 0 else [])))]
+    absent = [*(("head_", "log_tail_odds") if k == 0 else ("log_partition",))]
+    absent += ["tail_"] * (m == 0) + ["fidelity"] * (label.fidelity_positions == 0)
+    return [spec for spec in specs if not spec.name.startswith(tuple(absent))]
+
+
+def strides(plan: ShardPlan) -> dict[Axis, int]:
+    """Slots a shard of each axis."""
+    return {"example": plan.examples, "token": plan.tokens, "position": plan.positions, "shard": 1}
 
 
 def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
     """Arguments of ``create_array``: one Zarr shard per shard of the plan, chunks inside it."""
-    stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}[spec.axis]
+    stride = strides(plan)[spec.axis]
     chunk = min(CHUNK[spec.axis], stride)
     columns = (spec.width,) if spec.width else ()
     return {

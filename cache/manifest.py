@@ -68,6 +68,9 @@ class LabelSettings(_Part):
     tail_draws: Annotated[int, Field(ge=0, le=2**16)]
     temperatures: Annotated[list[Annotated[float, Field(gt=0, le=1e4)]], Field(min_length=1, max_length=64)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        default=0, description="positions the fidelity certificate was measured on, over all shards; 0: none"
+    )
 
 
 class ShardPlan(_Part):

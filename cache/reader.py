@@ -12,6 +12,7 @@ from zarr.abc.store import Store
 
 from cache.checks import unusable
 from cache.errors import CacheFormatError, IncompleteCacheError
+from cache.fidelity import Sums, unsound
 from cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
 from cache.layout import ArraySpec, array_specs, decode_targets, zarr_layout
 from cache.local_copies import LocalCopies
@@ -107,6 +108,19 @@ class CacheReader:
             files[name] = data
         return files
 
+    def shard_fidelity(self, index: int) -> Sums:
+        """A shard's row of the fidelity certificate. Raises CacheFormatError where it is damaged or there is none."""
+        names = [spec.name for spec in self._specs]
+        if "fidelity" not in names:
+            raise CacheFormatError(f"{self.path}: no fidelity was measured: see --fidelity-positions of stage 1")
+        with self._told(index):
+            record = commit_record(self._store, self._specs, index)
+            row: Sums = self._slots(names.index("fidelity"), index, record, 1)[0].astype(np.float64)
+            problem = unsound(row, len(self.manifest.label.temperatures), self.manifest.shards.positions)
+            if problem:
+                raise CacheFormatError(problem)
+        return row
+
     def counts(self, name: str, shards: range) -> IntArray:
         """``token_count`` or ``position_count`` of every example of some shards, in order. Reads one object a shard."""
         place = [spec.name for spec in self._specs].index(name)
@@ -125,6 +139,8 @@ class CacheReader:
             length = {"example": int(self.shard_starts[index + 1] - self.shard_starts[index])}
             found: dict[str, NDArray[Any]] = {}
             for place, spec in enumerate(self._specs):  # the examples' counts come first
+                if spec.axis == "shard":
+                    continue
                 found[spec.name] = self._slots(place, index, record, length[spec.axis])
                 if spec.name == "position_count":
                     length["token"] = int(found["token_count"].sum(dtype=np.int64))

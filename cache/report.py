@@ -6,14 +6,23 @@ from pathlib import Path
 from pydantic import BaseModel
 from zarr.abc.store import Store
 
+from cache.fidelity import BATCH, Fidelity, figures
 from cache.integrity import committed_shards
 from cache.layout import array_specs
 from cache.manifest import Manifest
 from cache.reader import CacheReader
-from cache.statistics import ExampleFigures, LabelFigures, label_figures
+from cache.statistics import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from cache.store import object_sizes, open_store
 
 LABEL_PARTS = ("head_", "tail_", "log_", "gold_")  # how the names of arrays of labels begin
+
+
+class FidelityFigures(BaseModel):
+    """How far gradients go astray at a temperature, see ``cache.fidelity``."""
+
+    temperature: float
+    label: Fidelity
+    top_k_renormalized: Fidelity  # as many most probable tokens as a label has entries
 
 
 class CacheInfo(BaseModel):
@@ -28,6 +37,8 @@ class CacheInfo(BaseModel):
     positions: int  # committed; where shards are missing, in proportion to their examples
     bytes_per_position: float | None  # all bytes; None where nothing is committed
     labels: LabelFigures | None  # of a sample; None where nothing is committed
+    fidelity_positions: int  # measured in the committed shards
+    fidelity: list[FidelityFigures]  # one a temperature; none where too few positions were measured
 
 
 def describe(place: str | Path | Store) -> CacheInfo:
@@ -48,6 +59,8 @@ def describe(place: str | Path | Store) -> CacheInfo:
         else:
             beside[_part(key)] += size
     total = sum(sizes.values())
+    temperatures = manifest.label.temperatures
+    sums = fidelity_of(reader, committed)
     return CacheInfo(
         path=str(place),
         manifest=manifest,
@@ -58,6 +71,11 @@ def describe(place: str | Path | Store) -> CacheInfo:
         positions=positions,
         bytes_per_position=total / positions if positions else None,
         labels=label_figures(reader, committed),
+        fidelity_positions=int(sums[0]),
+        fidelity=[
+            FidelityFigures(temperature=t, label=label, top_k_renormalized=top)
+            for t, (label, top) in zip(temperatures, figures(sums, len(temperatures)) or [], strict=False)
+        ],
     )
 
 
@@ -73,7 +91,8 @@ def _part(key: str) -> str:
 
 def render(info: CacheInfo) -> str:
     """The figures as lines of text."""
-    return "\n".join([*_identity(info), *_sizes(info), *(_labels(info.labels) if info.labels else [])])
+    labels = _labels(info.labels) if info.labels else []
+    return "\n".join([*_identity(info), *_sizes(info), *_fidelity(info), *labels])
 
 
 def _identity(info: CacheInfo) -> Iterator[str]:
@@ -109,6 +128,23 @@ def _sizes(info: CacheInfo) -> Iterator[str]:
 
 def _size(name: str, size: int, positions: int) -> str:
     return f"{name:20s}{size:15,}" + (f"{size / positions:10.2f} a position" if positions else "")
+
+
+def _fidelity(info: CacheInfo) -> Iterator[str]:
+    """The certificate, two lines a temperature."""
+    if not info.fidelity:
+        yield f"fidelity    too few positions were measured ({info.fidelity_positions}): see --fidelity-positions"
+        return
+    yield (
+        f"fidelity    of the gradient of a linear probe student over {BATCH:,} positions to the exact one, "
+        f"measured on {info.fidelity_positions:,} positions"
+    )
+    entries = info.manifest.label.head_size + info.manifest.label.tail_draws
+    for at in info.fidelity:
+        for name, found in (("labels", at.label), (f"top-{entries} renormalised", at.top_k_renormalized)):
+            bias = f"bias {found.bias:6.1%}" if found.bias > found.bias_floor else f"bias < {found.bias_floor:4.1%}"
+            errors = f"{bias}, noise {found.noise:6.1%}, angle {found.degrees:5.2f} degrees"
+            yield f"  T={at.temperature:<6g}{name:24s}{errors}"
 
 
 def _labels(labels: LabelFigures) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.fidelity import Sums
 from cache.targets import IntArray, SparseTargets
 
 
@@ -27,12 +28,13 @@ class Shard:
     input_ids: IntArray  # (sum of token_count,)
     target_mask: NDArray[np.bool_]  # (sum of token_count,)
     targets: SparseTargets  # sum of position_count rows
+    fidelity: Sums | None = None  # the shard's row of the certificate; None where none was measured, or not read
 
     def __len__(self) -> int:
         return len(self.token_count)
 
     @staticmethod
-    def of(examples: Sequence[Example]) -> "Shard":
+    def of(examples: Sequence[Example], fidelity: Sums | None = None) -> "Shard":
         """The shard of these examples, in order."""
         return Shard(
             token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),
@@ -40,6 +42,7 @@ class Shard:
             input_ids=np.concatenate([example.input_ids for example in examples]),
             target_mask=np.concatenate([example.target_mask for example in examples]),
             targets=SparseTargets.concatenate([example.targets for example in examples]),
+            fidelity=fidelity,
         )
 
     def example(self, index: int) -> Example:

@@ -4,12 +4,13 @@ Legend: N target positions, K head tokens, J temperatures. Entropies are in nats
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from cache.fidelity import Sums, row_width
 from cache.manifest import LabelSettings
 from cache.reader import CacheReader
 from cache.shard import Shard
@@ -113,6 +114,15 @@ def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SA
         most_certain=[texts.figures(*found) for found in examples[:EXTREMES]],
         least_certain=[texts.figures(*found) for found in examples[::-1][:EXTREMES]],
     )
+
+
+def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> Sums:
+    """The sums of the fidelity certificate over some shards; of no position where none was measured."""
+    total = np.zeros(row_width(len(reader.manifest.label.temperatures)))
+    if reader.manifest.label.fidelity_positions:
+        for index in shards:
+            total += reader.shard_fidelity(index)
+    return total
 
 
 def entropies(targets: SparseTargets, label: LabelSettings, temperature: float) -> Array64:

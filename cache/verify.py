@@ -95,7 +95,15 @@ def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArr
     except CacheFormatError as error:
         return [str(error)]
     totals += (len(shard.input_ids), len(shard.targets))
-    return list(_problems(shard, manifest.label))
+    problems = list(_problems(shard, manifest.label))
+    if manifest.label.fidelity_positions:
+        try:
+            measured = reader.shard_fidelity(index)[0]
+            if measured > len(shard.targets):
+                problems.append(f"fidelity: of {measured:g} positions, the shard has {len(shard.targets)}")
+        except CacheFormatError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _problems(shard: Shard, label: LabelSettings) -> Iterator[str]:

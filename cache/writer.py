@@ -22,7 +22,7 @@ from cache.integrity import (
     shard_keys,
     write_seal,
 )
-from cache.layout import ArraySpec, array_specs, encode_targets, zarr_layout
+from cache.layout import ArraySpec, array_specs, encode_targets, strides, zarr_layout
 from cache.lock import explain_write_errors, setting_up
 from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
 from cache.reader import read_manifest
@@ -121,7 +121,10 @@ class CacheWriter:
             "target_mask": shard.target_mask,
             **encode_targets(shard.targets),
         }
-        stride = {"example": plan.examples, "token": plan.tokens, "position": plan.positions}
+        if self.manifest.label.fidelity_positions:
+            assert shard.fidelity is not None, "the manifest promises a certificate"
+            values["fidelity"] = shard.fidelity[None]
+        stride = strides(plan)
         keys = shard_keys(self._specs, index)
         with explain_write_errors(self.path):
             self._require_folder()

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from cache.errors import LogitcaskError
+from cache.fidelity import row_width
 from cache.lock import sole_writer
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from cache.shard import Example, Shard
@@ -59,6 +60,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             tail_draws=settings.tail_draws,
             temperatures=list(settings.temperatures),
             seed=settings.seed,
+            fidelity_positions=settings.fidelity_positions,
         )
         with explain_limits():
             parts = {
@@ -91,7 +93,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             shards=None if alone else mine,
         )
         missing = writer.missing_shards()
-        work = Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length)
+        work = Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length, label)
         label_shards(teacher, work, missing, writer)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
 
@@ -114,11 +116,14 @@ def label_shards(teacher: Teacher, work: Work, shards: Sequence[int], writer: Ca
     with track("labelling", sum(map(work.positions, shards)), "positions") as advance:
         for index in shards:
             labelled: dict[int, Example] = {}
+            fidelity = np.zeros(row_width(len(work.label.temperatures)))
             for batch in work.batches(index):
-                for example, targets in zip(batch, teacher.label(batch, writer.manifest.label), strict=True):
+                found = teacher.label(batch, work.label)
+                fidelity += found.fidelity
+                for example, targets in zip(batch, found.targets, strict=True):
                     labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
                     advance(len(targets))
-            writer.write_shard(index, Shard.of([labelled[place] for place in work.places(index)]))
+            writer.write_shard(index, Shard.of([labelled[place] for place in work.places(index)], fidelity))
 
 
 def check_teacher(teacher: TransformersTeacher, vocabulary: int, max_seq_length: int) -> None:

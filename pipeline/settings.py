@@ -65,6 +65,9 @@ class PrecomputeSettings(Settings):
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
     batch_size: Whole = Field(8, description="full-length sequences a forward pass; shorter ones go in greater number")
     shard_positions: Whole = Field(65536, description="target positions a shard: the unit of resuming")
+    fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        512, description="positions to measure the labels' fidelity on, against the full distribution; 0: none"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
@@ -145,6 +148,9 @@ class TrainSettings(Settings):
     output_dir: Path = Field(description="folder of the run: checkpoints and final/")
     alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.5")
     temperature: Temperature = Field(2.0, description="one of the cache's temperatures")
+    min_fidelity: Fraction | None = Field(
+        None, description="refuse a cache whose gradient at the temperature has a smaller cosine to the exact one"
+    )
     tail: Literal["sampled", "bucket", "renormalize"] | None = Field(
         None, description="mass outside the head; sampled where the cache holds draws, else bucket"
     )

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.layout import stride_for
 from cache.lock import Part
-from cache.manifest import ShardPlan
+from cache.manifest import LabelSettings, ShardPlan
 from cache.targets import IntArray
 from cache.writer import plan_digest
 from pipeline.teachers.base import TokenizedExample
@@ -21,6 +22,7 @@ class Work:
     order: IntArray  # (E,) places in the table, in cache order
     shard_examples: IntArray  # (S,)
     batch_tokens: int
+    label: LabelSettings
 
     def places(self, shard: int) -> range:
         """The shard's examples, by place in the cache."""
@@ -32,10 +34,22 @@ class Work:
         places = self.places(shard)
         return int(self.table.positions[self.order[places.start : places.stop]].sum())
 
+    def measured(self, shard: int) -> NDArray[np.bool_]:
+        """Which of a shard's positions the fidelity certificate is measured on, (positions,): chosen by seed."""
+        positions, asked = self.positions(shard), -(-self.label.fidelity_positions // len(self.shard_examples))
+        chosen = np.zeros(positions, dtype=bool)
+        random = np.random.default_rng([self.label.seed, shard, 2])
+        chosen[random.choice(positions, min(asked, positions), replace=False)] = True
+        return chosen
+
     def batches(self, shard: int) -> list[list[TokenizedExample]]:
         """A shard's examples in the batches that a teacher labels at once."""
         found = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
-        examples = [TokenizedExample(place, example.input_ids, example.target_mask) for place, example in found]
+        cuts = np.cumsum([example.target_mask.sum() for _, example in found])[:-1]
+        examples = [
+            TokenizedExample(place, example.input_ids, example.target_mask, measured)
+            for (place, example), measured in zip(found, np.split(self.measured(shard), cuts), strict=True)
+        ]
         groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)
         return [[examples[int(i)] for i in group] for group in groups]
 

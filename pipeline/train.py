@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cache.errors import CacheMismatchError, LogitcaskError
+from cache.fidelity import BATCH, figures
 from cache.local_copies import LocalCopies
 from cache.manifest import sha256
 from cache.reader import CacheReader
 from cache.soft_labels import temperature_index
+from cache.statistics import fidelity_of
 from cache.targets import IntArray
 from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
 from pipeline.examples import Encoder, encode_source
@@ -35,7 +37,7 @@ SETTINGS_FILE = "settings.json"
 FREE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "cache", "device"),
-    *("local_copies", "local_copies_gb"),
+    *("local_copies", "local_copies_gb", "min_fidelity"),
 }
 
 
@@ -117,6 +119,8 @@ def cache_source(settings: TrainSettings) -> Source:
                 f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
                 "the rest is ignored and the student is pulled away from the teacher"
             )
+        if settings.min_fidelity is not None:
+            require_fidelity(reader, j, settings)
     tokenizer = tokenizer_from_files(reader.tokenizer_files())
     for other in {settings.student_model, settings.teacher_model} - {None}:
         require_tokenizer(str(other), reader.manifest.tokenizer.fingerprint, settings.cache)
@@ -131,6 +135,24 @@ def cache_source(settings: TrainSettings) -> Source:
         shard_starts=reader.shard_starts,
         identity=sha256(reader.manifest.model_dump_json().encode()),
     )
+
+
+def require_fidelity(reader: CacheReader, j: int, settings: TrainSettings) -> None:
+    """Raise LogitcaskError where the cache's certificate at temperature j is below what is asked, or there is none."""
+    temperatures = reader.manifest.label.temperatures
+    sums = fidelity_of(reader, range(reader.manifest.shards.count))
+    found = figures(sums, len(temperatures))
+    if found is None:
+        raise LogitcaskError(
+            f"--min-fidelity {settings.min_fidelity}: {settings.cache} was measured on {sums[0]:g} positions, too few "
+            "to tell: make it with more --fidelity-positions, or leave this option out"
+        )
+    if found[j][0].cosine < (settings.min_fidelity or 0):
+        raise LogitcaskError(
+            f"--min-fidelity {settings.min_fidelity}: not good enough: at T={temperatures[j]:g} the cosine of "
+            f"{settings.cache}'s gradient to the exact one is {found[j][0].cosine:.4f} over {BATCH} positions: take a "
+            "richer --preset in stage 1, another --temperature, or ask for less"
+        )
 
 
 def file_source(settings: TrainSettings, folder: Path) -> Source:

@@ -4,6 +4,7 @@ Legend: N positions, V vocabulary, S label entries, z logits, T temperature, J s
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import LogitcaskError
@@ -300,20 +302,25 @@ def test_ids_of_large_vocabularies(vocab: int) -> None:
     np.testing.assert_array_equal(decode_targets(coded, settings_).tail_ids, flat.tail_ids)
 
 
+def random_masks(random: np.random.Generator, lengths: list[int]) -> Iterator[NDArray[np.bool_]]:
+    for length in lengths:
+        mask = random.random(length) < 0.6
+        mask[[0, -1]] = True, False
+        yield mask
+
+
 def test_batched_and_one_by_one_give_the_same_labels(tmp_path: Path) -> None:
     source = str(make_teacher(tmp_path))
     teacher = load_teacher(source, revision=None, dtype="float32", device="cpu", trust_remote_code=False)
     how = LabelSettings(vocab_size=300, head_size=4, tail_draws=8, temperatures=list(TEMPERATURES), seed=0)
     random = np.random.default_rng(0)
     examples = [
-        TokenizedExample(i, random.integers(0, 300, length), random.random(length) < 0.6)
-        for i, length in enumerate([3, 17, 9, 30, 2, 12])
+        TokenizedExample(i, random.integers(0, 300, len(mask)), mask, np.zeros(int(mask.sum()), dtype=bool))
+        for i, mask in enumerate(random_masks(random, [3, 17, 9, 30, 2, 12]))
     ]
-    for example in examples:
-        example.target_mask[[0, -1]] = True, False
-    together = teacher.label(examples, how)
+    together = teacher.label(examples, how).targets
     for example, found in zip(reversed(examples), reversed(together), strict=True):
-        alone = teacher.label([example], how)[0]
+        alone = teacher.label([example], how).targets[0]
         assert len(alone) == example.target_mask.sum()
         np.testing.assert_array_equal(alone.head_ids, found.head_ids)
         np.testing.assert_array_equal(alone.tail_counts, found.tail_counts)

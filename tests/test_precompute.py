@@ -18,10 +18,10 @@ from cache.reader import CacheReader
 from cache.shard import Shard
 from cache.targets import SparseTargets
 from cache.writer import CacheWriter
+from pipeline import labelling
 from pipeline.precompute import precompute
 from pipeline.sparsify import sparsify
-from pipeline.teachers import transformers as engine
-from pipeline.teachers.base import TokenizedExample
+from pipeline.teachers.base import Labelled, TokenizedExample
 from pipeline.teachers.transformers import TransformersTeacher
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
@@ -31,9 +31,7 @@ def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[TokenizedExampl
     asked: list[list[TokenizedExample]] = []
     label = TransformersTeacher.label
 
-    def spy(
-        self: TransformersTeacher, batch: Sequence[TokenizedExample], settings: LabelSettings
-    ) -> list[SparseTargets]:
+    def spy(self: TransformersTeacher, batch: Sequence[TokenizedExample], settings: LabelSettings) -> Labelled:
         asked.append(list(batch))
         return label(self, batch, settings)
 
@@ -162,8 +160,8 @@ def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeyp
         seen.append(logits.shape[0])
         return sparsify(logits, *rest)
 
-    monkeypatch.setattr(engine, "sparsify", spy)
-    monkeypatch.setattr(engine, "SLICE_LOGITS", 300 * 7)
+    monkeypatch.setattr(labelling, "sparsify", spy)
+    monkeypatch.setattr(labelling, "SLICE_LOGITS", 300 * 7)
     cache = make_cache(tmp_path, batch_size=64, shard_positions=10_000)
     assert max(seen) == 7
     assert sum(seen) == CacheReader(cache).manifest.data.positions

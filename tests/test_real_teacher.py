@@ -64,8 +64,9 @@ def label(tokenizer: PreTrainedTokenizerFast) -> LabelSettings:
 @pytest.fixture(scope="module")
 def targets(teacher: TransformersTeacher, encoded: list[Encoded], label: LabelSettings) -> SparseTargets:
     """The labels of all records as a cache gives them back."""
-    batch = [TokenizedExample(n, e.input_ids, e.target_mask) for n, e in enumerate(encoded)]
-    return decode_targets(encode_targets(SparseTargets.concatenate(teacher.label(batch, label))), label)
+    none = [np.zeros(int(e.target_mask.sum()), dtype=bool) for e in encoded]
+    batch = [TokenizedExample(n, e.input_ids, e.target_mask, none[n]) for n, e in enumerate(encoded)]
+    return decode_targets(encode_targets(SparseTargets.concatenate(teacher.label(batch, label).targets)), label)
 
 
 @pytest.fixture(scope="module")

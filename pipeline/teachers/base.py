@@ -7,13 +7,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.fidelity import Sums
 from cache.manifest import LabelSettings, TeacherIdentity
 from cache.targets import IntArray, SparseTargets
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids (L,), and where the distribution of the next token is wanted, (L,).
+    """Token ids (L,), where the distribution of the next token is wanted, (L,), and where of these to measure fidelity.
 
     ``index`` is the example's place in the cache.
     """
@@ -21,6 +22,15 @@ class TokenizedExample:
     index: int
     input_ids: IntArray
     target_mask: NDArray[np.bool_]
+    measured: NDArray[np.bool_]  # (N,) a target position each
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labels of each example, and the sums of the fidelity certificate over all of them."""
+
+    targets: list[SparseTargets]
+    fidelity: Sums
 
 
 class Teacher(Protocol):
@@ -28,6 +38,6 @@ class Teacher(Protocol):
 
     identity: TeacherIdentity
 
-    def label(self, batch: Sequence[TokenizedExample], settings: LabelSettings) -> list[SparseTargets]:
+    def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions, in order."""
         ...

@@ -13,14 +13,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from cache.manifest import LabelSettings, TeacherIdentity
-from cache.targets import SparseTargets
 from pipeline.devices import choose_device
+from pipeline.fidelity import Probe
+from pipeline.labelling import label_rows, split_rows
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.models import load_causal_lm
-from pipeline.sparsify import sparsify, uniform_draws
-from pipeline.teachers.base import TokenizedExample
+from pipeline.sparsify import uniform_draws
+from pipeline.teachers.base import Labelled, TokenizedExample
 
-SLICE_LOGITS = 1 << 22  # logits in memory at a time: 16 MiB in float32, whatever the batch and its lengths
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,12 +32,12 @@ class TransformersTeacher:
         self.identity = identity
         self._model = model.eval()
         self._head = read_head(model)
+        self._made_probe: Probe | None = None
 
-    def label(self, batch: Sequence[TokenizedExample], settings: LabelSettings) -> list[SparseTargets]:
+    def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions.
 
         Rows are padded at the right and run without a padding mask: attention is causal, so no real token sees one.
-        Logits beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalising.
         """
         longest = max(len(example.input_ids) for example in batch)
         ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
@@ -45,33 +45,28 @@ class TransformersTeacher:
         for row, example in enumerate(batch):
             ids_BL[row, : len(example.input_ids)] = example.input_ids
             mask_BL[row, : len(example.input_ids)] = example.target_mask
-        gold_N = torch.from_numpy(np.roll(ids_BL, -1, axis=1)[mask_BL]).to(self._model.device)
-        counts = mask_BL.sum(1)
-        uniforms_NM = torch.from_numpy(
-            np.concatenate(
-                [
-                    uniform_draws(settings.seed, example.index, int(count), settings.tail_draws)
-                    for example, count in zip(batch, counts, strict=True)
-                ]
-            )
-        )
+        counts = mask_BL.sum(1).tolist()
+        uniforms = [
+            uniform_draws(label.seed, example.index, count, label.tail_draws)
+            for example, count in zip(batch, counts, strict=True)
+        ]
         with torch.inference_mode():
             hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
-            hidden_NH = hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)]
-            rows = max(1, SLICE_LOGITS // settings.vocab_size)
-            parts = [
-                sparsify(
-                    self._head.logits(hidden_NH[start : start + rows])[:, : settings.vocab_size],
-                    gold_N[start : start + rows],
-                    uniforms_NM[start : start + rows].to(hidden_NH.device),
-                    settings.head_size,
-                    settings.temperatures,
-                )
-                for start in range(0, len(hidden_NH), rows)
-            ]
-        targets = SparseTargets.concatenate(parts)
-        ends = np.cumsum(counts)
-        return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
+            targets, fidelity = label_rows(
+                self._head.logits,
+                hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)],
+                np.roll(ids_BL, -1, axis=1)[mask_BL],
+                np.concatenate(uniforms),
+                np.concatenate([example.measured for example in batch]),
+                label,
+                self._probe(label),
+            )
+        return Labelled(split_rows(targets, counts), fidelity)
+
+    def _probe(self, label: LabelSettings) -> Probe | None:
+        if self._made_probe is None and label.fidelity_positions:
+            self._made_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
+        return self._made_probe
 
     @property
     def max_length(self) -> int | None:

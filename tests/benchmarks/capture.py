@@ -42,7 +42,7 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, 49152, (BATCH, LENGTH))
     mask = np.ones(LENGTH, dtype=bool)
     mask[-1] = False
-    batch = [TokenizedExample(row, ids[row], mask) for row in range(BATCH)]
+    batch = [TokenizedExample(row, ids[row], mask, np.zeros(LENGTH - 1, dtype=bool)) for row in range(BATCH)]
 
     def bare() -> None:
         with torch.inference_mode():

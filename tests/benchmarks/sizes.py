@@ -52,7 +52,7 @@ def code(encoder: Encoder) -> Iterator[TokenizedExample]:
             mask = found.target_mask[:LENGTH].copy()
             mask[-1] = False
             if mask.any():
-                yield TokenizedExample(index, found.input_ids[:LENGTH], mask)
+                yield TokenizedExample(index, found.input_ids[:LENGTH], mask, np.zeros(int(mask.sum()), dtype=bool))
 
 
 def english(encoder: Encoder) -> Iterator[TokenizedExample]:
@@ -61,7 +61,8 @@ def english(encoder: Encoder) -> Iterator[TokenizedExample]:
         found = encoder.encode(name, {"text": pydoc_data.topics.topics[name]})
         for first in range(0, len(found.input_ids) - 16, LENGTH):
             ids = found.input_ids[first : first + LENGTH]
-            yield TokenizedExample(index, ids, np.arange(len(ids)) < len(ids) - 1)
+            mask = np.arange(len(ids)) < len(ids) - 1
+            yield TokenizedExample(index, ids, mask, np.zeros(len(ids) - 1, dtype=bool))
 
 
 def label(source: Iterator[TokenizedExample], positions: int, vocabulary: int) -> dict[str, list[Example]]:

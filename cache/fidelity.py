@@ -1,0 +1,95 @@
+"""The fidelity certificate: how far labels are from the teacher's full distributions, measured on sampled positions.
+
+Legend: n sampled positions, J temperatures, K coordinates of a sketch, h a hidden state of the teacher, p its
+distribution at T, q that of the probe student, p' the stored label's estimate of p.
+
+The probe student is a linear output head on h, half trained: it predicts q = softmax(z / 2T) where the teacher has
+p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) h^T, that of the label G + E with
+E = (p - p') h^T. A sketch of a gradient is K^-1/2 (r_k d)(s_k h) with random signs r_k, s_k: its inner products are
+unbiased. A row of figures adds up over positions and shards: n, then for each temperature and each of G, E of the
+label, E of top-k renormalised: sum of squares, of products with G, both again of the sketches, and the summed sketch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SKETCH = 128
+BATCH = 1000  # positions of the batch whose gradient the figures tell of
+MOMENTS = 4
+VECTORS = 3  # the exact gradient, the label's error, that of top-k renormalised
+Sums = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A label's gradient of the probe student beside the exact one, both over ``BATCH`` positions; norms by the exact.
+
+    ``bias`` is what no batch averages out, told only down to ``bias_floor``; ``noise`` the rest at this batch.
+    """
+
+    bias: float
+    bias_floor: float
+    noise: float
+    cosine: float
+    degrees: float  # the angle of that cosine
+
+
+def row_width(temperatures: int) -> int:
+    """Numbers in a row of sums."""
+    return 1 + temperatures * VECTORS * (MOMENTS + SKETCH)
+
+
+def figures(sums: Sums, temperatures: int) -> list[tuple[Fidelity, Fidelity]] | None:
+    """A temperature's figures: of the label, and of as many most probable tokens renormalised.
+
+    Means over pairs of different positions are unbiased: (|sum s|^2 - sum |s|^2) / (n (n - 1)). None where the
+    positions are too few to tell a mean gradient from nothing.
+    """
+    n = float(sums[0])
+    table = sums[1:].astype(np.float64).reshape(temperatures, VECTORS, MOMENTS + SKETCH)
+    found = []
+    for square, cross, sketch_square, sketch_cross, sketch in (
+        (*(table[j, :, moment] for moment in range(MOMENTS)), table[j, :, MOMENTS:]) for j in range(temperatures)
+    ):
+        if n < 2:
+            return None
+        mean_square = ((sketch**2).sum(1) - sketch_square) / (n * (n - 1))
+        mean_cross = (sketch @ sketch[0] - sketch_cross) / (n * (n - 1))
+        if mean_square[0] <= 0:
+            return None
+        in_batch = np.maximum(mean_square, 0.0) * (1 - 1 / BATCH) + square / n / BATCH
+        with_exact = mean_cross * (1 - 1 / BATCH) + cross / n / BATCH
+        found.append(
+            tuple(
+                _fidelity(mean_square[v], square[v] / n, in_batch[v], with_exact[v], mean_square[0], in_batch[0], n)
+                for v in (1, 2)
+            )
+        )
+    return found  # type: ignore[return-value]
+
+
+def _fidelity(
+    bias2: float, square: float, error: float, cross: float, mean_exact: float, exact: float, n: float
+) -> Fidelity:
+    bias2 = max(0.0, bias2)
+    label = max(exact + 2 * cross + error, np.finfo(np.float64).tiny)
+    cosine = float(np.clip((exact + cross) / np.sqrt(exact * label), -1.0, 1.0))
+    return Fidelity(
+        bias=float(np.sqrt(bias2 / mean_exact)),
+        bias_floor=float(np.sqrt(square / n / mean_exact)),
+        noise=float(np.sqrt(max(0.0, square - bias2) / BATCH / exact)),
+        cosine=cosine,
+        degrees=float(np.degrees(np.arccos(cosine))),
+    )
+
+
+def unsound(sums: Sums, temperatures: int, positions: int) -> str | None:
+    """What is wrong with a shard's row, None where nothing is."""
+    if sums.shape != (row_width(temperatures),) or not np.isfinite(sums).all():
+        return "fidelity: must be finite numbers"
+    if not 0 <= sums[0] <= positions:
+        return f"fidelity: of {sums[0]:g} positions, the shard has {positions}"
+    squares = sums[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)[:, :, (0, 2)]
+    return "fidelity: a sum of squares is negative" if squares.min() < 0 else None

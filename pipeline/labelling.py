@@ -1,0 +1,53 @@
+"""Hidden states to labels, in slices: what every engine does with the rows it has, wherever they lie.
+
+Legend: N target positions, V vocabulary, M tail draws.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache.fidelity import Sums, row_width
+from cache.manifest import LabelSettings
+from cache.targets import IntArray, SparseTargets
+from pipeline.fidelity import Probe
+from pipeline.sparsify import sparsify
+
+SLICE_LOGITS = 1 << 22  # logits in memory at a time: 16 MiB in float32, whatever the batch and its lengths
+
+
+def label_rows(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    gold_N: IntArray,
+    uniforms_NM: NDArray[np.float64],
+    measured_N: NDArray[np.bool_],
+    label: LabelSettings,
+    probe: Probe | None,
+) -> tuple[SparseTargets, Sums]:
+    """Labels of N positions from their hidden states, and the fidelity sums of those to be ``measured``.
+
+    Logits beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalising.
+    """
+    device, rows = hidden_NH.device, max(1, SLICE_LOGITS // label.vocab_size)
+    parts: list[SparseTargets] = []
+    sums = np.zeros(row_width(len(label.temperatures)))
+    for first in range(0, len(hidden_NH), rows):
+        cut = slice(first, first + rows)
+        logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
+        gold, uniforms = torch.from_numpy(gold_N[cut]).to(device), torch.from_numpy(uniforms_NM[cut]).to(device)
+        parts.append(sparsify(logits_NV, gold, uniforms, label.head_size, label.temperatures))
+        chosen = np.flatnonzero(measured_N[cut])
+        if probe is not None and len(chosen):
+            at = torch.from_numpy(chosen).to(device)
+            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], parts[-1][chosen], label)
+    return SparseTargets.concatenate(parts), sums
+
+
+def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:
+    """Labels laid end to end, cut into those of each example."""
+    ends = np.cumsum(counts)
+    return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
