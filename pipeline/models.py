@@ -1,11 +1,14 @@
 """Loading causal language models: by hub id, from a local folder, or from a GGUF file."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cache.errors import LogitcaskError
+
+SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 
 
 def load_causal_lm(
@@ -35,3 +38,17 @@ def _forget_gguf(model: PreTrainedModel) -> None:
     for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over the name, shape, dtype and up to 4,096 evenly spaced entries of every parameter.
+
+    A sample, so that a teacher of any size is told from its neighbours in a second; it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].float().cpu().numpy().astype("<f4")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
+    return digest.hexdigest()

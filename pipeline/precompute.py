@@ -18,9 +18,11 @@ from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
 from pipeline.teachers.base import Teacher
-from pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from pipeline.teachers.load import check_engine, load_engine
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+
+ENGINE_BATCHES = 64  # batches given to vLLM at once, which schedules them itself
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         alone = settings.part is None
         # before a large teacher is loaded in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
-        teacher = load_teacher(
-            settings.teacher_model,
-            revision=settings.teacher_revision,
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        teacher = load_engine(settings)
         check_teacher(teacher, size, settings.max_seq_length)
         with explain_limits():
             manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
@@ -93,7 +89,11 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             shards=None if alone else mine,
         )
         missing = writer.missing_shards()
-        work = Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length, label)
+        at_once = ENGINE_BATCHES if teacher.identity.engine.startswith("vllm") else 1
+        batch_tokens = settings.batch_size * settings.max_seq_length * at_once
+        work = Work(table, order, shard_examples, batch_tokens, label)
+        if missing and teacher.identity.engine == "vllm" and not settings.skip_engine_check:
+            check_engine(teacher, settings, work.batches(missing[0])[-1], label)
         label_shards(teacher, work, missing, writer)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
 
@@ -126,7 +126,7 @@ def label_shards(teacher: Teacher, work: Work, shards: Sequence[int], writer: Ca
             writer.write_shard(index, Shard.of([labelled[place] for place in work.places(index)], fidelity))
 
 
-def check_teacher(teacher: TransformersTeacher, vocabulary: int, max_seq_length: int) -> None:
+def check_teacher(teacher: Teacher, vocabulary: int, max_seq_length: int) -> None:
     """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
     if vocabulary > teacher.logits_width:
         raise LogitcaskError(

@@ -68,6 +68,11 @@ class PrecomputeSettings(Settings):
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
         512, description="positions to measure the labels' fidelity on, against the full distribution; 0: none"
     )
+    engine: Literal["auto", "transformers", "vllm", "vllm-topk"] = Field(
+        "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
+    )
+    tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with vLLM")
+    skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
@@ -103,6 +108,18 @@ class PrecomputeSettings(Settings):
         if self.shards is not None and self.overwrite:
             raise ValueError(
                 "overwrite does not go with shards: a part would wipe the others' work; remove the cache's folder first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _top_k_has_neither_tail_nor_temperatures(self) -> Self:
+        if self.engine == "vllm-topk" and (self.tail_draws, self.temperatures, self.fidelity_positions) != (
+            0,
+            (1.0,),
+            0,
+        ):
+            raise ValueError(
+                "engine vllm-topk gives the head at T=1 alone: add tail_draws 0, temperatures 1, fidelity_positions 0"
             )
         return self
 

@@ -54,15 +54,15 @@ def make_tokenizer(*, vocab_size: int = 300, chat: bool = False) -> PreTrainedTo
 
 
 def make_teacher(
-    folder: Path, *, vocab_size: int = 300, chat: bool = False, max_length: int = 128, seed: int = 0
+    folder: Path, *, vocab_size: int = 300, chat: bool = False, max_length: int = 128, seed: int = 0, width: int = 32
 ) -> Path:
     """A random two-layer Llama and its tokenizer, saved to ``folder``."""
     tokenizer = make_tokenizer(vocab_size=vocab_size, chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

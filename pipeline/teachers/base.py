@@ -37,6 +37,8 @@ class Teacher(Protocol):
     """A model that labels tokenized examples."""
 
     identity: TeacherIdentity
+    logits_width: int  # rows of the head: the tokenizer's vocabulary, perhaps padded
+    max_length: int | None  # the longest sequence the model was made for, None where its config does not say
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions, in order."""

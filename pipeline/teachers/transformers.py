@@ -3,7 +3,6 @@
 Legend: B sequences a batch, L their padded length, N target positions, V vocabulary, M tail draws.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from pipeline.devices import choose_device
 from pipeline.fidelity import Probe
 from pipeline.labelling import label_rows, split_rows
 from pipeline.lm_head import last_hidden_states, read_head
-from pipeline.models import load_causal_lm
+from pipeline.models import load_causal_lm, weights_fingerprint
 from pipeline.sparsify import uniform_draws
 from pipeline.teachers.base import Labelled, TokenizedExample
 
-SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +31,8 @@ class TransformersTeacher:
         self._model = model.eval()
         self._head = read_head(model)
         self._made_probe: Probe | None = None
+        self.logits_width = int(self._head.weight.shape[0])
+        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions.
@@ -68,17 +68,6 @@ class TransformersTeacher:
             self._made_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
         return self._made_probe
 
-    @property
-    def max_length(self) -> int | None:
-        """The longest sequence the model was made for, None where its config does not say."""
-        found = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return int(found) if found else None
-
-    @property
-    def logits_width(self) -> int:
-        """Rows of the head: the tokenizer's vocabulary, perhaps padded."""
-        return int(self._head.weight.shape[0])
-
 
 def load_teacher(
     source: str, *, revision: str | None, dtype: str, device: str, trust_remote_code: bool
@@ -96,17 +85,3 @@ def load_teacher(
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
     return TransformersTeacher(model.to(place), identity)
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the name, shape, dtype and up to 4,096 evenly spaced entries of every parameter.
-
-    A sample, so that a teacher of any size is told from its neighbours in a second; it is no proof against tampering.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
-        sample = flat[places.to(flat.device)].float().cpu().numpy().astype("<f4")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Which engine runs the teacher, and the proof that it gives what transformers gives."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+
+from cache.errors import LogitcaskError
+from cache.manifest import LabelSettings
+from pipeline.settings import PrecomputeSettings
+from pipeline.teachers.base import Teacher, TokenizedExample
+from pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from pipeline.teachers.vllm import load_vllm_teacher
+
+TOLERANCE = {"float32": 1e-3}  # nats, of log-partitions and of the next token's log-probability, at most
+HALF_TOLERANCE = 0.5  # for the 16-bit types: between their own rounding errors and those of a wrong model
+CHECKED = 4  # examples
+
+
+def load_engine(settings: PrecomputeSettings) -> Teacher:
+    """The teacher in the engine asked for. Raises LogitcaskError where the model or the engine cannot be had."""
+    if choose_engine(settings.engine, settings.teacher_model) == "transformers":
+        return load_transformers(settings, settings.dtype)
+    return load_vllm_teacher(
+        settings.teacher_model,
+        revision=settings.teacher_revision,
+        dtype=settings.dtype,
+        max_seq_length=settings.max_seq_length,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        trust_remote_code=settings.trust_remote_code,
+        topk=settings.head_size if settings.engine == "vllm-topk" else None,
+    )
+
+
+def choose_engine(engine: str, teacher: str) -> str:
+    """``auto``: vLLM where it is installed and an accelerator is present, for what it can read."""
+    if engine != "auto":
+        return engine
+    found = find_spec("vllm") is not None and torch.accelerator.is_available() and not teacher.endswith(".gguf")
+    return "vllm" if found else "transformers"
+
+
+def load_transformers(settings: PrecomputeSettings, dtype: str) -> TransformersTeacher:
+    """The teacher in plain PyTorch."""
+    return load_teacher(
+        settings.teacher_model,
+        revision=settings.teacher_revision,
+        dtype=dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def check_engine(
+    teacher: Teacher, settings: PrecomputeSettings, batch: Sequence[TokenizedExample], label: LabelSettings
+) -> None:
+    """Compare a few labels with those of transformers in float32. Raises LogitcaskError where they differ."""
+    examples = batch[-CHECKED:]  # the shortest
+    found, wanted = teacher.label(examples, label), load_transformers(settings, "float32").label(examples, label)
+    limit = TOLERANCE.get(teacher.identity.dtype, HALF_TOLERANCE)
+    for name in ("gold_logprobs", "log_partition"):
+        differences = [
+            float(np.abs(getattr(a, name) - getattr(b, name)).max())
+            for a, b in zip(found.targets, wanted.targets, strict=True)
+        ]
+        if not max(differences) <= limit:
+            raise LogitcaskError(
+                f"{teacher.identity.engine} and transformers disagree: {name} differs by {max(differences):.3g} nats, "
+                f"at most {limit:g} is expected in {teacher.identity.dtype}: use --engine transformers; "
+                "--skip-engine-check is for teachers too large to load twice"
+            )

@@ -1,0 +1,182 @@
+"""The vLLM engine: the same labels, made inside vLLM's workers; see ``vllm_worker`` for how.
+
+Legend: L tokens of an example, N target positions, K head tokens.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load
+
+from cache.errors import LogitcaskError
+from cache.fidelity import row_width
+from cache.manifest import LabelSettings, TeacherIdentity
+from cache.targets import SparseTargets
+from pipeline.labelling import split_rows
+from pipeline.teachers.base import Labelled, TokenizedExample
+from pipeline.teachers.vllm_worker import KEY, KNOWN
+
+FIELDS = tuple(SparseTargets.__dataclass_fields__)
+CPU_KV_CACHE = 1 << 30  # bytes; vLLM would take half of the machine's memory
+
+
+class VllmTeacher:
+    """A causal language model in vLLM."""
+
+    def __init__(self, llm: Any, identity: TeacherIdentity, *, logits_width: int, max_length: int | None) -> None:
+        self.identity, self.logits_width, self.max_length = identity, logits_width, max_length
+        self._llm = llm
+        self._label: LabelSettings | None = None
+
+    def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
+        """The labels of each example's target positions. vLLM schedules the batch as it sees fit."""
+        if label != self._label:
+            self._begin(label)
+        self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
+        fidelity = np.zeros(row_width(len(label.temperatures)))
+        found: dict[int, SparseTargets] = {}
+        for handed in self._llm.collective_rpc("logitcask_take"):
+            if handed:
+                arrays = load(handed)
+                targets = SparseTargets(*(arrays[name] for name in FIELDS))
+                found |= dict(
+                    zip(arrays["examples"].tolist(), split_rows(targets, arrays["counts"].tolist()), strict=True)
+                )
+                fidelity += arrays["fidelity"]
+        for example in batch:
+            have = len(found[example.index]) if example.index in found else 0
+            if have != example.target_mask.sum():
+                raise LogitcaskError(
+                    f"vLLM gave {have} of {example.target_mask.sum()} labels of example {example.index}: this version "
+                    f"schedules otherwise than {KNOWN}, which is known to work: use that or --engine transformers"
+                )
+        return Labelled([found[example.index] for example in batch], fidelity)
+
+    def _begin(self, label: LabelSettings) -> None:
+        missing = {
+            name for name in self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(),)) if name
+        }
+        if missing:
+            import vllm
+
+            raise LogitcaskError(
+                f"vLLM {vllm.__version__} lacks {', '.join(sorted(missing))}: known to work is {KNOWN}.x: "
+                "install it, or use --engine transformers, or --engine vllm-topk for the head at T=1 alone"
+            )
+        self._label = label
+
+    def _generate(self, prompts: list[list[int]], wanted: list[dict[str, Any]]) -> None:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                max_tokens=1, temperature=0, detokenize=False, skip_reading_prefix_cache=True, extra_args={KEY: each}
+            )
+            for each in wanted
+        ]
+        self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+
+
+def _request(example: TokenizedExample) -> dict[str, Any]:
+    """What a worker must know of an example beside its prompt, which lacks its last token."""
+    return {
+        "example": example.index,
+        "targets": np.flatnonzero(example.target_mask).tolist(),
+        "measured": np.flatnonzero(example.measured).tolist(),
+        "last": int(example.input_ids[-1]),
+    }
+
+
+class TopKTeacher(VllmTeacher):
+    """vLLM's own prompt log-probabilities: the head at T=1 alone, for a vLLM whose workers cannot be extended."""
+
+    def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
+        """The head of each target position; its tail is what is missing to 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=1, temperature=0, prompt_logprobs=label.head_size, flat_logprobs=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": example.input_ids.tolist()} for example in batch]
+        results = self._llm.generate(prompts, params, use_tqdm=False)
+        found = [_top_k(result.prompt_logprobs, e, label) for result, e in zip(results, batch, strict=True)]
+        return Labelled(found, np.zeros(row_width(len(label.temperatures))))
+
+
+def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> SparseTargets:
+    """vLLM gives K + 1 entries a position: the token that came next, then the K most probable."""
+    rows = np.flatnonzero(example.target_mask) + 1
+    n, k = len(rows), label.head_size
+    ids, values = np.zeros((n, k), dtype=np.int64), np.zeros((n, k), dtype=np.float32)
+    gold = np.zeros(n, dtype=np.float32)
+    for place, row in enumerate(rows):
+        entries = sorted(logprobs[row].items(), key=lambda entry: entry[1].rank)
+        gold[place] = logprobs[row][int(example.input_ids[row])].logprob
+        best = [(token, entry.logprob) for token, entry in entries if token < label.vocab_size][:k]
+        ids[place], values[place] = [token for token, _ in best], [value for _, value in best]
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.maximum(0.0, -np.expm1(np.log(np.exp(values.astype(np.float64)).sum(1)))))
+    none = np.zeros((n, 0))
+    return SparseTargets(
+        head_ids=ids,
+        head_logprobs=np.minimum(values, 0),
+        tail_ids=none.astype(np.int64),
+        tail_logprobs=none.astype(np.float32),
+        tail_counts=none.astype(np.int64),
+        log_partition=np.zeros((n, 1), dtype=np.float32),
+        log_tail_mass=rest[:, None].astype(np.float32),
+        gold_logprobs=np.minimum(gold, 0),
+    )
+
+
+def load_vllm_teacher(
+    source: str, *, revision: str | None, dtype: str, max_seq_length: int, tensor_parallel_size: int,
+    trust_remote_code: bool, topk: int | None,
+) -> VllmTeacher:  # fmt: skip
+    """Load a teacher into vLLM; with ``topk`` the fallback. Raises LogitcaskError where it cannot be had."""
+    if source.endswith(".gguf"):
+        raise LogitcaskError(
+            f"{source}: vLLM does not read GGUF files: give a folder or hub id, or --engine transformers"
+        )
+    if tensor_parallel_size == 1:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 10 s instead of 30
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    try:
+        import vllm
+    except ImportError as error:
+        raise LogitcaskError("--engine vllm needs vLLM: pip install 'logitcask[vllm]', or just setup-vllm") from error
+    on_cpu = not torch.accelerator.is_available()
+    options: dict[str, Any] = {
+        "model": source,
+        "revision": revision,
+        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+        "skip_tokenizer_init": True,
+        "max_model_len": max_seq_length + 1,
+        "tensor_parallel_size": tensor_parallel_size,
+        "trust_remote_code": trust_remote_code,
+        "worker_extension_cls": "pipeline.teachers.vllm_worker.LogitCapture",
+        "enforce_eager": on_cpu,
+        **({"kv_cache_memory_bytes": CPU_KV_CACHE} if on_cpu else {}),
+        **({"max_logprobs": topk, "logprobs_mode": "raw_logprobs"} if topk else {}),
+    }
+    try:
+        llm = vllm.LLM(**options)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LogitcaskError(f"{source}: vLLM cannot load this teacher: {reason}") from error
+    config = llm.llm_engine.model_config
+    identity = TeacherIdentity(
+        id=Path(source).name if Path(source).exists() else source,
+        revision=getattr(config.hf_config, "_commit_hash", None) or revision or "",
+        weights=llm.collective_rpc("logitcask_weights")[0],
+        dtype=str(config.dtype).removeprefix("torch."),
+        engine="vllm prompt_logprobs" if topk else "vllm",
+        versions={"torch": torch.__version__, "vllm": vllm.__version__},
+    )
+    text = config.hf_text_config
+    width, longest = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
+    return (TopKTeacher if topk else VllmTeacher)(llm, identity, logits_width=width, max_length=longest)

@@ -1,0 +1,193 @@
+"""Inside vLLM's worker: labels are made where the hidden states are, and only they leave it.
+
+vLLM mixes ``LogitCapture`` into its worker class. It takes the place of the runner's step that computes the prompt's
+log-probabilities, which has the hidden state of every prompt token once. That step is private to vLLM: both model
+runners are known here, V1 (``_get_prompt_logprobs_dict``) and V2 (``prompt_logprobs_worker``).
+
+Legend: L prompt tokens, N target positions of an example, M tail draws.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+
+from cache.fidelity import row_width
+from cache.manifest import LabelSettings
+from cache.targets import SparseTargets
+from pipeline.fidelity import Probe
+from pipeline.labelling import SLICE_LOGITS, label_rows
+from pipeline.models import weights_fingerprint
+from pipeline.sparsify import uniform_draws
+
+KEY = "logitcask"  # in a request's extra_args
+KNOWN = "0.32"  # the version whose private attributes these are
+
+
+@dataclass
+class _Rows:
+    """What came of one request so far: its prefill may be cut into chunks, and begin again after a preemption."""
+
+    parts: list[SparseTargets] = field(default_factory=list)
+    fidelity: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    positions: int = 0
+
+
+class Capture:
+    """Turns chunks of hidden states into the labels of whole examples."""
+
+    def __init__(self, label: LabelSettings, logits_of: Callable[[Tensor], Tensor | None], keeper: bool) -> None:
+        """``keeper``: whether this rank keeps labels; the others only take part in computing the logits."""
+        self._label, self._logits_of, self._keeper = label, logits_of, keeper
+        self._probe: Probe | None = None
+        self._begun: dict[str, _Rows] = {}
+        self._done: dict[int, _Rows] = {}
+
+    @torch.inference_mode()
+    def take(self, request: str, wanted: dict[str, Any], prompt_L: Any, hidden: Tensor, start: int) -> None:
+        """Label the targets among the tokens ``start`` to ``start + len(hidden)`` of a request's prompt."""
+        if start == 0:
+            self._begun[request] = _Rows()
+        rows = self._begun.get(request)
+        if rows is None:  # all there: these are generated tokens
+            return
+        targets = np.asarray(wanted["targets"], dtype=np.int64)
+        inside = np.flatnonzero((targets >= start) & (targets < start + len(hidden)))
+        if len(inside):
+            chosen = hidden[torch.from_numpy(targets[inside] - start).to(hidden.device)]
+            if self._keeper:
+                self._label_rows(rows, wanted, np.asarray(prompt_L, dtype=np.int64), targets, inside, chosen)
+            else:
+                for first in range(0, len(chosen), max(1, SLICE_LOGITS // self._label.vocab_size)):
+                    self._logits_of(chosen[first : first + max(1, SLICE_LOGITS // self._label.vocab_size)])
+            rows.positions += len(inside)
+        if start + len(hidden) > targets[-1]:
+            self._done[int(wanted["example"])] = self._begun.pop(request)
+
+    def _label_rows(
+        self, rows: _Rows, wanted: dict[str, Any], prompt_L: Any, targets: Any, inside: Any, chosen: Tensor
+    ) -> None:
+        label = self._label
+        if self._probe is None and label.fidelity_positions:
+            self._probe = Probe(label.vocab_size, chosen.shape[1], chosen.device)
+        uniforms_NM = uniform_draws(label.seed, int(wanted["example"]), len(targets), label.tail_draws)
+        following = np.append(prompt_L[1:], wanted["last"])  # the last token is not in the prompt: it predicts nothing
+        found, fidelity = label_rows(
+            self._logits,
+            chosen,
+            following[targets[inside]],
+            uniforms_NM[inside],
+            np.isin(inside, wanted["measured"]),
+            label,
+            self._probe,
+        )
+        rows.parts.append(found)
+        rows.fidelity = fidelity if rows.fidelity is None else rows.fidelity + fidelity
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self._logits_of(hidden)
+        assert logits is not None, "the rank that keeps labels has the logits"
+        return logits
+
+    def hand_over(self) -> bytes:
+        """The labels of all finished examples as safetensors: arrays of SparseTargets, ``examples``, ``counts``."""
+        done, self._done = dict(sorted(self._done.items())), {}
+        if not self._keeper or not done:
+            return b""
+        parts = [part for rows in done.values() for part in rows.parts]
+        arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
+        fidelity = np.zeros(row_width(len(self._label.temperatures)))
+        for rows in done.values():
+            fidelity += 0 if rows.fidelity is None else rows.fidelity
+        counts = np.array([rows.positions for rows in done.values()], dtype=np.int64)
+        return save(
+            {**arrays, "examples": np.array(list(done), dtype=np.int64), "counts": counts, "fidelity": fidelity}
+        )
+
+
+class LogitCapture:
+    """Methods that vLLM's ``collective_rpc`` calls on each worker; mixed into its class."""
+
+    logitcask_capture: Capture | None = None
+
+    def logitcask_begin(self, label: str) -> str:
+        """Begin to label, by LabelSettings as JSON. Returns what this vLLM lacks, "" for nothing."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        logits_of = getattr(getattr(runner, "model", None), "compute_logits", None)
+        if logits_of is None:
+            return "model_runner.model.compute_logits"
+        settings = LabelSettings.model_validate_json(label)
+        self.logitcask_capture = Capture(settings, logits_of, get_tensor_model_parallel_rank() == 0)
+        if hasattr(runner, "_get_prompt_logprobs_dict"):
+            return _hook_v1(runner, self.logitcask_capture)
+        if getattr(runner, "prompt_logprobs_worker", None) is not None:
+            return _hook_v2(runner.prompt_logprobs_worker, self.logitcask_capture)
+        return "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
+
+    def logitcask_take(self) -> bytes:
+        """The labels of what was finished since the last call; empty on ranks that keep none."""
+        return b"" if self.logitcask_capture is None else self.logitcask_capture.hand_over()
+
+    def logitcask_weights(self) -> str:
+        """The fingerprint of this rank's weights."""
+        return weights_fingerprint(self.model_runner.model)  # type: ignore[attr-defined]
+
+
+def _hook_v1(runner: Any, capture: Capture) -> str:
+    missing = [name for name in ("requests", "input_batch", "query_start_loc") if not hasattr(runner, name)]
+    if missing:
+        return f"model_runner.{missing[0]}"
+
+    def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, None]:
+        for request_id, count in num_scheduled_tokens.items():
+            request = runner.requests[request_id]
+            wanted = (getattr(request.sampling_params, "extra_args", None) or {}).get(KEY)
+            if wanted is not None:
+                offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
+                rows, start = hidden_states[offset : offset + count], request.num_computed_tokens
+                capture.take(request_id, wanted, request.prompt_token_ids, rows, start)
+        return {}
+
+    runner._get_prompt_logprobs_dict = step
+    return ""
+
+
+def _hook_v2(worker: Any, capture: Capture) -> str:
+    """Not yet run: the V2 runner is for CUDA."""
+    missing = [
+        name for name in ("add_request", "remove_request", "compute_prompt_logprobs") if not hasattr(worker, name)
+    ]
+    if missing:
+        return f"prompt_logprobs_worker.{missing[0]}"
+    add, remove, wanted_by = worker.add_request, worker.remove_request, dict[str, Any]()
+
+    def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
+        add(req_id, req_idx, sampling_params)
+        wanted = (sampling_params.extra_args or {}).get(KEY)
+        if wanted is not None:
+            wanted_by[req_id] = wanted
+
+    def remove_request(req_id: str) -> None:
+        remove(req_id)
+        wanted_by.pop(req_id, None)
+
+    def step(
+        logits_fn: Any, hidden_states: Tensor, input_batch: Any, all_token_ids: Tensor, _: Tensor, prompt_lens: Any
+    ) -> dict[str, None]:
+        for row, request_id in enumerate(input_batch.req_ids):
+            if request_id in wanted_by:
+                first, end = (int(at) for at in input_batch.query_start_loc_np[row : row + 2])
+                slot = int(input_batch.idx_mapping_np[row])
+                prompt = all_token_ids[slot, : int(prompt_lens[slot])].cpu().numpy()
+                start = int(input_batch.num_computed_prefill_tokens_np[row])
+                capture.take(request_id, wanted_by[request_id], prompt, hidden_states[first:end], start)
+        return {}
+
+    worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = add_request, remove_request, step
+    return ""
