@@ -21,6 +21,7 @@ from cache.objects import read_bounded
 from cache.store import list_objects
 
 SEAL = "seal"
+CONSTANT_LEVEL = 9  # of zstd, for what is written once
 SEAL_OBJECTS = (f"{SEAL}/zarr.json", f"{SEAL}/c/0/0")
 
 
@@ -104,7 +105,7 @@ def constant_layout(length: int, dtype: str) -> dict[str, Any]:
         "shape": (length,),
         "chunks": (max(1, length),),
         "dtype": dtype,
-        "compressors": ZstdCodec(level=9),
+        "compressors": ZstdCodec(level=CONSTANT_LEVEL),
     }
 
 
