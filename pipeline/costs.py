@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cache.errors import LogitcaskError
+from pipeline.settings import PRESETS
 from pipeline.student import count_parameters, student_from_config
 from pipeline.teachers.transformers import SLICE_LOGITS as LABEL_SLICE
 from pipeline.trainer import SLICE_LOGITS as LOSS_SLICE
@@ -77,10 +78,10 @@ def shape_of_teacher(source: str) -> ModelShape:
     try:
         with torch.device("meta"):
             if source.endswith(".gguf"):
-                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
             else:
-                config = AutoConfig.from_pretrained(source)
-            model = AutoModelForCausalLM.from_config(config)
+                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (
         Exception
     ) as error:  # no such file or hub id, no connection; each architecture refuses configs in its own way
@@ -201,13 +202,13 @@ METADATA_BYTES, SHARD_BYTES = 20_700, 400  # a cache; a shard's digests
 TOKENIZER_BYTES = 11.1  # a token of the vocabulary, compressed, where the tokenizer is not at hand
 
 
-def cache_bytes(preset: Preset, draws: int, vocabulary: int, amount: Amount, shards: int) -> dict[str, float]:
+def cache_bytes(preset: Preset, vocabulary: int, amount: Amount, shards: int) -> dict[str, float]:
     """Bytes of a cache by array, and of its metadata; without the tokenizer.
 
-    Ids of another vocabulary than the measured one cost in proportion to the information of one id, log V; the
-    ``draws`` ascending ids of a tail to that of one of M sorted ids, log(e V / M), which is Stirling's formula for
-    log(V choose M) / M.
+    Ids of another vocabulary than the measured one cost in proportion to the information of one id, log V; those of a
+    tail of M draws, which ascend, to that of one of M sorted ids, log(e V / M): Stirling's log(V choose M) / M.
     """
+    draws = PRESETS[preset][1]
     head = math.log(vocabulary) / math.log(MEASURED_VOCABULARY)
     tail = math.log(math.e * max(1.0, vocabulary / draws)) / math.log(math.e * MEASURED_VOCABULARY / draws)
     wider = {"head_ids": head, "tail_ids": tail, "input_ids": head}
@@ -252,10 +253,11 @@ def student_memory(student: ModelShape, tokens: int, *, checkpointing: bool, mix
     """Bytes in stage 2, by what takes them, for ``tokens`` a forward pass, padding included.
 
     After Korthikanti et al. (2022), Reducing Activation Recomputation in Large Transformer Models, section 4, for
-    blocks of the Llama kind: no dropout, RMSNorm, gated feed-forward, and attention that keeps no matrix of scores. A block
-    keeps, a token: both norms' input, normalised and scaled (6 h); queries, keys and values repeated to all heads, and
-    their output (4 a); gate, its activation, up, and their product (4 f). With mixed precision the norms stay in
-    float32 and each of the five linear maps after one keeps its own 16-bit copy (16 h + 10 h bytes, the rest halved).
+    blocks of the Llama kind: no dropout, RMSNorm, gated feed-forward, and attention that keeps no matrix of scores. A
+    block keeps, a token: both norms' input, normalised and scaled (6 h); queries, keys and values repeated to all
+    heads, and their output (4 a); gate, its activation, up, and their product (4 f). With mixed precision the norms
+    stay in float32 and each of the five linear maps after one keeps its own 16-bit copy (16 h + 10 h bytes, the rest
+    halved).
     Measured against training by ``python -m tests.benchmarks.memory_model``.
     """
     h, a, f = student.hidden, student.attention, student.inner

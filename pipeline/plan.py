@@ -21,6 +21,7 @@ from pipeline.costs import (
     Amount,
     Device,
     ModelShape,
+    Preset,
     cache_bytes,
     find_device,
     is_size,
@@ -34,7 +35,7 @@ from pipeline.costs import (
 )
 from pipeline.examples import Encoded, Encoder, read_records
 from pipeline.progress import track
-from pipeline.settings import PRESETS, PlanSettings, PrecomputeSettings
+from pipeline.settings import PlanSettings, PrecomputeSettings
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -123,10 +124,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     amount, assumed = _amount(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)
-    shards = math.ceil(amount.positions / SHARD_POSITIONS)
-    draws = PRESETS[settings.preset][1]
-    carried = tokenizer_bytes(tokenizer) if tokenizer else TOKENIZER_BYTES * vocabulary
-    parts = {**cache_bytes(settings.preset, draws, vocabulary, amount, shards), "tokenizer": carried}
+    shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer)
     batch_tokens = settings.batch_size * settings.max_seq_length
     seconds = teacher_seconds(teacher, device, amount, batch_tokens)
     if settings.teacher_tokens_per_second is not None:
@@ -159,9 +157,14 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
 
 
-def tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes of the tokenizer's files in a cache, compressed as there."""
-    return sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
+def plan_cache(
+    preset: Preset, amount: Amount, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, dict[str, float]]:
+    """Shards of a cache, and its bytes by array, of its metadata, and of the tokenizer, compressed as in a cache."""
+    shards, carried = math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
+    if tokenizer is not None:
+        carried = sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
+    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": carried}
 
 
 def _student(source: str, vocabulary: int) -> ModelShape:
