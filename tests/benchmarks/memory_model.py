@@ -1,7 +1,7 @@
 """The plan's memory of stage 2 against what training takes: students of configs/ on the CPU, two optimizer steps each.
 
-Run as ``python -m tests.benchmarks.memory_model`` (about three minutes on two cores). Each case is a process of its own;
-measured is the growth of its peak resident memory from before the student is made.
+Run as ``python -m tests.benchmarks.memory_model`` (about three minutes on two cores). Each case is a process of its
+own; measured is the growth of its peak resident memory from before the student is made.
 """
 
 import resource
