@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cache.errors import LogitcaskError
+from pipeline.losses import SLICE_LOGITS as LOSS_SLICE
 from pipeline.settings import PRESETS
 from pipeline.student import count_parameters, student_from_config
 from pipeline.teachers.transformers import SLICE_LOGITS as LABEL_SLICE
-from pipeline.trainer import SLICE_LOGITS as LOSS_SLICE
 
 Preset = Literal["lean", "standard", "rich"]
 GB = 10**9
@@ -142,7 +142,7 @@ class Device:
 
 USABLE = 0.9  # of a device's memory, assumed: the rest goes to its runtime and to fragmentation
 # NVIDIA's data sheets of the H200 SXM, H100 SXM, A100 SXM, L40S and L4, and its Ada GPU architecture paper for the
-# RTX 4090: peaks in bfloat16 with 32-bit accumulation; what they give with sparsity is halved.
+# RTX 4090, as vendors' pages quote them: peaks in bfloat16, 32-bit accumulation; what is given with sparsity is halved.
 GPUS = (
     Device("H200", 989, 4800, 141),
     Device("H100", 989, 3350, 80),

@@ -142,6 +142,12 @@ def test_bytes_grow_linearly(preset: Preset) -> None:
     assert by_shard == 9 * (cache_bytes(preset, SMOLLM2, Amount(1, 1, 1), 2)["metadata"] - one["metadata"])
 
 
+def test_tokens_that_are_no_targets_cost_their_ids_and_mask_alone() -> None:
+    few, many = (cache_bytes("lean", SMOLLM2, Amount(10, tokens, 1_000), 1) for tokens in (1_000, 2_000))
+    grown = {name: many[name] / few[name] for name in few if many[name] != few[name]}
+    assert grown == {"input_ids": 2, "target_mask": 2}
+
+
 # tests/benchmarks/sizes.py, 20,000 positions: the README's table of bytes without the tokenizer, code and English
 @pytest.mark.parametrize(("preset", "measured"), [("lean", 30.65), ("standard", 67.6), ("rich", 179.4)])
 def test_the_readmes_bytes_come_out(preset: Preset, measured: float) -> None:
@@ -312,7 +318,11 @@ def test_a_mistake_is_one_line_and_exit_2(words: list[object], told: list[str], 
         assert word in err
 
 
-def test_missing_data_and_a_lone_tokenizer_are_told(made: Path, run: Any) -> None:
+def test_missing_and_empty_data_and_too_short_a_cut_are_told(made: Path, run: Any) -> None:
+    (made / "empty.jsonl").touch()
+    code, _, err = run("--train-data", made / "empty.jsonl", "--teacher-model", made / "teacher")
+    assert code == 2
+    assert "empty.jsonl: has no examples" in err
     code, _, err = run("--train-data", made / "no.jsonl", "--teacher-model", made / "teacher")
     assert code == 2
     assert "no.jsonl: no such data file" in err
