@@ -22,6 +22,7 @@ from cache.remote import RemoteStore
 from cache.store import list_objects
 
 SEAL = "seal"
+CONSTANT_LEVEL = 9  # of zstd, for what is written once
 SEAL_OBJECTS = (f"{SEAL}/zarr.json", f"{SEAL}/c/0/0")
 
 
@@ -111,7 +112,7 @@ def constant_layout(length: int, dtype: str) -> dict[str, Any]:
         "shape": (length,),
         "chunks": (max(1, length),),
         "dtype": dtype,
-        "compressors": ZstdCodec(level=9),
+        "compressors": ZstdCodec(level=CONSTANT_LEVEL),
     }
 
 

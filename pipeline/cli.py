@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.options import options_from
-from pipeline.settings import GenerateDataSettings, GenerateSettings, PrecomputeSettings, TrainSettings
+from pipeline.settings import GenerateDataSettings, GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -65,6 +65,17 @@ def train(settings: TrainSettings) -> None:
     from pipeline.train import run_training
 
     run_training(settings)
+
+
+@app.command(
+    "plan", **_example("plan --train-data data/train.jsonl --teacher-model Qwen/Qwen3-8B --device H100 --price 2.5")
+)
+@options_from(PlanSettings)
+def plan(settings: PlanSettings) -> None:
+    """What a run will cost: bytes of the cache, hours of the teacher, memory of both stages. Nothing is run."""
+    from pipeline.plan import print_plan
+
+    print_plan(settings)
 
 
 @app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))

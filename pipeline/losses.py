@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SLICE_LOGITS = 1 << 24  # logits of a student in memory at a time
+
 
 @dataclass(frozen=True)
 class LossSettings:

@@ -38,7 +38,7 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """One option. Everything but a switch is passed on as text: the settings model is the only judge of values."""
-    flag = "--" + name.replace("_", "-")
+    flag = "--" + name.rstrip("_").replace("_", "-")  # json_, since pydantic has a json of its own
     switch = field.annotation is bool
     help_text = field.description or ""
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]

@@ -31,7 +31,7 @@ def make_student(
     """
     set_seed(settings.seed)
     if settings.student_config is not None:
-        model = _from_config(settings.student_config, vocab_size)
+        model = student_from_config(settings.student_config, vocab_size)
     elif settings.student_model is not None:
         model = load_causal_lm(settings.student_model, dtype=torch.float32)
     else:
@@ -58,7 +58,8 @@ def make_student(
     return model
 
 
-def _from_config(path: Path, vocab_size: int) -> PreTrainedModel:
+def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
+    """A new model in float32. Raises LogitcaskError where the file is no config of a causal language model."""
     try:
         values: Any = json.loads(path.read_text())
     except FileNotFoundError as error:

@@ -14,9 +14,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
-from pipeline.losses import LossSettings, LossSums, SparseLabels, distillation_loss
+from pipeline.losses import SLICE_LOGITS, LossSettings, LossSums, SparseLabels, distillation_loss
 
-SLICE_LOGITS = 1 << 24  # logits in memory at a time
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 
 

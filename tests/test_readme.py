@@ -11,7 +11,7 @@ import pytest
 
 from cache.reader import CacheReader
 from cache.soft_labels import soft_labels
-from pipeline.cli import app, cache_app
+from pipeline.cli import app, cache_app, main
 from tests.tiny import make_cache
 
 README = Path(__file__).parent.parent / "README.md"
@@ -37,6 +37,19 @@ def test_every_command_stands_in_the_readme() -> None:
     nested = [command.name for command in cache_app.registered_commands]
     for name in [*names, *(f"cache {inner}" for inner in nested)]:
         assert f"logitcask {name}" in text, name
+
+
+def test_the_plan_prints_what_the_readme_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = re.search(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", README.read_text())
+    assert shown is not None
+    monkeypatch.chdir(README.parent)
+    monkeypatch.setattr(sys, "argv", shown.group(1).split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert capsys.readouterr().out.rstrip() == shown.group(2)
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

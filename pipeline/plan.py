@@ -1,0 +1,340 @@
+"""What a run will cost before any of it is spent: bytes of the cache, hours of the teacher, memory of both stages."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from numcodecs import Zstd
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from cache.errors import LogitcaskError
+from cache.integrity import CONSTANT_LEVEL
+from pipeline.costs import (
+    CPU,
+    GB,
+    GPUS,
+    TOKENIZER_BYTES,
+    Amount,
+    Device,
+    ModelShape,
+    Preset,
+    cache_bytes,
+    find_device,
+    is_size,
+    shape_of_size,
+    shape_of_student,
+    shape_of_teacher,
+    smallest_gpu,
+    student_memory,
+    teacher_memory,
+    teacher_seconds,
+)
+from pipeline.examples import Encoded, Encoder, read_records
+from pipeline.progress import track
+from pipeline.settings import PlanSettings, PrecomputeSettings
+from pipeline.token_table import stage_tokens
+from pipeline.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
+
+SAMPLE_BYTES = 8_000_000  # of a data file that are tokenized at most: a few seconds
+SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default
+STUDENTS, TEACHERS = ("100M", "350M", "1B", "7B"), ("7B", "13B", "34B")
+BATCHES = ((8, 1024), (8, 2048), (32, 1024))  # examples and length of the students' table
+TEACHER_BATCH = 8 * 1024  # tokens
+
+
+class Plan(BaseModel):
+    """The figures of a plan. Memory is in bytes by what takes it, ``cost`` that of stage 1."""
+
+    examples: int
+    tokens: int
+    positions: int
+    shards: int
+    cache_bytes: int
+    cache_bytes_by_part: dict[str, int]
+    teacher_parameters: int
+    teacher_tokens_per_second: float
+    teacher_hours: float
+    cost: float | None
+    teacher_memory: dict[str, int]
+    teacher_fits: bool
+    student_parameters: int
+    student_memory: dict[str, int]
+    student_fits: bool
+    device: str
+    assumed: list[str]
+
+
+class StudentNeeds(BaseModel):
+    """Bytes of memory that a student takes in stage 2."""
+
+    student: str
+    mixed_precision: bool
+    gradient_checkpointing: bool
+    batch_size: int
+    length: int
+    optimizer: int
+    total: int
+    smallest_device: str | None
+
+
+class TeacherNeeds(BaseModel):
+    """Bytes of memory that a bfloat16 teacher takes in stage 1, and its speed on the GPUs that hold it."""
+
+    teacher: str
+    weights: int
+    total: int
+    smallest_device: str | None
+    tokens_per_second: dict[str, float]
+
+
+class Tables(BaseModel):
+    """Devices, and what common models need."""
+
+    devices: list[Device]
+    students: list[StudentNeeds]
+    teachers: list[TeacherNeeds]
+
+
+def print_plan(settings: PlanSettings) -> None:
+    """Print a plan, or the tables of common models. Raises LogitcaskError for anything the user can mend."""
+    found = make_tables() if settings.tables else make_plan(settings)
+    if settings.json_:
+        print(found.model_dump_json(indent=2))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for table in render_tables(found) if isinstance(found, Tables) else [render_plan(found)]:
+        console.print(table)
+    for line in found.assumed if isinstance(found, Plan) else []:
+        console.print(f"- {line}", markup=False, highlight=False)
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """The figures of a run. Raises LogitcaskError where the data, a model or the device cannot be had."""
+    device = find_device(settings.device)
+    source = settings.teacher_model or ""
+    sized = is_size(source)
+    teacher = shape_of_size(source) if sized else shape_of_teacher(source)
+    tokenizer = None if sized else load_tokenizer(source)
+    amount, assumed = _amount(settings, tokenizer)
+    vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
+    student = _student(settings.student_config, vocabulary)
+    shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer)
+    batch_tokens = settings.batch_size * settings.max_seq_length
+    seconds = teacher_seconds(teacher, device, amount, batch_tokens)
+    if settings.teacher_tokens_per_second is not None:
+        seconds = amount.tokens / settings.teacher_tokens_per_second
+    first = teacher_memory(teacher, batch_tokens, device.weight_bytes)
+    second = student_memory(
+        student,
+        batch_tokens,
+        checkpointing=settings.use_gradient_checkpointing,
+        mixed=settings.use_mixed_precision,
+    )
+    return Plan(
+        examples=amount.examples,
+        tokens=amount.tokens,
+        positions=amount.positions,
+        shards=shards,
+        cache_bytes=round(sum(parts.values())),
+        cache_bytes_by_part=_rounded(parts),
+        teacher_parameters=teacher.parameters,
+        teacher_tokens_per_second=amount.tokens / seconds,
+        teacher_hours=seconds / 3600,
+        cost=None if settings.price is None else settings.price * seconds / 3600,
+        teacher_memory=_rounded(first),
+        teacher_fits=device.holds(sum(first.values())),
+        student_parameters=student.parameters,
+        student_memory=_rounded(second),
+        student_fits=device.holds(sum(second.values())),
+        device=device.name,
+        assumed=[*assumed, *_assumptions(settings, device, sized)],
+    )
+
+
+def plan_cache(
+    preset: Preset, amount: Amount, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, dict[str, float]]:
+    """Shards of a cache, and its bytes by array, of its metadata, and of the tokenizer, compressed as in a cache."""
+    shards, carried = math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
+    if tokenizer is not None:
+        carried = sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
+    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": carried}
+
+
+def _student(source: str, vocabulary: int) -> ModelShape:
+    return shape_of_size(source) if is_size(source) else shape_of_student(Path(source), vocabulary)
+
+
+def _amount(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Amount, list[str]]:
+    """How much text there is, and how that was found."""
+    if settings.tokens is not None:
+        examples = math.ceil(settings.tokens / settings.max_seq_length)
+        told = f"every token is a target, every example {settings.max_seq_length:,} tokens long"
+        return Amount(examples, settings.tokens, settings.tokens), [told]
+    assert settings.train_data is not None
+    if tokenizer is None:
+        raise LogitcaskError(
+            f"--train-data needs the teacher's tokenizer, --teacher-model is only a size, {settings.teacher_model!r}: "
+            "give a model, or --tokens in place of --train-data"
+        )
+    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
+    return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss)
+
+
+def count_data(source: str, encoder: Encoder, max_seq_length: int, prompt_loss: bool) -> tuple[Amount, list[str]]:
+    """Examples, tokens and target positions after the cut, and how they were found.
+
+    They are exact, as stage 1 will count them; of a file above ``SAMPLE_BYTES`` every n-th example is tokenized.
+    """
+    path = Path(source)
+    every = math.ceil(path.stat().st_size / SAMPLE_BYTES) if path.is_file() else 1
+    read = 0
+
+    def sample() -> Iterator[Encoded]:
+        nonlocal read
+        with track(f"reading {source}", None, "examples") as advance:
+            for where, record in read_records(source):
+                if read % every == 0:
+                    yield encoder.encode(where, record)
+                read += 1
+                advance(1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = stage_tokens(
+            sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=source
+        ).identity
+    scale = read / math.ceil(read / every)
+    amount = Amount(*(round(count * scale) for count in (found.examples, found.tokens, found.positions)))
+    return amount, [f"one in {every} of the {read:,} examples of {source} was tokenized"] if every > 1 else []
+
+
+def _assumptions(settings: PlanSettings, device: Device, sized: bool) -> list[str]:
+    found = ["text compresses like the code and English that the sizes of labels were measured on"]
+    if sized or is_size(settings.student_config):
+        found.append("a model of which only the size is told has the shape of the nearest known model")
+    if settings.teacher_tokens_per_second is not None:
+        found.append("stage 1 is as fast as --teacher-tokens-per-second says")
+    elif device is CPU:
+        found.append("stage 1 is as fast as on the two cores it was measured on")
+    else:
+        share = f"stage 1 reaches {device.utilisation:.0%} of the {device.tflops:g} TFLOP/s of {device.name}"
+        found.append(f"{share}, not measured: override the speed with --teacher-tokens-per-second")
+    return found
+
+
+def _rounded(parts: dict[str, float]) -> dict[str, int]:
+    return {name: round(size) for name, size in parts.items()}
+
+
+def make_tables() -> Tables:
+    """What the students and teachers of the guide need, for every batch, precision and checkpointing."""
+    return Tables(
+        devices=[*GPUS, CPU],
+        students=[
+            _student_needs(size, mixed, checkpointing, *batch)
+            for size in STUDENTS
+            for mixed in (False, True)
+            for checkpointing in (False, True)
+            for batch in BATCHES
+        ],
+        teachers=[_teacher_needs(size) for size in TEACHERS],
+    )
+
+
+def _student_needs(size: str, mixed: bool, checkpointing: bool, batch: int, length: int) -> StudentNeeds:
+    parts = student_memory(shape_of_size(size), batch * length, checkpointing=checkpointing, mixed=mixed)
+    total = sum(parts.values())
+    return StudentNeeds(
+        student=size,
+        mixed_precision=mixed,
+        gradient_checkpointing=checkpointing,
+        batch_size=batch,
+        length=length,
+        optimizer=round(parts["optimizer"]),
+        total=round(total),
+        smallest_device=smallest_gpu(total),
+    )
+
+
+def _teacher_needs(size: str) -> TeacherNeeds:
+    shape, amount = shape_of_size(size), Amount(1_000, 1_024_000, 1_024_000)
+    parts = teacher_memory(shape, TEACHER_BATCH, weight_bytes=2)
+    total = sum(parts.values())
+    return TeacherNeeds(
+        teacher=size,
+        weights=round(parts["weights"]),
+        total=round(total),
+        smallest_device=smallest_gpu(total),
+        tokens_per_second={
+            device.name: amount.tokens / teacher_seconds(shape, device, amount, TEACHER_BATCH)
+            for device in GPUS
+            if device.holds(total)
+        },
+    )
+
+
+def render_plan(plan: Plan) -> Table:
+    """A plan as a table of two columns."""
+    table = Table("", "", show_header=False)
+    table.add_row("data", f"{plan.examples:,} examples, {plan.tokens:,} tokens, {plan.positions:,} target positions")
+    each = f"{plan.cache_bytes / plan.positions:.1f} bytes a target position"
+    kinds = {"labels": 0, "text": 0, "metadata": 0, "tokenizer": 0}
+    for name, size in plan.cache_bytes_by_part.items():
+        label = name.startswith(("head_", "tail_", "log_", "gold_"))
+        kinds[name if name in kinds else "labels" if label else "text"] += size
+    table.add_row("cache", f"{_size(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
+    hours = plan.teacher_hours
+    time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    speed = f"{time} at {plan.teacher_tokens_per_second:,.0f} tokens/s on {plan.device}"
+    table.add_row("stage 1, time", speed)
+    if plan.cost is not None:
+        table.add_row("stage 1, cost", f"{plan.cost:,.2f}")
+    for stage, parts, fits, count in (
+        ("stage 1, memory", plan.teacher_memory, plan.teacher_fits, plan.teacher_parameters),
+        ("stage 2, memory", plan.student_memory, plan.student_fits, plan.student_parameters),
+    ):
+        verdict = f"{'fits' if fits else 'does not fit'} {plan.device}"
+        table.add_row(stage, f"{_size(sum(parts.values()))}, {verdict}; {count:,} parameters\n{_parts(parts)}")
+    return table
+
+
+def render_tables(tables: Tables) -> Iterator[Table]:
+    """Three tables: devices, students, teachers."""
+    table = Table("device", "TFLOP/s", "GB/s", "GB", "utilisation", title="devices")
+    for d in tables.devices:
+        table.add_row(d.name, *(f"{x:g}" for x in (d.tflops, d.bandwidth, d.memory, d.utilisation)))
+    yield table
+    title = "stage 2: GB by batch x length, and the smallest GPU that holds it"
+    table = Table("student", "precision", "checkpointing", "AdamW", *(f"{b} x {n}" for b, n in BATCHES), title=title)
+    for first in range(0, len(tables.students), len(BATCHES)):
+        row = tables.students[first : first + len(BATCHES)]
+        kind = "bf16 mixed" if row[0].mixed_precision else "float32"
+        words = [row[0].student, kind, "yes" if row[0].gradient_checkpointing else "no"]
+        table.add_row(*words, f"{row[0].optimizer / GB:.1f}", *(_need(n.total, n.smallest_device) for n in row))
+    yield table
+    table = Table("teacher", "weights", "in all", "tokens/s", title="stage 1: GB in bfloat16, batch 8 x 1024")
+    for t in tables.teachers:
+        speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in t.tokens_per_second.items())
+        table.add_row(t.teacher, f"{t.weights / GB:.1f}", _need(t.total, t.smallest_device), speeds)
+    yield table
+
+
+def _need(size: int, device: str | None) -> str:
+    return f"{size / GB:.1f} {device or 'none'}"
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+
+
+def _size(size: float) -> str:
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.2f} {unit}"
+    return f"{size:.0f} bytes"
