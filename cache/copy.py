@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
+from cache.create import create_cache, plan_digest
 from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError, differences
 from cache.integrity import (
     SEAL_OBJECTS,
@@ -32,7 +33,6 @@ from cache.manifest import Manifest, PartIdentity, flatten
 from cache.objects import read_bounded
 from cache.reader import CacheReader, read_manifest
 from cache.store import delete_objects, drop_partial_objects, is_empty, is_url, open_store, write_objects
-from cache.writer import CacheWriter, plan_digest
 from cache.zip import pack
 
 AT_ONCE = 8  # objects read or checked at the same time
@@ -123,7 +123,7 @@ def _write_part_constants(source: str, chosen: range, folder: Path) -> Manifest:
             "shards": whole.shards.model_copy(update={"count": len(chosen), "digest": plan_digest(examples)}),
         }
     )
-    CacheWriter(folder, manifest, examples, reader.tokenizer_files())
+    create_cache(folder, manifest, examples, reader.tokenizer_files())
     return manifest
 
 

@@ -1,111 +1,37 @@
-"""Writing a cache: whole shards, committed last. What is not committed does not exist."""
+"""Writing the shards of a cache: whole, committed last. What is not committed does not exist."""
 
-import contextlib
 import errno
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
-from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
-from cache.errors import CacheMismatchError, LogitcaskError, differences
-from cache.integrity import (
-    commit_key,
-    committed_shards,
-    constant_layout,
-    constant_objects,
-    digests,
-    shard_keys,
-    write_seal,
-)
-from cache.layout import ArraySpec, array_specs, encode_targets, strides, zarr_layout
-from cache.lock import explain_write_errors, setting_up
-from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
-from cache.reader import read_manifest
+from cache.integrity import commit_key, committed_shards, digests, shard_keys
+from cache.layout import array_specs, encode_targets, strides
+from cache.lock import explain_write_errors
+from cache.manifest import Manifest
 from cache.shard import Shard
-from cache.store import drop_partial_objects, flush_objects, open_store
-
-
-def plan_digest(shard_examples: NDArray[np.int64]) -> str:
-    """The digest of a shard plan, as the manifest keeps it."""
-    return sha256(shard_examples.astype("<i8").tobytes())
+from cache.store import flush_objects, open_store
 
 
 class CacheWriter:
-    """Writes the shards of one cache. Safe to open again on a cache that was interrupted."""
+    """Writes shards of a cache that ``create_cache`` began. Several processes may, of different shards."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        manifest: Manifest,
-        shard_examples: NDArray[np.int64],
-        tokenizer_files: dict[str, bytes],
-        *,
-        overwrite: bool = False,
-        shards: Collection[int] | None = None,
-    ) -> None:
-        """Create the cache, or take up an interrupted one made from the same inputs.
-
-        Raises CacheMismatchError, listing every difference, where another cache lies there, and LogitcaskError where
-        a complete one does, unless ``overwrite``. ``shards`` are this writer's, of those of a cache that others write
-        at the same time, each under ``sole_writer`` of its part.
-        """
+    def __init__(self, path: str | Path, manifest: Manifest, *, shards: Collection[int] | None = None) -> None:
+        """``shards`` are this writer's, all by default."""
         self.path, self.manifest = path, manifest
         self._shards = set(range(manifest.shards.count) if shards is None else shards)
         self._specs = array_specs(manifest.label)
-        alone = shards is None
-        with explain_write_errors(path), contextlib.nullcontext() if alone else setting_up(path):
+        zarr.config.set({"array.write_empty_chunks": True})
+        with explain_write_errors(path):
             self._store = open_store(path, read_only=False)
-            check_output(path, dict(manifest), overwrite=overwrite, alone=alone)
-            if overwrite and Path(path).exists():
-                sync(self._store.clear())
-            drop_partial_objects(self._store, self._is_of_others)
-            # An object is written even where it is all zeros: its digest stands in the commit record.
-            zarr.config.set({"array.write_empty_chunks": True})
-            attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}  # one write with the group
-            root = zarr.open_group(self._store, mode="a", zarr_format=3, attributes=attributes)
-            self._arrays = {spec.name: self._array(root, spec) for spec in self._specs}
-            self._commits = self._commit_array(root)
-            _constant(root, "shard_examples", shard_examples.astype("<i8"))
-            for name, data in tokenizer_files.items():
-                _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
-            write_seal(root, constant_objects(self._specs, list(tokenizer_files)))
-            self._folder = os.stat(path)
-
-    def _is_of_others(self, key: str) -> bool:
-        """Whether a half-written object belongs to a shard that another process may be writing now."""
-        name, *rest = key.split("/")
-        if rest[:1] != ["c"] or name not in {"commits", *(spec.name for spec in self._specs)}:
-            return False
-        return int(rest[1].split(".")[0]) not in self._shards
-
-    def _array(self, root: zarr.Group, spec: ArraySpec) -> zarr.Array[Any]:
-        if spec.name in root:
-            return _require_array(root, spec.name)
-        layout = zarr_layout(spec, self.manifest.shards)
-        return root.create_array(spec.name, **layout, fill_value=0)
-
-    def _commit_array(self, root: zarr.Group) -> zarr.Array[Any]:
-        if "commits" in root:
-            return _require_array(root, "commits")
-        width = 32 * len(self._specs)
-        return root.create_array(
-            "commits",
-            shape=(self.manifest.shards.count, width),
-            chunks=(1, width),
-            dtype="uint8",
-            compressors=None,
-            fill_value=0,
-            dimension_names=("shard", "byte"),
-            attributes={
-                "meaning": "SHA-256 of each object of the shard",
-                "arrays": [spec.name for spec in self._specs],
-            },
-        )
+            root = zarr.open_group(self._store, mode="r+", zarr_format=3)
+            self._arrays = {name: require_array(root, name) for name in ("commits", *(s.name for s in self._specs))}
+            self._folder = os.stat(path) if isinstance(self._store, LocalStore) else None
 
     def missing_shards(self) -> list[int]:
         """This writer's shards that are not committed yet, in order."""
@@ -135,47 +61,17 @@ class CacheWriter:
                 array[index * length : (index + 1) * length] = whole
             flush_objects(self._store, keys)
             self._require_folder()
-            self._commits[index] = digests(self._store, keys).reshape(-1)
+            self._arrays["commits"][index] = digests(self._store, keys).reshape(-1)
             flush_objects(self._store, [commit_key(index)])
 
     def _require_folder(self) -> None:
         """Raise FileNotFoundError where the folder was moved: Zarr would begin another one in its place."""
-        if not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), self._folder)):
+        if self._folder and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), self._folder)):
             raise FileNotFoundError(errno.ENOENT, "its folder was moved or removed during the run")
 
 
-def _require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
+def require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
+    """An array that is known to be there."""
     found = root[name]
     assert isinstance(found, zarr.Array)
     return found
-
-
-def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
-    """A small array written once, whole, in one object."""
-    if name not in root:
-        root.create_array(name, **constant_layout(len(data), data.dtype.name))
-    _require_array(root, name)[:] = data
-
-
-def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool, alone: bool = True) -> None:
-    """Whether a cache with these parts of a manifest may be written there.
-
-    Raises CacheFormatError where something else lies there, CacheMismatchError, listing every difference, for another
-    cache, and LogitcaskError for a complete one; the last two not with ``overwrite``. A part's run (not
-    ``alone``) has nothing to do in a complete cache, but is no mistake.
-    """
-    folder = Path(path)
-    if not folder.exists() or (folder.is_dir() and all(file.suffix == ".partial" for file in folder.iterdir())):
-        return  # nothing, or killed before the manifest was there
-    store = open_store(path, read_only=True)
-    found = read_manifest(store, str(path))
-    if overwrite:
-        return
-    if alone and len(committed_shards(store, found.shards.count)) == found.shards.count:
-        raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
-    there = {name: value for name, value in dict(found).items() if name in wanted}
-    wrong = differences(flatten(there), flatten(wanted))
-    if wrong:
-        raise CacheMismatchError(
-            f"{path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
-        )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import ValidationError
 
+from cache.create import check_output, create_cache
 from cache.errors import LogitcaskError
 from cache.fidelity import row_width
 from cache.lock import sole_writer
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from cache.shard import Example, Shard
-from cache.writer import CacheWriter, check_output
+from cache.writer import CacheWriter
 from pipeline.examples import Encoder, encode_source
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
@@ -80,7 +81,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         with explain_limits():
             manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
         mine = shards_of(settings.part or (1, 1), manifest.shards.count)
-        writer = CacheWriter(
+        writer = create_cache(
             settings.output,
             manifest,
             shard_examples,

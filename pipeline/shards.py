@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.create import plan_digest
 from cache.layout import stride_for
 from cache.lock import Part
 from cache.manifest import LabelSettings, ShardPlan
 from cache.targets import IntArray
-from cache.writer import plan_digest
 from pipeline.teachers.base import TokenizedExample
 from pipeline.token_table import TokenTable
 

@@ -13,6 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.create import create_cache
 from cache.errors import CacheFormatError, IncompleteCacheError
 from cache.layout import (
     GOLD_SCALE,
@@ -134,7 +135,7 @@ def manifest_of(label: LabelSettings, shards: list[Shard]) -> tuple[Manifest, np
 
 def write(path: Path, label: LabelSettings, shards: list[Shard], only: set[int] | None = None) -> CacheWriter:
     manifest, shard_examples = manifest_of(label, shards)
-    writer = CacheWriter(path, manifest, shard_examples, FILES)
+    writer = create_cache(path, manifest, shard_examples, FILES)
     for index in writer.missing_shards():
         if only is None or index in only:
             writer.write_shard(index, shards[index])

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.create import create_cache
 from cache.integrity import commit_key
 from cache.layout import array_specs
 from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity
 from cache.reader import CacheReader
 from cache.shard import Shard
 from cache.targets import SparseTargets
-from cache.writer import CacheWriter
 from pipeline.shards import plan_strides
 
 EXAMPLES = 100  # a shard
@@ -69,7 +69,7 @@ def make(folder: Path, shards: int) -> None:
         label=LABEL,
         shards=plan_strides(starts, np.full(total, 2), np.ones(total, dtype=np.int64)),
     )
-    CacheWriter(folder, manifest, starts, {}).write_shard(0, shard())
+    create_cache(folder, manifest, starts, {}).write_shard(0, shard())
     record = (folder / commit_key(0)).read_bytes()
     for index in range(1, shards):
         place = folder / commit_key(index)

@@ -15,10 +15,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from cache.create import create_cache
 from cache.reader import CacheReader
 from cache.shard import Example, Shard
 from cache.targets import SparseTargets
-from cache.writer import CacheWriter
 from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample
 from pipeline.examples import Encoded
 from pipeline.shards import cut_shards
@@ -55,7 +55,7 @@ def from_cache(folder: Path, made: list[Example]) -> Read:
     manifest, counts = manifest_of(LABEL, shards)
     data = manifest.data.model_copy(update={"max_seq_length": LENGTH, "longest": LENGTH})
     manifest = manifest.model_copy(update={"data": data})
-    writer = CacheWriter(folder, manifest, counts, FILES)
+    writer = create_cache(folder, manifest, counts, FILES)
     for index, shard in enumerate(shards):
         writer.write_shard(index, shard)
     found = CacheExamples(str(folder), with_targets=True)

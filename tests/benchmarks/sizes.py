@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from cache.create import create_cache
 from cache.layout import CHUNK, array_specs, decode_targets, encode_targets
 from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
 from cache.report import describe
 from cache.shard import Example, Shard
 from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
-from cache.writer import CacheWriter
 from pipeline.examples import Encoder, read_records
 from pipeline.generate_data import from_source
 from pipeline.lm_head import last_hidden_states, read_head
@@ -119,7 +119,7 @@ def write(folder: Path, name: str, examples: list[Example], tokenizer: Any) -> P
         label=settings_of(name, tokenizer_size(tokenizer)),
         shards=plan_strides(shard_examples, tokens, positions),
     )
-    CacheWriter(folder / name, manifest, shard_examples, files).write_shard(0, Shard.of(examples))
+    create_cache(folder / name, manifest, shard_examples, files).write_shard(0, Shard.of(examples))
     return folder / name
 
 
