@@ -8,12 +8,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from cache.errors import LogitcaskError
+from cache.store import is_url
 
 Part = tuple[int, int]  # part i of n, from 1
 PATIENCE = 1.0  # seconds: the last of several parts holds the lock whole for a moment while it cleans up
@@ -24,9 +26,13 @@ def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
     """Hold the right to write a cache, or a part of its shards while other processes write other parts.
 
     Gives an empty folder beside the cache for what the run stages; what a killed run left there is removed.
-    Raises LogitcaskError where another run holds it: two writers in one shard lose data silently.
+    Raises LogitcaskError where another run holds it: two writers in one shard lose data silently. An object store has
+    no locks: there nothing refuses two runs at once, which write the same objects.
     """
     with contextlib.ExitStack() as held:
+        if is_url(path):
+            yield Path(held.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-")))
+            return
         with explain_write_errors(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(_lock(path, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH))
@@ -45,6 +51,9 @@ def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
 @contextlib.contextmanager
 def setting_up(path: str | Path) -> Iterator[None]:
     """Among the runs of parts of a cache, let one at a time create what belongs to no shard. Waits its turn."""
+    if is_url(path):
+        yield
+        return
     with (_staging(path) / "setup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

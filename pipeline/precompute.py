@@ -1,7 +1,7 @@
 """Stage 1: label every example once with the teacher and write the cache, shard by shard."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,21 +9,20 @@ from pydantic import ValidationError
 
 from cache.create import check_output, create_cache
 from cache.errors import LogitcaskError
-from cache.fidelity import row_width
 from cache.lock import sole_writer
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
-from cache.shard import Example, Shard
-from cache.writer import CacheWriter
+from pipeline.crew import Alone
+from pipeline.distributed import RayCrew
 from pipeline.examples import Encoder, encode_source
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
-from pipeline.teachers.base import Teacher
-from pipeline.teachers.load import check_engine, load_engine
+from pipeline.teachers.base import TeacherFacts
+from pipeline.teachers.load import choose_engine
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
-ENGINE_BATCHES = 64  # batches given to vLLM at once, which schedules them itself
+AT_ONCE = {"vllm": 64, "vllm-topk": 64}  # batches given to vLLM at once, which schedules them itself
 
 
 @dataclass(frozen=True)
@@ -76,26 +75,23 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         alone = settings.part is None
         # before a large teacher is loaded in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
-        teacher = load_engine(settings)
-        check_teacher(teacher, size, settings.max_seq_length)
-        with explain_limits():
-            manifest = Manifest.model_validate({**parts, "teacher": teacher.identity})
-        mine = shards_of(settings.part or (1, 1), manifest.shards.count)
-        writer = create_cache(
-            settings.output,
-            manifest,
-            shard_examples,
-            files,
-            overwrite=settings.overwrite,
-            shards=None if alone else mine,
-        )
-        missing = writer.missing_shards()
-        at_once = ENGINE_BATCHES if teacher.identity.engine.startswith("vllm") else 1
-        batch_tokens = settings.batch_size * settings.max_seq_length * at_once
+        engine = choose_engine(settings.engine, settings.teacher_model)
+        batch_tokens = settings.batch_size * settings.max_seq_length * AT_ONCE.get(engine, 1)
         work = Work(table, order, shard_examples, batch_tokens, label)
-        if missing and teacher.identity.engine == "vllm" and not settings.skip_engine_check:
-            check_engine(teacher, settings, work.batches(missing[0])[-1], label)
-        label_shards(teacher, work, missing, writer)
+        with contextlib.closing(RayCrew(settings) if settings.ray else Alone(settings)) as crew:
+            check_teacher(crew.teacher, size, settings.max_seq_length)
+            with explain_limits():
+                manifest = Manifest.model_validate({**parts, "teacher": crew.teacher.identity})
+            mine = shards_of(settings.part or (1, 1), manifest.shards.count)
+            shards = None if alone else mine
+            writer = create_cache(
+                settings.output, manifest, shard_examples, files, overwrite=settings.overwrite, shards=shards
+            )
+            missing = writer.missing_shards()
+            if missing and crew.teacher.identity.engine == "vllm" and not settings.skip_engine_check:
+                crew.check_engine(work.batches(missing[0])[-1], label)
+            with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
+                crew.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
 
 
@@ -112,22 +108,7 @@ def explain_limits() -> Iterator[None]:
         ) from error
 
 
-def label_shards(teacher: Teacher, work: Work, shards: Sequence[int], writer: CacheWriter) -> None:
-    """Label and write shards, each whole before the next."""
-    with track("labelling", sum(map(work.positions, shards)), "positions") as advance:
-        for index in shards:
-            labelled: dict[int, Example] = {}
-            fidelity = np.zeros(row_width(len(work.label.temperatures)))
-            for batch in work.batches(index):
-                found = teacher.label(batch, work.label)
-                fidelity += found.fidelity
-                for example, targets in zip(batch, found.targets, strict=True):
-                    labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
-                    advance(len(targets))
-            writer.write_shard(index, Shard.of([labelled[place] for place in work.places(index)], fidelity))
-
-
-def check_teacher(teacher: Teacher, vocabulary: int, max_seq_length: int) -> None:
+def check_teacher(teacher: TeacherFacts, vocabulary: int, max_seq_length: int) -> None:
     """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
     if vocabulary > teacher.logits_width:
         raise LogitcaskError(

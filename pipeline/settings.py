@@ -17,6 +17,10 @@ def _parse_temperatures(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _place(value: Any) -> Any:
+    return str(value) if "://" in str(value) else Path(value)
+
+
 Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -50,7 +54,9 @@ class PrecomputeSettings(Settings):
     teacher_model: str = Field(description="hub id, local folder or .gguf file of a causal language model")
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
-    output: Path = Field(description="folder of the cache")
+    output: Annotated[Path | str, BeforeValidator(_place)] = Field(
+        description="folder of the cache, or its s3://, gs:// or ssh:// URL"
+    )
     preset: Literal["lean", "standard", "rich"] = Field(
         "standard", description="size of a label, head + tail: lean 4 + 8, standard 8 + 24, rich 32 + 64"
     )
@@ -72,6 +78,8 @@ class PrecomputeSettings(Settings):
         "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
     )
     tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with vLLM")
+    ray: str | None = Field(None, description="address of a Ray cluster, auto, or local to start one: a task a shard")
+    workers: Whole | None = Field(None, description="teachers on the Ray cluster; default: one an accelerator")
     skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -87,13 +95,6 @@ class PrecomputeSettings(Settings):
     def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
         return {"head_size": head, "tail_draws": tail, **given}
-
-    @field_validator("output", mode="before")
-    @classmethod
-    def _output_is_here(cls, value: object) -> object:
-        if "://" in str(value):
-            raise ValueError("must be a folder of this machine: move the cache with logitcask cache copy")
-        return value
 
     @field_validator("shards")
     @classmethod

@@ -41,7 +41,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path: Path, s
     precompute(settings)
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=32)
     precompute(want)
-    assert folder_bytes(settings.output) == folder_bytes(want.output)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
 
 
 def test_a_read_only_target_is_one_line(tmp_path: Path, small_disk: Path) -> None:
@@ -60,14 +60,14 @@ def test_a_folder_of_somebody_else_is_one_line_and_the_same_command_finishes() -
         make_teacher(folder / "teacher")
         settings = precompute_settings(folder, output=folder / "cache", shard_positions=32)
         precompute(settings)
-        whole = folder_bytes(settings.output)
+        whole = folder_bytes(Path(settings.output))
         for name in ("commits/c/1/0", "head_ids/c/1/0"):
-            (settings.output / name).unlink()
+            (Path(settings.output) / name).unlink()
         with nobody(folder), pytest.raises(LogitcaskError, match="cannot write the cache: Permission denied"):
             precompute(settings)
-        assert (settings.output / "commits/c/0/0").exists()
+        assert (Path(settings.output) / "commits/c/0/0").exists()
         precompute(settings)
-        assert folder_bytes(settings.output) == whole
+        assert folder_bytes(Path(settings.output)) == whole
 
 
 @contextlib.contextmanager
@@ -89,20 +89,20 @@ def test_a_target_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
     def vanishing(writer: CacheWriter, index: int, shard: Shard) -> None:
         if index == 2:
-            settings.output.rename(tmp_path / "elsewhere")
+            Path(settings.output).rename(tmp_path / "elsewhere")
         write(writer, index, shard)
 
     with monkeypatch.context() as patched:
         patched.setattr(CacheWriter, "write_shard", vanishing)
         with pytest.raises(LogitcaskError, match="committed shards are kept"):
             precompute(settings)
-    assert not settings.output.exists()
+    assert not Path(settings.output).exists()
     (tmp_path / "elsewhere").rename(settings.output)
     report = precompute(settings)
     assert report.shards_found == 2
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=32)
     precompute(want)
-    assert folder_bytes(settings.output) == folder_bytes(want.output)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
 
 
 def test_shards_no_reader_would_take_are_refused() -> None:

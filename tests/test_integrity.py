@@ -127,16 +127,16 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
             os.kill(child.pid, signal.SIGKILL)
             landed += 1
         child.join()
-        commits = settings.output / "commits" / "c"
+        commits = Path(settings.output) / "commits" / "c"
         now = len(list(commits.iterdir())) if commits.exists() else 0
         assert now >= most, "a committed shard was lost"
         most = now
-        if now == len(list((want.output / "commits" / "c").iterdir())):
+        if now == len(list((Path(want.output) / "commits" / "c").iterdir())):
             shutil.rmtree(settings.output)  # finished: begin anew, so that every kill hits work
             most = 0
     _in_child(context, settings)
     assert landed == KILLS
-    assert folder_bytes(settings.output) == folder_bytes(want.output)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
 
 
 def _work(settings: PrecomputeSettings) -> None:

@@ -23,7 +23,7 @@ def test_a_plain_run_finishes_what_parts_left(tmp_path: Path) -> None:
     settings = precompute_settings(tmp_path, output=tmp_path / "parts")
     precompute(settings.model_copy(update={"shards": "2/2"}))
     assert precompute(settings).shards_found == 2
-    assert folder_bytes(settings.output) == folder_bytes(whole)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_parts_killed_at_random_moments_leave_the_bytes_of_one_run(tmp_path: Pat
                 landed += 1
         for worker in workers:
             worker.join()
-        commits = settings.output / "commits" / "c"
+        commits = Path(settings.output) / "commits" / "c"
         now = len(list(commits.iterdir())) if commits.exists() else 0
         assert now >= most, "a committed shard was lost"
         most = now
@@ -45,7 +45,7 @@ def test_parts_killed_at_random_moments_leave_the_bytes_of_one_run(tmp_path: Pat
     precompute_again = context.Process(target=_work, args=(settings,))
     precompute_again.start()
     _to_the_end([precompute_again])
-    assert folder_bytes(settings.output) == folder_bytes(want.output)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
     assert not [place.name for place in tmp_path.iterdir() if place.name.startswith(".killed")]
 
 
@@ -56,7 +56,7 @@ def test_parts_started_at_the_same_instant_make_one_cache(tmp_path: Path) -> Non
         place = settings.model_copy(update={"output": tmp_path / f"round {index}"})
         _to_the_end(_started(context, place))
         assert not verify(place.output).problems
-        assert folder_bytes(place.output) == folder_bytes(want.output)
+        assert folder_bytes(Path(place.output)) == folder_bytes(Path(want.output))
 
 
 def _prepared(

@@ -108,7 +108,7 @@ def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> 
         teacher = make_teacher(folder / "teacher")
     settings = precompute_settings(folder, **({"teacher_model": str(teacher)} if teacher else {}), **changes)
     precompute(settings)
-    return settings.output
+    return Path(settings.output)
 
 
 def tiny_cache(tmp_path: Path, **changes: object) -> Path:

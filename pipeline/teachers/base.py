@@ -33,12 +33,19 @@ class Labelled:
     fidelity: Sums
 
 
-class Teacher(Protocol):
-    """A model that labels tokenized examples."""
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What stage 1 asks of a teacher before it labels anything."""
 
     identity: TeacherIdentity
     logits_width: int  # rows of the head: the tokenizer's vocabulary, perhaps padded
     max_length: int | None  # the longest sequence the model was made for, None where its config does not say
+
+
+class Teacher(Protocol):
+    """A model that labels tokenized examples."""
+
+    facts: TeacherFacts
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions, in order."""

@@ -56,9 +56,9 @@ def check_engine(
     teacher: Teacher, settings: PrecomputeSettings, batch: Sequence[TokenizedExample], label: LabelSettings
 ) -> None:
     """Compare a few labels with those of transformers in float32. Raises LogitcaskError where they differ."""
-    examples = batch[-CHECKED:]  # the shortest
+    examples, made_by = batch[-CHECKED:], teacher.facts.identity  # the shortest
     found, wanted = teacher.label(examples, label), load_transformers(settings, "float32").label(examples, label)
-    limit = TOLERANCE.get(teacher.identity.dtype, HALF_TOLERANCE)
+    limit = TOLERANCE.get(made_by.dtype, HALF_TOLERANCE)
     for name in ("gold_logprobs", "log_partition"):
         differences = [
             float(np.abs(getattr(a, name) - getattr(b, name)).max())
@@ -66,7 +66,7 @@ def check_engine(
         ]
         if not max(differences) <= limit:
             raise LogitcaskError(
-                f"{teacher.identity.engine} and transformers disagree: {name} differs by {max(differences):.3g} nats, "
-                f"at most {limit:g} is expected in {teacher.identity.dtype}: use --engine transformers; "
+                f"{made_by.engine} and transformers disagree: {name} differs by {max(differences):.3g} nats, "
+                f"at most {limit:g} is expected in {made_by.dtype}: use --engine transformers; "
                 "--skip-engine-check is for teachers too large to load twice"
             )

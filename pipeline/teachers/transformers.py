@@ -18,7 +18,7 @@ from pipeline.labelling import label_rows, split_rows
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.models import load_causal_lm, weights_fingerprint
 from pipeline.sparsify import uniform_draws
-from pipeline.teachers.base import Labelled, TokenizedExample
+from pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,12 +27,11 @@ class TransformersTeacher:
     """A causal language model in evaluation mode. Only target positions meet its head, a slice of them at a time."""
 
     def __init__(self, model: PreTrainedModel, identity: TeacherIdentity) -> None:
-        self.identity = identity
         self._model = model.eval()
         self._head = read_head(model)
         self._made_probe: Probe | None = None
-        self.logits_width = int(self._head.weight.shape[0])
-        self.max_length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.facts = TeacherFacts(identity, int(self._head.weight.shape[0]), longest)
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """The labels of each example's target positions.

@@ -17,7 +17,7 @@ from cache.fidelity import row_width
 from cache.manifest import LabelSettings, TeacherIdentity
 from cache.targets import SparseTargets
 from pipeline.labelling import split_rows
-from pipeline.teachers.base import Labelled, TokenizedExample
+from pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
 from pipeline.teachers.vllm_worker import KEY, KNOWN
 
 FIELDS = tuple(SparseTargets.__dataclass_fields__)
@@ -27,9 +27,8 @@ CPU_KV_CACHE = 1 << 30  # bytes; vLLM would take half of the machine's memory
 class VllmTeacher:
     """A causal language model in vLLM."""
 
-    def __init__(self, llm: Any, identity: TeacherIdentity, *, logits_width: int, max_length: int | None) -> None:
-        self.identity, self.logits_width, self.max_length = identity, logits_width, max_length
-        self._llm = llm
+    def __init__(self, llm: Any, facts: TeacherFacts) -> None:
+        self._llm, self.facts = llm, facts
         self._label: LabelSettings | None = None
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
@@ -189,4 +188,4 @@ def load_vllm_teacher(
     )
     text = config.hf_text_config
     width, longest = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
-    return (TopKTeacher if topk else VllmTeacher)(llm, identity, logits_width=width, max_length=longest)
+    return (TopKTeacher if topk else VllmTeacher)(llm, TeacherFacts(identity, width, longest))

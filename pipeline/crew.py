@@ -1,0 +1,53 @@
+"""Who writes the shards: this process alone, with one teacher. The other crew is ``distributed``."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cache.fidelity import row_width
+from cache.manifest import LabelSettings, Manifest
+from cache.shard import Example, Shard
+from cache.writer import CacheWriter
+from pipeline.settings import PrecomputeSettings
+from pipeline.shards import Work
+from pipeline.teachers.base import Teacher, TokenizedExample
+from pipeline.teachers.load import check_engine, load_engine
+
+Advance = Callable[[int], None]
+
+
+class Alone:
+    """One teacher in this process."""
+
+    def __init__(self, settings: PrecomputeSettings) -> None:
+        """Loads the teacher. Raises LogitcaskError where it cannot be had."""
+        self._settings, self._teacher = settings, load_engine(settings)
+        self.teacher = self._teacher.facts
+
+    def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
+        """Raise LogitcaskError where the engine's labels are not those of transformers."""
+        check_engine(self._teacher, self._settings, batch, label)
+
+    def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
+        """Label and write shards, each whole before the next, calling ``advance`` with the positions just labelled."""
+        writer = CacheWriter(self._settings.output, manifest)
+        for index in shards:
+            writer.write_shard(index, label_shard(self._teacher, work.batches(index), work.label, advance))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def label_shard(
+    teacher: Teacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, advance: Advance
+) -> Shard:
+    """A shard, labelled: its examples are in the batches in any order."""
+    labelled: dict[int, Example] = {}
+    fidelity = np.zeros(row_width(len(label.temperatures)))
+    for batch in batches:
+        found = teacher.label(batch, label)
+        fidelity += found.fidelity
+        for example, targets in zip(batch, found.targets, strict=True):
+            labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
+            advance(len(targets))
+    return Shard.of([labelled[place] for place in sorted(labelled)], fidelity)
