@@ -236,6 +236,8 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     for name in reports:
         if find_spec(name) is None:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
+    known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if settings.use_wandb:
         os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
@@ -258,12 +260,12 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
         eval_steps=settings.eval_steps,
-        activation_checkpointing=settings.use_gradient_checkpointing,
         bf16=half == "bf16",
         fp16=half == "fp16",
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=settings.device == "cpu",
+        **{checkpointing: settings.use_gradient_checkpointing},
         report_to=reports or "none",
         run_name=settings.wandb_run_name,
         seed=settings.seed,
