@@ -4,10 +4,11 @@ Legend: n sampled positions, J temperatures, K coordinates of a sketch, h a hidd
 distribution at T, q that of the probe student, p' the stored label's estimate of p.
 
 The probe student is a linear output head on h, half trained: it predicts q = softmax(z / 2T) where the teacher has
-p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) h^T, that of the label G + E with
-E = (p - p') h^T. A sketch of a gradient is K^-1/2 (r_k d)(s_k h) with random signs r_k, s_k: its inner products are
-unbiased. A row of figures adds up over positions and shards: n, then for each temperature and each of G, E of the
-label, E of top-k renormalised: sum of squares, of products with G, both again of the sketches, and the summed sketch.
+p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) h^T, that of the label
+(w q - p') h^T with w = sum p' (for draws it is 1 on average only), which is G + E, E = ((w - 1) q + p - p') h^T. Of
+gradients a sketch of K coordinates is kept whose inner products are unbiased (``pipeline.fidelity``). A row of figures
+adds up over positions and shards: n, then for each temperature and each of G, E of the label, E of top-k renormalised:
+sum of squares, of products with G, both again of the sketches, and the summed sketch.
 """
 
 from dataclasses import dataclass

@@ -14,22 +14,37 @@ from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
 
 
+class CountSketch:
+    """A hash and a sign for each coordinate; those of one hash are added up."""
+
+    def __init__(self, size: int, random: np.random.Generator, device: torch.device) -> None:
+        self._places = torch.from_numpy(random.integers(0, SKETCH, size)).to(device)
+        self._signs = torch.from_numpy(random.integers(0, 2, size, dtype=np.int8) * 2 - 1).to(device, torch.float32)
+
+    def __call__(self, values_nD: Tensor) -> Tensor:
+        """The Fourier transform of the sketch of each row, (n, K // 2 + 1)."""
+        sketch_nK = values_nD.new_zeros(len(values_nD), SKETCH).index_add_(1, self._places, values_nD * self._signs)
+        found: Tensor = torch.fft.rfft(sketch_nK)
+        return found
+
+
 class Probe:
-    """The random signs of the sketch, for one vocabulary and width."""
+    """Sketches of gradients d h^T: TensorSketch (Pham and Pagh, KDD 2013), of one vocabulary and width.
+
+    Count sketches of d and of h, convolved, are one of their outer product; no matrix of signs is needed.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, device: torch.device) -> None:
         random = np.random.Generator(np.random.Philox(key=0))
-        self._token_signs_VK, self._hidden_signs_HK = (
-            torch.from_numpy(random.integers(0, 2, (size, SKETCH), dtype=np.int8) * 2 - 1).to(device, torch.float32)
-            for size in (vocab_size, hidden_size)
-        )
+        self._of_logits = CountSketch(vocab_size, random, device)
+        self._of_hidden = CountSketch(hidden_size, random, device)
 
     def measure(self, logits_nV: Tensor, hidden_nH: Tensor, targets: SparseTargets, label: LabelSettings) -> Sums:
         """A row of sums over n positions, from full logits, hidden states and the labels made of them."""
         stored = decode_targets(encode_targets(targets), label)
         z_nV, h_nH = logits_nV.float(), hidden_nH.float()
         length_n = (h_nH**2).sum(1).double()
-        hidden_nK = (h_nH @ self._hidden_signs_HK) * SKETCH**-0.5
+        hidden_nF = self._of_hidden(h_nH)
         table = np.zeros((len(label.temperatures), VECTORS, MOMENTS + SKETCH))
         for j, t in enumerate(label.temperatures):
             p_nV, q_nV = (z_nV / t).softmax(1), (z_nV / (2 * t)).softmax(1)
@@ -39,8 +54,9 @@ class Probe:
                 if vector == 0:
                     d_nV = gradient_nV
                 else:
-                    d_nV = p_nV - (_estimate(stored, label, t, q_nV) if vector == 1 else _top_k(p_nV, label))
-                sketch_nK = ((d_nV @ self._token_signs_VK) * hidden_nK).double()
+                    estimate_nV = _estimate(stored, label, t, q_nV) if vector == 1 else _top_k(p_nV, label)
+                    d_nV = (estimate_nV.sum(1, keepdim=True) - 1.0) * q_nV + p_nV - estimate_nV
+                sketch_nK = torch.fft.irfft(self._of_logits(d_nV) * hidden_nF, n=SKETCH).double()
                 exact_nK = sketch_nK if exact_nK is None else exact_nK
                 square_n, cross_n = (d_nV**2).sum(1).double(), (d_nV * gradient_nV).sum(1).double()
                 moments = (square_n @ length_n, cross_n @ length_n, (sketch_nK**2).sum(), (sketch_nK * exact_nK).sum())

@@ -61,7 +61,9 @@ def dense(
         np.add.at(estimate[row], stored.ids[row], stored.weights[row])
         best = np.argsort(-p[row])[: label.head_size + label.tail_draws]
         top[row, best] = p[row, best] / p[row, best].sum()
-    return [(d[:, :, None] * h[:, None, :]).reshape(len(z), -1) for d in (q - p, p - estimate, p - top)]
+    weight = estimate.sum(1, keepdims=True)
+    errors = ((weight * q - estimate) - (q - p), p - top)
+    return [(d[:, :, None] * h[:, None, :]).reshape(len(z), -1) for d in (q - p, *errors)]
 
 
 @pytest.mark.parametrize(("head", "draws"), [(2, 4), (0, 8)])
@@ -129,8 +131,8 @@ def test_a_biased_label_is_told_from_an_unbiased_one() -> None:
     assert honest is not None
     assert cut is not None
     for j in range(len(T)):
-        assert honest[j][0].bias < 1.5 * honest[j][0].bias_floor
-        assert cut[j][0].bias > 5 * cut[j][0].bias_floor
+        assert honest[j][0].bias < honest[j][0].bias_floor
+        assert cut[j][0].bias > 1.5 * cut[j][0].bias_floor
         assert honest[j][1].bias > 2 * honest[j][1].bias_floor, "top-k renormalised is biased"
 
 
