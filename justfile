@@ -46,6 +46,11 @@ demo folder="demo": setup
 precompute teacher data output *args:
     {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} {{args}}
 
+# a SLURM job array of PARTS, as: just precompute-slurm PARTS TEACHER DATA OUTPUT [options] > job.sh; sbatch job.sh
+precompute-slurm parts teacher data output *args:
+    @printf '%s\n' '#!/bin/bash' '#SBATCH --job-name=logitcask' '#SBATCH --array=1-{{parts}}' '#SBATCH --gpus-per-task=1' \
+        '#SBATCH --requeue' 'srun {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} --shards "$SLURM_ARRAY_TASK_ID/{{parts}}" {{args}}'
+
 # stage 2, as: just train CACHE STUDENT_CONFIG OUTPUT_DIR [options]
 train cache student output *args:
     {{logitcask}} train --cache {{cache}} --student-config {{student}} --output-dir {{output}} {{args}}

@@ -79,25 +79,34 @@ def held_out(examples: int, fraction: float, seed: int) -> IntArray:
 
 class BatchSampler(Sampler[list[int]]):
     """Batches of one epoch: in cache order first (it is random already), later shards are shuffled, then examples
-    within them. Depends on the data, the settings and the epoch only."""
+    within them. Depends on the data, the settings and the epoch only.
 
-    def __init__(self, shard_starts: IntArray, left_out: IntArray, batch_size: int, seed: int) -> None:
+    With several ranks each step takes ``ranks`` batches that follow one another, and this rank the one of its number;
+    in the last step some may be short or empty. So every example comes once an epoch, and a step is that of one rank
+    with a batch as large as all of theirs.
+    """
+
+    def __init__(
+        self, shard_starts: IntArray, left_out: IntArray, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         kept = np.ones(int(shard_starts[-1]), dtype=bool)
         kept[left_out] = False
         self._starts, self._kept = shard_starts, kept
         self._seed, self._epoch = seed, 0
         self.batch_size, self.drop_last = batch_size, False
+        self._first, self._stride = rank * batch_size, ranks * batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-int(self._kept.sum()) // self.batch_size)
+        return -(-int(self._kept.sum()) // self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
-        for first in range(0, len(order), self.batch_size):
+        for step in range(0, len(order), self._stride):
+            first = step + self._first
             yield order[first : first + self.batch_size].tolist()
 
     def _order(self) -> IntArray:
@@ -130,9 +139,9 @@ class Collator:
 
         There is no padding mask: attention is causal, so no real token sees the padding after it.
         """
-        longest = max(len(example.encoded.input_ids) for example in examples)
-        ids = np.full((len(examples), longest), self.pad_id, dtype=np.int64)
-        mask = np.zeros((len(examples), longest), dtype=bool)
+        longest = max((len(example.encoded.input_ids) for example in examples), default=1)
+        ids = np.full((max(1, len(examples)), longest), self.pad_id, dtype=np.int64)  # no examples: one of no targets
+        mask = np.zeros(ids.shape, dtype=bool)
         for row, example in enumerate(examples):
             length = len(example.encoded.input_ids)
             ids[row, :length] = example.encoded.input_ids

@@ -73,7 +73,8 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
     make_loss_forward(model, loss, source.head_size)
     kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
-    sampler = BatchSampler(source.shard_starts, kept, settings.batch_size, settings.seed)
+    ranks = arguments.process_index, arguments.world_size
+    sampler = BatchSampler(source.shard_starts, kept, settings.batch_size, settings.seed, *ranks)
     pad = source.tokenizer.pad_token_id
     trainer = DistillationTrainer(
         model=model,

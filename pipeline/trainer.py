@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -57,7 +58,7 @@ def sliced_loss(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSet
 
     parts: list[LossSums] = [
         checkpoint(one, hidden_NH[first : first + rows], first, use_reentrant=False)
-        for first in range(0, len(hidden_NH), rows)
+        for first in range(0, max(1, len(hidden_NH)), rows)  # once for a rank that has no rows: all must take part
     ]
     return LossSums(*(torch.stack([getattr(part, name) for part in parts]).sum() for name in SUMS))
 
@@ -105,7 +106,10 @@ class DistillationTrainer(Trainer):
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        # the sampler knows the ranks already: accelerate's own cut would repeat examples to fill the last step
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
         return prepared
 
     def get_batch_samples(
