@@ -17,6 +17,7 @@ from pipeline.fidelity import Probe
 from pipeline.sparsify import sparsify
 
 SLICE_LOGITS = 1 << 22  # logits in memory at a time: 16 MiB in float32, whatever the batch and its lengths
+CACHED_LOGITS = 1 << 19  # of these, sparsified at a time on a processor: what its cache holds, half the time
 
 
 def label_rows(
@@ -33,17 +34,22 @@ def label_rows(
     Logits beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalising.
     """
     device, rows = hidden_NH.device, max(1, SLICE_LOGITS // label.vocab_size)
+    few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
     sums = np.zeros(row_width(len(label.temperatures)))
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
         gold, uniforms = torch.from_numpy(gold_N[cut]).to(device), torch.from_numpy(uniforms_NM[cut]).to(device)
-        parts.append(sparsify(logits_NV, gold, uniforms, label.head_size, label.temperatures))
+        cuts = [slice(start, start + few) for start in range(0, len(logits_NV), few)]
+        found = SparseTargets.concatenate(
+            [sparsify(logits_NV[c], gold[c], uniforms[c], label.head_size, label.temperatures) for c in cuts]
+        )
+        parts.append(found)
         chosen = np.flatnonzero(measured_N[cut])
         if probe is not None and len(chosen):
             at = torch.from_numpy(chosen).to(device)
-            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], parts[-1][chosen], label)
+            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], found[chosen], label)
     return SparseTargets.concatenate(parts), sums
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cache.targets import SparseTargets
 
 BLOCK = 256  # vocabulary entries a block of the two-level sum
+TOP_BLOCK = 64  # and of the search for the largest
 BELOW_ONE = 1.0 - 2.0**-40  # the largest uniform number used: never lands past the last token with any mass
 
 
@@ -37,22 +38,23 @@ def sparsify(
     """
     z_NV = logits_NV.float()
     n, vocab = z_NV.shape
-    top = z_NV.topk(min(head_size + 1, vocab), dim=1)
-    head_z_NK, head_ids_NK = top.values[:, :head_size], top.indices[:, :head_size]
-    peak_N1 = top.values[:, head_size:] if head_size < vocab else z_NV.new_full((n, 1), -torch.inf)
+    values, indices = _top(z_NV, min(head_size + 1, vocab))
+    head_z_NK, head_ids_NK = values[:, :head_size], indices[:, :head_size]
+    peak_N1 = values[:, head_size:] if head_size < vocab else z_NV.new_full((n, 1), -torch.inf)
     has_tail_N1 = peak_N1 > -torch.inf
     peak_N1 = torch.where(has_tail_N1, peak_N1, 0.0)
 
     log_z, log_tail = {}, {}
     proposal_NV = torch.zeros_like(z_NV)
+    below_NV = torch.sub(z_NV, peak_N1)  # at most 0 outside the head, so that its exp never overflows there
     for t in dict.fromkeys([1.0, *temperatures]):
-        weight_NV = torch.sub(z_NV, peak_N1).mul_(1.0 / t).exp_()  # at most 1 outside the head: never overflows there
+        weight_NV = torch.mul(below_NV, 1.0 / t).exp_()
         weight_NV.scatter_(1, head_ids_NK, 0.0)
         mass_N1 = weight_NV.sum(1, keepdim=True)
         log_tail[t] = peak_N1 / t + mass_N1.log()
         log_z[t] = torch.logaddexp((head_z_NK / t).logsumexp(1, keepdim=True), log_tail[t])
         if t in temperatures:
-            proposal_NV += weight_NV.mul_(1.0 / mass_N1.clamp_min(1.0))
+            proposal_NV.addcmul_(weight_NV, 1.0 / mass_N1.clamp_min(1.0))
 
     drawn_NM = _draw(proposal_NV, uniforms_NM)
     tail_ids_NM, counts_NM = _count(drawn_NM)
@@ -69,6 +71,28 @@ def sparsify(
         log_tail_mass=torch.cat([log_tail[t] - log_z[t] for t in temperatures], dim=1).clamp_max(0.0).cpu().numpy(),
         gold_logprobs=(z_NV.gather(1, gold_N[:, None]) - log_z[1.0]).squeeze(1).clamp_max(0.0).cpu().numpy(),
     )
+
+
+def _top(z_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits and their ids, both (N, count): they lie in the blocks of the largest maxima."""
+    n, vocab = z_NV.shape
+    blocks = vocab // TOP_BLOCK
+    if blocks <= 4 * count:
+        top = z_NV.topk(count, dim=1)
+        return top.values, top.indices
+    whole = blocks * TOP_BLOCK
+    blocks_NBC = z_NV[:, :whole].reshape(n, blocks, TOP_BLOCK)  # a view
+    best_NB = blocks_NBC.amax(2).topk(count, dim=1).indices
+    among = torch.arange(TOP_BLOCK, device=z_NV.device)
+    ids_NC = torch.cat(
+        [
+            (best_NB[:, :, None] * TOP_BLOCK + among).flatten(1),
+            torch.arange(whole, vocab, device=z_NV.device).expand(n, -1),
+        ],
+        dim=1,
+    )
+    top = z_NV.gather(1, ids_NC).topk(count, dim=1)
+    return top.values, ids_NC.gather(1, top.indices)
 
 
 def _draw(proposal_NV: Tensor, uniforms_NM: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from cache.manifest import LabelSettings
 from cache.soft_labels import SoftLabels, soft_labels
 from cache.targets import SparseTargets
 from pipeline.losses import LossSettings, SparseLabels, bucket_divergence, distillation_loss, sparse_forward_kl
-from pipeline.sparsify import sparsify, uniform_draws
+from pipeline.sparsify import _top, sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
 from pipeline.teachers.transformers import load_teacher
 from tests.tiny import FloatArray64, dense_kd_gradient, dense_log_probs, make_teacher
@@ -327,3 +327,14 @@ def test_batched_and_one_by_one_give_the_same_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(alone.tail_ids, found.tail_ids)
         for name in ("head_logprobs", "tail_logprobs", "log_partition", "log_tail_mass", "gold_logprobs"):
             np.testing.assert_allclose(getattr(alone, name), getattr(found, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [40, 300, 6400, 6463])
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_largest_by_blocks_are_the_largest(vocab: int, count: int) -> None:
+    z = torch.randn(20, vocab, generator=torch.Generator().manual_seed(vocab)).round(decimals=1)  # with ties
+    z[3] = 0.0
+    values, ids = _top(z, count)
+    torch.testing.assert_close(values, z.topk(count, dim=1).values)
+    torch.testing.assert_close(z.gather(1, ids), values)
+    assert all(len(set(row)) == count for row in ids.tolist())
