@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.train import SETTINGS_FILE
 from tests.runs import STUDENT, history, write_config
 from tests.servers import free_port
 from tests.tiny import make_cache
@@ -70,15 +71,14 @@ def test_accumulated_steps_are_the_same(folder: Path, one: Path) -> None:
 
 def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path) -> None:
     with subprocess.Popen(command(folder, "lost", 2, batch_size=4, epochs=2), stderr=subprocess.PIPE) as parent:
-        checkpoint = folder / "lost" / "checkpoint-3" / "logitcask.json"
         victim = None
         for _ in range(6000):
-            if list((folder / "lost").glob("checkpoint-3/*.json")) and (victim := ranks_of(parent.pid)):
+            if (folder / "lost/checkpoint-3" / SETTINGS_FILE).exists() and (victim := ranks_of(parent.pid)):
                 os.kill(victim[-1], signal.SIGKILL)
                 break
             assert parent.poll() is None, "it ended before a rank was killed"
             time.sleep(0.01)
-        assert victim, checkpoint
+        assert victim
         _, errors = parent.communicate(timeout=120)
         assert parent.returncode != 0
         assert b"SIGKILL" in errors or b"-9" in errors
