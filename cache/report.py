@@ -14,7 +14,7 @@ from cache.reader import CacheReader
 from cache.statistics import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from cache.store import object_sizes, open_store
 
-LABEL_PARTS = ("head_", "tail_", "log_", "gold_")  # how the names of arrays of labels begin
+LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "fidelity")  # how the names of arrays of labels begin
 
 
 class FidelityFigures(BaseModel):
