@@ -16,7 +16,7 @@ from cache.targets import IntArray, SparseTargets
 from pipeline.fidelity import Probe
 from pipeline.sparsify import sparsify
 
-SLICE_LOGITS = 1 << 22  # logits in memory at a time: 16 MiB in float32, whatever the batch and its lengths
+SLICE_LOGITS = 1 << 24  # logits in memory at a time: 64 MiB in float32, whatever the batch and its lengths
 CACHED_LOGITS = 1 << 19  # of these, sparsified at a time on a processor: what its cache holds, half the time
 
 
