@@ -221,6 +221,12 @@ class TrainSettings(Settings):
             raise ValueError(
                 f"alpha must be {fixed} for {self.distillation_type}, is {self.alpha}: use hybrid or leave it out"
             )
+        if self.min_fidelity is not None and (
+            self.distillation_type == "output" or self.tail is not None or self.divergence != "forward-kl"
+        ):
+            raise ValueError(
+                "min_fidelity tells of the forward KL with the cache's own tail: leave out output, tail and divergence"
+            )
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"divergence {self.divergence} is only defined with tail bucket, tail is {self.tail}")
         return self

@@ -25,7 +25,7 @@ from cache.verify import repair, verify
 from tests.dying import copy_and_die
 from tests.runs import history, train
 from tests.servers import SshServer, Wire, s3_environment, s3_server, ssh_server
-from tests.tiny import folder_bytes, make_cache, precompute_settings
+from tests.tiny import folder_bytes, make_cache
 
 KILLS = 12
 
@@ -345,8 +345,3 @@ def test_the_command_tells_what_it_did(cache: Path, tmp_path: Path) -> None:
     assert f"{CacheReader(cache).manifest.shards.count} shards copied, 0 were there" in done.stdout
     wrong = subprocess.run([*command, "--shards", "1-3"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stderr) == (2, "error: --shards: must be FIRST:STOP, such as 0:10, is '1-3'\n")
-
-
-def test_stage_1_does_not_take_a_url_for_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be a folder of this machine"):
-        precompute_settings(tmp_path, output="s3://bucket/cache")

@@ -21,7 +21,7 @@ from cache.targets import SparseTargets
 from cache.verify import verify
 from pipeline.fidelity import Probe
 from pipeline.sparsify import sparsify, uniform_draws
-from tests.runs import train
+from tests.runs import train, train_settings
 from tests.tiny import FloatArray64, make_cache
 
 T = (1.0, 2.0)
@@ -201,6 +201,12 @@ def test_a_student_may_ask_for_it(tmp_path: Path) -> None:
     with pytest.raises(LogitcaskError, match=r"measured on 0 positions, too few .*--fidelity-positions"):
         train(none, tmp_path / "none_run", min_fidelity=0.5)
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("other", [{"tail": "bucket"}, {"distillation_type": "output"}])
+def test_it_is_not_asked_of_another_loss(tmp_path: Path, other: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="min_fidelity tells of the forward KL"):
+        train_settings(tmp_path, tmp_path / "run", min_fidelity=0.5, **other)
 
 
 @pytest.mark.parametrize(
