@@ -75,6 +75,7 @@ bench:
     {{bin}}/python -m tests.benchmarks.reading
     {{bin}}/python -m tests.benchmarks.opening
     {{bin}}/python -m tests.benchmarks.memory
+    {{bin}}/python -m tests.benchmarks.scale
     {{bin}}/python -m tests.benchmarks.memory_model
 
 # remove what the recipes made, but for .venv
