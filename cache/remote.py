@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
 from cache.errors import LogitcaskError
@@ -155,8 +155,6 @@ class RemoteStore(Store):
 
     def set_all(self, objects: Mapping[str, bytes]) -> None:
         """Write several objects: at the same time, or on the Hugging Face hub in one commit."""
-        from zarr.core.buffer import default_buffer_prototype
-
         make = default_buffer_prototype().buffer.from_bytes
 
         async def write() -> None:

@@ -54,6 +54,8 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
         f"({report.shards_written} shards written, {report.shards_found} were there)\n"
         f"{data.truncated} examples cut at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
     )
+    if settings.engine == "vllm-topk":
+        typer.echo("labels are vLLM's own: the head at T=1 alone, no draws, no other temperature")
 
 
 @app.command(

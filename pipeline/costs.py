@@ -83,9 +83,7 @@ def shape_of_teacher(source: str) -> ModelShape:
             else:
                 config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # no such file or hub id, no connection; each architecture refuses configs in its own way
+    except Exception as error:  # no such place, no connection; each architecture refuses configs in its own way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LogitcaskError(
             f"--teacher-model {source}: no model's config could be read: {reason}: give its size, such as 7B"

@@ -6,7 +6,7 @@ number alone, so the cache is the same whatever the workers and their order.
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cache.errors import LogitcaskError
@@ -113,7 +113,7 @@ def worker_options(settings: PrecomputeSettings, resources: dict[str, float]) ->
 
 
 @contextlib.contextmanager
-def _told() -> Any:
+def _told() -> Iterator[None]:
     """A worker's own complaint as it is; a worker that keeps dying in one line."""
     from ray.exceptions import RayActorError, RayTaskError
 

@@ -17,7 +17,7 @@ from pipeline.fidelity import Probe
 from pipeline.sparsify import sparsify
 
 SLICE_LOGITS = 1 << 24  # logits in memory at a time: 64 MiB in float32, whatever the batch and its lengths
-CACHED_LOGITS = 1 << 19  # of these, sparsified at a time on a processor: what its cache holds, half the time
+CACHED_LOGITS = 1 << 19  # of these, sparsified at a time on a processor: what its cache holds
 
 
 def label_rows(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache.errors import LogitcaskError
 from cache.integrity import CONSTANT_LEVEL
+from cache.report import LABEL_PARTS
 from pipeline.costs import (
     CPU,
     GB,
@@ -286,7 +287,7 @@ def render_plan(plan: Plan) -> Table:
     each = f"{plan.cache_bytes / plan.positions:.1f} bytes a target position"
     kinds = {"labels": 0, "text": 0, "metadata": 0, "tokenizer": 0}
     for name, size in plan.cache_bytes_by_part.items():
-        label = name.startswith(("head_", "tail_", "log_", "gold_"))
+        label = name.startswith(LABEL_PARTS)
         kinds[name if name in kinds else "labels" if label else "text"] += size
     table.add_row("cache", f"{_size(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
     hours = plan.teacher_hours

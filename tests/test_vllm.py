@@ -113,6 +113,19 @@ def test_a_prefix_cache_skips_no_label(load: Load, plain: TransformersTeacher) -
         assert_same(teacher.label(batch, LABEL), wanted)
 
 
+def test_another_label_takes_the_place_of_the_first(
+    load: Load, plain: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, batch = load(), examples([LONGEST, 80])
+    other = LABEL.model_copy(update={"head_size": 2, "seed": 1})
+    teacher.label(batch, LABEL)
+    seen = []
+    take = Capture.take
+    monkeypatch.setattr(Capture, "take", lambda self, *given: (seen.append(self), take(self, *given))[1])
+    assert_same(teacher.label(batch, other), plain.label(batch, other))
+    assert len(set(map(id, seen))) == 1, "each row is labelled once"
+
+
 def test_a_preempted_example_is_labelled_whole(
     load: Load, plain: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:

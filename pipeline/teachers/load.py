@@ -21,7 +21,7 @@ CHECKED = 4  # examples
 def load_engine(settings: PrecomputeSettings) -> Teacher:
     """The teacher in the engine asked for. Raises LogitcaskError where the model or the engine cannot be had."""
     if choose_engine(settings.engine, settings.teacher_model) == "transformers":
-        return load_transformers(settings, settings.dtype)
+        return load_transformers(settings, settings.dtype, settings.device)
     return load_vllm_teacher(
         settings.teacher_model,
         revision=settings.teacher_revision,
@@ -41,13 +41,13 @@ def choose_engine(engine: str, teacher: str) -> str:
     return "vllm" if found else "transformers"
 
 
-def load_transformers(settings: PrecomputeSettings, dtype: str) -> TransformersTeacher:
+def load_transformers(settings: PrecomputeSettings, dtype: str, device: str) -> TransformersTeacher:
     """The teacher in plain PyTorch."""
     return load_teacher(
         settings.teacher_model,
         revision=settings.teacher_revision,
         dtype=dtype,
-        device=settings.device,
+        device=device,
         trust_remote_code=settings.trust_remote_code,
     )
 
@@ -55,9 +55,13 @@ def load_transformers(settings: PrecomputeSettings, dtype: str) -> TransformersT
 def check_engine(
     teacher: Teacher, settings: PrecomputeSettings, batch: Sequence[TokenizedExample], label: LabelSettings
 ) -> None:
-    """Compare a few labels with those of transformers in float32. Raises LogitcaskError where they differ."""
+    """Compare a few labels with those of transformers in float32. Raises LogitcaskError where they differ.
+
+    On the processor: the engine has filled the accelerator.
+    """
     examples, made_by = batch[-CHECKED:], teacher.facts.identity  # the shortest
-    found, wanted = teacher.label(examples, label), load_transformers(settings, "float32").label(examples, label)
+    found = teacher.label(examples, label)
+    wanted = load_transformers(settings, "float32", "cpu").label(examples, label)
     limit = TOLERANCE.get(made_by.dtype, HALF_TOLERANCE)
     for name in ("gold_logprobs", "log_partition"):
         differences = [

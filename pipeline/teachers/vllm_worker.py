@@ -42,7 +42,12 @@ class Capture:
 
     def __init__(self, label: LabelSettings, logits_of: Callable[[Tensor], Tensor | None], keeper: bool) -> None:
         """``keeper``: whether this rank keeps labels; the others only take part in computing the logits."""
-        self._label, self._logits_of, self._keeper = label, logits_of, keeper
+        self._logits_of, self._keeper = logits_of, keeper
+        self.begin(label)
+
+    def begin(self, label: LabelSettings) -> None:
+        """Label otherwise from now on; what was not handed over is dropped."""
+        self._label = label
         self._probe: Probe | None = None
         self._begun: dict[str, _Rows] = {}
         self._done: dict[int, _Rows] = {}
@@ -116,12 +121,15 @@ class LogitCapture:
 
     def logitcask_begin(self, label: str) -> str:
         """Begin to label, by LabelSettings as JSON. Returns what this vLLM lacks, "" for nothing."""
+        settings = LabelSettings.model_validate_json(label)
+        if self.logitcask_capture is not None:  # its step is in the runner already
+            self.logitcask_capture.begin(settings)
+            return ""
         runner = self.model_runner  # type: ignore[attr-defined]
         logits_of = getattr(getattr(runner, "model", None), "compute_logits", None)
         if logits_of is None:
             return "model_runner.model.compute_logits"
         keeper = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
-        settings = LabelSettings.model_validate_json(label)
         self.logitcask_capture = Capture(settings, logits_of, keeper)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             return _hook_v1(runner, self.logitcask_capture)
