@@ -119,7 +119,7 @@ def test_another_label_takes_the_place_of_the_first(
     teacher, batch = load(), examples([LONGEST, 80])
     other = LABEL.model_copy(update={"head_size": 2, "seed": 1})
     teacher.label(batch, LABEL)
-    seen = []
+    seen: list[Capture] = []
     take = Capture.take
     monkeypatch.setattr(Capture, "take", lambda self, *given: (seen.append(self), take(self, *given))[1])
     assert_same(teacher.label(batch, other), plain.label(batch, other))
