@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from zarr.core.buffer import Buffer
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from cache import remote
 from cache.copy import Copied, copy_cache
@@ -195,6 +197,19 @@ def test_damage_at_the_source_is_refused(cache: Path, tmp_path: Path) -> None:
     assert copy(cache, tmp_path / "copy").found == 2
 
 
+def test_bytes_that_are_written_wrong_are_found(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = LocalStore.set
+
+    async def spoil(self: LocalStore, key: str, value: Buffer) -> None:
+        await put(self, key, value[:-1] if key == "head_ids/c/1/0" else value)
+
+    monkeypatch.setattr(LocalStore, "set", spoil)
+    with pytest.raises(CacheFormatError, match="head_ids/c/1/0: bytes differ after they were written"):
+        copy(cache, tmp_path / "copy")
+    with pytest.raises(IncompleteCacheError):
+        CacheReader(tmp_path / "copy")
+
+
 def test_damage_at_the_destination_is_mended(cache: Path, tmp_path: Path) -> None:
     place = tmp_path / "copy"
     copy(cache, place)
@@ -304,7 +319,9 @@ def losses(run: Path) -> list[float]:
 
 def test_local_copies_are_bounded_and_never_trusted(cache: Path, s3: str, tmp_path: Path) -> None:
     copy(cache, f"{s3}/cache")
-    limit = max(len(data) for key, data in folder_bytes(cache).items() if "/c/" in key) * 4
+    sizes = [len(data) for key, data in folder_bytes(cache).items() if "/c/" in key and key[0] in "hit"]
+    limit = max(sizes) + min(sizes)
+    assert sum(sizes) > 2 * limit, "something must be dropped"
     kept = LocalCopies(tmp_path / "kept", limit)
     reader, near = CacheReader(f"{s3}/cache", kept=kept), CacheReader(cache)
     for _ in range(2):

@@ -121,7 +121,12 @@ def test_another_label_takes_the_place_of_the_first(
     teacher.label(batch, LABEL)
     seen: list[Capture] = []
     take = Capture.take
-    monkeypatch.setattr(Capture, "take", lambda self, *given: (seen.append(self), take(self, *given))[1])
+
+    def spy(self: Capture, *given: Any) -> None:
+        seen.append(self)
+        take(self, *given)
+
+    monkeypatch.setattr(Capture, "take", spy)
     assert_same(teacher.label(batch, other), plain.label(batch, other))
     assert len(set(map(id, seen))) == 1, "each row is labelled once"
 
