@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cache.errors import LogitcaskError
 from cache.fidelity import row_width
+from pipeline.fused import SLICE_LOGITS as LOSS_SLICE
 from pipeline.labelling import SLICE_LOGITS as LABEL_SLICE
-from pipeline.losses import SLICE_LOGITS as LOSS_SLICE
 from pipeline.settings import PRESETS
 from pipeline.student import count_parameters, student_from_config
 

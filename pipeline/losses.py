@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SLICE_LOGITS = 1 << 24  # logits of a student in memory at a time
-
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -33,6 +31,11 @@ class SparseLabels:
     log_probs_NS: Tensor
     log_rest_N: Tensor
     head_size: int
+
+    def __getitem__(self, rows: slice) -> "SparseLabels":
+        return SparseLabels(
+            self.ids_NS[rows], self.weights_NS[rows], self.log_probs_NS[rows], self.log_rest_N[rows], self.head_size
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def bucket_divergence(log_q_NV: Tensor, labels: SparseLabels, divergence: str) -
         rest_N1 = log_q_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1, keepdim=True)
         log_q_NO = torch.cat([log_q_NO, rest_N1], dim=1)
         log_p_NO = torch.cat([log_p_NO, labels.log_rest_N[:, None]], dim=1)
+    return outcome_divergence(log_q_NO, log_p_NO, divergence)
+
+
+def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> Tensor:
+    """Divergence over outcomes that are all there are, from log-probabilities (N, O)."""
     if divergence == "forward-kl":
         return functional.kl_div(log_q_NO, log_p_NO, reduction="none", log_target=True).sum(1)
     if divergence == "reverse-kl":

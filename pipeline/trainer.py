@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
+from pipeline.fused import fused_loss
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
-from pipeline.losses import SLICE_LOGITS, LossSettings, LossSums, SparseLabels, distillation_loss
+from pipeline.losses import LossSettings, LossSums, SparseLabels
 
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 
@@ -34,33 +34,18 @@ def make_loss_forward(model: PreTrainedModel, settings: LossSettings, head_size:
         head = model.get_output_embeddings()
         current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
         hidden = last_hidden_states(model, inputs["input_ids"]).flatten(0, 1)[target_index]
-        return sliced_loss(hidden, current, inputs, settings, head_size)
+        return fused_loss(hidden, current, inputs["gold"], labels_of(inputs, head_size), settings)
 
     model.forward = forward
 
 
-def sliced_loss(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSettings, head_size: int) -> LossSums:
-    """The loss of N rows, a slice of them at a time; logits are made again in the backward pass, never all kept."""
-    rows = max(1, SLICE_LOGITS // head.weight.shape[0])
-
-    def one(hidden: Tensor, first: int) -> LossSums:
-        part = slice(first, first + rows)
-        labels = None
-        if "label_ids" in batch:
-            labels = SparseLabels(
-                batch["label_ids"][part],
-                batch["label_weights"][part],
-                batch["label_log_probs"][part],
-                batch["label_log_rest"][part],
-                head_size,
-            )
-        return distillation_loss(head.logits(hidden).float(), batch["gold"][part], labels, settings)
-
-    parts: list[LossSums] = [
-        checkpoint(one, hidden_NH[first : first + rows], first, use_reentrant=False)
-        for first in range(0, max(1, len(hidden_NH)), rows)  # once for a rank that has no rows: all must take part
-    ]
-    return LossSums(*(torch.stack([getattr(part, name) for part in parts]).sum() for name in SUMS))
+def labels_of(batch: Batch, head_size: int) -> SparseLabels | None:
+    """The soft labels of a batch, None where it has none."""
+    if "label_ids" not in batch:
+        return None
+    return SparseLabels(
+        batch["label_ids"], batch["label_weights"], batch["label_log_probs"], batch["label_log_rest"], head_size
+    )
 
 
 class DistillationTrainer(Trainer):

@@ -1,0 +1,232 @@
+"""The distillation loss from hidden states, without logits in memory: matrix products, losses and gradients by slices.
+
+One autograd function. Its forward pass makes the logits of some rows, turns them into the gradient of the loss with
+respect to them in place, multiplies that into the gradients of hidden states and head, and forgets it: three matrix
+products a row, as many as plain training has, and nothing of the size [positions, vocabulary]. The backward pass only
+scales. What is computed is ``losses.distillation_loss``; the formulas are beside the code.
+
+Legend: N target positions, n rows at work, H width, V vocabulary, S entries of a sparse label, K of them head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.lm_head import LMHead
+from pipeline.losses import LossSettings, LossSums, SparseLabels, outcome_divergence
+
+SLICE_LOGITS = 1 << 24  # of one matrix product: enough rows for its speed, 64 MiB in float32
+CACHED_LOGITS = 1 << 19  # worked on at a time: what a processor's cache holds
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """A teacher in memory, for exact distillation: what its head sees at each target position."""
+
+    hidden_NH: Tensor
+    head: LMHead
+    vocab_size: int  # ids beyond it are no tokens and get no mass
+
+    def logits(self, rows: slice) -> Tensor:
+        """Logits (n, vocab_size) of some rows, at least float32."""
+        return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
+
+
+Target = SparseLabels | TeacherRows | None
+
+
+def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, settings: LossSettings) -> LossSums:
+    """alpha * hard + (1 - alpha) * soft, summed over N positions; differentiable in hidden states, weight and bias.
+
+    Logits are made in the dtype of autocast or else of the weights; everything after them in float32 at least, and so
+    are the sums of gradients over slices. ``target`` may be None where alpha is 1. Differentiable once.
+    """
+    weight, bias = head.weight, head.bias
+    device = hidden_NH.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_NH, weight = hidden_NH.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    work = _Work(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
+    with torch.autocast(device, enabled=False):
+        total, parts = _FusedLoss.apply(hidden_NH, weight, bias, work)  # type: ignore[no-untyped-call]
+    return LossSums(total, *parts)
+
+
+@dataclass(frozen=True)
+class _Work:
+    scale: float
+    softcap: float | None
+    gold_N: Tensor
+    target: Target
+    settings: LossSettings
+    differentiate: bool
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, Tensor]:
+        wanted = [work.differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        wide = _wide(hidden[:0]).dtype
+        grads = [
+            torch.zeros_like(x, dtype=wide) if x is not None and want else None
+            for x, want in zip((hidden, weight, bias), wanted, strict=True)
+        ]
+        rows = max(16, SLICE_LOGITS // len(weight) // 16 * 16)
+        scaled = hidden * work.scale if work.scale != 1.0 else hidden
+        b = bias * work.scale if bias is not None and work.scale != 1.0 else bias
+        logits = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
+        sums = torch.zeros(5, dtype=wide, device=hidden.device)
+        for first in range(0, len(hidden), rows):
+            part = slice(first, min(first + rows, len(hidden)))
+            h, out = scaled[part], logits[: part.stop - first]
+            torch.mm(h, weight.t(), out=out) if b is None else torch.addmm(b, h, weight.t(), out=out)
+            dz = _wide(out)
+            sums += _differentiate(dz, part, work)
+            _accumulate(grads, dz.to(weight.dtype), part, h, weight, work.scale)
+        ctx.grads = grads
+        return sums[0], sums[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        found = [None if g is None else (g * grad).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
+        return (*found, None)
+
+
+def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, weight: Tensor, scale: float) -> None:
+    """Add a slice's share to the gradients of hidden states, weight and bias, for z = scale * (hidden W' + b)."""
+    for_hidden, for_weight, for_bias = grads
+    if for_hidden is not None:
+        for_hidden[part] = torch.mm(dz, weight).mul_(scale) if scale != 1.0 else torch.mm(dz, weight)
+    if for_weight is not None:
+        if for_weight.dtype == dz.dtype:
+            for_weight.addmm_(dz.t(), h)
+        else:
+            for_weight += torch.mm(dz.t(), h)
+    if for_bias is not None:
+        for_bias.add_(dz.sum(0, dtype=for_bias.dtype), alpha=scale)
+
+
+def _differentiate(logits_nV: Tensor, part: slice, work: _Work) -> Tensor:
+    """Overwrite logits with d total / d logits, a piece at a time; returns sums of total and the four of LossSums."""
+    rows, found = max(1, CACHED_LOGITS // logits_nV.shape[1]), []
+    for first in range(0, len(logits_nV), rows):
+        z = logits_nV[first : first + rows]
+        whole = slice(part.start + first, part.start + first + len(z))
+        gold = work.gold_N[whole]
+        if work.softcap is None:
+            found.append(_piece(z, gold, work.target, whole, work.settings))
+            continue
+        t = torch.tanh(z / work.softcap)
+        torch.mul(t, work.softcap, out=z)
+        found.append(_piece(z, gold, work.target, whole, work.settings))
+        z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
+    return torch.stack(found).sum(0)
+
+
+def _exponentials(z: Tensor, m: Tensor, t: float) -> tuple[Tensor | None, Tensor]:
+    """exp(z - m) and exp((z - m) / T); at T=2 the first is the second's square and is left out. Overwrites z."""
+    z.sub_(m)
+    if t == 1.0:
+        z.exp_()
+        return z, z
+    if t == 2.0:
+        return None, z.mul_(0.5).exp_()
+    e = (z / t).exp_()
+    return z.exp_(), e
+
+
+def _soft(
+    log_q_nS: Tensor, log_q_rest_n1: Tensor, labels: SparseLabels, settings: LossSettings, whole: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence (n,) and its derivatives with respect to log q_T of the entries (n, S) and of the rest (n, 1)."""
+    if settings.tail != "bucket":
+        value = (labels.weights_NS * (labels.log_probs_NS - log_q_nS)).sum(1)
+        return value, -labels.weights_NS.to(log_q_nS.dtype), torch.zeros_like(log_q_rest_n1)
+    with torch.enable_grad():
+        log_q = torch.cat([log_q_nS, log_q_rest_n1], dim=1).requires_grad_()
+        log_p = torch.cat([labels.log_probs_NS, labels.log_rest_N[:, None]], dim=1)
+        outcomes = labels.head_size + (0 if whole else 1)  # no rest where the head is the whole vocabulary
+        value = outcome_divergence(log_q[:, :outcomes], log_p[:, :outcomes], settings.divergence)
+        (g,) = torch.autograd.grad(value.sum(), log_q)
+    return value.detach(), g[:, :-1], g[:, -1:]
+
+
+def _dense(teacher: Tensor, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """p_T (n, vocab_size) and, of forward KL, the part sum_v p_T(v) (log p_T(v) - z(v) / T)."""
+    log_p = torch.log_softmax(teacher / t, dim=1)
+    p = log_p.exp()
+    return p, (p * (log_p - z[:, : p.shape[1]] / t)).sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least; the tensor itself where it is already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossSettings) -> Tensor:
+    """Losses of n rows; logits (n, V) become their gradient.
+
+    The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
+    the mass outside the head is exact even where it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
+    of the soft part D with respect to log q_T of each entry:
+    d D / d z(v) = (g(v) - sum(g) q_T(v)) / T, and for the bucket of the rest also + g(rest) q_T(v) / q_T(rest) / T.
+    """
+    alpha, t = settings.alpha, settings.temperature if target is not None else 1.0
+    soft_factor = (1.0 - alpha) * t
+    gold_1 = gold[:, None]
+    z_gold = z.gather(1, gold_1)
+    labels = target[rows] if isinstance(target, SparseLabels) else None
+    ids = labels.ids_NS if labels is not None else gold_1[:, :0]
+    z_ids = z.gather(1, ids)
+    k = labels.head_size if labels is not None else 0
+    dense = _dense(target.logits(rows), z, t) if isinstance(target, TeacherRows) else None
+
+    z.scatter_(1, ids[:, :k], -torch.inf)
+    m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    e1, e = _exponentials(z, m, t)
+    rest = e.sum(1, keepdim=True)
+    log_rest = m / t + rest.log()
+    lse = torch.logaddexp(log_rest, (z_ids[:, :k] / t).logsumexp(1, keepdim=True))
+    lse_1 = lse
+    if t != 1.0:
+        squares = torch.linalg.vector_norm(e, dim=1, keepdim=True).square() if e1 is None else e1.sum(1, keepdim=True)
+        lse_1 = torch.logaddexp(m + squares.log(), z_ids[:, :k].logsumexp(1, keepdim=True))
+    hard = lse_1 - z_gold
+
+    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(m), torch.zeros_like(m)
+    soft = masses = z_gold[:, 0] * 0.0
+    if labels is not None:
+        soft, g, g_rest = _soft(z_ids / t - lse, log_rest - lse, labels, settings, k == z.shape[1])
+        g_sum = g.sum(1, keepdim=True) + g_rest
+        masses = (z_ids[:, :k] / t - lse).exp().sum(1)
+    elif dense is not None:
+        p, soft = dense[0], dense[1] + lse[:, 0]
+        g_sum = -torch.ones_like(m)
+        masses = torch.ones_like(soft)
+
+    of_hard = alpha * (m - lse_1).exp()
+    of_soft = soft_factor * (g_rest / rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (m / t - lse).exp())
+    if t == 1.0:
+        z.mul_(of_hard + of_soft)
+    elif e1 is None:
+        z.mul_(torch.addcmul(of_soft, e, of_hard))
+    else:
+        torch.addcmul(e1.mul_(of_hard), e, of_soft, out=z)
+    if k:
+        heads = alpha * (z_ids[:, :k] - lse_1).exp() - soft_factor * g_sum * (z_ids[:, :k] / t - lse).exp()
+        z.scatter_(1, ids[:, :k], heads)
+    z.scatter_add_(1, ids, soft_factor * g)
+    if dense is not None:
+        z[:, : p.shape[1]].sub_(p, alpha=soft_factor)
+    z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
+
+    hard_sum, soft_sum = hard.sum(), t * t * soft.sum()
+    teacher = -torch.expm1(labels.log_rest_N).sum() if labels is not None else masses.sum()
+    total = alpha * hard_sum + (1.0 - alpha) * soft_sum
+    return torch.stack([total, hard_sum, soft_sum, teacher.to(total.dtype), masses.sum()])
