@@ -1,6 +1,7 @@
 """transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -92,6 +93,12 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate would round labels and losses to the half precision of the weights
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
+            )
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line

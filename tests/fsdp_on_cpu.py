@@ -18,6 +18,8 @@ begin = AcceleratorState.__init__
 def open_gate(self: AcceleratorState, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None:
     begin(self, *given, fsdp_plugin=fsdp_plugin, **named)
     if fsdp_plugin is not None:
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.mixed_precision)
         self.fsdp_plugin = fsdp_plugin
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 

@@ -47,7 +47,7 @@ def command(
     name, *rest = launcher or ("",)
     port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
     launch = ["-m", name, *rest, f"{port}={free_port()}"] if launcher else []
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
     return [sys.executable, *launch, "-m", module, "train", f"--output-dir={folder / output}", *flags]
 
 
@@ -107,6 +107,15 @@ def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) 
     for name in ("checkpoint-6", "final"):
         shutil.rmtree(found / name)
     assert_same(run(folder, found.name, FSDP, epochs=2, resume_from_checkpoint="latest", **sharded, **changes), want)
+
+
+def test_half_precision_under_fsdp_rounds_no_label(folder: Path) -> None:
+    half = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16", "epochs": 1}
+    want = run(folder, "half", (), batch_size=8, **half)
+    found = run(folder, "half sharded", FSDP, module="tests.fsdp_on_cpu", batch_size=4, **half)
+    for a, b in zip(history(found), history(want), strict=True):
+        assert a["total_loss"] == pytest.approx(b["total_loss"], rel=5e-4)
+        assert a["soft_loss"] == pytest.approx(b["soft_loss"], rel=5e-4)
 
 
 def assert_same_model(found: Path, want: Path) -> None:
