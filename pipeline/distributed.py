@@ -90,14 +90,13 @@ class RayCrew:
 def _connect(address: str) -> None:
     """Raises LogitcaskError where no cluster answers; Ray itself would wait for minutes."""
     import ray
-    from ray.exceptions import RayError
 
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False)
-    except (OSError, ValueError, RuntimeError, RayError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise LogitcaskError(f"--ray {address}: no cluster answers there: {error}") from error
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,6 @@ def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine
                 time.sleep(0.02)
             assert run.stderr
             assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
-        stranger = replace(machines[0], token=tmp_path / "another")
-        stranger.token.write_text(secrets.token_hex(32))
-        with stranger.popen(command(folder, tmp_path / "none", address), stderr=subprocess.PIPE) as run:
-            _, errors = run.communicate(timeout=120)
-        assert run.returncode == 2, errors.decode()
-        assert f"error: --ray {address}: no cluster answers there: ".encode() in errors
     assert networks >= {machine.network() for machine in machines}
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
 
