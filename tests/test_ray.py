@@ -137,13 +137,15 @@ def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
 def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
     """A worker in each network, none in this one."""
     networks: set[int] = set()
-    with cluster_of(machines, tmp_path / "ray.log") as address:
-        with machines[0].popen(command(folder, tmp_path / "cache", address), stderr=subprocess.PIPE) as run:
-            while run.poll() is None:
-                networks |= {network for pid in labellers() if (network := network_of(pid))}
-                time.sleep(0.02)
-            assert run.stderr
-            assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
+    with (
+        cluster_of(machines, tmp_path / "ray.log") as address,
+        machines[0].popen(command(folder, tmp_path / "cache", address), stderr=subprocess.PIPE) as run,
+    ):
+        while run.poll() is None:
+            networks |= {network for pid in labellers() if (network := network_of(pid))}
+            time.sleep(0.02)
+        assert run.stderr
+        assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
     assert networks >= {machine.network() for machine in machines}
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
 
