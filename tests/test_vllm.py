@@ -174,42 +174,22 @@ def test_vllms_own_log_probabilities_give_the_head(load: Load, plain: Transforme
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def labelled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs stage 1 as a command; gives the cache."""
-    place = tmp_path_factory.mktemp("stage 1")
-    write_jsonl(place / "train.jsonl", RECORDS)
-
-    def run(name: str, *more: str) -> Path:
-        options = ["--teacher-model", folder, "--train-data", place / "train.jsonl", "--output", place / name]
-        command = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, options), *more]
-        subprocess.run([*command, "--preset", "lean", "--max-seq-length", "64", "--shard-positions", "64"], check=True)
-        assert verify(place / name).problems == []
-        return place / name
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def first(labelled: Callable[..., Path]) -> Path:
-    return labelled("first", "--engine", "vllm")
-
-
-def test_stage_1_runs_on_it(labelled: Callable[..., Path], first: Path) -> None:
+def test_stage_1_runs_on_it(tmp_path: Path, folder: Path) -> None:
     """A whole cache, again byte for byte, and with the ids of transformers' own."""
-    assert folder_bytes(first) == folder_bytes(labelled("second", "--engine", "vllm"))
-    mine, plain = CacheReader(first), CacheReader(labelled("plain", "--engine", "transformers"))
-    assert mine.manifest.teacher.engine == "vllm"
-    for index in range(len(mine)):
-        found, wanted = mine.example(index), plain.example(index)
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    caches = {}
+    for name, engine in (("first", "vllm"), ("second", "vllm"), ("plain", "transformers")):
+        options = ["--teacher-model", folder, "--train-data", tmp_path / "train.jsonl", "--output", tmp_path / name]
+        command = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, options), "--engine", engine]
+        subprocess.run([*command, "--preset", "lean", "--max-seq-length", "64", "--shard-positions", "64"], check=True)
+        caches[name] = CacheReader(tmp_path / name)
+        assert verify(tmp_path / name).problems == []
+    assert folder_bytes(tmp_path / "first") == folder_bytes(tmp_path / "second")
+    assert caches["first"].manifest.teacher.engine == "vllm"
+    for index in range(len(caches["first"])):
+        found, wanted = caches["first"].example(index), caches["plain"].example(index)
         np.testing.assert_array_equal(found.input_ids, wanted.input_ids)
         assert (found.targets.tail_ids == wanted.targets.tail_ids).mean() > 0.9
-
-
-def test_stage_1_on_ray_is_the_same(labelled: Callable[..., Path], first: Path) -> None:
-    pytest.importorskip("ray")
-    found = labelled("ray", "--engine", "vllm", "--ray", "local", "--workers", "1")
-    assert folder_bytes(found) == folder_bytes(first)
 
 
 def test_a_vllm_that_lacks_an_attribute_is_named() -> None:
