@@ -19,8 +19,8 @@ from cache.targets import SparseTargets
 
 Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}
-HEAD_SCALE = 2.0**-4  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
-ODDS_SCALE = 2.0**-4  # of the log-odds of the tail, so that head and tail always sum to 1
+HEAD_SCALE = 2.0**-3  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
+ODDS_SCALE = 2.0**-3  # of the log-odds of the tail, so that head and tail always sum to 1
 GOLD_SCALE = 2.0**-3  # for the perplexity of the text alone
 PARTITION_SCALE = 2.0**-8
 TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser further down

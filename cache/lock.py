@@ -5,12 +5,13 @@ lock when its process ends, however it ends.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -42,7 +43,8 @@ def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
             if part is not None:
                 held.enter_context(_part_lock(path, part))
                 folder /= _part_name(part)
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
             folder.mkdir()
         held.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
@@ -65,10 +67,28 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
         raise LogitcaskError(
-            f"{path}: cannot write the cache: {error.strerror or error}; committed shards are kept: "
+            f"{path}: cannot write the cache: {error.strerror or error}{where}; committed shards are kept: "
             "mend that and run the same command again to finish"
         ) from error
+
+
+def watch_folder(path: str | Path) -> Callable[[], None]:
+    """A check, to be called later, that a cache's folder (its parent where there is none yet) is still the one it is.
+
+    The check raises FileNotFoundError where it was moved, removed or unmounted: Zarr would begin another in its place.
+    """
+    if is_url(path):
+        return lambda: None
+    folder = Path(path) if Path(path).exists() else Path(path).parent
+    then = os.stat(folder)
+
+    def check() -> None:
+        if not (folder.exists() and os.path.samestat(os.stat(folder), then)):
+            raise FileNotFoundError(errno.ENOENT, "its folder was moved, removed or unmounted during the run")
+
+    return check
 
 
 def _staging(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cache.errors import CacheFormatError, shown
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries a shard: what a reader is ready to hold in memory, a few GB decoded
 

@@ -1,18 +1,15 @@
 """Writing the shards of a cache: whole, committed last. What is not committed does not exist."""
 
-import errno
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
 
 from cache.integrity import commit_key, committed_shards, digests, shard_keys
 from cache.layout import array_specs, encode_targets, strides
-from cache.lock import explain_write_errors
+from cache.lock import explain_write_errors, watch_folder
 from cache.manifest import Manifest
 from cache.shard import Shard
 from cache.store import flush_objects, open_store
@@ -31,7 +28,7 @@ class CacheWriter:
             self._store = open_store(path, read_only=False)
             root = zarr.open_group(self._store, mode="r+", zarr_format=3)
             self._arrays = {name: require_array(root, name) for name in ("commits", *(s.name for s in self._specs))}
-            self._folder = os.stat(path) if isinstance(self._store, LocalStore) else None
+            self._require_folder = watch_folder(path)
 
     def missing_shards(self) -> list[int]:
         """This writer's shards that are not committed yet, in order."""
@@ -63,11 +60,7 @@ class CacheWriter:
             self._require_folder()
             self._arrays["commits"][index] = digests(self._store, keys).reshape(-1)
             flush_objects(self._store, [commit_key(index)])
-
-    def _require_folder(self) -> None:
-        """Raise FileNotFoundError where the folder was moved: Zarr would begin another one in its place."""
-        if self._folder and not (os.path.exists(self.path) and os.path.samestat(os.stat(self.path), self._folder)):
-            raise FileNotFoundError(errno.ENOENT, "its folder was moved or removed during the run")
+            self._require_folder()
 
 
 def require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:

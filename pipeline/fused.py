@@ -35,6 +35,9 @@ class TeacherRows:
         return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
+# Whether a backward pass may come again; where torch does not tell, gradients are copied.
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
 Target = SparseLabels | TeacherRows | None
 
 
@@ -80,13 +83,15 @@ class _FusedLoss(torch.autograd.Function):
         scaled = hidden * work.scale if work.scale != 1.0 else hidden
         b = bias * work.scale if bias is not None and work.scale != 1.0 else bias
         logits = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
+        at_once = max(1, CACHED_LOGITS // len(weight)) if weight.device.type == "cpu" else len(logits)
+        scratch = torch.empty(at_once, len(weight), dtype=wide, device=weight.device)
         sums = torch.zeros(5, dtype=wide, device=hidden.device)
         for first in range(0, len(hidden), rows):
             part = slice(first, min(first + rows, len(hidden)))
             h, out = scaled[part], logits[: part.stop - first]
             torch.mm(h, weight.t(), out=out) if b is None else torch.addmm(b, h, weight.t(), out=out)
             dz = _wide(out)
-            sums += _differentiate(dz, part, work)
+            sums += _differentiate(dz, part, work, scratch)
             _accumulate(grads, dz.to(weight.dtype), part, h, weight, work.scale)
         ctx.grads = grads
         return sums[0], sums[1:]
@@ -94,15 +99,22 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = [None if g is None else (g * grad).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
-        return (*found, None)
+        grads = ctx.grads
+        if keeps_graph():
+            grads = [None if g is None else g * grad for g in grads]
+        else:  # nobody needs them again: scale in place, and let go, so that autograd takes them over as they are
+            ctx.grads = None
+            grads = [None if g is None else g.mul_(grad) for g in grads]
+        return (*(None if g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)), None)
 
 
 def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, weight: Tensor, scale: float) -> None:
     """Add a slice's share to the gradients of hidden states, weight and bias, for z = scale * (hidden W' + b)."""
     for_hidden, for_weight, for_bias = grads
     if for_hidden is not None:
-        for_hidden[part] = torch.mm(dz, weight).mul_(scale) if scale != 1.0 else torch.mm(dz, weight)
+        for_hidden[part] = torch.mm(dz, weight)
+        if scale != 1.0:
+            for_hidden[part] *= scale
     if for_weight is not None:
         if for_weight.dtype == dz.dtype:
             for_weight.addmm_(dz.t(), h)
@@ -112,24 +124,24 @@ def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, 
         for_bias.add_(dz.sum(0, dtype=for_bias.dtype), alpha=scale)
 
 
-def _differentiate(logits_nV: Tensor, part: slice, work: _Work) -> Tensor:
+def _differentiate(logits_nV: Tensor, part: slice, work: _Work, scratch: Tensor) -> Tensor:
     """Overwrite logits with d total / d logits, a piece at a time; returns sums of total and the four of LossSums."""
-    rows, found = max(1, CACHED_LOGITS // logits_nV.shape[1]), []
+    rows, found = len(scratch), []
     for first in range(0, len(logits_nV), rows):
         z = logits_nV[first : first + rows]
         whole = slice(part.start + first, part.start + first + len(z))
         gold = work.gold_N[whole]
         if work.softcap is None:
-            found.append(_piece(z, gold, work.target, whole, work.settings))
+            found.append(_piece(z, gold, work.target, whole, work.settings, scratch[: len(z)]))
             continue
         t = torch.tanh(z / work.softcap)
         torch.mul(t, work.softcap, out=z)
-        found.append(_piece(z, gold, work.target, whole, work.settings))
+        found.append(_piece(z, gold, work.target, whole, work.settings, scratch[: len(z)]))
         z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
     return torch.stack(found).sum(0)
 
 
-def _exponentials(z: Tensor, m: Tensor, t: float) -> tuple[Tensor | None, Tensor]:
+def _exponentials(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tensor | None, Tensor]:
     """exp(z - m) and exp((z - m) / T); at T=2 the first is the second's square and is left out. Overwrites z."""
     z.sub_(m)
     if t == 1.0:
@@ -137,7 +149,7 @@ def _exponentials(z: Tensor, m: Tensor, t: float) -> tuple[Tensor | None, Tensor
         return z, z
     if t == 2.0:
         return None, z.mul_(0.5).exp_()
-    e = (z / t).exp_()
+    e = torch.mul(z, 1.0 / t, out=scratch).exp_()
     return z.exp_(), e
 
 
@@ -169,7 +181,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossSettings) -> Tensor:
+def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossSettings, scratch: Tensor) -> Tensor:
     """Losses of n rows; logits (n, V) become their gradient.
 
     The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
@@ -189,7 +201,7 @@ def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossS
 
     z.scatter_(1, ids[:, :k], -torch.inf)
     m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    e1, e = _exponentials(z, m, t)
+    e1, e = _exponentials(z, m, t, scratch)
     rest = e.sum(1, keepdim=True)
     log_rest = m / t + rest.log()
     lse = torch.logaddexp(log_rest, (z_ids[:, :k] / t).logsumexp(1, keepdim=True))
@@ -215,9 +227,9 @@ def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossS
     if t == 1.0:
         z.mul_(of_hard + of_soft)
     elif e1 is None:
-        z.mul_(torch.addcmul(of_soft, e, of_hard))
+        z.mul_(torch.mul(e, of_hard, out=scratch).add_(of_soft))
     else:
-        torch.addcmul(e1.mul_(of_hard), e, of_soft, out=z)
+        e1.mul_(of_hard).add_(e.mul_(of_soft))
     if k:
         heads = alpha * (z_ids[:, :k] - lse_1).exp() - soft_factor * g_sum * (z_ids[:, :k] / t - lse).exp()
         z.scatter_(1, ids[:, :k], heads)

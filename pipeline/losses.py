@@ -6,6 +6,7 @@ every loss is per position, shape (N,). KL is forward, KL(teacher || student), u
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +39,11 @@ class SparseLabels:
         )
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over target positions, so that means over any grouping of them are means over positions."""
+class LossSums(NamedTuple):
+    """Sums over target positions, so that means over any grouping of them are means over positions.
+
+    A tuple, for DDP and FSDP look for tensors in what a forward returns.
+    """
 
     total: Tensor  # differentiable
     hard: Tensor

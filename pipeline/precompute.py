@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from cache.create import check_output, create_cache
 from cache.errors import LogitcaskError
-from cache.lock import sole_writer
+from cache.lock import explain_write_errors, sole_writer, watch_folder
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from pipeline.crew import Alone
 from pipeline.distributed import RayCrew
@@ -44,6 +44,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         asked = settings.head_size + settings.tail_draws
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
     with sole_writer(settings.output, settings.part) as staging:
+        require_folder = watch_folder(settings.output)
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(
             encode_source(encoder, settings.train_data),
@@ -84,9 +85,11 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                 manifest = Manifest.model_validate({**parts, "teacher": crew.teacher.identity})
             mine = shards_of(settings.part or (1, 1), manifest.shards.count)
             shards = None if alone else mine
-            writer = create_cache(
-                settings.output, manifest, shard_examples, files, overwrite=settings.overwrite, shards=shards
-            )
+            with explain_write_errors(settings.output):
+                require_folder()  # loading a teacher takes long
+                writer = create_cache(
+                    settings.output, manifest, shard_examples, files, overwrite=settings.overwrite, shards=shards
+                )
             missing = writer.missing_shards()
             if missing and crew.teacher.identity.engine == "vllm" and not settings.skip_engine_check:
                 crew.check_engine(work.batches(missing[0])[-1], label)

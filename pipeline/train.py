@@ -69,11 +69,12 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     arguments = training_arguments(settings)
     model = make_student(settings, source.vocab_size, source.longest, source.tokenizer)
     size = count_parameters(model)
-    _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings")
+    ranks = arguments.process_index, arguments.world_size
+    where = f", on {ranks[1]} ranks" if ranks[1] > 1 else ""
+    _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
     make_loss_forward(model, loss, source.head_size)
     kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
-    ranks = arguments.process_index, arguments.world_size
     sampler = BatchSampler(source.shard_starts, kept, settings.batch_size, settings.seed, *ranks)
     pad = source.tokenizer.pad_token_id
     trainer = DistillationTrainer(
@@ -86,6 +87,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         tokenizer=source.tokenizer,
         callbacks=[KeepSettings(record)],
     )
+    require_fsdp(trainer)
     before = trainer.evaluate() if len(kept) and checkpoint is None else None
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate() if len(kept) else {}
@@ -98,6 +100,16 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         _print_evaluation(before, after, settings.temperature)
         _say(f"student -> {final}")
     return after
+
+
+def require_fsdp(trainer: DistillationTrainer) -> None:
+    """Raise LogitcaskError where FSDP was asked for and accelerate would leave it out, or use its first version."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.accelerator.is_fsdp2:
+        version, device = os.environ.get("FSDP_VERSION", "1"), trainer.accelerator.device.type
+        raise LogitcaskError(
+            f"accelerate's FSDP must be of fsdp_version 2, over several accelerators; it is {version}, over "
+            f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or start it by torchrun"
+        )
 
 
 def cache_source(settings: TrainSettings) -> Source:

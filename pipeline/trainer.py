@@ -1,6 +1,7 @@
 """transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -23,20 +24,25 @@ SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 def make_loss_forward(model: PreTrainedModel, settings: LossSettings, head_size: int) -> None:
     """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
 
-    Called without ``target_index`` it is the forward it was.
+    Called without ``target_index`` it is the forward it was. The head, too, makes its part of the loss in a call of
+    its own: only within it has FSDP gathered its weight.
     """
-    plain = model.forward
-    shape = read_head(model)
+    plain, head = model.forward, model.get_output_embeddings()
+    shape, plain_head = read_head(model), head.forward
+
+    def forward_head(hidden: Tensor, batch: Batch | None = None) -> Any:
+        if batch is None:
+            return plain_head(hidden)
+        current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
+        return fused_loss(hidden, current, batch["gold"], labels_of(batch, head_size), settings)
 
     def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
             return plain(*args, **inputs)
-        head = model.get_output_embeddings()
-        current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
         hidden = last_hidden_states(model, inputs["input_ids"]).flatten(0, 1)[target_index]
-        return fused_loss(hidden, current, inputs["gold"], labels_of(inputs, head_size), settings)
+        return head(hidden, inputs)
 
-    model.forward = forward
+    model.forward, head.forward = forward, forward_head
 
 
 def labels_of(batch: Batch, head_size: int) -> SparseLabels | None:
@@ -72,6 +78,12 @@ class DistillationTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate would round labels and losses to the half precision of the weights
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
+            )
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
@@ -127,11 +139,13 @@ class DistillationTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Means over all target positions of the held-out examples, the same quantities as in training."""
         size = self.args.per_device_eval_batch_size
+        ranks = self.args.world_size
         batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
+        batches += [[]] * (-len(batches) % ranks)  # under FSDP each forward is a call of all ranks
         self.model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in batches[self.args.process_index :: self.args.world_size]:
+            for batch in batches[self.args.process_index :: ranks]:
                 inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
                 found: LossSums = self.model(**inputs)
                 sums += torch.stack(
@@ -141,6 +155,15 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A whole ordinary model at the end of a run; checkpoints are as FSDP's settings have them."""
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = self.accelerator.get_state_dict(self.model)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # gathered, they no longer share memory
+        self._save(output_dir, state_dict={name: tensor for name, tensor in whole.items() if name not in tied})
 
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
         totals = self.accelerator.reduce(sums, "sum").tolist()

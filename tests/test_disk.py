@@ -3,7 +3,9 @@
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache.errors import LogitcaskError
-from cache.lock import sole_writer
+from cache.lock import sole_writer, watch_folder
 from cache.shard import Shard
 from cache.writer import CacheWriter
 from pipeline.precompute import explain_limits, precompute
@@ -70,6 +72,39 @@ def test_a_folder_of_somebody_else_is_one_line_and_the_same_command_finishes() -
         assert folder_bytes(Path(settings.output)) == whole
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody who may not write")
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [
+        ([], ".cache.lock"),
+        ([".cache.lock"], ".cache.staging"),
+        ([".cache.lock", ".cache.staging/ids"], "ids"),
+    ],
+    ids=["the lock", "the staging folder", "what a killed run of somebody else staged"],
+)
+@pytest.mark.parametrize("part", [None, "1/2"])
+def test_what_cannot_be_made_beside_the_cache_is_named(there: list[str], refused: str, part: str | None) -> None:
+    """A lock that anybody may open, and nothing else."""
+    if part and len(there) == 2:
+        there, refused = [".cache.lock", ".cache.staging/other"], "setup.lock"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_jsonl(folder / "train.jsonl", RECORDS)
+        make_teacher(folder / "teacher")
+        for name in there:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+            (folder / name).chmod(0o666)
+        settings = precompute_settings(folder, output=folder / "cache", shards=part)
+        with nobody(folder), pytest.raises(LogitcaskError) as refusal:
+            precompute(settings)
+        first, _, rest = str(refusal.value).partition(" (")
+        assert first == f"{folder}/cache: cannot write the cache: Permission denied"
+        assert Path(rest.partition(")")[0]).name == refused
+        assert not (folder / "cache").exists()
+        precompute(settings)
+
+
 @contextlib.contextmanager
 def nobody(folder: Path) -> Iterator[None]:
     """Be a user who may read there and not write."""
@@ -103,6 +138,69 @@ def test_a_target_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=32)
     precompute(want)
     assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Path]:
+    """A folder where a tmpfs shows that stays after the folder is unmounted, as a disk stays that was pulled out."""
+    disk, place = tmp_path / "disk", tmp_path / "mount"
+    disk.mkdir()
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    subprocess.run(["mount", "--bind", disk, place], check=True)
+    yield place
+    for mounted in (place, disk):
+        if mounted.is_mount():
+            subprocess.run(["umount", "-l", mounted], check=True)
+
+
+@pytest.mark.parametrize("loading", [True, False], ids=["while the teacher is loaded", "between shards"])
+@pytest.mark.parametrize("below", [True, False], ids=["cache below the mountpoint", "cache at the mountpoint"])
+def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path, loading: bool, below: bool) -> None:
+    """Nothing begins anew in the bare folder, nothing is lost."""
+    write_jsonl(tmp_path / "train.jsonl", RECORDS * 6)
+    make_teacher(tmp_path / "teacher")
+    cache = mount / "cache" if below else mount
+    settings = precompute_settings(tmp_path, output=cache, shard_positions=64)
+    given = settings.model_dump(mode="json", exclude_defaults=True)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    command = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
+        while not (".staging/mask" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
+            assert run.poll() is None, "it ended before the disk was unmounted"
+            time.sleep(0.002)
+        subprocess.run(["umount", "-l", mount], check=True)
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 2, errors
+    assert errors.count("\n") == 1
+    assert "; committed shards are kept: mend that and run the same command again to finish" in errors
+    assert not (mount / "zarr.json").exists()
+    assert not (mount / "cache/zarr.json").exists()
+    assert not list(mount.rglob("commits/**/0")), "a shard was committed in the bare folder"
+    subprocess.run(["mount", "--bind", tmp_path / "disk", mount], check=True)
+    report = precompute(settings)
+    assert report.shards_found >= (0 if loading else 4)
+    assert report.shards_written > 0, "it was unmounted too late"
+    want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=64)
+    precompute(want)
+    assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
+
+
+def test_a_folder_is_watched_from_before_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "parent").mkdir()
+    check = watch_folder(tmp_path / "parent/cache")
+    check()
+    (tmp_path / "parent/cache").mkdir()
+    check()
+    (tmp_path / "parent").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="unmounted"):
+        check()
+    (tmp_path / "parent/cache").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="unmounted"):
+        check()
 
 
 def test_shards_no_reader_would_take_are_refused() -> None:

@@ -2,12 +2,16 @@
 
 import contextlib
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +60,100 @@ def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: s
     report = precompute(settings(folder, tmp_path / "cache", cluster))
     assert report.shards_written == report.manifest.shards.count > 4
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A network of its own, as another machine has; the disk is shared."""
+
+    name: str
+    address: str
+    token: Path  # the cluster's own: whatever token this machine's user has is left alone
+
+    def popen(self, command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=environment, **options)
+
+    def network(self) -> int:
+        return os.stat(f"/run/netns/{self.name}").st_ino
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
+    """Two networks joined by a wire, with nothing else in them."""
+    if os.getuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("networks need root and iproute2")
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    found = [Machine(f"logitcask-{os.getpid()}-{n}", f"10.213.77.{n}", token) for n in (1, 2)]
+    ends = [f"lc{os.getpid()}n{n}" for n in (1, 2)]
+    try:
+        for machine in found:
+            ip("netns", "add", machine.name)
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for machine, end, other in zip(found, ends, reversed(found), strict=True):
+            ip("link", "set", end, "netns", machine.name)
+            ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", end)
+            for name in (end, "lo"):
+                ip("-n", machine.name, "link", "set", name, "up")
+            ip("-n", machine.name, "route", "add", "default", "via", other.address)
+    except subprocess.CalledProcessError as error:
+        for machine in found:
+            subprocess.run(["ip", "netns", "delete", machine.name], check=False, capture_output=True)
+        pytest.skip(f"this machine makes no networks: {error.stderr.strip()}")
+    yield found
+    for machine in found:
+        ip("netns", "delete", machine.name)
+
+
+@contextlib.contextmanager
+def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
+    """A Ray node on each machine, started as README says."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    address = f"{machines[0].address}:6379"
+    roles = (["--head", "--port=6379", "--include-dashboard=false"], [f"--address={address}"])
+    with log.open("wb") as out, contextlib.ExitStack() as running:
+        for machine, role in zip(machines, roles, strict=True):
+            command = [*ray, *role, f"--node-ip-address={machine.address}"]
+            node = running.enter_context(machine.popen(command, stdout=out, stderr=out))
+            running.callback(node.terminate)
+            for _ in range(600):
+                if log.read_bytes().count(b"Ray runtime started") > machines.index(machine):
+                    break
+                assert node.poll() is None, log.read_text()
+                time.sleep(0.1)
+        yield address
+
+
+def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
+    """A worker in each network, none in this one."""
+    networks: set[int] = set()
+    with (
+        cluster_of(machines, tmp_path / "ray.log") as address,
+        machines[0].popen(command(folder, tmp_path / "cache", address), stderr=subprocess.PIPE) as run,
+    ):
+        while run.poll() is None:
+            networks |= {network for pid in labellers() if (network := network_of(pid))}
+            time.sleep(0.02)
+        assert run.stderr
+        assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
+    assert networks >= {machine.network() for machine in machines}
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+def network_of(process: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{process}/ns/net").st_ino
+    return None
 
 
 def test_a_killed_worker_is_started_again(folder: Path, cluster: str, tmp_path: Path) -> None:
@@ -111,8 +209,12 @@ def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
 
 
 def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command(folder, output, cluster))
+
+
+def command(folder: Path, output: Path, cluster: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given(folder, output, cluster).items()]
-    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", "precompute-logits", *options])
+    return [sys.executable, "-m", "pipeline.cli", "precompute-logits", *options]
 
 
 def given(folder: Path, output: Path, cluster: str) -> dict[str, object]:

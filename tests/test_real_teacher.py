@@ -125,7 +125,7 @@ def test_sampled_labels_estimate_the_full_distribution(targets: SparseTargets, l
     soft, p = soft_labels(targets, TEMPERATURES, t, "sampled"), np.exp(dense_log_probs(logits, t))
     for f in (np.ones(p.shape[1]), np.sin(np.arange(p.shape[1]) / 999.0)):
         error = (soft.weights * f[soft.ids]).sum(1) - p @ f
-        assert abs(error.mean()) < 5 * error.std() / math.sqrt(len(error)) + 0.02  # the codes of the tail are 1/16 nat
+        assert abs(error.mean()) < 5 * error.std() / math.sqrt(len(error)) + 0.02  # rounding of the codes
 
 
 def test_the_head_that_runs_on_chosen_rows_is_the_models(teacher: TransformersTeacher, encoded: list[Encoded]) -> None:

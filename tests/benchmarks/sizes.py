@@ -1,7 +1,7 @@
 """What a label costs on disk: bytes a target position by preset, corpus and array, and what other codecs would give.
 
 Real SmolLM2 labels of Python functions and of English prose (the language reference that Python ships). Run as
-``python -m tests.benchmarks.sizes [POSITIONS]``; 20,000 positions of each, the default, take about five minutes on two
+``python -m tests.benchmarks.sizes [POSITIONS]``; 30,000 positions of each, the default, take about eight minutes on two
 cores.
 """
 
@@ -193,7 +193,7 @@ def size_table(sizes: dict[tuple[str, str], dict[str, float]]) -> Table:
 
 def main() -> None:
     """Print the tables."""
-    positions = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
+    positions = int(sys.argv[1]) if len(sys.argv) > 1 else 30_000
     tokenizer = load_tokenizer(teacher_path())
     encoder, vocabulary = Encoder(tokenizer, prompt_loss=False), tokenizer_size(tokenizer)
     sizes: dict[tuple[str, str], dict[str, float]] = {}

@@ -1,0 +1,203 @@
+"""What distillation costs the student beside plain training: one loss alone, and one whole step.
+
+Each row is a ratio of medians in one run, the ways taking turns; peak memory is of a process of its own, less what it
+held before the first step. Run as ``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the
+losses take about ten minutes, the steps about half an hour.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from pipeline.fused import SLICE_LOGITS, TeacherRows, fused_loss
+from pipeline.lm_head import LMHead, last_hidden_states, read_head
+from pipeline.losses import LossSettings, SparseLabels
+from pipeline.models import load_causal_lm
+from pipeline.student import student_from_config
+from pipeline.trainer import make_loss_forward
+from tests.benchmarks.capture import teacher_path
+
+STUDENT = Path("configs/students/100m.json")
+VOCAB, WIDTH, BATCH, LENGTH = 49_152, 576, 8, 512
+HEAD, DRAWS, TOP = 8, 24, 64
+HYBRID = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
+LOGIT_1 = LossSettings(alpha=0.0, temperature=1.0, tail="sampled", divergence="forward-kl")
+PLAIN = "plain cross-entropy"
+Way = Callable[[], None]
+
+
+def labels(n: int, vocab: int, entries: int = HEAD + DRAWS) -> SparseLabels:
+    """Labels of the standard preset's shape: what they say costs nothing, how many they are does."""
+    ids = torch.stack([torch.randperm(vocab)[:entries] for _ in range(16)]).repeat(-(-n // 16), 1)[:n]
+    weights = torch.rand(n, entries)
+    return SparseLabels(ids, weights / weights.sum(1, keepdim=True), torch.zeros(n, entries) - 3, -torch.ones(n), HEAD)
+
+
+def peers(logits: Tensor, gold: Tensor, top: SparseLabels, how: LossSettings) -> Tensor:
+    """The usual sparse loss: full logits, their log-softmax, gather; the top made to sum to 1."""
+    hard = functional.cross_entropy(logits, gold, reduction="sum")
+    log_q = functional.log_softmax(logits / how.temperature, dim=1).gather(1, top.ids_NS)
+    soft = -(top.weights_NS * log_q).sum() * how.temperature**2
+    return how.alpha * hard + (1 - how.alpha) * soft
+
+
+def loss_ways(vocab: int, n: int) -> dict[str, Way]:
+    """Forward and backward of a loss from hidden states (n, WIDTH) and a head's weight (vocab, WIDTH)."""
+    torch.manual_seed(0)
+    hidden = torch.randn(n, WIDTH, requires_grad=True)
+    weight = (torch.randn(vocab, WIDTH) / WIDTH**0.5).requires_grad_()
+    gold, sparse, top = torch.randint(vocab, (n,)), labels(n, vocab), labels(n, vocab, TOP)
+    rows = max(16, SLICE_LOGITS // vocab // 16 * 16)
+
+    def products() -> None:
+        h, w = hidden.detach(), weight.detach()
+        grad = torch.zeros_like(w)
+        for first in range(0, n, rows):
+            z = torch.mm(h[first : first + rows], w.t())
+            torch.mm(z, w)
+            grad.addmm_(z.t(), h[first : first + rows])
+
+    def backward(loss: Tensor) -> None:
+        hidden.grad = weight.grad = None
+        torch.autograd.backward(loss / n)
+
+    head = LMHead(weight, None, 1.0, None)
+    return {
+        "the three matrix products": products,
+        PLAIN: lambda: backward(functional.cross_entropy(hidden @ weight.t(), gold, reduction="sum")),
+        "ours, hybrid at T=2": lambda: backward(fused_loss(hidden, head, gold, sparse, HYBRID).total),
+        "ours, logit at T=1": lambda: backward(fused_loss(hidden, head, gold, sparse, LOGIT_1).total),
+        "full logits, top-64, T=2": lambda: backward(peers(hidden @ weight.t(), gold, top, HYBRID)),
+    }
+
+
+def step_ways(wanted: str | None = None) -> dict[str, Way]:
+    """A whole step of the 100m student in float32 with AdamW: every position but each row's last is a target."""
+    torch.manual_seed(0)
+    ids = torch.randint(VOCAB, (BATCH, LENGTH))
+    at = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)[:, :-1].reshape(-1)
+    gold, n = ids.view(-1)[at + 1], len(at)
+    found: dict[str, Way] = {}
+
+    def add(name: str, make: Callable[[PreTrainedModel], Callable[[], Tensor]]) -> None:
+        if wanted not in (None, name):
+            return
+        student = student_from_config(STUDENT, VOCAB).train()
+        loss, optimizer = make(student), torch.optim.AdamW(student.parameters(), lr=1e-5)
+
+        def step() -> None:
+            torch.autograd.backward(loss())
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found[name] = step
+
+    def plain(student: PreTrainedModel) -> Callable[[], Tensor]:
+        return lambda: student(input_ids=ids, labels=ids).loss
+
+    def ours(how: LossSettings) -> Callable[[PreTrainedModel], Callable[[], Tensor]]:
+        sparse = labels(n, VOCAB)
+        batch = {"input_ids": ids, "target_index": at, "gold": gold, "label_ids": sparse.ids_NS}
+        batch |= {"label_weights": sparse.weights_NS, "label_log_probs": sparse.log_probs_NS}
+        batch["label_log_rest"] = sparse.log_rest_N
+
+        def make(student: PreTrainedModel) -> Callable[[], Tensor]:
+            make_loss_forward(student, how, HEAD)
+            return lambda: student(**batch).total / n
+
+        return make
+
+    def usual(student: PreTrainedModel) -> Callable[[], Tensor]:
+        top = labels(n, VOCAB, TOP)
+        return lambda: peers(student(input_ids=ids).logits.flatten(0, 1)[at], gold, top, HYBRID) / n
+
+    def online(student: PreTrainedModel) -> Callable[[], Tensor]:
+        teacher = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
+        head, own = read_head(teacher), read_head(student)
+
+        def loss() -> Tensor:
+            with torch.no_grad():
+                rows = last_hidden_states(teacher, ids).flatten(0, 1)[at]
+            target = TeacherRows(rows, head, VOCAB)
+            return fused_loss(last_hidden_states(student, ids).flatten(0, 1)[at], own, gold, target, HYBRID).total / n
+
+        return loss
+
+    add(PLAIN, plain)
+    add("ours, hybrid at T=2", ours(HYBRID))
+    add("ours, logit at T=1", ours(LOGIT_1))
+    add("full logits, top-64, T=2", usual)
+    add("online, teacher 135M in memory, fused", online)
+    return found
+
+
+def peak(kind: str, name: str, vocab: int, n: int) -> float:
+    """Peak memory in MB that a way adds, in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.student_step", "peak", kind, name, str(vocab), str(n)]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"])
+
+
+def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
+    """Print what ``peak`` reads. A step counts from the beginning, so that parameters and optimizer are in it."""
+    if kind == "step":
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        way = step_ways(name)[name]
+    else:
+        way = loss_ways(vocab, n)[name]
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        way()
+    print(json.dumps({"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024}))
+
+
+def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions: int, repeats: int) -> Table:
+    """Medians over ``repeats`` rounds, the ways taking turns, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    first, base = next(iter(ways)), median(times[PLAIN])
+    table = Table(title, "seconds", "of plain", f"of {first}", "tokens/s", "peak MB", "of plain")
+    for name, found in times.items():
+        own = median(found)
+        ratios = f"{own / base:.2f}", f"{own / median(times[first]):.2f}", f"{positions / own:,.0f}"
+        table.add_row(name, f"{own:.2f}", *ratios, f"{peaks[name]:,.0f}", f"{peaks[name] / peaks[PLAIN]:.2f}")
+    return table
+
+
+def main() -> None:
+    """Print the tables asked for, or both."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["peak"]:
+        measure_peak(arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))
+        return
+    console, repeats = Console(width=140), int(next((a for a in arguments if a.isdigit()), "5"))
+    if "step" not in arguments:
+        for vocab, n in ((32_000, 1024), (VOCAB, 1024), (VOCAB, 4096), (128_256, 512), (262_144, 512)):
+            ways = loss_ways(vocab, n)
+            peaks = {name: peak("loss", name, vocab, n) for name in ways}
+            console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
+    if "loss" not in arguments:
+        ways = step_ways()
+        peaks = {name: peak("step", name, 0, 0) for name in ways}
+        title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
+        console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
+
+
+if __name__ == "__main__":
+    main()
