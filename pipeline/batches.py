@@ -1,6 +1,6 @@
 """Cache to training batches: which examples make a batch, and what a batch holds.
 
-Legend: B examples a batch, L their padded length, N target positions of the batch, S label entries.
+Legend: B examples a batch, R rows they lie in, L the rows' length, N target positions of the batch, S label entries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from pipeline.examples import Encoded
 from pipeline.token_table import TokenTable
 
 Batch = dict[str, Tensor]
+GROUP = 64  # steps
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,24 @@ class BatchSampler(Sampler[list[int]]):
     With several ranks each step takes ``ranks`` batches that follow one another, and this rank the one of its number;
     in the last step some may be short or empty. So every example comes once an epoch, and a step is that of one rank
     with a batch as large as all of theirs.
+
+    With ``lengths`` (tokens of each example) steps are of examples of about one length: those of ``GROUP`` steps that
+    follow one another are sorted by length, and the steps then shuffled.
     """
 
     def __init__(
-        self, shard_starts: IntArray, left_out: IntArray, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
+        self,
+        shard_starts: IntArray,
+        left_out: IntArray,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        lengths: IntArray | None = None,
     ) -> None:
         kept = np.ones(int(shard_starts[-1]), dtype=bool)
         kept[left_out] = False
-        self._starts, self._kept = shard_starts, kept
+        self._starts, self._kept, self._lengths = shard_starts, kept, lengths
         self._seed, self._epoch = seed, 0
         self.batch_size, self.drop_last = batch_size, False
         self._first, self._stride = rank * batch_size, ranks * batch_size
@@ -122,7 +133,30 @@ class BatchSampler(Sampler[list[int]]):
             if self._epoch:
                 random.shuffle(part)
             parts.append(part)
-        return np.concatenate(parts)
+        order = np.concatenate(parts)
+        return order if self._lengths is None else self._grouped(order, self._lengths, random)
+
+    def _grouped(self, order: IntArray, lengths: IntArray, random: np.random.Generator) -> IntArray:
+        """The short step at the end, if there is one, stays there."""
+        whole = len(order) // self._stride
+        for first in range(0, whole, GROUP):
+            part = order[first * self._stride : min(first + GROUP, whole) * self._stride]
+            steps = part[np.argsort(lengths[part], kind="stable")].reshape(-1, self._stride)
+            part[:] = random.permutation(steps).reshape(-1)
+        return order
+
+
+def place(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+    """Row and start of each example in rows of ``room`` tokens: longest first, each in the first row it fits."""
+    used: list[int] = []
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((i for i, full in enumerate(used) if full + lengths[number] <= room), len(used))
+        if row == len(used):
+            used.append(0)
+        rows[number], starts[number] = row, used[row]
+        used[row] += lengths[number]
+    return rows, starts
 
 
 @dataclass(frozen=True)
@@ -133,25 +167,32 @@ class Collator:
     temperatures: tuple[float, ...]
     temperature: float
     tail: str
+    packed: bool = False  # several examples in a row, told apart by position_ids
 
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
-        """input_ids (B, L), padded at the right; target_index (N,) into the flattened batch; gold (N,); label tensors.
+        """input_ids (R, L), padded at the right; target_index (N,) into the flattened batch; gold (N,); label tensors;
+        where examples share rows, position_ids (R, L), which begin at 0 with each of them.
 
         There is no padding mask: attention is causal, so no real token sees the padding after it.
         """
-        longest = max((len(example.encoded.input_ids) for example in examples), default=1)
-        ids = np.full((max(1, len(examples)), longest), self.pad_id, dtype=np.int64)  # no examples: one of no targets
-        mask = np.zeros(ids.shape, dtype=bool)
-        for row, example in enumerate(examples):
-            length = len(example.encoded.input_ids)
-            ids[row, :length] = example.encoded.input_ids
-            mask[row, :length] = example.encoded.target_mask
-        index = np.flatnonzero(mask)
+        lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row of no targets
+        rows, starts = place(lengths, max(lengths)) if self.packed else (list(range(len(lengths))), [0] * len(lengths))
+        ids = np.full((max(rows) + 1, max(lengths)), self.pad_id, dtype=np.int64)
+        positions = np.zeros_like(ids)
+        index = [np.zeros(0, dtype=np.int64)]
+        for example, row, start, length in zip(examples, rows, starts, lengths, strict=False):
+            ids[row, start : start + length] = example.encoded.input_ids
+            positions[row, start : start + length] = np.arange(length)
+            index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
+        at = np.concatenate(index)
         batch = {
             "input_ids": torch.from_numpy(ids),
-            "target_index": torch.from_numpy(index),
-            "gold": torch.from_numpy(ids.reshape(-1)[index + 1]),
+            "target_index": torch.from_numpy(at),
+            "gold": torch.from_numpy(ids.reshape(-1)[at + 1]),
+            "slots": torch.tensor([sum(lengths) if examples else 0, ids.size]),  # tokens, and room for them
         }
+        if len(ids) < len(examples):
+            batch["position_ids"] = torch.from_numpy(positions)
         parts = [example.targets for example in examples if example.targets is not None]
         if parts:
             soft = soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)

@@ -26,10 +26,33 @@ class LMHead:
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
 
-def last_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """What the head of a causal LM sees, shape (batch, length, width)."""
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """What the head of a causal LM sees, shape (batch, length, width).
+
+    ``position_ids``, as ``input_ids``, begin at 0 with each of several examples in a row; see ``keeps_apart``.
+    """
+    where = {} if position_ids is None else {"position_ids": position_ids}
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
     return hidden
+
+
+@torch.no_grad()
+def keeps_apart(model: PreTrainedModel) -> bool:
+    """Whether examples that share a row, told apart by position_ids, see what each sees alone. Tried, not looked up:
+    it depends on the architecture, on its attention kernel and on the version of transformers."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    vocabulary = model.get_input_embeddings().num_embeddings
+    alone = [torch.arange(length, device=device)[None] * 7 % vocabulary for length in (5, 9)]
+    positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in alone])[None]
+    try:
+        expected = torch.cat([last_hidden_states(model, ids)[0] for ids in alone])
+        found = last_hidden_states(model, torch.cat(alone, dim=1), positions)[0]
+    except (TypeError, ValueError):  # takes no position_ids
+        return False
+    finally:
+        model.train(was_training)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @torch.no_grad()

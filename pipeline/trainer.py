@@ -39,7 +39,7 @@ def make_loss_forward(model: PreTrainedModel, settings: LossSettings, head_size:
     def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
             return plain(*args, **inputs)
-        hidden = last_hidden_states(model, inputs["input_ids"]).flatten(0, 1)[target_index]
+        hidden = last_hidden_states(model, inputs["input_ids"], inputs.get("position_ids")).flatten(0, 1)[target_index]
         return head(hidden, inputs)
 
     model.forward, head.forward = forward, forward_head
