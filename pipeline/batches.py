@@ -92,6 +92,7 @@ class BatchSampler(Sampler[list[int]]):
         kept = np.ones(int(shard_starts[-1]), dtype=bool)
         kept[left_out] = False
         self._starts, self._kept = shard_starts, kept
+        self.left_out: list[int] = left_out.tolist()
         self._seed, self._epoch = seed, 0
         self.batch_size, self.drop_last = batch_size, False
         self._first, self._stride = rank * batch_size, ranks * batch_size
@@ -104,22 +105,29 @@ class BatchSampler(Sampler[list[int]]):
         return -(-int(self._kept.sum()) // self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self._order(self._epoch)
         for step in range(0, len(order), self._stride):
             first = step + self._first
             yield order[first : first + self.batch_size].tolist()
 
-    def _order(self) -> IntArray:
+    def step_examples(self, step: int, accumulation: int) -> list[int]:
+        """The examples of an optimizer step of all ranks; steps are counted from 0 over all epochs."""
+        epoch, place = divmod(step, -(-len(self) // accumulation))
+        size = self._stride * accumulation
+        found: list[int] = self._order(epoch)[place * size : (place + 1) * size].tolist()
+        return found
+
+    def _order(self, epoch: int) -> IntArray:
         shards = np.arange(len(self._starts) - 1)
-        random = np.random.default_rng([self._seed, 2, self._epoch])
-        if self._epoch:
+        random = np.random.default_rng([self._seed, 2, epoch])
+        if epoch:
             random.shuffle(shards)
         parts = []
         for shard in shards:
             part = np.arange(self._starts[shard], self._starts[shard + 1])[
                 self._kept[self._starts[shard] : self._starts[shard + 1]]
             ]
-            if self._epoch:
+            if epoch:
                 random.shuffle(part)
             parts.append(part)
         return np.concatenate(parts)

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
+from pipeline.guards import Watch
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import SLICE_LOGITS, LossSettings, LossSums, SparseLabels, distillation_loss
 
@@ -76,6 +77,7 @@ class DistillationTrainer(Trainer):
         held_out: Sequence[int],
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
+        watch: Watch,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -85,8 +87,9 @@ class DistillationTrainer(Trainer):
             eval_dataset=Subset(examples, held_out),
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[watch, *callbacks],
         )
+        self._watch = watch
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
@@ -130,6 +133,18 @@ class DistillationTrainer(Trainer):
         row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
         self._sums = row if self._sums is None else self._sums + row
         return sums.total * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, its loss watched."""
+        loss: Tensor = super().training_step(*arguments, **named)
+        self._watch.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, watched: nothing public of the Trainer gives the norm of each step."""
+        norm: Tensor = super()._get_grad_norm(*arguments, **named)
+        self._watch.note_norm(norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's line with the parts of the loss in place of its own mean of means."""
