@@ -166,7 +166,7 @@ def test_on_an_accelerator_steps_are_looked_at_when_the_trainer_logs_and_the_fir
 ) -> None:
     watch, _ = watched(cache, tmp_path / "run")
     rows = [(1.0, 1.0, False), (2.0, np.inf, False), (np.nan, np.nan, False), (np.nan, np.nan, False)]
-    done = []
+    done: list[int] = []
     with pytest.raises(LogitcaskError, match="step 2: not finite any more: loss 2, gradient norm inf"):
         done.extend(steps(watch, rows, [False, False, False, True], "cuda"))
     watch, _ = watched(cache, tmp_path / "run")
