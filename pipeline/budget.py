@@ -36,7 +36,8 @@ def summary(settings: TrainSettings, extent: Extent, device: str, memory: float)
     steps, epochs = extent.steps(settings)
     data, kept = extent.data, extent.held_out
     step = settings.batch_size * settings.gradient_accumulation_steps * extent.ranks
-    positions = (data.positions - kept.positions) * step / max(1, data.examples - kept.examples)
+    trained = data.examples - kept.examples
+    positions = (data.positions - kept.positions) * min(step, trained) / trained
     precision = f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else "float32"
     return [
         f"steps: {steps:,}, {epochs:,.2f} epochs",

@@ -270,6 +270,14 @@ def test_the_log_tells_what_the_run_will_do(
     assert json.loads((folder / "trainer_state.json").read_text())["max_steps"] == int(told.split()[1].rstrip(","))
 
 
+def test_a_step_has_no_more_than_the_examples_there_are(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(cache, tmp_path / "run", batch_size=500, eval_fraction=0.0, max_steps=1)
+    positions = int(CacheReader(cache).manifest.data.positions)
+    assert f"x ranks 1), about {positions:,} target positions" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_half_the_batch_and_twice_the_accumulation(cache: Path, tmp_path: Path) -> None:
     student = write_config(tmp_path / "student.json", STUDENT)
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": 9, "student_config": student}
