@@ -169,6 +169,7 @@ def test_on_an_accelerator_steps_are_looked_at_when_the_trainer_logs_and_the_fir
     done: list[int] = []
     with pytest.raises(LogitcaskError, match="step 2: not finite any more: loss 2, gradient norm inf"):
         done.extend(steps(watch, rows, [False, False, False, True], "cuda"))
+    assert done == [1, 2, 3]
     watch, _ = watched(cache, tmp_path / "run")
     done = []
     with pytest.raises(LogitcaskError, match="step 2: "):
