@@ -86,8 +86,8 @@ class BatchSampler(Sampler[list[int]]):
     in the last step some may be short or empty. So every example comes once an epoch, and a step is that of one rank
     with a batch as large as all of theirs.
 
-    With ``lengths`` (tokens of each example) steps are of examples of about one length: those of ``GROUP`` steps that
-    follow one another are sorted by length, and the steps then shuffled.
+    With ``lengths`` (tokens of each example) optimizer steps, of ``accumulation`` such steps, are of examples of about
+    one length: those of ``GROUP`` steps that follow one another are sorted by length, and the steps then shuffled.
     """
 
     def __init__(
@@ -99,12 +99,15 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         ranks: int = 1,
         lengths: IntArray | None = None,
+        accumulation: int = 1,
     ) -> None:
         kept = np.ones(int(shard_starts[-1]), dtype=bool)
         kept[left_out] = False
         self._starts, self._kept, self._lengths = shard_starts, kept, lengths
+        self.left_out: list[int] = left_out.tolist()
         self._seed, self._epoch = seed, 0
         self.batch_size, self.drop_last = batch_size, False
+        self._together = ranks * batch_size * accumulation  # examples of an optimizer step
         self._first, self._stride = rank * batch_size, ranks * batch_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -115,22 +118,29 @@ class BatchSampler(Sampler[list[int]]):
         return -(-int(self._kept.sum()) // self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
+        order = self._order(self._epoch)
         for step in range(0, len(order), self._stride):
             first = step + self._first
             yield order[first : first + self.batch_size].tolist()
 
-    def _order(self) -> IntArray:
+    def step_examples(self, step: int, accumulation: int) -> list[int]:
+        """The examples of an optimizer step of all ranks; steps are counted from 0 over all epochs."""
+        epoch, place = divmod(step, -(-len(self) // accumulation))
+        size = self._stride * accumulation
+        found: list[int] = self._order(epoch)[place * size : (place + 1) * size].tolist()
+        return found
+
+    def _order(self, epoch: int) -> IntArray:
         shards = np.arange(len(self._starts) - 1)
-        random = np.random.default_rng([self._seed, 2, self._epoch])
-        if self._epoch:
+        random = np.random.default_rng([self._seed, 2, epoch])
+        if epoch:
             random.shuffle(shards)
         parts = []
         for shard in shards:
             part = np.arange(self._starts[shard], self._starts[shard + 1])[
                 self._kept[self._starts[shard] : self._starts[shard + 1]]
             ]
-            if self._epoch:
+            if epoch:
                 random.shuffle(part)
             parts.append(part)
         order = np.concatenate(parts)
@@ -138,10 +148,11 @@ class BatchSampler(Sampler[list[int]]):
 
     def _grouped(self, order: IntArray, lengths: IntArray, random: np.random.Generator) -> IntArray:
         """The short step at the end, if there is one, stays there."""
-        whole = len(order) // self._stride
+        size = self._together
+        whole = len(order) // size
         for first in range(0, whole, GROUP):
-            part = order[first * self._stride : min(first + GROUP, whole) * self._stride]
-            steps = part[np.argsort(lengths[part], kind="stable")].reshape(-1, self._stride)
+            part = order[first * size : min(first + GROUP, whole) * size]
+            steps = part[np.argsort(lengths[part], kind="stable")].reshape(-1, size)
             part[:] = random.permutation(steps).reshape(-1)
         return order
 

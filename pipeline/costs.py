@@ -88,16 +88,17 @@ def shape_of_teacher(source: str) -> ModelShape:
         raise LogitcaskError(
             f"--teacher-model {source}: no model's config could be read: {reason}: give its size, such as 7B"
         ) from error
-    return _shape_of(model, path.name if path.exists() else source)
+    return shape_of_model(model, path.name if path.exists() else source)
 
 
 def shape_of_student(path: Path, vocabulary: int) -> ModelShape:
     """The shape of a config file. Raises LogitcaskError where no model can be made of it."""
     with torch.device("meta"):
-        return _shape_of(student_from_config(path, vocabulary), path.name)
+        return shape_of_model(student_from_config(path, vocabulary), path.name)
 
 
-def _shape_of(model: PreTrainedModel, name: str) -> ModelShape:
+def shape_of_model(model: PreTrainedModel, name: str) -> ModelShape:
+    """The shape of a model."""
     size, config = count_parameters(model), model.config.get_text_config()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     chosen, share = _experts(config)
@@ -269,5 +270,5 @@ def student_memory(student: ModelShape, tokens: int, *, checkpointing: bool, mix
         "gradients": 4.0 * student.parameters,
         "optimizer": 8.0 * student.parameters,  # AdamW's two moments
         "activations": float(tokens * (kept + 16 * h)),
-        "loss": 4.0 * 6 * min(LOSS_SLICE, tokens * student.vocabulary),
+        "loss": 4.0 * (2 * min(LOSS_SLICE, tokens * student.vocabulary) + student.vocabulary * h),
     }

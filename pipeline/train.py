@@ -1,8 +1,8 @@
 """Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory."""
 
-import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from cache.errors import CacheMismatchError, LogitcaskError
 from cache.fidelity import BATCH, figures
@@ -24,21 +23,19 @@ from cache.soft_labels import temperature_index
 from cache.statistics import fidelity_of
 from cache.targets import IntArray
 from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
+from pipeline.budget import Extent, memory_watched, needed, summary
+from pipeline.checkpoints import SETTINGS_FILE, KeepSettings, admit_output, write_json
+from pipeline.costs import Amount, shape_of_model
+from pipeline.devices import choose_device
 from pipeline.examples import Encoder, encode_source
+from pipeline.guards import Watch, require_finite
+from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
 from pipeline.settings import TrainSettings
 from pipeline.student import count_parameters, make_student
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
 from pipeline.trainer import DistillationTrainer, make_loss_forward
-
-SETTINGS_FILE = "settings.json"
-# Knobs that may differ between a run and its resumption: they do not change what is learned at a step.
-FREE = {
-    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
-    *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "cache", "device"),
-    *("local_copies", "local_copies_gb", "min_fidelity"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,8 @@ class Source:
     tail: str
     shard_starts: IntArray
     identity: str  # of the cache's manifest, or of the data where there is none: tells runs apart
+    amount: Amount
+    lengths: Callable[[], IntArray]  # tokens of each example; reads an object a shard
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -72,34 +71,64 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     ranks = arguments.process_index, arguments.world_size
     where = f", on {ranks[1]} ranks" if ranks[1] > 1 else ""
     _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
-    loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
-    make_loss_forward(model, loss, source.head_size)
+    require_finite(model, "the student")
     kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
-    sampler = BatchSampler(source.shard_starts, kept, settings.batch_size, settings.seed, *ranks)
-    pad = source.tokenizer.pad_token_id
-    trainer = DistillationTrainer(
-        model=model,
-        args=arguments,
-        examples=source.examples,
-        sampler=sampler,
-        held_out=kept.tolist(),
-        collator=Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail),
-        tokenizer=source.tokenizer,
-        callbacks=[KeepSettings(record)],
+    packed = keeps_apart(model)
+    lengths = None if packed else source.lengths()
+    sampler = BatchSampler(
+        source.shard_starts,
+        kept,
+        settings.batch_size,
+        settings.seed,
+        *ranks,
+        lengths=lengths,
+        accumulation=settings.gradient_accumulation_steps,
     )
-    require_fsdp(trainer)
-    before = trainer.evaluate() if len(kept) and checkpoint is None else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = trainer.evaluate() if len(kept) else {}
+    shape, device = shape_of_model(model, "student"), arguments.device.type
+    if arguments.process_index == 0:
+        extent = Extent(source.amount, len(kept), sampler, arguments.world_size)
+        for line in summary(settings, extent, str(arguments.device), needed(settings, shape, source.longest)):
+            _say(line)
+        _say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
+    with memory_watched(settings, shape, source.longest, device):
+        loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
+        make_loss_forward(model, loss, source.head_size)
+        pad = source.tokenizer.pad_token_id
+        collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
+        trainer = DistillationTrainer(
+            model=model,
+            args=arguments,
+            examples=source.examples,
+            sampler=sampler,
+            held_out=kept.tolist(),
+            collator=collator,
+            tokenizer=source.tokenizer,
+            watch=Watch(settings, source.examples, sampler, collator),
+            callbacks=[KeepSettings(record)],
+        )
+        require_fsdp(trainer)
+        before = trainer.evaluate() if len(kept) and checkpoint is None else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after = trainer.evaluate() if len(kept) else {}
+    _keep_final(settings, trainer, record, before, after)
+    return after
+
+
+def _keep_final(
+    settings: TrainSettings,
+    trainer: DistillationTrainer,
+    record: dict[str, Any],
+    before: dict[str, float] | None,
+    after: dict[str, float],
+) -> None:
     final = settings.output_dir / "final"
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
-        _write_json(final / SETTINGS_FILE, record)
-        _write_json(settings.output_dir / "metrics.json", {"before": before, "after": after})
+        write_json(final / SETTINGS_FILE, record)
+        write_json(settings.output_dir / "metrics.json", {"before": before, "after": after})
         _print_evaluation(before, after, settings.temperature)
         _say(f"student -> {final}")
-    return after
 
 
 def require_fsdp(trainer: DistillationTrainer) -> None:
@@ -117,7 +146,7 @@ def cache_source(settings: TrainSettings) -> Source:
     assert settings.cache is not None
     kept = LocalCopies(settings.local_copies.expanduser(), int(settings.local_copies_gb * 1e9))
     reader = CacheReader(settings.cache, kept=kept)
-    label = reader.manifest.label
+    label, data = reader.manifest.label, reader.manifest.data
     soft = settings.hard_weight < 1.0
     tail = settings.tail or ("sampled" if label.tail_draws else "bucket")
     if soft:
@@ -141,12 +170,14 @@ def cache_source(settings: TrainSettings) -> Source:
         examples=CacheExamples(settings.cache, with_targets=soft, kept=kept),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
-        longest=reader.manifest.data.longest,
+        longest=data.longest,
         temperatures=tuple(label.temperatures),
         head_size=label.head_size,
         tail=tail,
         shard_starts=reader.shard_starts,
         identity=sha256(reader.manifest.model_dump_json().encode()),
+        amount=Amount(data.examples, data.tokens, data.positions),
+        lengths=lambda: reader.counts("token_count", range(reader.manifest.shards.count)),
     )
 
 
@@ -189,6 +220,8 @@ def file_source(settings: TrainSettings, folder: Path) -> Source:
         tail="sampled",
         shard_starts=np.array([0, len(table)], dtype=np.int64),
         identity=table.identity.fingerprint,
+        amount=Amount(len(table), int(table.starts[-1]), int(table.positions.sum())),
+        lengths=lambda: np.diff(table.starts),
     )
 
 
@@ -202,47 +235,6 @@ def require_tokenizer(source: str, wanted: str, cache: str) -> None:
         )
 
 
-def admit_output(settings: TrainSettings, record: dict[str, Any]) -> str | None:
-    """The checkpoint to resume from, None for a new run.
-
-    Raises LogitcaskError where the output folder is not empty, or the checkpoint is missing or of another run.
-    """
-    wanted = settings.resume_from_checkpoint
-    if wanted is None:
-        if settings.output_dir.exists() and (not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())):
-            raise LogitcaskError(
-                f"--output-dir {settings.output_dir}: not an empty folder: choose another, or go on with "
-                "--resume-from-checkpoint latest"
-            )
-        return None
-    folder = _latest(settings.output_dir) if wanted == "latest" else Path(wanted)
-    if not (folder / SETTINGS_FILE).is_file():
-        raise LogitcaskError(f"--resume-from-checkpoint {folder}: no complete checkpoint of a run lies there")
-    try:
-        found = json.loads((folder / SETTINGS_FILE).read_text())
-    except ValueError as error:
-        raise LogitcaskError(f"{folder / SETTINGS_FILE}: damaged: resume from an older checkpoint") from error
-    wrong = [
-        f"{name}: checkpoint {found.get(name)!r}, now {record.get(name)!r}"
-        for name in sorted((found.keys() | record.keys()) - FREE)
-        if found.get(name) != record.get(name)
-    ]
-    if wrong:
-        raise LogitcaskError(
-            f"{folder}: is a checkpoint of another run: {'; '.join(wrong)}; use the settings it began with"
-        )
-    return str(folder)
-
-
-def _latest(output: Path) -> Path:
-    found = [folder for folder in output.glob("checkpoint-*") if (folder / SETTINGS_FILE).is_file()]
-    if not found:
-        raise LogitcaskError(
-            f"--resume-from-checkpoint latest: {output} holds no complete checkpoint: start without it"
-        )
-    return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
-
-
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
     """The Trainer's own settings. Raises LogitcaskError where a package to report with is not installed."""
     reports = [name for name, on in (("wandb", settings.use_wandb), ("tensorboard", settings.use_tensorboard)) if on]
@@ -252,6 +244,8 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
+    if half == "fp16" and choose_device(settings.device).type == "cpu":
+        raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, the device is cpu: use bf16")
     if settings.use_wandb:
         os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
     return TrainingArguments(
@@ -284,22 +278,6 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         seed=settings.seed,
         remove_unused_columns=False,
     )
-
-
-class KeepSettings(TrainerCallback):
-    """Writes the resolved settings into each checkpoint, last: a checkpoint without them is not complete."""
-
-    def __init__(self, record: dict[str, Any]) -> None:
-        self._record = record
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Complete the checkpoint that was just saved."""
-        if state.is_world_process_zero:
-            _write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / SETTINGS_FILE, self._record)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _say(text: str) -> None:

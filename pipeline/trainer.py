@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
 from pipeline.fused import fused_loss
+from pipeline.guards import Watch
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, LossSums, SparseLabels
 
@@ -67,6 +68,7 @@ class DistillationTrainer(Trainer):
         held_out: Sequence[int],
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
+        watch: Watch,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -76,7 +78,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=Subset(examples, held_out),
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[watch, *callbacks],
         )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
@@ -84,9 +86,11 @@ class DistillationTrainer(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
+        self._watch = watch
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
+        self._slots: Tensor | None = None  # tokens, and the room they took, since then
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in the sampler's order."""
@@ -126,14 +130,29 @@ class DistillationTrainer(Trainer):
         assert not return_outputs
         row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
         self._sums = row if self._sums is None else self._sums + row
+        self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
         return sums.total * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, its loss watched."""
+        loss: Tensor = super().training_step(*arguments, **named)
+        self._watch.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, watched: nothing public of the Trainer gives the norm of each step."""
+        norm: Tensor = super()._get_grad_norm(*arguments, **named)
+        self._watch.note_norm(norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's line with the parts of the loss in place of its own mean of means."""
         if "loss" in logs and self._sums is not None:
             logs = {key: value for key, value in logs.items() if key != "loss"}
-            logs = {**self._means(self._sums, ""), **logs}
-            self._sums = None
+            assert self._slots is not None
+            tokens, room = self.accelerator.reduce(self._slots, "sum").tolist()
+            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / room, **logs}
+            self._sums = self._slots = None
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

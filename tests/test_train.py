@@ -18,13 +18,16 @@ from tests.runs import STUDENT, history, losses, metrics, train, weights, write_
 from tests.tiny import make_cache, make_teacher
 
 LOGGED = {"total_loss", "hard_loss", "soft_loss", "learning_rate", "perplexity", "teacher_captured_mass",
-          "student_head_mass"}  # fmt: skip
+          "student_head_mass", "padding"}  # fmt: skip
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+MOE = {**LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ARCHITECTURES: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", **LLAMA_LIKE, "tie_word_embeddings": False},
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "qwen2": {"model_type": "qwen2", **LLAMA_LIKE, "max_window_layers": 2},
     "qwen3": {"model_type": "qwen3", **LLAMA_LIKE},
+    "qwen3-moe": {"model_type": "qwen3_moe", **MOE},
     "gemma3": {"model_type": "gemma3_text", **LLAMA_LIKE, "final_logit_softcapping": 0.5, "sliding_window": 8},
     "opt": {"model_type": "opt", **SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16},
     "gpt-neox": {"model_type": "gpt_neox", **SIZES, "intermediate_size": 64},
@@ -94,7 +97,9 @@ def test_evaluation_is_the_loss_of_training_on_the_same_examples(
     """Over unequal batches: a mean of means would differ."""
     nobody = np.zeros(0, dtype=np.int64)
     monkeypatch.setattr("pipeline.train.held_out", lambda count, *_: np.arange(count))
-    monkeypatch.setattr("pipeline.train.BatchSampler", lambda starts, _, *rest: BatchSampler(starts, nobody, *rest))
+    monkeypatch.setattr(
+        "pipeline.train.BatchSampler", lambda starts, _, *rest, **named: BatchSampler(starts, nobody, *rest, **named)
+    )
     run = train(cache, tmp_path / "run", batch_size=5, gradient_accumulation_steps=5, max_steps=1)
     before = metrics(run)["before"]
     for name in ("total_loss", "hard_loss", "soft_loss", "perplexity", "teacher_captured_mass", "student_head_mass"):

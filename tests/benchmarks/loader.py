@@ -1,0 +1,149 @@
+"""What reading the cache costs a step of a student: no worker and one, against all batches in memory beforehand.
+
+Run as ``python -m tests.benchmarks.loader CACHE`` with a cache of SmolLM2's vocabulary, such as the demo's. The Trainer
+itself trains tiny and 100m on batches of 4; a round runs each way once, in turn; medians of 5 rounds. The share is
+the loader's own time for a batch of the step's positions, of the step with everything in memory.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+
+from cache.reader import CacheReader
+from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
+from pipeline.guards import Watch
+from pipeline.losses import LossSettings
+from pipeline.student import student_from_config
+from pipeline.tokenizer import tokenizer_from_files
+from pipeline.train import training_arguments
+from pipeline.trainer import DistillationTrainer, make_loss_forward
+from tests.runs import train_settings
+
+ROUNDS, BATCH = 5, 4
+STEPS = {"tiny": 8, "100m": 3}
+
+
+class Timed(TrainerCallback):
+    """When each step ended; the first, with the start of a worker and of the optimizer, is left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+class InMemory(CacheExamples):
+    """Examples that were read before; the collator's work is in memory too."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, with_targets=True)
+        self.kept = [super(InMemory, self).__getitem__(index) for index in range(len(self))]
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        return self.kept[index]
+
+
+class Kept:
+    """A collator whose batches are made once and kept."""
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+        self._found: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, examples: list[TrainingExample]) -> Any:
+        """The batch of these examples."""
+        key = tuple(map(id, examples))
+        if key not in self._found:
+            self._found[key] = self._collator(examples)
+        return dict(self._found[key])
+
+
+def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) -> tuple[DistillationTrainer, Timed]:
+    """A Trainer of a student, which reads the cache or has every batch in memory."""
+    reader = CacheReader(cache)
+    label = reader.manifest.label
+    config = Path(f"configs/students/{name}.json")
+    settings = train_settings(cache, Path(folder), student_config=config, max_steps=STEPS[name], num_workers=workers,
+                              batch_size=BATCH, logging_steps=1000)  # fmt: skip
+    arguments = training_arguments(settings)
+    arguments.save_strategy = SaveStrategy.NO
+    model = student_from_config(config, label.vocab_size)
+    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"), label.head_size)
+    examples = InMemory(cache) if kept else CacheExamples(cache, with_targets=True)
+    sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
+    plain = Collator(0, tuple(label.temperatures), 2.0, "sampled")
+    collator: Any = Kept(plain) if kept else plain
+    if kept:
+        for batch in list(sampler)[: STEPS[name] + 1]:
+            collator([examples[index] for index in batch])
+    timed = Timed()
+    trainer = DistillationTrainer(
+        model=model, args=arguments, examples=examples, sampler=sampler, held_out=[],
+        collator=collator, tokenizer=tokenizer_from_files(reader.tokenizer_files()),
+        watch=Watch(settings, examples, sampler, plain), callbacks=[timed],
+    )  # fmt: skip
+    return trainer, timed
+
+
+def seconds_a_step(name: str, cache: str, workers: int, *, kept: bool) -> float:
+    """Mean seconds of the steps after the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, timed = trainer_of(name, cache, folder, workers, kept=kept)
+        trainer.train()
+    return (timed.ends[-1] - timed.ends[0]) / (len(timed.ends) - 1)
+
+
+def loader_alone(cache: str) -> tuple[float, float]:
+    """Seconds a batch and target positions a second of the loader, shards decoded on the way."""
+    reader = CacheReader(cache)
+    sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
+    collator = Collator(0, tuple(reader.manifest.label.temperatures), 2.0, "sampled")
+    examples: Any = CacheExamples(cache, with_targets=True)
+    began, positions, batches = time.perf_counter(), 0, 0
+    for batch in DataLoader(examples, batch_sampler=sampler, collate_fn=collator):
+        positions, batches = positions + len(batch["gold"]), batches + 1
+    seconds = time.perf_counter() - began
+    return seconds / batches, positions / seconds
+
+
+def main() -> None:
+    """Print the table."""
+    cache = sys.argv[1]
+    ways: dict[str, Callable[[str], float]] = {
+        "in memory": lambda name: seconds_a_step(name, cache, 0, kept=True),
+        "no worker": lambda name: seconds_a_step(name, cache, 0, kept=False),
+        "one worker": lambda name: seconds_a_step(name, cache, 1, kept=False),
+    }
+    table = Table(
+        "student", *(f"{way}, s a step" for way in ways), "no worker / memory", "one worker / memory", "share"
+    )
+    alone = [loader_alone(cache) for _ in range(ROUNDS)]
+    for name in STEPS:
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(ROUNDS):
+            for way, run in ways.items():
+                found[way].append(run(name))
+        base, *others = (statistics.median(times) for times in found.values())
+        share = statistics.median(seconds for seconds, _ in alone) / base
+        words = [f"{seconds:.3f}" for seconds in (base, *others)] + [f"{other / base:.3f}" for other in others]
+        table.add_row(name, *words, f"{share:.1%}")
+    rate = statistics.median(rate for _, rate in alone)
+    console = Console(width=130)
+    console.print(f"the loader alone: {rate:,.0f} target positions/s; medians of {ROUNDS}, batches of {BATCH}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
