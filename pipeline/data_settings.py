@@ -15,6 +15,8 @@ PRICE_RULE = "must be MODEL=INPUT/OUTPUT, in dollars a million tokens, commas be
 def _parse_prices(value: Any) -> Any:
     """``a=1/2,b=3/4`` as a mapping; a mapping, as a config file gives it, stays."""
     if not isinstance(value, str):
+        if isinstance(value, dict) and not all(isinstance(p, list | tuple) and len(p) == 2 for p in value.values()):
+            raise ValueError("must give [INPUT, OUTPUT] for each model, in dollars a million tokens")
         return value
     found = {}
     for item in value.split(","):

@@ -16,7 +16,7 @@ INPUT_TOKENS, OUTPUT_TOKENS = 100, 50  # of every reply
 
 @dataclass
 class ModelServer:
-    """``faults``: what goes wrong at the first requests of a prompt, one after another; ``always``: at every request."""
+    """``faults``: what goes wrong at a prompt's first requests, one after another; ``always``: at every request."""
 
     port: int = 0
     faults: dict[str, list[str]] = field(default_factory=dict)
@@ -120,11 +120,11 @@ class Handler(BaseHTTPRequestHandler):
             message = f"no, {self.headers.get('Authorization')}"  # some servers repeat what they were sent
             error = {"type": "error", "error": {"type": "some_error", "message": message}}
             extra = {"retry-after": state.retry_after} if fault == "429" else {}
-            self.send(STATUS[fault], json.dumps(error).encode(), **extra)
+            self.send(STATUS[fault], json.dumps(error).encode(), extra)
         elif fault == "garbage":
             self.send(200, b'{"id": "x", "choices": [{"message"')
         elif fault == "html":
-            self.send(200, b"<html>It works!</html>", **{"Content-Type": "text/html"})
+            self.send(200, b"<html>It works!</html>", {"Content-Type": "text/html"})
         else:
             anthropic = self.path.endswith("/v1/messages")
             assert anthropic or self.path.endswith("/chat/completions"), self.path
@@ -132,9 +132,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, data, cut=fault == "cut")
             state.answered[prompt] += 1
 
-    def send(self, status: int, data: bytes, *, cut: bool = False, **headers: str) -> None:
+    def send(self, status: int, data: bytes, more: dict[str, str] | None = None, *, cut: bool = False) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(more or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)

@@ -59,9 +59,9 @@ def make_prompts(templates: Templates, count: int, seed: int) -> list[Prompt]:
     for place, (category, texts) in enumerate(templates.categories.items()):
         combinations = [(t, lang, topic) for t in texts for lang in templates.languages for topic in templates.topics]
         random.Random(f"{seed} {category}").shuffle(combinations)
-        for rank, (template, language, topic) in enumerate(combinations):
-            prompt = _fill(template, category, language, topic)
-            ranked.setdefault(prompt.id, ((rank, place), prompt))
+        filled = {prompt.id: prompt for prompt in (_fill(t, category, lang, topic) for t, lang, topic in combinations)}
+        fresh = [prompt for prompt_id, prompt in filled.items() if prompt_id not in ranked]
+        ranked |= {prompt.id: ((rank, place), prompt) for rank, prompt in enumerate(fresh)}
     if count > len(ranked):
         raise LogitcaskError(
             f"--num-examples {count}: the prompt file gives {len(ranked)} different prompts: "
