@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from cache.errors import LogitcaskError
-from pipeline.data_generation import asking
+from pipeline.data_generation import apis, asking
 from pipeline.data_generation.prompts import make_prompts, read_templates
 from pipeline.data_generation.run import generate_data
 from pipeline.data_settings import GenerateDataSettings
@@ -129,6 +130,16 @@ def test_no_more_than_the_retries_and_no_longer_than_is_sensible(server: ModelSe
         generate(server, tmp_path, 80, max_retries=1)
     assert server.asked.count("go word1") == 2
     assert server.asked.count("go word2") == 1, "an hour is not waited for"
+
+
+def test_a_wait_of_an_hour_ends_in_time(server: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anthropic's package waits as long as it is told to."""
+    monkeypatch.setattr(apis, "LONGEST_WAIT", 1.0)
+    server.faults, server.retry_after = {"go word2": ["429"]}, "3600"
+    began = time.monotonic()
+    with pytest.raises(LogitcaskError, match=r"1 prompts got no reply .*no reply in time"):
+        generate(server, tmp_path, 80, "anthropic", max_retries=1, request_timeout=1)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -296,6 +307,25 @@ def test_an_interrupt_ends_with_130_and_keeps_the_answers(server: ModelServer, t
     assert kept >= 20
     generate(server, tmp_path, 80)
     assert len(server.asked) <= 80 + 8
+
+
+def test_a_full_disk_is_told_in_a_line_and_gone_on_from(server: ModelServer, tmp_path: Path) -> None:
+    values = options(server, tmp_path, 80)
+
+    def no_more_than_a_few_answers() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    full = subprocess.run(
+        command(values), capture_output=True, text=True, check=False, preexec_fn=no_more_than_a_few_answers
+    )
+    assert full.returncode == 2
+    assert full.stderr.count("\n") == 1
+    assert "File too large" in full.stderr
+    before = Counter(server.asked)
+    generate(server, tmp_path, 80)
+    assert len((tmp_path / "out" / "answers.jsonl").read_bytes()[:4000].splitlines()) > 5
+    assert len(server.asked) - 80 <= 8 < sum(before.values())
+    assert len(records(tmp_path)) == 80
 
 
 def test_more_examples_leave_the_earlier_where_they_are(server: ModelServer, tmp_path: Path) -> None:
