@@ -2,13 +2,21 @@
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from pipeline.data_generation.run import generate_data
+from pipeline.data_settings import GenerateDataSettings
+from pipeline.settings import resolve
 
 STATUS = {"400": 400, "401": 401, "404": 404, "429": 429, "500": 500, "529": 529}
 INPUT_TOKENS, OUTPUT_TOKENS = 100, 50  # of every reply
@@ -163,3 +171,49 @@ def model_server() -> Iterator[ModelServer]:
             yield server.state
         finally:
             server.shutdown()
+
+
+KEY = "sk-a-secret-of-ours"
+PROVIDERS = ("openai", "anthropic", "openai-compatible")
+
+
+@contextlib.contextmanager
+def model_server_with_keys() -> Iterator[ModelServer]:
+    """A server that the environment leads to, and keys for it."""
+    with model_server() as found, pytest.MonkeyPatch.context() as patch:
+        for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_COMPATIBLE_API_KEY"):
+            patch.setenv(name, KEY)
+        patch.setenv("OPENAI_BASE_URL", f"{found.url}/v1")
+        patch.setenv("ANTHROPIC_BASE_URL", found.url)
+        yield found
+
+
+def options(
+    server: ModelServer, folder: Path, prompts: int, provider: str = "openai", **more: object
+) -> dict[str, Any]:
+    """Options that ask ``prompts`` prompts."""
+    path = folder / "prompts.yaml"
+    topics = [f"word{n}" for n in range(40)]
+    path.write_text(f"languages: [python, go]\ntopics: {topics}\ncategories: {{a: ['{{language}} {{topic}}']}}\n")
+    values = {"provider": provider, "model": "m", "prompts": path, "output_dir": folder / "out"}
+    if provider == "openai-compatible":
+        values["base_url"] = f"{server.url}/v1"
+    return {**values, "num_examples": prompts, "validation_fraction": 0, **more}
+
+
+def generate(server: ModelServer, folder: Path, prompts: int, provider: str = "openai", **more: Any) -> str:
+    return generate_data(resolve(GenerateDataSettings, None, options(server, folder, prompts, provider, **more)))
+
+
+def records(folder: Path, name: str = "train") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "manifest.json").read_text())
+    return found
+
+
+def command(values: dict[str, Any]) -> list[str]:
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "pipeline.cli", "generate-data", *words]

@@ -78,8 +78,10 @@ def test_a_reply_that_ends_is_told_from_one_that_is_cut(tmp_path: Path) -> None:
 def test_a_context_that_is_too_short_is_told_before_anything_is_asked(tmp_path: Path) -> None:
     model = make_teacher(tmp_path / "teacher", max_length=64)
     longest = max(len(AutoTokenizer.from_pretrained(model).encode(text)) for text in TEXTS)
-    with pytest.raises(LogitcaskError, match=f"--max-new-tokens 64: .* {longest} tokens .* at most {64 - longest}"):
-        replies(model, max_new_tokens=64)
+    with pytest.raises(
+        LogitcaskError, match=f"--max-new-tokens {65 - longest}: .* {longest} tokens .*: at most {64 - longest}"
+    ):
+        replies(model, max_new_tokens=65 - longest)
     assert len(replies(model, max_new_tokens=64 - longest)) == len(TEXTS)
 
 

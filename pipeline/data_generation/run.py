@@ -73,7 +73,7 @@ def _require_same_run(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.exists():
         for name in ("answers.jsonl", "train.jsonl", "validation.jsonl"):
-            if (folder / name).exists():
+            if (folder / name).exists() and (folder / name).stat().st_size:  # an empty one: killed before it began
                 raise LogitcaskError(f"{folder / name}: exists already: choose another --output-dir or remove it")
         return
     try:
