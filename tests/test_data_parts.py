@@ -64,6 +64,12 @@ def test_prompts_depend_on_the_seed_and_begin_alike(tmp_path: Path) -> None:
         make_prompts(found, 10, seed=3)
 
 
+def test_a_text_in_two_categories_is_asked_once_for_the_first(tmp_path: Path) -> None:
+    found = templates(tmp_path, FILE.replace("'1 {language} {topic}'", "'1 {language} {topic}', '2 {topic}'"))
+    prompts = make_prompts(found, 9, seed=0)
+    assert [prompt.category for prompt in prompts] == ["one"] * 9
+
+
 def test_a_prompts_id_is_its_texts(tmp_path: Path) -> None:
     """In a file with more templates the same text is the same prompt."""
     more = make_prompts(templates(tmp_path, FILE.replace("topics: [a,", "topics: [z, a,")), 12, seed=1)
@@ -126,6 +132,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_is_torn(tmp_path: Path) -> None
         path.write_bytes(whole[:length])
         with Journal(path) as journal:
             assert [found.id for found in journal] == ["id0"]
+            assert path.read_bytes() == whole[:kept]
             journal.append(answer(2))
         with Journal(path) as journal:
             assert [found.id for found in journal] == ["id0", "id2"]
@@ -162,6 +169,7 @@ def test_a_full_disk_leaves_no_part_of_an_answer(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, before)
+        assert path.read_bytes().decode() == answer(0).model_dump_json() + "\n"
         journal.append(answer(2))
     with Journal(path) as journal:
         assert [found.id for found in journal] == ["id0", "id2"]

@@ -52,11 +52,11 @@ async def open_api(
     name, variable = PROVIDERS[provider]
     sdk, key = import_module(name), _key(provider, variable)
     common: dict[str, Any] = {"api_key": key, "timeout": timeout, "max_retries": max_retries}
-    if provider == "openai-compatible":  # what OPENAI_* says is meant for OpenAI alone
-        common |= {"base_url": base_url, "organization": "", "project": ""}
+    if provider == "openai-compatible":
+        common["base_url"] = base_url
     client = sdk.AsyncAnthropic(**common) if provider == "anthropic" else sdk.AsyncOpenAI(**common)
     if provider == "openai-compatible":
-        client.organization = client.project = client.admin_api_key = None
+        client.organization = client.project = None  # what OPENAI_* says is meant for OpenAI alone
     request: dict[str, Any] = {"model": model} | ({} if temperature is None else {"temperature": temperature})
     request["max_completion_tokens" if provider == "openai" else "max_tokens"] = max_new_tokens
     send: Callable[..., Awaitable[object]] = (
