@@ -71,7 +71,7 @@ async def open_api(
                 found = await send(messages=[{"role": "user", "content": prompt}], **request)
             return read(found)
         except Exception as error:
-            raise _no_reply(error, sdk, key) from None  # the cause holds the request, and with it the key
+            raise _no_reply(error, sdk, key) from error
 
     async with client:
         yield ask
