@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.data_settings import GenerateDataSettings
 from pipeline.options import options_from
-from pipeline.settings import GenerateDataSettings, GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
+from pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -28,14 +29,19 @@ def _example(text: str) -> dict[str, Any]:
     return {"epilog": f"Example: logitcask {text}"}
 
 
-@app.command("generate-data", **_example("generate-data --provider source --num-examples 500 --output-dir data"))
+@app.command(
+    "generate-data",
+    **_example(
+        "generate-data --provider openai --model gpt-5-mini --prompts configs/data/code.yaml --num-examples 500 "
+        "--prices gpt-5-mini=0.25/2 --max-cost 3 --output-dir data"
+    ),
+)
 @options_from(GenerateDataSettings)
 def generate_data(settings: GenerateDataSettings) -> None:
-    """Write prompt/response examples to OUTPUT_DIR/train.jsonl."""
-    from pipeline.generate_data import from_source
+    """Write prompt/response examples to OUTPUT_DIR/train.jsonl. Run it again to go on: no answer is paid for twice."""
+    from pipeline.data_generation import run
 
-    written = from_source(settings)
-    typer.echo(f"{written.examples} examples -> {written.path}")
+    typer.echo(run.generate_data(settings))
 
 
 @app.command(

@@ -20,7 +20,7 @@ from cache.targets import IntArray
 from pipeline.progress import track
 
 KINDS = {"prompt": ("prompt", "response"), "messages": ("messages",), "text": ("text",)}
-OPTIONAL = {"category", "language"}
+OPTIONAL = {"category", "id", "language"}
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 
 

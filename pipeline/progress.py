@@ -1,7 +1,8 @@
 """The progress bar of long work: on stderr, with rate and time left, silent where stderr is no terminal."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -30,9 +31,16 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.0f} {self._unit}/s" if speed else "", style="progress.data.speed")
 
 
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, units: int, note: str = "") -> None:
+        """By so many units, with a word beside the bar."""
+
+
 @contextlib.contextmanager
-def track(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` units; call what it gives with the units just done."""
+def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """A bar over ``total`` units; call what it gives with the units just done, and a note where there is one."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -41,7 +49,12 @@ def track(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], N
         _Rate(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda units: progress.advance(task, units)
+        task = progress.add_task(what, total=total, note="")
+
+        def advance(units: int, note: str = "") -> None:
+            progress.update(task, advance=units, note=note)
+
+        yield advance

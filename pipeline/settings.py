@@ -38,16 +38,6 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-class GenerateDataSettings(Settings):
-    """Knobs of ``logitcask generate-data``."""
-
-    provider: Literal["source"] = Field("source", description="where examples come from; source: Python source code")
-    output_dir: Path = Field(description="folder for train.jsonl")
-    num_examples: Whole = Field(1000, description="examples to write at most")
-    source_dir: Path | None = Field(None, description="tree of Python files; default: the standard library")
-    seed: Seed = Field(0, description="seed of the order")
-
-
 class PrecomputeSettings(Settings):
     """Knobs of ``logitcask precompute-logits``."""
 

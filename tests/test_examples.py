@@ -233,7 +233,7 @@ def test_a_chat_with_several_turns_has_each_assistant_turn_as_target() -> None:
         ({"prompt": "a"}, "field 'response' is missing"),
         ({"prompt": "a", "response": " \n"}, "response needs text"),
         ({"question": "a"}, r"unknown columns \['question'\]: needs prompt and response"),
-        ({"text": "a", "id": 3}, r"unknown columns \['id'\]"),
+        ({"text": "a", "number": 3}, r"unknown columns \['number'\]"),
         ({"text": 3}, "must be a string, is int"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no chat template|no assistant turn"),
     ],

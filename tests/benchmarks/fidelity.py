@@ -25,12 +25,12 @@ from cache.layout import array_specs, decode_targets, encode_targets, stride_for
 from cache.manifest import LabelSettings, ShardPlan
 from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
+from pipeline.data_generation.source import from_source
+from pipeline.data_settings import GenerateDataSettings
 from pipeline.examples import Encoder, read_records
-from pipeline.generate_data import from_source
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.losses import LossSettings, SparseLabels, distillation_loss
 from pipeline.models import load_causal_lm
-from pipeline.settings import GenerateDataSettings
 from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path

@@ -26,11 +26,12 @@ from cache.report import describe
 from cache.shard import Example, Shard
 from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
+from pipeline.data_generation.source import from_source
+from pipeline.data_settings import GenerateDataSettings
 from pipeline.examples import Encoder, read_records
-from pipeline.generate_data import from_source
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.models import load_causal_lm
-from pipeline.settings import PRESETS, GenerateDataSettings
+from pipeline.settings import PRESETS
 from pipeline.shards import plan_strides
 from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import LogitcaskError
-from pipeline.settings import GenerateDataSettings
+from pipeline.data_settings import GenerateDataSettings
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
 LONGEST_DOCSTRING = 1200  # characters; longer ones are manuals, not instructions

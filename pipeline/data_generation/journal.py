@@ -1,0 +1,99 @@
+"""The journal: every answer that was given, one line of JSON each, appended as soon as it is here.
+
+What stands in it is never asked again. A process killed while writing leaves a torn last line; the next one drops it.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache.errors import LogitcaskError
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Answer(BaseModel):
+    """An answer to a prompt: the text, why it ended, and the tokens that are paid for where they were told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    prompt: str
+    response: str
+    category: str
+    language: str
+    finish: str
+    input_tokens: Count | None
+    output_tokens: Count | None
+
+
+class Journal:
+    """The answers of an output folder, held by one process at a time. Memory: about 150 bytes an answer."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create it. Raises LogitcaskError where another run holds it or a line is no answer."""
+        self._path = path
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise LogitcaskError(f"{path}: another run is writing it: wait for that run or stop it") from error
+        self._places: dict[str, int] = {}  # where each prompt's line begins, in bytes
+        self._end = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                self._places[self._parse(line, f"{path}:{number}").id] = self._end
+                self._end += len(line)
+        self._file.truncate(self._end)
+
+    def __enter__(self) -> Self:
+        """The open journal."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close it and let others in."""
+        self._file.close()
+
+    def __contains__(self, prompt_id: str) -> bool:
+        """Whether the prompt was answered."""
+        return prompt_id in self._places
+
+    def append(self, answer: Answer) -> None:
+        """Add an answer. Raises OSError where it does not fit on the disk; no part of it stays then."""
+        line = answer.model_dump_json().encode() + b"\n"
+        try:
+            self._file.seek(self._end)
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            self._file.truncate(self._end)
+            raise
+        self._places[answer.id] = self._end
+        self._end += len(line)
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Every answer, in the order they came."""
+        for prompt_id in self._places:
+            yield self[prompt_id]
+
+    def __getitem__(self, prompt_id: str) -> Answer:
+        """The answer to a prompt."""
+        with self._path.open("rb") as lines:
+            lines.seek(self._places[prompt_id])
+            return self._parse(lines.readline(), str(self._path))
+
+    @staticmethod
+    def _parse(line: bytes, where: str) -> Answer:
+        try:
+            return Answer.model_validate_json(line)
+        except ValidationError as error:
+            raise LogitcaskError(f"{where}: is no answer of a model: mend or remove that line") from error
