@@ -30,8 +30,8 @@ class TeacherRows:
     head: LMHead
     vocab_size: int  # ids beyond it are no tokens and get no mass
 
-    def logits(self, rows: slice) -> Tensor:
-        """Logits (n, vocab_size) of some rows, at least float32."""
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Logits (n, vocab_size) of some rows, in float32 at least."""
         return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
@@ -126,17 +126,17 @@ def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, 
 
 def _differentiate(logits_nV: Tensor, part: slice, work: _Work, scratch: Tensor) -> Tensor:
     """Overwrite logits with d total / d logits, a piece at a time; returns sums of total and the four of LossSums."""
-    rows, found = len(scratch), []
+    rows, found, target = len(scratch), [], work.target[part] if work.target is not None else None
     for first in range(0, len(logits_nV), rows):
-        z = logits_nV[first : first + rows]
-        whole = slice(part.start + first, part.start + first + len(z))
-        gold = work.gold_N[whole]
+        here = slice(first, first + rows)
+        z, gold = logits_nV[here], work.gold_N[part][here]
+        labels = None if target is None else target[here]
         if work.softcap is None:
-            found.append(_piece(z, gold, work.target, whole, work.settings, scratch[: len(z)]))
+            found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)]))
             continue
         t = torch.tanh(z / work.softcap)
         torch.mul(t, work.softcap, out=z)
-        found.append(_piece(z, gold, work.target, whole, work.settings, scratch[: len(z)]))
+        found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)]))
         z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
     return torch.stack(found).sum(0)
 
@@ -181,8 +181,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossSettings, scratch: Tensor) -> Tensor:
-    """Losses of n rows; logits (n, V) become their gradient.
+def _piece(
+    z: Tensor, gold: Tensor, target: SparseLabels | Tensor | None, settings: LossSettings, scratch: Tensor
+) -> Tensor:
+    """Losses of n rows; logits (n, V) become their gradient. A target of logits is a teacher's.
 
     The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
     the mass outside the head is exact even where it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
@@ -193,11 +195,11 @@ def _piece(z: Tensor, gold: Tensor, target: Target, rows: slice, settings: LossS
     soft_factor = (1.0 - alpha) * t
     gold_1 = gold[:, None]
     z_gold = z.gather(1, gold_1)
-    labels = target[rows] if isinstance(target, SparseLabels) else None
+    labels = target if isinstance(target, SparseLabels) else None
     ids = labels.ids_NS if labels is not None else gold_1[:, :0]
     z_ids = z.gather(1, ids)
     k = labels.head_size if labels is not None else 0
-    dense = _dense(target.logits(rows), z, t) if isinstance(target, TeacherRows) else None
+    dense = _dense(target, z, t) if isinstance(target, Tensor) else None
 
     z.scatter_(1, ids[:, :k], -torch.inf)
     m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)

@@ -146,13 +146,17 @@ class TrainSettings(Settings):
     local_copies_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         20.0, description="size of that folder at most, in GB of 10^9 bytes"
     )
-    train_data: str | None = Field(None, description="data file for output distillation without a cache")
+    train_data: str | None = Field(
+        None, description="data file in place of a cache; soft losses then take a --teacher-model in memory"
+    )
     student_config: Path | None = Field(None, description="Hugging Face config JSON of a new student")
     student_model: str | None = Field(None, description="hub id or folder of a student to go on from")
     init_from_teacher_layers: str | None = Field(
         None, description="layers of a local --teacher-model to start from, as 0,9,19,29"
     )
-    teacher_model: str | None = Field(None, description="for its layers, or for its tokenizer where there is no cache")
+    teacher_model: str | None = Field(
+        None, description="for its layers; without a cache for its tokenizer and, online, its exact soft labels"
+    )
     output_dir: Path = Field(description="folder of the run: checkpoints and final/")
     alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.5")
     temperature: Temperature = Field(2.0, description="one of the cache's temperatures")
@@ -205,7 +209,13 @@ class TrainSettings(Settings):
         if (self.cache is None) == (self.train_data is None):
             raise ValueError("give exactly one of cache and train_data")
         if self.cache is None and self.distillation_type != "output":
-            raise ValueError(f"distillation_type {self.distillation_type} needs cache: soft labels lie there")
+            if self.teacher_model is None:
+                raise ValueError(
+                    f"distillation_type {self.distillation_type} needs cache, where soft labels lie, or teacher_model, "
+                    "to make them in memory"
+                )
+            if self.tail is not None or self.divergence != "forward-kl":
+                raise ValueError("tail and divergence are of a cache: a teacher in memory gives the exact forward KL")
         fixed = {"output": 1.0, "logit": 0.0}.get(self.distillation_type)
         if fixed is not None and self.alpha not in (None, fixed):
             raise ValueError(

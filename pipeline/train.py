@@ -31,6 +31,7 @@ from pipeline.examples import Encoder, encode_source
 from pipeline.guards import Watch, require_finite
 from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
+from pipeline.online import OnlineTeacher, load_online_teacher
 from pipeline.settings import TrainSettings
 from pipeline.student import count_parameters, make_student
 from pipeline.token_table import stage_tokens
@@ -53,6 +54,7 @@ class Source:
     identity: str  # of the cache's manifest, or of the data where there is none: tells runs apart
     amount: Amount
     lengths: Callable[[], IntArray]  # tokens of each example; reads an object a shard
+    teacher: OnlineTeacher | None = None
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -73,7 +75,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     require_finite(model, "the student")
     kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
-    packed = keeps_apart(model)
+    packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     lengths = None if packed else source.lengths()
     sampler = BatchSampler(
         source.shard_starts,
@@ -92,7 +94,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         _say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
     with memory_watched(settings, shape, source.longest, device):
         loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
-        make_loss_forward(model, loss, source.head_size)
+        make_loss_forward(model, loss, source.head_size, source.teacher)
         pad = source.tokenizer.pad_token_id
         collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
         trainer = DistillationTrainer(
@@ -200,12 +202,22 @@ def require_fidelity(reader: CacheReader, j: int, settings: TrainSettings) -> No
 
 
 def file_source(settings: TrainSettings, folder: Path) -> Source:
-    """A data file as the source of output distillation; the tokenizer is the student's, or that of --teacher-model."""
+    """A data file as the source, for output distillation or, online, with --teacher-model in memory.
+
+    The tokenizer is the student's, or that of --teacher-model; online they must be one.
+    """
     assert settings.train_data is not None
-    owner = settings.student_model or settings.teacher_model
+    online, owner = settings.hard_weight < 1.0, settings.student_model or settings.teacher_model
     if owner is None:
         raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model, only its tokenizer is loaded")
     tokenizer = load_tokenizer(owner)
+    teacher = None
+    if online:
+        assert settings.teacher_model is not None
+        require_tokenizer(settings.teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
+        _say(f"teacher {settings.teacher_model} in memory: exact soft labels, made again at every step")
+        size = tokenizer_size(tokenizer)
+        teacher = load_online_teacher(settings.teacher_model, size, choose_device(settings.device))
     encoded = encode_source(Encoder(tokenizer, prompt_loss=False), settings.train_data)
     table = stage_tokens(
         encoded, folder, max_seq_length=settings.max_seq_length, prompt_loss=False, source=settings.train_data
@@ -219,9 +231,10 @@ def file_source(settings: TrainSettings, folder: Path) -> Source:
         head_size=0,
         tail="sampled",
         shard_starts=np.array([0, len(table)], dtype=np.int64),
-        identity=table.identity.fingerprint,
+        identity=table.identity.fingerprint + (teacher.fingerprint if teacher else ""),
         amount=Amount(len(table), int(table.starts[-1]), int(table.positions.sum())),
         lengths=lambda: np.diff(table.starts),
+        teacher=teacher,
     )
 
 

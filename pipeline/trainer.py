@@ -1,6 +1,6 @@
 """transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
-from pipeline.fused import fused_loss
+from pipeline.fused import TeacherRows, fused_loss
 from pipeline.guards import Watch
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, LossSums, SparseLabels
@@ -22,26 +22,31 @@ from pipeline.losses import LossSettings, LossSums, SparseLabels
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 
 
-def make_loss_forward(model: PreTrainedModel, settings: LossSettings, head_size: int) -> None:
+def make_loss_forward(
+    model: PreTrainedModel,
+    settings: LossSettings,
+    head_size: int,
+    teacher: Callable[[Batch], TeacherRows] | None = None,
+) -> None:
     """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
 
     Called without ``target_index`` it is the forward it was. The head, too, makes its part of the loss in a call of
-    its own: only within it has FSDP gathered its weight.
+    its own: only within it has FSDP gathered its weight. A ``teacher`` in memory takes the place of the batch's labels.
     """
     plain, head = model.forward, model.get_output_embeddings()
     shape, plain_head = read_head(model), head.forward
 
-    def forward_head(hidden: Tensor, batch: Batch | None = None) -> Any:
+    def forward_head(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
         if batch is None:
             return plain_head(hidden)
         current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
-        return fused_loss(hidden, current, batch["gold"], labels_of(batch, head_size), settings)
+        return fused_loss(hidden, current, batch["gold"], target or labels_of(batch, head_size), settings)
 
     def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
             return plain(*args, **inputs)
         hidden = last_hidden_states(model, inputs["input_ids"], inputs.get("position_ids")).flatten(0, 1)[target_index]
-        return head(hidden, inputs)
+        return head(hidden, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
 
     model.forward, head.forward = forward, forward_head
 
