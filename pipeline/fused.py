@@ -35,8 +35,7 @@ class TeacherRows:
         return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
-# Whether a backward pass may come again; where torch does not tell, gradients are copied.
-keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 Target = SparseLabels | TeacherRows | None
 
@@ -100,7 +99,7 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.grads
-        if keeps_graph():
+        if torch.compiler.is_compiling() or _keep_graph():  # a second backward pass may come
             grads = [None if g is None else g * grad for g in grads]
         else:  # nobody needs them again: scale in place, and let go, so that autograd takes them over as they are
             ctx.grads = None

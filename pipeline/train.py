@@ -2,59 +2,28 @@
 
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
-from cache.errors import CacheMismatchError, LogitcaskError
-from cache.fidelity import BATCH, figures
-from cache.local_copies import LocalCopies
-from cache.manifest import sha256
-from cache.reader import CacheReader
-from cache.soft_labels import temperature_index
-from cache.statistics import fidelity_of
-from cache.targets import IntArray
-from pipeline.batches import BatchSampler, CacheExamples, Collator, FileExamples, held_out
+from cache.errors import LogitcaskError
+from pipeline.batches import BatchSampler, Collator, held_out
 from pipeline.budget import Extent, memory_watched, needed, summary
 from pipeline.checkpoints import SETTINGS_FILE, KeepSettings, admit_output, write_json
-from pipeline.costs import Amount, shape_of_model
+from pipeline.costs import shape_of_model
 from pipeline.devices import choose_device
-from pipeline.examples import Encoder, encode_source
 from pipeline.guards import Watch, require_finite
 from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
-from pipeline.online import OnlineTeacher, load_online_teacher
 from pipeline.settings import TrainSettings
+from pipeline.sources import Source, cache_source, file_source, say
 from pipeline.student import count_parameters, make_student
-from pipeline.token_table import stage_tokens
-from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
 from pipeline.trainer import DistillationTrainer, make_loss_forward
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a run's examples come from."""
-
-    examples: CacheExamples | FileExamples
-    tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
-    longest: int  # tokens of the longest example
-    temperatures: tuple[float, ...]
-    head_size: int
-    tail: str
-    shard_starts: IntArray
-    identity: str  # of the cache's manifest, or of the data where there is none: tells runs apart
-    amount: Amount
-    lengths: Callable[[], IntArray]  # tokens of each example; reads an object a shard
-    teacher: OnlineTeacher | None = None
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -72,7 +41,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     size = count_parameters(model)
     ranks = arguments.process_index, arguments.world_size
     where = f", on {ranks[1]} ranks" if ranks[1] > 1 else ""
-    _say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
+    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     require_finite(model, "the student")
     kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
@@ -90,8 +59,8 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
     if arguments.process_index == 0:
         extent = Extent(source.amount, len(kept), sampler, arguments.world_size)
         for line in summary(settings, extent, str(arguments.device), needed(settings, shape, source.longest)):
-            _say(line)
-        _say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
+            say(line)
+        say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
     with memory_watched(settings, shape, source.longest, device):
         loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
         make_loss_forward(model, loss, source.head_size, source.teacher)
@@ -130,7 +99,7 @@ def _keep_final(
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / "metrics.json", {"before": before, "after": after})
         _print_evaluation(before, after, settings.temperature)
-        _say(f"student -> {final}")
+        say(f"student -> {final}")
 
 
 def require_fsdp(trainer: DistillationTrainer) -> None:
@@ -140,111 +109,6 @@ def require_fsdp(trainer: DistillationTrainer) -> None:
         raise LogitcaskError(
             f"accelerate's FSDP must be of fsdp_version 2, over several accelerators; it is {version}, over "
             f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or start it by torchrun"
-        )
-
-
-def cache_source(settings: TrainSettings) -> Source:
-    """A cache as the source of a run. Raises LogitcaskError where it does not fit the settings."""
-    assert settings.cache is not None
-    kept = LocalCopies(settings.local_copies.expanduser(), int(settings.local_copies_gb * 1e9))
-    reader = CacheReader(settings.cache, kept=kept)
-    label, data = reader.manifest.label, reader.manifest.data
-    soft = settings.hard_weight < 1.0
-    tail = settings.tail or ("sampled" if label.tail_draws else "bucket")
-    if soft:
-        j = temperature_index(label.temperatures, settings.temperature)
-        if tail != "sampled" and label.head_size == 0:
-            raise LogitcaskError(f"--tail {tail} needs a head, the cache has head size 0: use --tail sampled")
-        if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
-            raise LogitcaskError("--tail sampled needs draws, the cache has none: use --tail bucket")
-        if tail == "renormalize":
-            captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
-            _say(
-                f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
-                "the rest is ignored and the student is pulled away from the teacher"
-            )
-        if settings.min_fidelity is not None:
-            require_fidelity(reader, j, settings)
-    tokenizer = tokenizer_from_files(reader.tokenizer_files())
-    for other in {settings.student_model, settings.teacher_model} - {None}:
-        require_tokenizer(str(other), reader.manifest.tokenizer.fingerprint, settings.cache)
-    return Source(
-        examples=CacheExamples(settings.cache, with_targets=soft, kept=kept),
-        tokenizer=tokenizer,
-        vocab_size=label.vocab_size,
-        longest=data.longest,
-        temperatures=tuple(label.temperatures),
-        head_size=label.head_size,
-        tail=tail,
-        shard_starts=reader.shard_starts,
-        identity=sha256(reader.manifest.model_dump_json().encode()),
-        amount=Amount(data.examples, data.tokens, data.positions),
-        lengths=lambda: reader.counts("token_count", range(reader.manifest.shards.count)),
-    )
-
-
-def require_fidelity(reader: CacheReader, j: int, settings: TrainSettings) -> None:
-    """Raise LogitcaskError where the cache's certificate at temperature j is below what is asked, or there is none."""
-    temperatures = reader.manifest.label.temperatures
-    sums = fidelity_of(reader, range(reader.manifest.shards.count))
-    found = figures(sums, len(temperatures))
-    if found is None:
-        raise LogitcaskError(
-            f"--min-fidelity {settings.min_fidelity}: {settings.cache} was measured on {sums[0]:g} positions, too few "
-            "to tell: make it with more --fidelity-positions, or leave this option out"
-        )
-    if found[j][0].cosine < (settings.min_fidelity or 0):
-        raise LogitcaskError(
-            f"--min-fidelity {settings.min_fidelity}: not good enough: at T={temperatures[j]:g} the cosine of "
-            f"{settings.cache}'s gradient to the exact one is {found[j][0].cosine:.4f} over {BATCH} positions: take a "
-            "richer --preset in stage 1, another --temperature, or ask for less"
-        )
-
-
-def file_source(settings: TrainSettings, folder: Path) -> Source:
-    """A data file as the source, for output distillation or, online, with --teacher-model in memory.
-
-    The tokenizer is the student's, or that of --teacher-model; online they must be one.
-    """
-    assert settings.train_data is not None
-    online, owner = settings.hard_weight < 1.0, settings.student_model or settings.teacher_model
-    if owner is None:
-        raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model, only its tokenizer is loaded")
-    tokenizer = load_tokenizer(owner)
-    teacher = None
-    if online:
-        assert settings.teacher_model is not None
-        require_tokenizer(settings.teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
-        _say(f"teacher {settings.teacher_model} in memory: exact soft labels, made again at every step")
-        size = tokenizer_size(tokenizer)
-        teacher = load_online_teacher(settings.teacher_model, size, choose_device(settings.device))
-    encoded = encode_source(Encoder(tokenizer, prompt_loss=False), settings.train_data)
-    table = stage_tokens(
-        encoded, folder, max_seq_length=settings.max_seq_length, prompt_loss=False, source=settings.train_data
-    )
-    return Source(
-        examples=FileExamples(table),
-        tokenizer=tokenizer,
-        vocab_size=tokenizer_size(tokenizer),
-        longest=int(np.diff(table.starts).max()),
-        temperatures=(),
-        head_size=0,
-        tail="sampled",
-        shard_starts=np.array([0, len(table)], dtype=np.int64),
-        identity=table.identity.fingerprint + (teacher.fingerprint if teacher else ""),
-        amount=Amount(len(table), int(table.starts[-1]), int(table.positions.sum())),
-        lengths=lambda: np.diff(table.starts),
-        teacher=teacher,
-    )
-
-
-def require_tokenizer(source: str, wanted: str, cache: str) -> None:
-    """Raise CacheMismatchError where a model's own tokenizer is not the one the cache was made with."""
-    found = fingerprint(load_tokenizer(source))
-    if found != wanted:
-        raise CacheMismatchError(
-            f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {found[:12]}; "
-            "make a cache with a teacher of the same tokenizer"
         )
 
 
@@ -291,10 +155,6 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         seed=settings.seed,
         remove_unused_columns=False,
     )
-
-
-def _say(text: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)
 
 
 def _print_evaluation(before: dict[str, float] | None, after: dict[str, float], temperature: float) -> None:
