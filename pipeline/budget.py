@@ -37,7 +37,7 @@ def summary(settings: TrainSettings, extent: Extent, device: str, memory: float)
     data, kept = extent.data, extent.held_out
     step = settings.batch_size * settings.gradient_accumulation_steps * extent.ranks
     trained = data.examples - kept.examples
-    positions = (data.positions - kept.positions) * min(step, trained) / trained
+    positions = (data.positions - kept.positions) * min(step, trained) / max(1, trained)
     precision = f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else "float32"
     return [
         f"steps: {steps:,}, {epochs:,.2f} epochs",
