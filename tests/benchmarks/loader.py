@@ -1,7 +1,7 @@
 """What reading the cache costs a step of a student: no worker and one, against all batches in memory beforehand.
 
-Run as ``python -m tests.benchmarks.loader CACHE`` with a cache of SmolLM2's vocabulary, such as the demo's. The Trainer
-itself trains tiny and 100m on batches of 4; a round runs each way once, in turn; medians of 5 rounds. The share is
+Run as ``python -m tests.benchmarks.loader CACHE [tiny] [100m]`` with a cache of SmolLM2's vocabulary, such as the demo's:
+tiny alone, the default, takes some ten minutes on two cores. The Trainer itself trains on batches of 4; a round runs each way once, in turn; medians of 5 rounds. The share is
 the loader's own time for a batch of the step's positions, of the step with everything in memory.
 """
 
@@ -130,7 +130,7 @@ def main() -> None:
         "student", *(f"{way}, s a step" for way in ways), "no worker / memory", "one worker / memory", "share"
     )
     alone = [loader_alone(cache) for _ in range(ROUNDS)]
-    for name in STEPS:
+    for name in sys.argv[2:] or ["tiny"]:
         found: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, run in ways.items():
