@@ -1,8 +1,9 @@
 """What reading the cache costs a step of a student: no worker and one, against all batches in memory beforehand.
 
-Run as ``python -m tests.benchmarks.loader CACHE [tiny] [100m]`` with a cache of SmolLM2's vocabulary, such as the demo's:
-tiny alone, the default, takes some ten minutes on two cores. The Trainer itself trains on batches of 4; a round runs each way once, in turn; medians of 5 rounds. The share is
-the loader's own time for a batch of the step's positions, of the step with everything in memory.
+Run as ``python -m tests.benchmarks.loader CACHE [tiny] [100m]`` with a cache of SmolLM2's vocabulary, such as the
+demo's; tiny alone, the default, takes some ten minutes on two cores. The Trainer itself trains on batches of 4; a round
+runs each way once, in turn; medians of 5 rounds. The share is the loader's own time for a batch, of the step with
+everything in memory.
 """
 
 import statistics
