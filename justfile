@@ -77,6 +77,7 @@ bench:
     {{bin}}/python -m tests.benchmarks.memory
     {{bin}}/python -m tests.benchmarks.scale
     {{bin}}/python -m tests.benchmarks.memory_model
+    {{bin}}/python -m tests.benchmarks.student_step
     {{bin}}/python -m tests.benchmarks.loader demo/cache
 
 # remove what the recipes made, but for .venv
