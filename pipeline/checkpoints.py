@@ -8,9 +8,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cache.errors import LogitcaskError
+from pipeline.run_folder import LOG_FILE, SETTINGS_FILE
 from pipeline.settings import TrainSettings
 
-SETTINGS_FILE = "settings.json"
 # Knobs that may differ between a run and its resumption: they change what is learned at a step by rounding at most.
 FREE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
@@ -24,11 +24,13 @@ BATCH = ("batch_size", "gradient_accumulation_steps")  # their product alone is 
 def admit_output(settings: TrainSettings, record: dict[str, Any]) -> str | None:
     """The checkpoint to resume from, None for a new run.
 
-    Raises LogitcaskError where the output folder is not empty, or the checkpoint is missing or of another run.
+    A log alone was left by a run that saved nothing, and counts as empty. Raises LogitcaskError where the output folder
+    is not empty, or the checkpoint is missing or of another run.
     """
     wanted = settings.resume_from_checkpoint
     if wanted is None:
-        if settings.output_dir.exists() and (not settings.output_dir.is_dir() or any(settings.output_dir.iterdir())):
+        output = settings.output_dir
+        if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - {LOG_FILE}):
             raise LogitcaskError(
                 f"--output-dir {settings.output_dir}: not an empty folder: choose another, or go on with "
                 "--resume-from-checkpoint latest"

@@ -14,12 +14,14 @@ from transformers import TrainingArguments
 from cache.errors import LogitcaskError
 from pipeline.batches import BatchSampler, Collator, held_out
 from pipeline.budget import Extent, memory_watched, needed, summary
-from pipeline.checkpoints import SETTINGS_FILE, KeepSettings, admit_output, write_json
+from pipeline.checkpoints import KeepSettings, admit_output, write_json
 from pipeline.costs import shape_of_model
 from pipeline.devices import choose_device
 from pipeline.guards import Watch, require_finite
 from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
+from pipeline.metrics import KeepMetrics
+from pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE
 from pipeline.settings import TrainSettings
 from pipeline.sources import Source, cache_source, file_source, say
 from pipeline.student import count_parameters, make_student
@@ -75,7 +77,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
             collator=collator,
             tokenizer=source.tokenizer,
             watch=Watch(settings, source.examples, sampler, collator),
-            callbacks=[KeepSettings(record)],
+            callbacks=[KeepMetrics(settings.output_dir), KeepSettings(record)],
         )
         require_fsdp(trainer)
         before = trainer.evaluate() if len(kept) and checkpoint is None else None
@@ -92,12 +94,12 @@ def _keep_final(
     before: dict[str, float] | None,
     after: dict[str, float],
 ) -> None:
-    final = settings.output_dir / "final"
+    final = settings.output_dir / FINAL
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
         write_json(final / SETTINGS_FILE, record)
-        write_json(settings.output_dir / "metrics.json", {"before": before, "after": after})
+        write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
         _print_evaluation(before, after, settings.temperature)
         say(f"student -> {final}")
 

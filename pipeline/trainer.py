@@ -156,7 +156,7 @@ class DistillationTrainer(Trainer):
             logs = {key: value for key, value in logs.items() if key != "loss"}
             assert self._slots is not None
             tokens, room = self.accelerator.reduce(self._slots, "sum").tolist()
-            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / room, **logs}
+            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / room, "tokens": tokens, **logs}
             self._sums = self._slots = None
         super().log(logs, start_time)
 

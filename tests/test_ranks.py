@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.checkpoints import SETTINGS_FILE
+from pipeline.run_folder import SETTINGS_FILE
 from tests.runs import STUDENT, history, write_config
 from tests.servers import free_port
 from tests.tiny import make_cache
