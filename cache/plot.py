@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def require_plot(file: Path) -> None:
-    """Raise LogitcaskError where the picture could not be drawn: no matplotlib, or a name of no known kind."""
+def require_plot(file: Path, option: str = "--plot") -> None:
+    """Raise LogitcaskError where the picture could not be drawn: no matplotlib, a name of no known kind, no folder."""
     if file.suffix.lower() not in FORMATS:
-        raise LogitcaskError(f"--plot must end in {', '.join(FORMATS)}, not {file.name!r}")
+        raise LogitcaskError(f"{option} must end in {', '.join(FORMATS)}, not {file.name!r}")
+    if not file.parent.is_dir():
+        raise LogitcaskError(f"{option} {file}: there is no folder {file.parent}: make it first")
     try:
         import matplotlib as _  # noqa: F401
     except ImportError as error:
-        raise LogitcaskError("--plot needs matplotlib: pip install 'logitcask[plot]'") from error
+        raise LogitcaskError(f"{option} needs matplotlib: pip install 'logitcask[plot]'") from error
 
 
 def plot_labels(labels: LabelFigures, title: str, file: Path) -> None:

@@ -86,6 +86,17 @@ def plan(settings: PlanSettings) -> None:
     print_plan(settings)
 
 
+@app.command("plot", **_example("plot runs/a runs/b --output curves.png"))
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs, finished or not")],
+    output: Annotated[Path, typer.Option(help="the picture, .png, .svg or .pdf")] = Path("curves.png"),
+) -> None:
+    """Draw the losses and perplexities of runs, of training and of the held-out examples, from their metrics.jsonl."""
+    from pipeline.curves import plot_runs
+
+    typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
+
+
 @app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:

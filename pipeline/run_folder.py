@@ -81,7 +81,7 @@ def read_run(path: Path) -> Run:
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's where those differ, else its path. Raises LogitcaskError for one given twice."""
+    """A name for each run: its folder's where those differ, else its path. Raises LogitcaskError where one comes twice."""
     whole = [path.resolve() for path in runs]
     twice = next((path for path in whole if whole.count(path) > 1), None)
     if twice is not None:
