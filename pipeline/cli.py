@@ -9,7 +9,7 @@ import typer
 
 from pipeline.data_settings import GenerateDataSettings
 from pipeline.options import options_from
-from pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
+from pipeline.settings import EvaluateSettings, GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -95,6 +95,21 @@ def plot(
     from pipeline.curves import plot_runs
 
     typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
+
+
+@app.command(
+    "evaluate", **_example("evaluate --model runs/a/final --cache data/held-out-cache --output runs/a/evaluation.json")
+)
+@options_from(EvaluateSettings)
+def evaluate(settings: EvaluateSettings) -> None:
+    """A student against a cache: perplexity, KL to the teacher at each temperature, top-1 agreement, calibration."""
+    from pipeline import evaluate as evaluating
+
+    found = evaluating.evaluate(settings)
+    if settings.json_:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        evaluating.print_evaluation(found)
 
 
 @app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))

@@ -1,4 +1,4 @@
-"""What the folder of a run of stage 2 tells: its log, its settings, its evaluations. Knows neither torch nor Trainer."""
+"""What the folder of a run of stage 2 tells: its log, its settings, its evaluations. Knows no torch."""
 
 import json
 from collections.abc import Sequence
@@ -69,7 +69,8 @@ def read_run(path: Path) -> Run:
     """A finished run. Raises LogitcaskError where a part of it is missing or damaged."""
     log = read_log(path)
     settings, ends = _object(path / FINAL / SETTINGS_FILE), _object(path / ENDS_FILE)
-    before, after = ends.get("before"), ends.get("after")
+    before: Any = ends.get("before")
+    after: Any = ends.get("after")
     if before is None:  # a resumed run evaluates only at its end
         before = {k: v for line in log if line["step"] == 0 for k, v in line.items() if k.startswith("eval_")}
     for part in (before, after):
@@ -81,7 +82,7 @@ def read_run(path: Path) -> Run:
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's where those differ, else its path. Raises LogitcaskError where one comes twice."""
+    """A name for each run: its folder's where those differ, else its path. Raises LogitcaskError for one told twice."""
     whole = [path.resolve() for path in runs]
     twice = next((path for path in whole if whole.count(path) > 1), None)
     if twice is not None:

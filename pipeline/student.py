@@ -39,6 +39,17 @@ def make_student(
         assert settings.init_from_teacher_layers is not None
         whole = load_causal_lm(settings.teacher_model, dtype=torch.float32)
         model = keep_layers(whole, settings.init_from_teacher_layers)
+    require_room(model, vocab_size, longest)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name)
+        setattr(model.config, name, value)
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, value)
+    return model
+
+
+def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:
+    """Raise LogitcaskError where a student knows too few tokens, or takes fewer than the longest example has."""
     width = model.get_output_embeddings().weight.shape[0]
     if width < vocab_size:
         raise LogitcaskError(
@@ -50,12 +61,6 @@ def make_student(
         raise LogitcaskError(
             f"the student's max_position_embeddings is {limit}, the longest example has {longest} tokens: raise it"
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(tokenizer, name)
-        setattr(model.config, name, value)
-        if model.generation_config is not None:
-            setattr(model.generation_config, name, value)
-    return model
 
 
 def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:

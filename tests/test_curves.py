@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from pipeline.cli import main
 from pipeline.curves import draw_curves, plot_runs
-from pipeline.run_folder import curve, run_names
+from pipeline.run_folder import Line, curve, run_names
 
 
 def write_run(folder: Path, *, soft: float = 2.0, steps: int = 3) -> Path:
@@ -56,13 +57,19 @@ def test_each_panel_has_training_and_held_out_of_each_run(
     both = ["a, training", "a, held out", "b, training", "b, held out"]
     assert [[line.get_label() for line in axes.lines] for axes in figure.axes] == [both, both, both[:2], both]
     training = figure.axes[1].lines[2]
-    assert list(training.get_xdata()) == [1, 2, 3]
-    assert list(training.get_ydata()) == [1.0, 0.5, 1.0 / 3]
+    assert np.asarray(training.get_xdata()).tolist() == [1, 2, 3]
+    assert np.asarray(training.get_ydata()).tolist() == [1.0, 0.5, 1.0 / 3]
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "linear", "log"]
 
 
 def test_of_several_lines_of_a_step_the_last_counts_and_null_is_none() -> None:
-    lines = [{"step": 2, "x": 1.0}, {"step": 1, "x": 5.0}, {"step": 2, "x": 3.0}, {"step": 3, "x": None}, {"step": 4}]
+    lines: list[Line] = [
+        {"step": 2, "x": 1.0},
+        {"step": 1, "x": 5.0},
+        {"step": 2, "x": 3.0},
+        {"step": 3, "x": None},
+        {"step": 4},
+    ]
     assert curve(lines, "x") == ([1, 2], [5.0, 3.0])
 
 
