@@ -112,6 +112,19 @@ def evaluate(settings: EvaluateSettings) -> None:
         evaluating.print_evaluation(found)
 
 
+@app.command("compare", **_example("compare runs/a runs/b --output comparison.md --plot curves.png"))
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    output: Annotated[Path | None, typer.Option(help="write the table to this file, as Markdown")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw the total losses to this .png, .svg or .pdf")] = None,
+) -> None:
+    """One table of several runs: what differs in their settings, what they cost, and what came of it."""
+    from pipeline.compare import compare as compare_runs
+
+    typer.echo(compare_runs(runs, output, plot, as_json=json))
+
+
 @app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:

@@ -72,10 +72,11 @@ def read_run(path: Path) -> Run:
     before: Any = ends.get("before")
     after: Any = ends.get("after")
     if before is None:  # a resumed run evaluates only at its end
-        before = {k: v for line in log if line["step"] == 0 for k, v in line.items() if k.startswith("eval_")}
+        before = {name: value for line in log if line["step"] == 0 for name, value in line.items()}
     for part in (before, after):
         if not (isinstance(part, dict) and all(v is None or type(v) in (int, float) for v in part.values())):
             raise LogitcaskError(f"{path / ENDS_FILE}: damaged: before and after must hold numbers: run it again")
+    before, after = ({k: v for k, v in part.items() if k.startswith("eval_")} for part in (before, after))
     file = path / EVALUATION_FILE
     evaluation = parse_evaluation(_text(file), str(file)) if file.exists() else None
     return Run(path, settings, log, before, after, evaluation)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from cache.reader import CacheReader
@@ -20,7 +21,7 @@ from pipeline.settings import EvaluateSettings
 from tests.tiny import FloatArray64, dense_log_probs, make_cache, make_teacher
 
 
-def dense_logits(model: Path, cache: Path) -> tuple[list[FloatArray64], list[FloatArray64]]:
+def dense_logits(model: Path, cache: Path) -> tuple[list[FloatArray64], list[NDArray[np.int64]]]:
     """Logits in float64 and next tokens at the target positions of each example, each passed alone."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     reader, logits, gold = CacheReader(cache), [], []
