@@ -50,7 +50,15 @@ def generate_data(settings: GenerateDataSettings) -> None:
 )
 @options_from(PrecomputeSettings)
 def precompute_logits(settings: PrecomputeSettings) -> None:
-    """Stage 1: run the teacher once and write its sparse soft labels. Run it again to finish an interrupted cache."""
+    """Stage 1: run the teacher once and write its sparse soft labels. Run it again to finish an interrupted cache.
+
+    With --dry-run tell what it would do.
+    """
+    if settings.dry_run:
+        from pipeline.dry_run import print_dry_run
+
+        print_dry_run(settings)
+        return
     from pipeline.precompute import precompute
 
     report = precompute(settings)

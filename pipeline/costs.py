@@ -73,7 +73,7 @@ def shape_of_size(text: str) -> ModelShape:
     return ModelShape(text.upper(), parameters, body, layers, hidden, inner, attention, vocabulary)
 
 
-def shape_of_teacher(source: str) -> ModelShape:
+def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
     """The shape of a hub id, a model's folder or a GGUF file. Raises LogitcaskError where its config cannot be had."""
     path = Path(source)
     try:
@@ -81,7 +81,7 @@ def shape_of_teacher(source: str) -> ModelShape:
             if source.endswith(".gguf"):
                 config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
             else:
-                config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # no such place, no connection; each architecture refuses configs in its own way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

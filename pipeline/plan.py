@@ -159,10 +159,14 @@ def make_plan(settings: PlanSettings) -> Plan:
 
 
 def plan_cache(
-    preset: Preset, amount: Amount, vocabulary: int, tokenizer: PreTrainedTokenizerBase | None
+    preset: Preset,
+    amount: Amount,
+    vocabulary: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shards: int | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Shards of a cache, and its bytes by array, of its metadata, and of the tokenizer, compressed as in a cache."""
-    shards, carried = math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
+    shards, carried = shards or math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
     if tokenizer is not None:
         carried = sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
     return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": carried}
@@ -289,7 +293,7 @@ def render_plan(plan: Plan) -> Table:
     for name, size in plan.cache_bytes_by_part.items():
         label = name.startswith(LABEL_PARTS)
         kinds[name if name in kinds else "labels" if label else "text"] += size
-    table.add_row("cache", f"{_size(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
+    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
     hours = plan.teacher_hours
     time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     speed = f"{time} at {plan.teacher_tokens_per_second:,.0f} tokens/s on {plan.device}"
@@ -301,7 +305,7 @@ def render_plan(plan: Plan) -> Table:
         ("stage 2, memory", plan.student_memory, plan.student_fits, plan.student_parameters),
     ):
         verdict = f"{'fits' if fits else 'does not fit'} {plan.device}"
-        table.add_row(stage, f"{_size(sum(parts.values()))}, {verdict}; {count:,} parameters\n{_parts(parts)}")
+        table.add_row(stage, f"{size_text(sum(parts.values()))}, {verdict}; {count:,} parameters\n{_parts(parts)}")
     return table
 
 
@@ -331,10 +335,11 @@ def _need(size: int, device: str | None) -> str:
 
 
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes in a unit that suits them."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= one:
             return f"{size / one:.2f} {unit}"
