@@ -100,10 +100,18 @@ def test_the_text_is_as_likely_as_the_models_say(found: Evaluation, dense: Dense
     assert found.teacher_perplexity == pytest.approx(np.exp(of_teacher.mean()), rel=0.01)
 
 
-def test_agreement_and_calibration_are_the_models(found: Evaluation, dense: Dense) -> None:
+def test_agreement_and_calibration_are_the_models(place: Path, found: Evaluation, dense: Dense) -> None:
     assert found.top1_agreement == pytest.approx(np.mean(dense.q.argmax(1) == dense.p.argmax(1)))
     assert found.calibration_error == pytest.approx(dense.calibration(dense.q), abs=1e-6)
     assert found.teacher_calibration_error == pytest.approx(dense.calibration(dense.p), abs=0.01)
+    # and to the last digit from the labels
+    reader = CacheReader(place / "cache")
+    stored = [reader.example(i).targets for i in range(len(reader))]
+    log_p = np.concatenate([x.head_logprobs[:, 0] - x.log_partition[:, 0] for x in stored]).astype(float)
+    first = np.concatenate([x.head_ids[:, 0] for x in stored])
+    bins = calibration_bins(np.exp(log_p), first == dense.gold)
+    assert bins[:, 1].sum() > 0
+    assert found.teacher_calibration_error == pytest.approx(calibration_error(bins, len(first)))
 
 
 def test_with_the_whole_vocabulary_as_head_the_kl_is_exact(place: Path, dense: Dense) -> None:
