@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.run_folder import SETTINGS_FILE
+from pipeline.run_folder import SETTINGS_FILE, curve, read_log
 from tests.runs import STUDENT, history, write_config
 from tests.servers import free_port
 from tests.tiny import make_cache
@@ -79,7 +79,10 @@ def one(folder: Path) -> Path:
 
 def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None:
     """The last step of an epoch has examples for one rank alone: each comes once."""
-    assert_same(run(folder, "two", TORCHRUN, batch_size=4, epochs=2), one)
+    two = run(folder, "two", TORCHRUN, batch_size=4, epochs=2)
+    assert_same(two, one)
+    assert [line["step"] for line in read_log(two)] == [line["step"] for line in read_log(one)]  # one rank writes
+    assert curve(read_log(two), "tokens") == curve(read_log(one), "tokens")
 
 
 def test_accumulated_steps_are_the_same(folder: Path, one: Path) -> None:
