@@ -75,9 +75,7 @@ class PrecomputeSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
     overwrite: bool = Field(False, description="replace a cache that lies at the output")
-    dry_run: bool = Field(
-        False, description="print counts, lengths, bytes and hours, without the teacher's weights; write nothing"
-    )
+    dry_run: bool = Field(False, description="print counts, lengths, bytes and hours; load no weights, write nothing")
     shards: str | None = Field(
         None, description="i/n: write only part i of n, from 1, beside other processes; the cache needs all parts"
     )
