@@ -183,15 +183,15 @@ class Amount:
     positions: int
 
 
-# Bytes a target position, by array: 20,000 positions each of code and English labelled by SmolLM2, compressed:
+# Bytes a target position, by array: 30,000 positions each of code and English labelled by SmolLM2, compressed:
 # python -m tests.benchmarks.sizes.
 LABEL_BYTES: dict[str, dict[Preset, float]] = {
-    "head_ids": {"lean": 5.3, "standard": 11.3, "rich": 50.9},
-    "head_logprobs": {"lean": 2.9, "standard": 5.2, "rich": 13.2},
-    "tail_ids": {"lean": 13.3, "standard": 35.0, "rich": 84.4},
-    "tail_logprobs": {"lean": 3.4, "standard": 9.4, "rich": 24.0},
-    "tail_counts": {"lean": 0.67, "standard": 2.05, "rich": 4.0},
-    "log_tail_odds": {"lean": 2.6, "standard": 2.6, "rich": 2.6},
+    "head_ids": {"lean": 5.1, "standard": 10.9, "rich": 49.5},
+    "head_logprobs": {"lean": 2.3, "standard": 4.0, "rich": 9.6},
+    "tail_ids": {"lean": 13.1, "standard": 34.6, "rich": 83.1},
+    "tail_logprobs": {"lean": 3.3, "standard": 9.3, "rich": 23.9},
+    "tail_counts": {"lean": 0.57, "standard": 1.90, "rich": 3.8},
+    "log_tail_odds": {"lean": 2.1, "standard": 2.1, "rich": 2.1},
     "gold_logprobs": {"lean": 0.6, "standard": 0.6, "rich": 0.6},
 }
 MEASURED_VOCABULARY = 49_152

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
@@ -50,8 +51,8 @@ class Watch(TrainerCallback):
         self._loss = loss if self._loss is None else self._loss + loss
 
     def note_norm(self, norm: Tensor) -> None:
-        """Take the norm of the step's gradient, a scalar."""
-        self._norm = norm
+        """Take the norm of the step's gradient, a scalar; under FSDP in parts, one a rank."""
+        self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
