@@ -223,7 +223,7 @@ def given(folder: Path, output: Path, cluster: str) -> dict[str, object]:
 
 
 def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") -> None:
-    for _ in range(6000):
+    for _ in range(24_000):
         with contextlib.suppress(OSError):
             if len(committed_shards(open_store(cache, read_only=False), 10_000)) >= shards:
                 return
