@@ -55,7 +55,11 @@ def test_a_killed_run_is_finished_and_nothing_is_paid_for_twice(
 def test_an_interrupt_ends_with_130_and_keeps_the_answers(server: ModelServer, tmp_path: Path) -> None:
     server.delay = 0.25
     words = [*command(options(server, tmp_path, 80)), "--concurrency", "4"]  # five seconds in all
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+
+    def listens() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored, as in background jobs
+
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
         while len(server.asked) < 30 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
