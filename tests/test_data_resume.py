@@ -59,7 +59,7 @@ def test_an_interrupt_ends_with_130_and_keeps_the_answers(server: ModelServer, t
     def listens() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored, as in background jobs
 
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:  # noqa: PLW1509
         while len(server.asked) < 30 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
