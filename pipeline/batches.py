@@ -123,10 +123,10 @@ class BatchSampler(Sampler[list[int]]):
             first = step + self._first
             yield order[first : first + self.batch_size].tolist()
 
-    def step_examples(self, step: int, accumulation: int) -> list[int]:
+    def step_examples(self, step: int) -> list[int]:
         """The examples of an optimizer step of all ranks; steps are counted from 0 over all epochs."""
-        epoch, place = divmod(step, -(-len(self) // accumulation))
-        size = self._stride * accumulation
+        size = self._together
+        epoch, place = divmod(step, -(-int(self._kept.sum()) // size))
         found: list[int] = self._order(epoch)[place * size : (place + 1) * size].tolist()
         return found
 

@@ -35,6 +35,7 @@ class TeacherRows:
         return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
+# Whether a backward pass may come again; where torch does not tell, gradients are scaled in a copy.
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 Target = SparseLabels | TeacherRows | None
@@ -213,7 +214,7 @@ def _piece(
     hard = lse_1 - z_gold
 
     g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(m), torch.zeros_like(m)
-    soft = masses = z_gold[:, 0] * 0.0
+    soft = masses = torch.zeros_like(z_gold[:, 0])
     if labels is not None:
         soft, g, g_rest = _soft(z_ids / t - lse, log_rest - lse, labels, settings, k == z.shape[1])
         g_sum = g.sum(1, keepdim=True) + g_rest

@@ -95,7 +95,7 @@ class Watch(TrainerCallback):
         step = state.global_step - count + 1 + place
         rank = int(bad[:, place].any(1).nonzero()[0])
         loss, norm = rows[rank, place].tolist()
-        examples = self._sampler.step_examples(step - 1, args.gradient_accumulation_steps)
+        examples = self._sampler.step_examples(step - 1)
         shown = ", ".join(map(str, examples[:IDS_SHOWN])) + (", ..." if len(examples) > IDS_SHOWN else "")
         raise LogitcaskError(
             f"step {step}: not finite any more: loss {loss:g}, gradient norm {norm:g}; the step's {len(examples)} "

@@ -44,7 +44,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
                               num_workers=workers, gradient_accumulation_steps=accumulation)  # fmt: skip
     model = student_from_config(write_config(folder / "student.json", STUDENT), 300)
     make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"), 0)
-    examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0)
+    examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
     collator = Collator(0, (), 1.0, "bucket")
     return DistillationTrainer(
         model=model, args=training_arguments(settings), examples=examples, sampler=sampler, held_out=[],
@@ -65,7 +65,7 @@ def test_going_on_reads_only_what_comes_next(tmp_path: Path, done: int, workers:
     seconds, worked = time.perf_counter() - began, time.process_time() - worked
     assert again.state.global_step == done + 2
     reads = [int(line) for line in (tmp_path / "reads").read_text().split()]
-    next_ones = [i for step in range(done, done + 6) for i in again._sampler.step_examples(step, accumulation)]
+    next_ones = [i for step in range(done, done + 6) for i in again._sampler.step_examples(step)]
     assert reads == next_ones[: len(reads)]
     assert 2 * BATCH * accumulation <= len(reads) <= (2 * accumulation + 1 + 2 * workers) * BATCH
     print(f"step {done}, {workers} workers, accumulation {accumulation}: {seconds:.2f} s, of the CPU {worked:.2f} s")
