@@ -187,6 +187,24 @@ def test_frozen_parts_get_no_gradient_and_cost_none() -> None:
     torch.testing.assert_close(silent.total, mine.total.detach())
 
 
+def test_a_second_backward_pass_gives_the_same_gradients() -> None:
+    how, tensors, target = LossSettings(0.5, 2.0, "sampled", "forward-kl"), inputs(), labels(2.0, "sampled")
+    total = fused_loss(tensors[0], head_of(tensors), gold(), target, how).total
+    expected = gradients(plain(tensors, head_of(tensors), target, how).total, tensors)
+    for _ in range(2):
+        found = torch.autograd.grad(total * 0.37, tensors, retain_graph=True)
+        torch.testing.assert_close(list(found), expected)
+
+
+def test_an_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor | None] = []
+    monkeypatch.setattr(fused, "_accumulate", lambda grads, *_: asked.extend(grads))
+    how, tensors = LossSettings(1.0, 1.0, "sampled", "forward-kl"), inputs()
+    with torch.no_grad():
+        fused_loss(tensors[0], head_of(tensors), gold(), None, how)
+    assert set(asked) == {None}
+
+
 def test_no_target_positions() -> None:
     how, tensors = LossSettings(0.5, 2.0, "sampled", "forward-kl"), inputs()
     none = slice(0, 0)

@@ -51,14 +51,15 @@ def test_a_cache_of_many_draws_comes_close(stock: Path, tmp_path: Path) -> None:
 
 
 def test_it_stops_and_goes_on(stock: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 4, "save_steps": 2, "batch_size": 4, "max_seq_length": 64}
+    teacher = make_teacher(tmp_path / "teacher")
+    options = {"max_steps": 4, "save_steps": 2, "batch_size": 4, "max_seq_length": 64, "teacher_model": str(teacher)}
     straight = online(stock, tmp_path / "straight", **options)
     resumed = {**options, "resume_from_checkpoint": str(straight / "checkpoint-2"), "output_dir": tmp_path / "more"}
     again = online(stock, tmp_path / "more", student_config=tmp_path / "straight.json", **resumed)
     assert losses(again) == losses(straight)
-    other = make_teacher(tmp_path / "other", seed=9)
-    with pytest.raises(LogitcaskError, match="another run"):
-        online(stock, tmp_path / "more", **{**resumed, "teacher_model": str(other)}, student_config=tmp_path / "s.json")
+    make_teacher(teacher, seed=9)  # other weights under the same name
+    with pytest.raises(LogitcaskError, match="another run: source"):
+        online(stock, tmp_path / "more", student_config=tmp_path / "straight.json", **resumed)
 
 
 def test_the_student_must_have_the_teachers_tokenizer(stock: Path, tmp_path: Path) -> None:
