@@ -35,7 +35,7 @@ lint:
 
 # the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 {{args}}
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal {{args}}
 
 # set everything up, then: real teacher, real text, cache, student, generated text (under 5 minutes on 2 cores)
 demo folder="demo": setup
