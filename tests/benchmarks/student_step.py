@@ -1,12 +1,11 @@
 """What distillation costs the student beside plain training: one loss alone, and one whole step.
 
-Each row is a ratio of medians in one run, the ways taking turns; peak memory is of a process of its own, less what it
-held before the first step. Run as ``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the
+Each row is a ratio of medians in one run, the ways taking turns. Peak memory (Linux) is of a process of its own, less
+what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Run as ``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the
 losses take about ten minutes, the steps about twenty.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -150,16 +149,20 @@ def peak(kind: str, name: str, vocab: int, n: int) -> float:
 
 
 def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
-    """Print what ``peak`` reads. A step counts from the beginning, so that parameters and optimizer are in it."""
-    if kind == "step":
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        way = step_ways(name)[name]
-    else:
-        way = loss_ways(vocab, n)[name]
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Print what ``peak`` reads."""
+    way = None if kind == "step" else loss_ways(vocab, n)[name]
+    start = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+    way = way or step_ways(name)[name]
     for _ in range(2):
         way()
-    print(json.dumps({"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024}))
+    print(json.dumps({"mb": resident("VmHWM") - start}))
+
+
+def resident(name: str) -> float:
+    """MB of memory as the system tells them: VmRSS now, VmHWM at most."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions: int, repeats: int) -> Table:
