@@ -1,8 +1,9 @@
 """What distillation costs the student beside plain training: one loss alone, and one whole step.
 
 Each row is a ratio of medians in one run, the ways taking turns. Peak memory (Linux) is of a process of its own, less
-what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Run as ``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the
-losses take about ten minutes, the steps about twenty.
+what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Run as
+``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the losses take about ten minutes, the
+steps about twenty.
 """
 
 import json
