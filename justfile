@@ -37,6 +37,10 @@ lint:
 pytest *args:
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal {{args}}
 
+# the fuzz of hostile caches at its full length, 10,000 cases (about six minutes)
+fuzz:
+    LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/test_hostile.py
+
 # set everything up, then: real teacher, real text, cache, student, generated text (under 5 minutes on 2 cores)
 demo folder="demo": setup
     rm -rf {{folder}}
@@ -79,6 +83,10 @@ bench:
     {{bin}}/python -m tests.benchmarks.memory_model
     {{bin}}/python -m tests.benchmarks.student_step
     {{bin}}/python -m tests.benchmarks.loader demo/cache
+
+# the study: what a cached soft label is worth, hours on two cores; stopped, it goes on where it was
+study *args:
+    {{bin}}/python -m tests.benchmarks.study {{args}}
 
 # remove what the recipes made, but for .venv
 clean:

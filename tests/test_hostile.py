@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from tests.tiny import folder_bytes
 Objects = dict[str, bytes]
 LABEL = label_settings(300, 3, 4)
 SPECS = array_specs(LABEL)
-METADATA_CASES, OBJECT_CASES, NUMBER_CASES = 7900, 1600, 500
+CASES = int(os.environ.get("LOGITCASK_FUZZ_CASES", "2500"))  # `just fuzz` takes 10,000
+METADATA_CASES, OBJECT_CASES, NUMBER_CASES = (round(CASES * share) for share in (0.79, 0.16, 0.05))
 ODD: list[Any] = [
     *(None, True, 0, -1, 1, 2**31, 2**40, 2**63, 2**64, 10**400, 0.5, float("nan"), 1e999, "", "x" * 5000, "\x00\n\r"),
     *([], {}, [[]], "object", "|O", "float16", "string", "variable_length_utf8", "r*", "../../etc", "a/b", "\ud800"),

@@ -83,7 +83,7 @@ def loss_ways(vocab: int, n: int) -> dict[str, Way]:
     }
 
 
-def step_ways(wanted: str | None = None) -> dict[str, Way]:
+def step_ways(wanted: str | None = None, checkpointing: bool = False) -> dict[str, Way]:
     """A whole step of the 100m student in float32 with AdamW: every position but each row's last is a target."""
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (BATCH, LENGTH))
@@ -95,6 +95,8 @@ def step_ways(wanted: str | None = None) -> dict[str, Way]:
         if wanted not in (None, name):
             return
         student = student_from_config(STUDENT, VOCAB).train()
+        if checkpointing:
+            student.gradient_checkpointing_enable()
         loss, optimizer = make(student), torch.optim.AdamW(student.parameters(), lr=1e-5)
 
         def step() -> None:
@@ -151,10 +153,10 @@ def peak(kind: str, name: str, vocab: int, n: int) -> float:
 
 def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
     """Print what ``peak`` reads."""
-    way = None if kind == "step" else loss_ways(vocab, n)[name]
+    way = loss_ways(vocab, n)[name] if kind == "loss" else None
     start = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-    way = way or step_ways(name)[name]
+    way = way or step_ways(name, kind == "checkpointed step")[name]
     for _ in range(2):
         way()
     print(json.dumps({"mb": resident("VmHWM") - start}))
@@ -201,6 +203,9 @@ def main() -> None:
         peaks = {name: peak("step", name, 0, 0) for name in ways}
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
         console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
+        names = PLAIN, "ours, hybrid at T=2"
+        plain, ours = (peak("checkpointed step", name, 0, 0) for name in names)
+        console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")
 
 
 if __name__ == "__main__":

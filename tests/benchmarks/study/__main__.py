@@ -1,0 +1,172 @@
+"""Run the study: ``python -m tests.benchmarks.study [--minutes N]``, or one stage: labels, tune, students, gradients,
+report.
+
+Everything lands in ``study/`` and is not done again by the next call; ``report`` writes tests/benchmarks/results.
+Two processes of one thread each by default; ``--part i/n`` is what they are started with.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.lm_head import read_head
+from pipeline.models import load_causal_lm
+from pipeline.tokenizer import load_tokenizer, tokenizer_size
+from tests.benchmarks.capture import teacher_path
+from tests.benchmarks.study import fidelity
+from tests.benchmarks.study.corpus import code_files, english, windows
+from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
+from tests.benchmarks.study.report import report
+from tests.benchmarks.study.students import WINDOWS, Setting, Teacher, train, write_atomically
+
+FOLDER = Path("study")
+RUNS = FOLDER / "runs"
+LENGTHS = (75, 150, 300)
+STAGES = {"early": LENGTHS[0], "late": LENGTHS[-1]}  # of a student's training, steps
+WIDTH = 576  # of the teacher
+HELD_OUT = 16  # windows
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+SEEDS = (0, 1, 2)
+FIRST = ("exact", "standard", "top-64 renormalised")
+THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
+
+
+def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
+    """Windows to train on and held out, and the vocabulary's size."""
+    tokenizer = load_tokenizer(teacher_path())
+    train_ids = windows(code_files(held_out=False), tokenizer, LENGTHS[-1] * WINDOWS)
+    held_ids = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]  # of several files
+    return (
+        TeacherFolder(FOLDER / "train", train_ids, WIDTH, STORED),
+        TeacherFolder(FOLDER / "held_out", held_ids, WIDTH, {}),
+        tokenizer_size(tokenizer),
+    )
+
+
+def the_teacher() -> Teacher:
+    """What training needs of the teacher: the head alone stays in memory."""
+    kept, held_out, vocabulary = folders()
+    head = read_head(load_causal_lm(teacher_path(), dtype=torch.float32).eval().requires_grad_(False))
+    return Teacher(head, vocabulary, kept, held_out)
+
+
+def label_part(part: tuple[int, int]) -> None:
+    """Stage 1 of the study."""
+    kept, held_out, vocabulary = folders()
+    model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
+    for where in (held_out, kept, *texts().values()):
+        label_windows(where, model, vocabulary, part)
+
+
+def texts() -> dict[str, TeacherFolder]:
+    """What gradients are compared on."""
+    tokenizer, count = load_tokenizer(teacher_path()), max(fidelity.BATCHES)
+    sources = {"code": code_files(held_out=True), "english": english()}
+    return {
+        name: TeacherFolder(FOLDER / name, windows(source, tokenizer, count), WIDTH, fidelity.STORED)
+        for name, source in sources.items()
+    }
+
+
+def compare_gradients(part: tuple[int, int], until: float) -> None:
+    """The part on gradients, at the stages of a student of exact distillation at T=1."""
+    teacher = the_teacher()
+    saved = {name: FOLDER / "states" / f"{kept_run(tuned()).name}_{steps}.pt" for name, steps in STAGES.items()}
+    stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
+    stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
+    for name, where in texts().items():
+        fidelity.measure(stages, name, where, teacher.head, FOLDER / "fidelity", part, until)
+        write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
+
+
+def kept_run(rate: float) -> Setting:
+    """The run whose weights are kept, for the part on gradients."""
+    return Setting("exact", 1.0, 0.0, 0, rate)
+
+
+def tuned() -> float:
+    """The learning rate with the least held-out loss of output distillation, on a seed of its own."""
+    found = {rate: json.loads((RUNS / f"{tuning(rate).name}.json").read_text()) for rate in RATES}
+    return min(found, key=lambda rate: float(found[rate]["lengths"][-1]["hard_loss"]))
+
+
+def tuning(rate: float) -> Setting:
+    """The run that tries a learning rate."""
+    return Setting("output", 1.0, 1.0, 100, rate)
+
+
+def grid(rate: float) -> list[Setting]:
+    """All runs, those that tell most first, a seed at a time."""
+    found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
+    for ways, alpha in ((FIRST, 0.0), (THEN, 0.0), (FIRST, 0.5)):
+        found += [Setting(way, t, alpha, seed, rate) for seed, t, way in itertools.product(SEEDS, (1.0, 2.0), ways)]
+    return found
+
+
+def run_all(settings: list[Setting], lengths: tuple[int, ...], part: tuple[int, int], until: float) -> None:
+    """Train what has no result yet of part i of n, until it is time to stop."""
+    teacher = the_teacher()
+    for setting in settings[part[0] :: part[1]]:
+        path = RUNS / f"{setting.name}.json"
+        if path.exists():
+            continue
+        if time.time() > until:
+            print("out of time: the same command goes on from here", flush=True)
+            return
+        found = train(
+            setting, teacher, lengths, FOLDER / "states" if setting == kept_run(setting.learning_rate) else None
+        )
+        write_atomically(path, found)
+        last = found["lengths"][-1]
+        print(f"{setting.name}: {json.dumps(last)}", flush=True)
+
+
+def processes(stage: str, count: int, minutes: float) -> None:
+    """A stage in several processes of one thread."""
+    command = [sys.executable, "-m", "tests.benchmarks.study", stage, "--minutes", str(minutes), "--part"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [subprocess.Popen([*command, f"{i}/{count}"], env=environment) for i in range(count)]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise SystemExit(f"{stage} failed; what is done stays, the same command goes on")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.study", description=__doc__)
+    parser.add_argument("stage", nargs="?", choices=["labels", "tune", "students", "gradients", "report"])
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run of a student after so many")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    until = time.time() + 60 * given.minutes
+    if given.part is None:
+        for stage in ["labels", "tune", "students", "gradients"] if given.stage is None else [given.stage]:
+            if stage == "labels":
+                folders(), texts()  # once, before several processes open them
+            if stage != "report":
+                processes(stage, given.processes, given.minutes)
+        if given.stage in (None, "report"):
+            report(RUNS)
+        return
+    index, count = map(int, given.part.split("/"))
+    torch.set_num_threads(1)
+    if given.stage == "labels":
+        label_part((index, count))
+    elif given.stage == "tune":
+        run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], (index, count), until)
+    elif given.stage == "gradients":
+        compare_gradients((index, count), until)
+    else:
+        run_all(grid(tuned()), LENGTHS, (index, count), until)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The study's first part: gradients and AdamW updates from sparse labels beside those of exact distillation.
+
+A student at three stages of training; one batch after another of windows it has not seen, so that the first k windows
+are a batch of k: what shrinks as k grows is noise, what stays is bias. Exact gradients are taken in float64.
+"""
+
+import copy
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cache.layout import array_specs, encode_targets, stride_for, zarr_layout
+from cache.manifest import LabelSettings, ShardPlan
+from cache.soft_labels import temperature_index
+from cache.targets import IntArray, SparseTargets
+from pipeline.fused import Target, TeacherRows, fused_loss
+from pipeline.lm_head import LMHead, last_hidden_states, read_head
+from pipeline.losses import LossSettings, SparseLabels
+from pipeline.settings import PRESETS
+from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries
+from tests.benchmarks.study.students import CLIP, new_student, write_atomically
+
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # windows
+USED = 127  # target positions of a window
+STORED = {name: Stored(*sizes, TEMPERATURES) for name, sizes in PRESETS.items()} | {
+    "random": Stored(0, 32, (1.0,)),
+    "top": Stored(64, 0, TEMPERATURES),
+}
+USUAL = "top-64, one-token tail"
+WAYS = {
+    "lean": Way("lean", "sampled"),
+    "standard": Way("standard", "sampled"),
+    "rich": Way("rich", "sampled"),
+    "random sampling, 32": Way("random", "sampled"),
+    "top-12 renormalised": Way("top", "renormalize", 12),
+    "top-64 renormalised": Way("top", "renormalize"),
+    USUAL: Way("top", "bucket"),
+    "top-64 bucket": Way("top", "bucket"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A student somewhere in its training, with AdamW's averages: mean (P,) and square (P,) of gradients, steps."""
+
+    name: str
+    student: PreTrainedModel
+    mean_P: Tensor
+    square_P: Tensor
+    steps: int
+
+
+def stage(name: str, vocabulary: int, saved: Path | None) -> Stage:
+    """A fresh student, or one as the students' part kept it."""
+    student = new_student(vocabulary, 0)
+    size = sum(p.numel() for p in student.parameters())
+    if saved is None:
+        return Stage(name, student, torch.zeros(size), torch.zeros(size), 0)
+    state = torch.load(saved, weights_only=True)
+    student.load_state_dict(state["student"])
+    held = [state["optimizer"]["state"][i] for i in range(len(list(student.parameters())))]
+    mean, square = (torch.cat([one[key].reshape(-1) for one in held]) for key in ("exp_avg", "exp_avg_sq"))
+    return Stage(name, student, mean, square, int(held[0]["step"]))
+
+
+def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> SparseLabels:
+    """The usual tempering: the tail's mass at T=1 is raised to 1 / T as if it were one token's."""
+    targets, how = where.targets("top", rows), where.stored["top"]
+    log_tail = targets.log_tail_mass[:, temperature_index(how.temperatures, 1.0)]
+    z = np.concatenate([targets.head_logprobs, log_tail[:, None]], axis=1) / temperature
+    log_p = torch.log_softmax(torch.from_numpy(z).float(), dim=1)
+    return SparseLabels(torch.from_numpy(targets.head_ids), log_p[:, :-1].exp(), log_p[:, :-1], log_p[:, -1], how.head)
+
+
+def target_of(way: str, where: TeacherFolder, head: LMHead, rows: IntArray, temperature: float) -> Target:
+    """What some rows' loss is taken against; exact: in the dtype of ``head``."""
+    if way == "exact":
+        hidden = torch.from_numpy(np.asarray(where.hidden[rows])).to(head.weight.dtype)
+        return TeacherRows(hidden, head, len(head.weight))
+    if way == USUAL:
+        return one_token_tail(where, rows, temperature)
+    return entries(where, WAYS[way], rows, temperature)
+
+
+def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, head: LMHead, t: float) -> list[Tensor]:
+    """Mean gradients (P,) of the soft loss over the first k windows, for each k of BATCHES, in float64."""
+    dtype = torch.float64 if way == "exact" else torch.float32
+    student = copy.deepcopy(student).to(dtype).eval()
+    own, found = read_head(student), []
+    how = LossSettings(0.0, t, WAYS[way].tail if way in WAYS else "sampled", "forward-kl")
+    for window in range(max(BATCHES)):
+        ids = torch.from_numpy(where.ids[window])[: USED + 1]
+        rows = window * POSITIONS + np.arange(USED)
+        hidden = last_hidden_states(student, ids[None])[0, :-1]
+        sums = fused_loss(hidden, own, ids[1:], target_of(way, where, head, rows, t), how)
+        torch.autograd.backward(sums.total)
+        if window + 1 in BATCHES:
+            whole = torch.cat([p.grad.reshape(-1).double() for p in student.parameters() if p.grad is not None])
+            found.append(whole / ((window + 1) * USED))
+    return found
+
+
+def update(gradient_P: Tensor, at: Stage) -> Tensor:
+    """The direction of AdamW's next step, the gradient clipped as in training (betas 0.9 and 0.999)."""
+    g = gradient_P * min(1.0, CLIP / float(gradient_P.norm()))
+    t = at.steps + 1
+    mean = (0.9 * at.mean_P + 0.1 * g) / (1 - 0.9**t)
+    square = (0.999 * at.square_P + 0.001 * g * g) / (1 - 0.999**t)
+    return mean / (square.sqrt() + 1e-8)
+
+
+def degrees(one: Tensor, other: Tensor) -> float:
+    """The angle between two vectors."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, float(one @ other / (one.norm() * other.norm()))))))
+
+
+def bytes_a_position(targets: SparseTargets, label: LabelSettings) -> float:
+    """Stored size of labels as one shard of a cache holds them."""
+    plan = ShardPlan(count=1, examples=1, tokens=1, positions=stride_for("position", len(targets)), digest="0" * 64)
+    root, size, coded = zarr.create_group(zarr.storage.MemoryStore()), 0, encode_targets(targets)
+    for spec in (spec for spec in array_specs(label) if spec.axis == "position"):
+        array = root.create_array(spec.name, **zarr_layout(spec, plan), fill_value=0)
+        whole = np.zeros(array.shape, dtype=spec.dtype)
+        whole[: len(targets)] = coded[spec.name]
+        array[:] = whole
+        size += array.nbytes_stored()
+    return size / len(targets)
+
+
+def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
+    """Bytes a position of each way's label."""
+    found: dict[str, float] = {}
+    for way, how in WAYS.items():
+        kept = where.stored[how.stored]
+        short = Stored(how.head or kept.head, kept.draws, kept.temperatures).settings(vocabulary)
+        targets = where.targets(how.stored, slice(None))
+        if how.head is not None:
+            targets = SparseTargets(
+                **{**vars(targets), "head_ids": targets.head_ids[:, : how.head]}
+                | {"head_logprobs": targets.head_logprobs[:, : how.head]}
+            )
+        found[way] = round(bytes_a_position(targets, short), 1)
+    return found
+
+
+def cell(at: Stage, where: TeacherFolder, head: LMHead, temperature: float) -> dict[str, Any]:
+    """Angles and lengths of every way at one stage and temperature, by batch."""
+    precise = LMHead(head.weight.detach().double(), None, head.scale, head.softcap)
+    exact = gradients(at.student, where, "exact", precise, temperature)
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        own = gradients(at.student, where, way, head, temperature)
+        pairs = list(zip(own, exact, strict=True))
+        found[way] = {
+            "angle": [round(degrees(a, b), 3) for a, b in pairs],
+            "length": [round(float(a.norm() / b.norm()), 4) for a, b in pairs],
+            "update_angle": [round(degrees(update(a, at), update(b, at)), 3) for a, b in pairs],
+        }
+    return found
+
+
+def measure(
+    stages: list[Stage],
+    text: str,
+    where: TeacherFolder,
+    head: LMHead,
+    folder: Path,
+    part: tuple[int, int],
+    until: float,
+) -> None:
+    """Every cell of part i of n that has no result yet, until it is time to stop."""
+    jobs = [(at, t) for at in stages for t in TEMPERATURES]
+    for at, t in jobs[part[0] :: part[1]]:
+        path = folder / f"{text}_{at.name}_T{t:g}.json"
+        if path.exists() or time.time() > until:
+            continue
+        found = cell(at, where, head, t)
+        about = {"text": text, "stage": at.name, "steps": at.steps, "temperature": t, "batches": BATCHES}
+        write_atomically(path, {**about, "ways": found})
+        print(f"{path.stem}: {json.dumps({way: values['angle'][-1] for way, values in found.items()})}", flush=True)

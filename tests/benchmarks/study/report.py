@@ -1,0 +1,142 @@
+"""The study's results: one JSON with machine, versions and date, a table, and a figure."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.study.labels import POSITIONS
+from tests.benchmarks.study.students import CONFIG, WINDOWS, new_student, write_atomically
+
+RESULTS = Path("tests/benchmarks/results")
+# two-sided 95 % quantiles of Student's t, by degrees of freedom
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+Run = dict[str, Any]
+Key = tuple[str, float, float]  # way, temperature, alpha
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what figures were made."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "zarr")}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % confidence interval over seeds; None of a single one."""
+    if len(values) < 2:
+        return values[0], None
+    return statistics.mean(values), T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def by_key(runs: Sequence[Run]) -> dict[Key, dict[int, Run]]:
+    """Runs of a way, temperature and alpha, by seed."""
+    found: dict[Key, dict[int, Run]] = {}
+    for run in runs:
+        s = run["setting"]
+        found.setdefault((s["way"], s["temperature"], s["alpha"]), {})[s["seed"]] = run
+    return found
+
+
+def measured(run: Run, steps: int, name: str) -> float | None:
+    """A figure of a run at a length."""
+    return next((float(at[name]) for at in run["lengths"] if at["steps"] == steps), None)
+
+
+def against_exact(
+    groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str
+) -> tuple[float, float | None] | None:
+    """Mean difference to exact distillation of the same seed, temperature and alpha, with its interval."""
+    exact = groups.get(("exact", *key[1:]), {})
+    pairs = [
+        (measured(run, steps, name), measured(exact[seed], steps, name))
+        for seed, run in groups[key].items()
+        if seed in exact
+    ]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return interval(differences) if differences else None
+
+
+def _cell(value: tuple[float, float | None] | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    mean = f"{value[0]:+.3f}" if sign else f"{value[0]:.3f}"
+    return mean if value[1] is None else f"{mean} ± {value[1]:.3f}"
+
+
+def table(runs: Sequence[Run], steps: int) -> Table:
+    """One line a way: means over seeds, and paired differences to exact distillation."""
+    groups = by_key(runs)
+    found = Table("label", "T", "alpha", "seeds", "KL at T=1", "KL at T=2", "hard loss", "to exact, KL at own T", "ECE")
+    found.title = f"after {steps} steps, {steps * WINDOWS * POSITIONS:,} positions; nats, ± 95 % over seeds"
+    for key in sorted(groups, key=lambda k: (k[1], k[2], k[0] != "exact", k[0])):
+        cells = []
+        for name in ("kl_at_1", "kl_at_2", "hard_loss", "calibration_error"):
+            values = [v for run in groups[key].values() if (v := measured(run, steps, name)) is not None]
+            cells.append(_cell(interval(values)) if values else "")
+        to_exact = against_exact(groups, key, steps, f"kl_at_{key[1]:g}")
+        way, t, alpha = key
+        found.add_row(way, f"{t:g}", f"{alpha:g}", str(len(groups[key])), *cells[:3], _cell(to_exact, True), cells[3])
+    return found
+
+
+def draw(runs: Sequence[Run], steps: Sequence[int], path: Path) -> None:
+    """KL to the teacher at the temperature of training, less that of exact distillation of the same seed."""
+    from matplotlib.figure import Figure
+
+    groups = by_key(runs)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, t in zip(axes, (1.0, 2.0), strict=True):
+        for number, key in enumerate(sorted(k for k in groups if k[1:] == (t, 0.0) and k[0] != "exact")):
+            points = [(s, against_exact(groups, key, s, f"kl_at_{t:g}")) for s in steps]
+            known = [(s * WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number), *p) for s, p in points if p is not None]
+            if known:
+                x, y, error = zip(*known, strict=True)
+                bars = [e or 0.0 for e in error]
+                axis.errorbar(x, y, bars, marker="o", capsize=3, label=key[0])
+        axis.axhline(0.0, color="black", linewidth=0.8)
+        axis.set(title=f"trained at T={t:g}, alpha 0", xlabel="thousand target positions")
+    axes[0].set_ylabel("KL to the teacher less exact KD's, nats")
+    axes[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def report(folder: Path) -> None:
+    """Write results/students.json and .png, and print the tables."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not runs:
+        raise SystemExit(f"{folder}: no run is finished yet")
+    student = new_student(49_152, 0)
+    about = {
+        "teacher": "SmolLM2-135M-Instruct (Q4_1, in float32)",
+        "student": {**CONFIG, "parameters": sum(p.numel() for p in student.parameters())},
+        "windows_a_step": WINDOWS,
+        "positions_a_window": POSITIONS,
+    }
+    write_atomically(RESULTS / "students.json", {"machine": machine(), "study": about, "runs": runs})
+    study = [run for run in runs if run["setting"]["seed"] < 100]
+    steps = sorted({at["steps"] for run in study for at in run["lengths"]})
+    console = Console(width=150)
+    for length in steps:
+        console.print(table(study, length))
+    draw(study, steps, RESULTS / "students.png")

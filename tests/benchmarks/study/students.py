@@ -1,0 +1,168 @@
+"""The students of the study: one training run a setting, all of one seed from the same weights over the same batches.
+
+A plain loop on the product's loss: AdamW, a warm-up, then a constant rate, so that one run shows several lengths.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cache.targets import IntArray
+from pipeline.fused import Target, TeacherRows, fused_loss
+from pipeline.lm_head import LMHead, last_hidden_states, read_head
+from pipeline.losses import LossSettings
+from pipeline.measures import calibration_bins, calibration_error
+from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+WINDOWS = 4  # a step: 1,020 target positions
+WARMUP, CLIP = 20, 1.0
+ROWS = 256  # of an evaluation at a time
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run."""
+
+    way: str  # output, exact, or one of WAYS
+    temperature: float
+    alpha: float
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        way = self.way.replace(",", "").replace(" ", "-")
+        return f"{way}_T{self.temperature:g}_alpha{self.alpha:g}_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's head, and what was kept of it over the windows to train on and those held out."""
+
+    head: LMHead
+    vocabulary: int
+    train: TeacherFolder
+    held_out: TeacherFolder
+
+
+def new_student(vocabulary: int, seed: int) -> PreTrainedModel:
+    """Fresh weights of a seed, in float32."""
+    torch.manual_seed(seed)
+    values = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    config = AutoConfig.for_model(str(CONFIG["model_type"]), vocab_size=vocabulary, **values)
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return student
+
+
+def target_of(setting: Setting, teacher: Teacher, rows: IntArray) -> Target:
+    """What a batch's loss is taken against."""
+    if setting.alpha == 1.0:
+        return None
+    if setting.way == "exact":
+        hidden = torch.from_numpy(np.asarray(teacher.train.hidden[rows], dtype=np.float32))
+        return TeacherRows(hidden, teacher.head, teacher.vocabulary)
+    return entries(teacher.train, WAYS[setting.way], rows, setting.temperature)
+
+
+def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
+    """Train to the longest of ``lengths`` steps; what the held-out windows say at each, and seconds of training.
+
+    ``keep`` is a folder for the weights and the optimizer's state at each length.
+    """
+    student = new_student(teacher.vocabulary, setting.seed).train()
+    head = read_head(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=setting.learning_rate, weight_decay=0.0)
+    how = LossSettings(setting.alpha, setting.temperature, _tail(setting), "forward-kl")
+    order = np.random.default_rng(setting.seed).permutation(len(teacher.train.ids))
+    if max(lengths) * WINDOWS > len(order):  # a second epoch, shuffled again
+        order = np.concatenate([order, np.random.default_rng(setting.seed + 1000).permutation(len(order))])
+    found, seconds = [], 0.0
+    for step in range(1, max(lengths) + 1):
+        began = time.perf_counter()
+        windows = np.sort(order[(step - 1) * WINDOWS : step * WINDOWS])
+        rows = (windows[:, None] * POSITIONS + np.arange(POSITIONS)).reshape(-1)
+        ids = torch.from_numpy(teacher.train.ids[windows])
+        hidden = last_hidden_states(student, ids)[:, :-1].flatten(0, 1)
+        sums = fused_loss(hidden, head, ids[:, 1:].reshape(-1), target_of(setting, teacher, rows), how)
+        torch.autograd.backward(sums.total / len(rows))
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = setting.learning_rate * min(1.0, step / WARMUP)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - began
+        if step in lengths:
+            found.append({"steps": step, "positions": step * WINDOWS * POSITIONS, **evaluate(student, teacher)})
+            found[-1]["training_seconds"] = round(seconds, 1)
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, keep / f"{setting.name}_{step}.pt")
+    return {"setting": dataclasses.asdict(setting), "lengths": found}
+
+
+def _tail(setting: Setting) -> str:
+    return WAYS[setting.way].tail if setting.way in WAYS else "sampled"
+
+
+@torch.inference_mode()
+def evaluate(student: PreTrainedModel, teacher: Teacher) -> dict[str, float]:
+    """Means over the held-out positions: cross-entropy, exact KL to the teacher, agreement; calibration error."""
+    student.eval()
+    head, where, sums = read_head(student), teacher.held_out, np.zeros(4)
+    bins = np.zeros((15, 2))
+    for window in range(len(where.ids)):
+        ids = torch.from_numpy(where.ids[window])
+        hidden = last_hidden_states(student, ids[None])[0, :-1]
+        rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
+        z = head.logits(hidden)[:, : teacher.vocabulary]
+        z_teacher = teacher.head.logits(torch.from_numpy(np.asarray(where.hidden[rows], dtype=np.float32)))
+        z_teacher = z_teacher[:, : teacher.vocabulary]
+        gold = ids[1:]
+        log_q = functional.log_softmax(z, dim=1)
+        confidence, best = log_q.max(1)
+        sums += [
+            float(functional.nll_loss(log_q, gold, reduction="sum")),
+            *(_kl(z_teacher, z, t) for t in (1.0, 2.0)),
+            float((best == z_teacher.argmax(1)).sum()),
+        ]
+        bins += calibration_bins(confidence.exp().double().numpy(), (best == gold).numpy())
+    student.train()
+    count = len(where.ids) * POSITIONS
+    names = ("hard_loss", "kl_at_1", "kl_at_2", "top1_agreement")
+    means = {name: float(value) / count for name, value in zip(names, sums, strict=True)}
+    return {**means, "calibration_error": calibration_error(bins, count)}
+
+
+def _kl(z_teacher: Tensor, z: Tensor, t: float) -> float:
+    log_p, log_q = functional.log_softmax(z_teacher / t, dim=1), functional.log_softmax(z / t, dim=1)
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def write_atomically(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
