@@ -1,0 +1,72 @@
+"""The study's own arithmetic: its baselines are what they are called, its intervals and pairs are right."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.study import fidelity
+from tests.benchmarks.study.labels import POSITIONS, STORED, WAYS, TeacherFolder, _label, entries
+from tests.benchmarks.study.report import against_exact, by_key, interval
+
+VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, torch.Tensor]:
+    """Two windows of labels, all rows of one distribution, and its logits."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, POSITIONS + 1))
+    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED)
+    logits = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
+    for window in range(2):
+        rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
+        _label(where, logits.expand(POSITIONS, -1).contiguous(), VOCAB, rows)
+    return where, logits
+
+
+def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Tensor:
+    """Weights by token, averaged over positions."""
+    found = entries(where, WAYS[way], ROWS, temperature)
+    whole = torch.zeros(len(found.ids_NS), VOCAB).scatter_add(1, found.ids_NS, found.weights_NS)
+    return whole.mean(0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("way", ["lean", "standard", "random sampling, 32"])
+def test_sampled_labels_are_unbiased_also_where_they_were_drawn_at_another_temperature(
+    labelled: tuple[TeacherFolder, torch.Tensor], way: str, temperature: float
+) -> None:
+    where, logits = labelled
+    p = (logits / temperature).softmax(0)
+    rare = (logits < logits.topk(64).values[-1]).float()
+    found, wanted = float(mean_weights(where, way, temperature) @ rare), float(p @ rare)
+    assert wanted > 0.01
+    assert found == pytest.approx(wanted, rel=0.2 if way.startswith("random") else 0.1)
+    assert float(mean_weights(where, "top-64 renormalised", temperature) @ rare) == 0.0
+
+
+def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:
+    where, logits = labelled
+    where.stored["top"] = fidelity.STORED["top"]
+    found = fidelity.one_token_tail(where, np.arange(3), 2.0)
+    where.stored["top"] = STORED["top"]
+    top = logits.softmax(0).sort(descending=True).values
+    z = torch.cat([top[:64], top[64:].sum()[None]]).sqrt()
+    assert torch.allclose(found.log_probs_NS[0].exp(), (z / z.sum())[:64], atol=2e-2)
+    assert float(found.log_probs_NS[0].exp().sum() + found.log_rest_N[0].exp()) == pytest.approx(1.0, abs=1e-5)
+
+
+def run(way: str, seed: int, kl: float) -> dict[str, Any]:
+    setting = {"way": way, "temperature": 2.0, "alpha": 0.0, "seed": seed}
+    return {"setting": setting, "lengths": [{"steps": 10, "kl_at_2": kl}]}
+
+
+def test_differences_are_paired_by_seed_and_their_interval_is_students() -> None:
+    exact = [run("exact", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 2.0))]
+    ours = [run("standard", seed, kl) for seed, kl in ((0, 1.1), (1, 3.3), (2, 2.2), (3, 9.0))]
+    found = against_exact(by_key(exact + ours), ("standard", 2.0, 0.0), 10, "kl_at_2")
+    assert found is not None
+    assert found[0] == pytest.approx(0.2)
+    assert found[1] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert interval([5.0]) == (5.0, None)
