@@ -27,17 +27,9 @@ TYPES, SIZES = ("output", "logit", "hybrid"), ("100m", "350m", "1b")
 def test_every_file_is_settings_of_a_student_whose_memory_it_tells(file: Path, tmp_path: Path) -> None:
     found = resolve(TrainSettings, file, {"cache": "c", "output_dir": str(tmp_path)})
     assert found.student_config is not None
-    plan = make_plan(
-        PlanSettings(
-            tokens=1_000_000,
-            teacher_model="135M",
-            student_config=str(ROOT / found.student_config),
-            batch_size=found.batch_size,
-            use_mixed_precision=found.use_mixed_precision,
-            use_gradient_checkpointing=found.use_gradient_checkpointing,
-            device="L4",
-        )
-    )
+    same = found.model_dump(include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"})
+    fixed = {"tokens": 1_000_000, "teacher_model": "135M", "device": "L4"}
+    plan = make_plan(PlanSettings.model_validate({**same, **fixed, "student_config": str(ROOT / found.student_config)}))
     told = re.search(r"([\d.]+) GB by\n# `logitcask plan ", file.read_text())
     assert (told is None) == (file.stem == "hybrid-tiny")
     if told is not None:
@@ -79,7 +71,7 @@ def sweep(folder: Path, dying: str) -> tuple[int, list[list[str]]]:
     (folder / "commands").unlink(missing_ok=True)
     (folder / "logitcask").write_text(LOGITCASK)
     (folder / "logitcask").chmod(0o755)
-    words = ["bash", ROOT / "configs" / "sweep.sh", "cache", "sweep", "--max-steps", "40"]
+    words = ["bash", str(ROOT / "configs" / "sweep.sh"), "cache", "sweep", "--max-steps", "40"]
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "DYING": dying}
     code = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
     return code, [line.split() for line in (folder / "commands").read_text().splitlines()]
