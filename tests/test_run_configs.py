@@ -55,11 +55,13 @@ def test_the_processors_file_trains_a_step(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 1
 
 
-# What stands for the command: it notes its words, and a run leaves what a real one leaves, or dies in its first save.
+# What stands for the command: it notes its words, a run wants an empty folder or to be
+# resumed, and leaves what a real one leaves, or dies in its first save.
 LOGITCASK = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> commands
 [[ $1 == train ]] || exit 0
 while [[ $1 != --output-dir ]]; do shift; done
+[[ ! -e $2/checkpoint-20 || $* == *" --resume-from-checkpoint latest "* ]] || exit 2
 mkdir -p "$2/checkpoint-20"
 [[ $2 != *"$DYING" ]] || exit 130
 touch "$2/checkpoint-20/settings.json" "$2/metrics.json"
