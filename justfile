@@ -46,6 +46,10 @@ demo folder="demo": setup
     rm -rf {{folder}}
     PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh {{folder}}
 
+# four tiny students on one cache side by side, resumable, as: just sweep [CACHE OUTPUT [options of train]]
+sweep cache="demo/cache" output="runs/sweep" *args:
+    PATH="$PWD/{{bin}}:$PATH" bash configs/sweep.sh {{cache}} {{output}} {{args}}
+
 # stage 1, as: just precompute TEACHER DATA OUTPUT [options]
 precompute teacher data output *args:
     {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} {{args}}

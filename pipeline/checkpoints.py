@@ -1,9 +1,13 @@
 """Checkpoints of a run: which one to go on from, and what makes one complete."""
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -70,6 +74,22 @@ def latest_checkpoint(output: Path) -> Path | None:
     """The complete checkpoint of the most steps in a run's folder, None where there is none."""
     found = [folder for folder in output.glob("checkpoint-*") if (folder / SETTINGS_FILE).is_file()]
     return max(found, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+
+@contextlib.contextmanager
+def saving(output: Path) -> Iterator[None]:
+    """Raise LogitcaskError, which says how to go on, where the disk refuses a run's weights or state."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer of files
+            raise
+        found = latest_checkpoint(output)
+        then = f"go on with --resume-from-checkpoint {found}" if found else "remove the folder and begin again"
+        raise LogitcaskError(
+            f"{output}: cannot save: {error} ({shutil.disk_usage(output).free:,} bytes are free there): make room, "
+            f"then {then}"
+        ) from error
 
 
 class KeepSettings(TrainerCallback):

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from cache.errors import LogitcaskError
 from pipeline.batches import BatchSampler, Collator, held_out
 from pipeline.budget import Extent, memory_watched, needed, summary
-from pipeline.checkpoints import KeepSettings, admit_output, write_json
+from pipeline.checkpoints import KeepSettings, admit_output, saving, write_json
 from pipeline.costs import shape_of_model
 from pipeline.devices import choose_device
 from pipeline.guards import Watch, require_finite
@@ -95,7 +95,8 @@ def _keep_final(
     after: dict[str, float],
 ) -> None:
     final = settings.output_dir / FINAL
-    trainer.save_model(str(final))
+    with saving(settings.output_dir):
+        trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
         write_json(final / SETTINGS_FILE, record)

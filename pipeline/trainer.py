@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
+from pipeline.checkpoints import saving
 from pipeline.fused import TeacherRows, fused_loss
 from pipeline.guards import Watch
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
@@ -96,6 +98,10 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
         self._slots: Tensor | None = None  # tokens, and the room they took, since then
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in the sampler's order."""

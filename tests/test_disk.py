@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from cache.shard import Shard
 from cache.writer import CacheWriter
 from pipeline.precompute import explain_limits, precompute
 from pipeline.shards import plan_strides
-from tests.tiny import RECORDS, folder_bytes, make_teacher, precompute_settings, write_jsonl
+from tests.runs import STUDENT, train, write_config
+from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
 
 @pytest.fixture
@@ -44,6 +46,25 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path: Path, s
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=32)
     precompute(want)
     assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
+
+
+@pytest.mark.parametrize(("width", "written"), [(32, "optimizer.pt"), (128, "config.json")])
+def test_a_full_disk_in_training_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, small_disk: Path, width: int, written: str
+) -> None:
+    """While the optimizer's state is written, and while the weights are: torch and safetensors tell it differently."""
+    cache, student = make_cache(tmp_path), tmp_path / "student.json"
+    write_config(student, {**STUDENT, "hidden_size": width})
+    changes = {"student_config": student, "max_steps": 4, "save_steps": 2}
+    with pytest.raises(LogitcaskError, match=r"cannot save: .* bytes are free there\): make room, then remove the"):
+        train(cache, small_disk / "run", **changes)
+    assert (small_disk / "run" / "checkpoint-2" / written).exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    train(cache, small_disk / "other", **changes)
+    shutil.rmtree(small_disk / "other" / "final")
+    (small_disk / "fill").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 2**16))
+    with pytest.raises(LogitcaskError, match=r"then go on with --resume-from-checkpoint .*checkpoint-4"):
+        train(cache, small_disk / "other", **changes, resume_from_checkpoint="latest")
 
 
 def test_a_read_only_target_is_one_line(tmp_path: Path, small_disk: Path) -> None:

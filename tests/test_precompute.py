@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
@@ -169,3 +170,27 @@ def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeyp
 
 def test_overwrite_where_there_is_nothing_yet(tmp_path: Path) -> None:
     assert folder_bytes(make_cache(tmp_path, overwrite=True))
+
+
+def test_responses_of_somebody_else_get_our_teachers_labels(tmp_path: Path) -> None:
+    """On the tokens of the response and its end alone, with the text as it was, against the model itself."""
+    answers = [{"id": n, "prompt": f"Say {word}.", "response": f" {word}!"} for n, word in enumerate(("figs", "eggs"))]
+    data, folder = write_jsonl(tmp_path / "answers.jsonl", answers), make_teacher(tmp_path / "teacher")
+    reader = CacheReader(make_cache(tmp_path, folder, train_data=str(data), head_size=4))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = {}
+    for answer in answers:
+        prompt, response = (tokenizer.encode(answer[name]) for name in ("prompt", "response"))
+        wanted[(*prompt, *response, tokenizer.eos_token_id)] = len(prompt)
+    for index in range(len(answers)):
+        found = reader.example(index)
+        begin = wanted.pop(tuple(found.input_ids.tolist()))
+        np.testing.assert_array_equal(np.flatnonzero(found.target_mask), range(begin - 1, len(found.input_ids) - 1))
+        ids = torch.tensor(found.input_ids)
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0, begin - 1 : -1].log_softmax(1)
+        np.testing.assert_array_equal(found.targets.head_ids, log_probs.topk(4).indices)
+        gold = log_probs.gather(1, ids[begin:, None])[:, 0]
+        np.testing.assert_allclose(found.targets.gold_logprobs, gold, atol=1 / 15)
+    assert not wanted

@@ -1,5 +1,6 @@
 """What the README says is so: its decoding snippet, its commands."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -39,17 +40,40 @@ def test_every_command_stands_in_the_readme() -> None:
         assert f"logitcask {name}" in text, name
 
 
+@pytest.mark.parametrize("tables", [False, True])
 def test_the_plan_prints_what_the_readme_shows(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tables: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = re.search(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", README.read_text())
-    assert shown is not None
+    shown = dict(re.findall(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", README.read_text()))
+    (command,) = (command for command in shown if tables == ("--tables" in command))
     monkeypatch.chdir(README.parent)
-    monkeypatch.setattr(sys, "argv", shown.group(1).split())
+    monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
-    assert capsys.readouterr().out.rstrip() == shown.group(2)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown[command].splitlines()
+
+
+def source_texts() -> set[str]:
+    """Every text of the source, with an ellipsis for each part that varies."""
+    found = set()
+    for file in [*(README.parent / "cache").rglob("*.py"), *(README.parent / "pipeline").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.add(re.sub("…+", "…", "".join(parts)))
+    return found
+
+
+def test_the_messages_of_troubleshooting_are_the_programs() -> None:
+    _, section = README.read_text().split("\n## Troubleshooting\n")
+    rows = [line.split(" | ") for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    texts = source_texts()
+    assert len(rows) > 15
+    for _, message, _ in rows:
+        assert any(message.strip("`") in text for text in texts), message
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
@@ -63,5 +87,5 @@ def test_the_recipes_parse() -> None:
     just = Path(sys.executable).parent / "just"
     listed = subprocess.run([just, "--list"], cwd=README.parent, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
-    for recipe in ("setup", "demo", "test", "lint", "precompute", "train", "cache-info", "bench", "clean"):
+    for recipe in ("setup", "demo", "sweep", "test", "lint", "precompute", "train", "cache-info", "bench", "clean"):
         assert recipe in listed.stdout
