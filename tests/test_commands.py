@@ -13,9 +13,10 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.cli import app, main
+from pipeline.config import resolve
 from pipeline.data_settings import GenerateDataSettings
 from pipeline.examples import Encoder, read_records
-from pipeline.settings import PrecomputeSettings, Settings, TrainSettings, resolve
+from pipeline.settings import PrecomputeSettings, Settings, TrainSettings
 from tests.runs import STUDENT, write_config
 from tests.runs import train as train_run
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl

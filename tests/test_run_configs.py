@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.settings import TrainSettings, resolve
+from pipeline.config import resolve
+from pipeline.settings import TrainSettings
 from pipeline.train import run_training
 from tests.runs import STUDENT, losses, write_config
 from tests.tiny import make_cache
