@@ -1,13 +1,16 @@
 """Where a run of stage 2 is reported to, beside its own log: Weights & Biases, TensorBoard, trackio."""
 
+import atexit
 import contextlib
 import io
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import TrainerState
 
 from cache.errors import LogitcaskError
 from pipeline.settings import TrainSettings
@@ -15,13 +18,25 @@ from pipeline.terminal import say
 
 
 class _Trackio(TrackioCallback):
-    """Trackio's own words, in colours and on stdout, as one notice."""
+    """Trackio's run, one notice in place of its own words on stdout; it ends with the process."""
 
-    def setup(self, args: Any, state: Any, model: Any, **named: Any) -> None:
-        """Begin or go on with the run."""
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **named: Any) -> None:
+        """Begin the run, or go on with that of its name."""
         with contextlib.redirect_stdout(io.StringIO()):
             super().setup(args, state, model, **named)
-        say(f"trackio: run {args.run_name}; see it with trackio show --project {args.project}")
+        if state.is_world_process_zero:
+            atexit.register(_finish_trackio)
+            say(f"trackio: run {args.run_name}; see it with trackio show --project {args.project}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Keep the run open: the last evaluation is to come."""
+
+
+def _finish_trackio() -> None:
+    import trackio
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        trackio.finish()
 
 
 def reporters(settings: TrainSettings) -> list[TrainerCallback]:
@@ -31,8 +46,12 @@ def reporters(settings: TrainSettings) -> list[TrainerCallback]:
     for name in names:
         if find_spec(name) is None:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
-    made = {"wandb": _wandb, "tensorboard": _tensorboard, "trackio": lambda _: _Trackio()}
-    return [made[name](settings) for name in names]
+    makers: dict[str, Callable[[TrainSettings], TrainerCallback]] = {
+        "wandb": _wandb,
+        "tensorboard": _tensorboard,
+        "trackio": lambda _: _Trackio(),
+    }
+    return [makers[name](settings) for name in names]
 
 
 def _wandb(settings: TrainSettings) -> TrainerCallback:

@@ -1,10 +1,9 @@
 """The first SIGINT or SIGTERM of a training saves and stops it, the next ends it at once; on several ranks, too."""
 
+import multiprocessing
 import os
-import re
 import signal
-import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch
 
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.run_folder import SETTINGS_FILE
+from pipeline.settings import TrainSettings
+from pipeline.train import run_training
 from pipeline.trainer import DistillationTrainer
-from tests.runs import STUDENT, losses, metrics, train, weights, write_config
-from tests.test_ranks import TORCHRUN, command, ranks_of
+from tests.runs import STUDENT, losses, metrics, train, train_settings, weights, write_config
+from tests.servers import free_port
 from tests.tiny import make_cache
 
 
@@ -101,21 +102,36 @@ def test_what_is_ignored_stays_so(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert (train(folder / "cache", tmp_path / "run", **options(folder)) / "final").exists()
 
 
-def test_all_ranks_stop_after_the_step_where_one_was_told(folder: Path) -> None:
-    words = command(folder, "ranks", TORCHRUN, batch_size=4, epochs=10_000, save_steps=10**6)
-
-    def listen() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    log = folder / "ranks/metrics.jsonl"
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as parent:  # noqa: PLW1509
-        while not (log.exists() and log.read_text().count("\n") > 5):
-            assert parent.poll() is None, "it ended before a rank was interrupted"
-            time.sleep(0.02)
-        os.kill(ranks_of(parent.pid)[-1], signal.SIGINT)
-        _, errors = parent.communicate(timeout=60)
-    (told,) = [line for line in errors.splitlines() if line.startswith("interrupted: step")]
+def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.train"])
+    settings, port = train_settings(folder / "cache", folder / "ranks", **options(folder)), free_port()
+    ranks = [context.Process(target=train_as_a_rank, args=(settings, rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [130, 130]
+    said = [(folder / f"said by {rank}").read_text() for rank in range(2)]
+    told = "interrupted: step 5 of 9 is saved: go on with the same command and --resume-from-checkpoint latest\n"
+    assert said[0].endswith(told)
+    assert "interrupted" not in said[1]
     (saved,) = (folder / "ranks").glob("checkpoint-*")
-    assert re.findall(r"step (\d+) of", told) == [saved.name.rpartition("-")[2]]
-    assert (saved / SETTINGS_FILE).exists()
-    assert {path.name for path in saved.glob("rng_state_*.pth")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert saved.name == "checkpoint-5"
+    assert {path.name for path in saved.iterdir()} >= {"rng_state_0.pth", "rng_state_1.pth", SETTINGS_FILE}
+
+
+def train_as_a_rank(settings: TrainSettings, rank: int, port: int) -> None:
+    """One of two ranks, as a launcher starts them; rank 1 alone is interrupted, in its step 4."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with (
+        (settings.output_dir.parent / f"said by {rank}").open("w") as sys.stderr,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        interrupt(patch, 4, *[signal.SIGINT] * rank)
+        try:
+            run_training(settings)
+        except KeyboardInterrupt:
+            sys.exit(130)

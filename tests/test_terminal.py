@@ -19,17 +19,18 @@ import pytest
 from rich.console import Console
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from cache.reader import CacheReader
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.cli import main
 from pipeline.live import LiveTable
-from pipeline.run_folder import LOG_FILE, read_log
+from pipeline.run_folder import LOG_FILE, Line, read_log
 from pipeline.terminal import QUIET
 from tests.runs import STUDENT, write_config
 from tests.tiny import make_cache
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'logitcask'; from pipeline.cli import main; main()"]
 STYLE = re.compile(r"\x1b\[[0-9;:]*m")
-LINE = {"total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301, "perplexity": 632.04, "learning_rate": 1.5e-3,
+LINE: Line = {"total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301, "perplexity": 632.04, "learning_rate": 1.5e-3,
         "tokens_per_second": 1234.5, "peak_memory_mb": 987.6, "padding": 0.1}  # fmt: skip
 
 
@@ -44,9 +45,7 @@ def train_words(cache: Path, output: Path, *more: str) -> list[str]:
             "--batch-size=4", "--logging-steps=1", *more]  # fmt: skip
 
 
-def on_a_terminal(
-    words: list[str], look: Callable[[], bytes] = lambda: b"", **variables: str
-) -> tuple[int, str]:
+def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **variables: str) -> tuple[int, str]:
     """Exit code and output of the command on a terminal of 120 columns; what ``look`` gives is typed there."""
     unset = {"TQDM_DISABLE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -60,7 +59,7 @@ def on_a_terminal(
     with subprocess.Popen(
         [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=begin,
         env={**environment, "TERM": "xterm-256color", **variables},
-    ) as process:  # fmt: skip  # noqa: PLW1509
+    ) as process:  # fmt: skip
         os.close(theirs)
         os.set_blocking(ours, False)
         seen, deadline = bytearray(), time.monotonic() + 120
@@ -73,7 +72,8 @@ def on_a_terminal(
                 os.write(ours, look())
                 time.sleep(0.02)
             except OSError as error:
-                assert error.errno == errno.EIO  # the last of those who had it open is gone
+                if error.errno != errno.EIO:  # the last of those who had it open is gone
+                    raise
                 break
         else:
             process.kill()
@@ -90,8 +90,10 @@ def shown(console: Console, *, rank_0: bool = True) -> str:
     with table:
         table.on_train_begin(arguments, state, control)
         table.show(LINE)
-        state.global_step = 44
-        table.on_step_end(arguments, state, control)
+        for step in (33, 44):
+            time.sleep(0.01)
+            state.global_step = step
+            table.on_step_end(arguments, state, control)
         table.on_train_end(arguments, state, control)
     return console.export_text()
 
@@ -102,7 +104,7 @@ def test_the_table_has_the_last_lines_and_the_progress() -> None:
     assert rows[0] == ["total", "hard", "soft", "perplexity", "rate", "tokens/s", "MB,", "peak"]
     assert ["training", "7.375", "6.449", "8.301", "632.0", "1.50e-03", "1,234", "988"] in rows
     assert ["held", "out", "7.022", "6.43"] in rows
-    assert re.search(r"━+ 44/88 steps, 0:00:0\d gone, 0:00:\d\d left\s+finishing this step", text)
+    assert re.search(r"━ 44/88 steps, 0:00:0\d gone, 0:00:0\d left\s+finishing this step", text)
 
 
 @pytest.mark.parametrize(
@@ -119,13 +121,14 @@ def test_there_is_no_table(console: Console, rank_0: bool) -> None:
 
 
 def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path, tmp_path: Path) -> None:
-    run, typed = tmp_path / "run", []
+    run = tmp_path / "run"
+    keys = iter([b"\x03"])
 
     def look() -> bytes:
-        if typed or not (run / LOG_FILE).exists() or len(read_log(run)) < 5:
+        if not (run / LOG_FILE).exists() or len(read_log(run)) < 5:
             return b""
-        typed.append(time.sleep(0.6))  # the table is drawn four times a second
-        return b"\x03"
+        time.sleep(0.6)  # the table is drawn four times a second
+        return next(keys, b"")
 
     words = train_words(cache, run, "--max-steps=1000000", "--num-workers=1")
     code, seen = on_a_terminal(words, look, NO_COLOR="1")
@@ -133,7 +136,7 @@ def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path,
     assert STYLE.findall(seen) == []
     assert re.search(r"training +[\d.]+ +[\d.]+ +[\d.]+ +[\d,.]+ +[\d.e-]+ +[\d,]+ +[\d,]+", seen)
     assert re.search(r"held out +[\d.]+", seen)
-    assert re.search(r"━ \d+/1000000 steps, 0:00:\d\d gone, [\d:-]+ left", seen)
+    assert re.search(r" \d+/1000000 steps, 0:00:\d\d gone, [\d:]+ left", seen)
     assert "it/s" not in seen
     assert "'total_loss'" not in seen
     assert "Traceback" not in seen
@@ -149,17 +152,17 @@ def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path,
 
 
 def test_colour_is_there_but_for_no_color(cache: Path) -> None:
-    for variables, styled in (({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False)):
-        code, seen = on_a_terminal(["cache", "verify", str(cache)], **variables)
+    for value, styled in (("", True), ("1", False)):
+        code, seen = on_a_terminal(["cache", "verify", str(cache)], NO_COLOR=value)
         assert code == 0
         assert "verifying" in seen
-        assert bool(STYLE.search(seen)) == styled, variables
+        assert bool(STYLE.search(seen)) == styled
 
 
 def test_quiet_on_a_terminal_leaves_the_result(cache: Path) -> None:
     assert on_a_terminal(["--quiet", "cache", "verify", str(cache)]) == (
         0,
-        f"{cache}: all 8 shards are whole\r\n",
+        f"{cache}: all {CacheReader(cache).manifest.shards.count} shards are whole\r\n",
     )
 
 
