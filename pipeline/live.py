@@ -55,7 +55,8 @@ class LiveTable(TrainerCallback):
     def replace_bar(self, trainer: Trainer) -> None:
         """Take the place of the Trainer's own bar and, but for a stdout that is kept, of the log lines it prints."""
         if self._shown or self._live.console.quiet:
-            trainer.remove_callback(ProgressCallback)
+            for own in (ProgressCallback, PrinterCallback):
+                trainer.remove_callback(own)
         if self._shown and not sys.stdout.isatty():
             trainer.add_callback(PrinterCallback)
 

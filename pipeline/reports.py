@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import copy
 import io
 import os
 from collections.abc import Callable
@@ -21,7 +22,9 @@ class _Trackio(TrackioCallback):
     """Trackio's run, one notice in place of its own words on stdout; it ends with the process."""
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **named: Any) -> None:
-        """Begin the run, or go on with that of its name."""
+        """Begin the run, or go on with that of its name: the folder's, so that a resumed run does."""
+        args = copy.copy(args)
+        args.run_name = args.run_name or args.output_dir
         with contextlib.redirect_stdout(io.StringIO()):
             super().setup(args, state, model, **named)
         if state.is_world_process_zero:

@@ -155,8 +155,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         **{checkpointing: settings.use_gradient_checkpointing},
         report_to="none",  # by callbacks of our own
         project=settings.wandb_project,
-        # trackio goes on with a run of the same name, after an interrupt and in the last evaluation
-        run_name=settings.wandb_run_name or (str(settings.output_dir) if settings.use_trackio else None),
+        run_name=settings.wandb_run_name,
         seed=settings.seed,
         remove_unused_columns=False,
     )
