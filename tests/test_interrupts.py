@@ -110,7 +110,8 @@ def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> 
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(60)
+        process.kill()
     assert [process.exitcode for process in ranks] == [130, 130]
     said = [(folder / f"said by {rank}").read_text() for rank in range(2)]
     told = "interrupted: step 5 of 9 is saved: go on with the same command and --resume-from-checkpoint latest\n"
