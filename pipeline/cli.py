@@ -15,14 +15,46 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
 
+QUIET_PACKAGES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "WANDB_SILENT": "true",
+}
+
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"color": False},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
 )
 cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check and move logit caches.")
 app.add_typer(cache_app, name="cache")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"logitcask {version('logitcask')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no notices, only results and errors")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    from pipeline.terminal import QUIET
+
+    before = QUIET.set(quiet)
+    context.call_on_close(lambda: QUIET.reset(before))
+    if quiet:
+        os.environ.update(QUIET_PACKAGES)
 
 
 def _example(text: str) -> dict[str, Any]:
@@ -192,23 +224,27 @@ def cache_copy(
 def cache_verify(
     path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
     repair: Annotated[bool, typer.Option("--repair", help="drop damaged shards, for stage 1 to do again")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check every object against its digest, and the labels against the manifest and each other."""
+    from dataclasses import asdict
+    from json import dumps
+
     from cache import verify as verification
     from cache.errors import CacheFormatError
     from pipeline.progress import track
 
     with track("verifying", None, "shards") as advance:
         found = verification.verify(path, advance)
+    told = "\n".join(found.problems) or f"{path}: all {found.shards} shards are whole"
+    typer.echo(dumps({"path": path, **asdict(found)}, indent=2) if json else told)
     if not found.problems:
-        typer.echo(f"{path}: all {found.shards} shards are whole")
         return
-    for line in found.problems:
-        typer.echo(line)
     if not repair:
         raise CacheFormatError(f"{path}: {len(found.problems)} problems; drop damaged shards with --repair")
     dropped = verification.repair(path, found)
-    typer.echo(f"dropped shards {dropped}: run the same logitcask precompute-logits command again to do them again")
+    if not json:
+        typer.echo(f"dropped shards {dropped}: run the same logitcask precompute-logits command again to do them again")
 
 
 def main() -> None:

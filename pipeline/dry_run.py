@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 
 from cache.fidelity import row_width
@@ -15,6 +14,7 @@ from pipeline.examples import Encoder, encode_source
 from pipeline.plan import plan_cache, size_text
 from pipeline.settings import PRESETS, PrecomputeSettings
 from pipeline.shards import cut_shards, shuffled
+from pipeline.terminal import results
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import load_tokenizer, tokenizer_size
 
@@ -101,11 +101,12 @@ def _scaled(parts: dict[str, float], preset: Preset, settings: PrecomputeSetting
 def print_dry_run(settings: PrecomputeSettings) -> None:
     """Print what stage 1 would do. Raises LogitcaskError for anything the user can mend."""
     found = dry_run(settings)
+    if settings.json_:
+        print(found.model_dump_json(indent=2))
+        return
     size = sum(found.cache_bytes.values())
     labels = sum(value for name, value in found.cache_bytes.items() if name.startswith(LABEL_PARTS))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = results()
     table = Table(show_header=False)
     table.add_row("data", f"{found.examples:,} examples, {found.tokens:,} tokens, {found.positions:,} target positions")
     table.add_row("tokens an example", ", ".join(f"{share}%: {length:,}" for share, length in found.lengths.items()))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cache.errors import LogitcaskError
@@ -28,6 +27,7 @@ from pipeline.progress import track
 from pipeline.settings import EvaluateSettings
 from pipeline.sources import require_tokenizer
 from pipeline.student import require_room
+from pipeline.terminal import results
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
@@ -146,4 +146,4 @@ def print_evaluation(found: Evaluation) -> None:
     table = Table(f"{Path(found.model)}", f"{found.examples:,} examples, {found.positions:,} positions")
     for name, value in rows(found).items():
         table.add_row(name, value)
-    Console().print(table)
+    results().print(table)

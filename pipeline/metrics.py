@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ class KeepMetrics(TrainerCallback):
     ``peak_memory_mb`` (of 10^6 bytes, since the process began: of the accelerator where there is one, else of the
     process); those of training ``tokens`` since the line before and ``tokens_per_second`` without evaluations and
     saves. A resumed run drops the lines past its checkpoint; each checkpoint's step has a line, so none is counted
-    twice or lost.
+    twice or lost. ``tell`` gets each line, too.
     """
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, output: Path, tell: Callable[[Line], None] = lambda line: None) -> None:
+        self._output, self._tell = output, tell
         self._started = self._last = time.monotonic()
         self._training = 0.0  # seconds of training since the last line of training
         self._begun = False
@@ -63,7 +64,8 @@ class KeepMetrics(TrainerCallback):
         if logs is None or not {"total_loss", "eval_total_loss"} & logs.keys() or not state.is_world_process_zero:
             return
         self._begin(state)
-        line = {**logs, "step": state.global_step, "epoch": state.epoch or 0.0, "peak_memory_mb": peak_memory() / 1e6}
+        line: Line = {**logs, "step": state.global_step, "epoch": state.epoch or 0.0}
+        line["peak_memory_mb"] = peak_memory() / 1e6
         line["seconds"] = time.monotonic() - self._started
         if "tokens" in logs:
             self._tick()
@@ -71,6 +73,7 @@ class KeepMetrics(TrainerCallback):
             self._training = 0.0
         with (self._output / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(_written(line))
+        self._tell(line)
 
     def _begin(self, state: TrainerState) -> None:
         """Once: keep the lines up to the step that the run goes on from."""
@@ -93,7 +96,7 @@ class KeepMetrics(TrainerCallback):
         self._last = now
 
 
-def _written(line: Line | dict[str, float]) -> str:
+def _written(line: Line) -> str:
     """A line of strict JSON: null for what is not finite."""
     finite = {name: value if value is None or math.isfinite(value) else None for name, value in line.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

@@ -8,7 +8,8 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic.fields import FieldInfo
 
-from pipeline.settings import S, resolve
+from pipeline.config import resolve
+from pipeline.settings import S
 
 
 def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
@@ -52,7 +53,13 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = (
         typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
         if switch
-        else (typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field)))
+        else typer.Option(
+            flag,
+            help=help_text,
+            show_default=False,
+            metavar=_metavar(field),
+            autocompletion=(lambda: choices) if choices else None,
+        )
     )
     kind: Any = bool if switch else str
     return inspect.Parameter(

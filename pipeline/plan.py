@@ -7,7 +7,6 @@ from pathlib import Path
 
 from numcodecs import Zstd
 from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +36,7 @@ from pipeline.costs import (
 from pipeline.examples import Encoded, Encoder, read_records
 from pipeline.progress import track
 from pipeline.settings import PlanSettings, PrecomputeSettings
+from pipeline.terminal import results
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -106,9 +106,7 @@ def print_plan(settings: PlanSettings) -> None:
     if settings.json_:
         print(found.model_dump_json(indent=2))
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = results()
     for table in render_tables(found) if isinstance(found, Tables) else [render_plan(found)]:
         console.print(table)
     for line in found.assumed if isinstance(found, Plan) else []:

@@ -1,10 +1,9 @@
-"""The progress bar of long work: on stderr, with rate and time left, silent where stderr is no terminal."""
+"""The progress bar of long work: on stderr, with rate and time left; none with --quiet or without a terminal."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from pipeline.terminal import notices
 
 
 class _Rate(ProgressColumn):
@@ -41,7 +42,7 @@ class Advance(Protocol):
 @contextlib.contextmanager
 def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
     """A bar over ``total`` units; call what it gives with the units just done, and a note where there is one."""
-    console = Console(stderr=True)
+    console = notices()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -51,7 +52,7 @@ def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as progress:
         task = progress.add_task(what, total=total, note="")
 
         def advance(units: int, note: str = "") -> None:

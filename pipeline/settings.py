@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from cache.errors import LogitcaskError
 
@@ -76,6 +75,7 @@ class PrecomputeSettings(Settings):
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
     overwrite: bool = Field(False, description="replace a cache that lies at the output")
     dry_run: bool = Field(False, description="print counts, lengths, bytes and hours; load no weights, write nothing")
+    json_: bool = Field(False, description="print JSON; goes with --dry-run only")
     shards: str | None = Field(
         None, description="i/n: write only part i of n, from 1, beside other processes; the cache needs all parts"
     )
@@ -101,6 +101,12 @@ class PrecomputeSettings(Settings):
             raise ValueError(
                 "overwrite does not go with shards: a part would wipe the others' work; remove the cache's folder first"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _json_is_of_a_dry_run(self) -> Self:
+        if self.json_ and not self.dry_run:
+            raise ValueError("--json goes with --dry-run: what a cache holds tells cache info --json")
         return self
 
     @model_validator(mode="after")
@@ -195,9 +201,10 @@ class TrainSettings(Settings):
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read the cache ahead")
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator where there is one")
     use_wandb: bool = Field(False, description="report to Weights & Biases")
-    wandb_project: str = Field("logitcask", description="project there")
-    wandb_run_name: str | None = Field(None, description="run name there")
+    wandb_project: str = Field("logitcask", description="project there, and in trackio")
+    wandb_run_name: str | None = Field(None, description="run name there, and in trackio")
     use_tensorboard: bool = Field(False, description="write TensorBoard events to the run's folder")
+    use_trackio: bool = Field(False, description="report to trackio, on this machine")
     seed: Seed = Field(0, description="seed of initial weights, held-out examples and order")
 
     @model_validator(mode="after")
@@ -311,38 +318,3 @@ def shard_range(text: str) -> tuple[int, int]:
     if not found:
         raise LogitcaskError(f"--shards: must be FIRST:STOP, such as 0:10, is {text!r}")
     return int(found[1]), int(found[2])
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Names and values of a YAML config file. Raises LogitcaskError where it is no mapping."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise LogitcaskError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
-    if not isinstance(found, dict):
-        raise LogitcaskError(f"{path}: a config must be a mapping of option names to values, is {type(found).__name__}")
-    return {str(key): value for key, value in found.items()}
-
-
-def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
-    """Validated settings from a config file and flags. Raises LogitcaskError naming the option, rule and value."""
-    given = {**(read_config(config) if config else {}), **flags}
-    unknown = sorted(given.keys() - model.model_fields.keys())
-    if unknown:
-        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}: known are {', '.join(model.model_fields)}")
-    try:
-        return model(**given)
-    except ValidationError as error:
-        raise LogitcaskError("; ".join(_explain(dict(item)) for item in error.errors())) from error
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One line for one broken rule."""
-    option = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
-    if item["type"] == "missing":
-        return f"{option} is required"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{option}: {message}, is {item['input']!r}" if option else message

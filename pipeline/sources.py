@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from cache.errors import CacheMismatchError, LogitcaskError
@@ -22,6 +21,7 @@ from pipeline.devices import choose_device
 from pipeline.examples import Encoder, encode_source
 from pipeline.online import OnlineTeacher, load_online_teacher
 from pipeline.settings import TrainSettings
+from pipeline.terminal import say
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
 
@@ -147,8 +147,3 @@ def require_tokenizer(source: str, wanted: str, cache: str) -> None:
             f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {found[:12]}; "
             "make a cache with a teacher of the same tokenizer"
         )
-
-
-def say(text: str) -> None:
-    """A line for people, on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(text)

@@ -2,12 +2,10 @@
 
 import os
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainingArguments
 
@@ -18,13 +16,17 @@ from pipeline.checkpoints import KeepSettings, admit_output, saving, write_json
 from pipeline.costs import shape_of_model
 from pipeline.devices import choose_device
 from pipeline.guards import Watch, require_finite
+from pipeline.interrupts import Interrupts
+from pipeline.live import LiveTable
 from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
 from pipeline.metrics import KeepMetrics
+from pipeline.reports import reporters
 from pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE
 from pipeline.settings import TrainSettings
-from pipeline.sources import Source, cache_source, file_source, say
+from pipeline.sources import Source, cache_source, file_source
 from pipeline.student import count_parameters, make_student
+from pipeline.terminal import notices, results, say
 from pipeline.trainer import DistillationTrainer, make_loss_forward
 
 
@@ -38,7 +40,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
 
 
 def _train(settings: TrainSettings, source: Source, record: dict[str, Any], checkpoint: str | None) -> dict[str, float]:
-    arguments = training_arguments(settings)
+    arguments, reports = training_arguments(settings), reporters(settings)
     model = make_student(settings, source.vocab_size, source.longest, source.tokenizer)
     size = count_parameters(model)
     ranks = arguments.process_index, arguments.world_size
@@ -68,6 +70,8 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         make_loss_forward(model, loss, source.head_size, source.teacher)
         pad = source.tokenizer.pad_token_id
         collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
+        interrupts = Interrupts()
+        table = LiveTable(notices(), interrupts.note)
         trainer = DistillationTrainer(
             model=model,
             args=arguments,
@@ -77,11 +81,14 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
             collator=collator,
             tokenizer=source.tokenizer,
             watch=Watch(settings, source.examples, sampler, collator),
-            callbacks=[KeepMetrics(settings.output_dir), KeepSettings(record)],
+            callbacks=[interrupts, table, KeepMetrics(settings.output_dir, table.show), KeepSettings(record), *reports],
         )
         require_fsdp(trainer)
+        table.replace_bar(trainer)
         before = trainer.evaluate() if len(kept) and checkpoint is None else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with table, interrupts:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        interrupts.raise_if_stopped(settings.resume_from_checkpoint)
         after = trainer.evaluate() if len(kept) else {}
     _keep_final(settings, trainer, record, before, after)
     return after
@@ -116,18 +123,12 @@ def require_fsdp(trainer: DistillationTrainer) -> None:
 
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """The Trainer's own settings. Raises LogitcaskError where a package to report with is not installed."""
-    reports = [name for name, on in (("wandb", settings.use_wandb), ("tensorboard", settings.use_tensorboard)) if on]
-    for name in reports:
-        if find_spec(name) is None:
-            raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
+    """The Trainer's own settings. Raises LogitcaskError for a precision that the device has not."""
     known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if half == "fp16" and choose_device(settings.device).type == "cpu":
         raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, the device is cpu: use bf16")
-    if settings.use_wandb:
-        os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
     return TrainingArguments(
         output_dir=str(settings.output_dir),
         per_device_train_batch_size=settings.batch_size,
@@ -153,7 +154,8 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=settings.device == "cpu",
         **{checkpointing: settings.use_gradient_checkpointing},
-        report_to=reports or "none",
+        report_to="none",  # by callbacks of our own
+        project=settings.wandb_project,
         run_name=settings.wandb_run_name,
         seed=settings.seed,
         remove_unused_columns=False,
@@ -169,4 +171,4 @@ def _print_evaluation(before: dict[str, float] | None, after: dict[str, float], 
         rows[f"KL to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
     for name, (key, factor) in rows.items():
         table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
-    Console().print(table)
+    results().print(table)

@@ -18,6 +18,7 @@ from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
 from pipeline.checkpoints import saving
 from pipeline.fused import TeacherRows, fused_loss
 from pipeline.guards import Watch
+from pipeline.interrupts import ignore_interrupts
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, LossSums, SparseLabels
 
@@ -115,6 +116,7 @@ class DistillationTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
+            worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )

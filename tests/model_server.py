@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.config import resolve
 from pipeline.data_generation.run import generate_data
 from pipeline.data_settings import GenerateDataSettings
-from pipeline.settings import resolve
 
 STATUS = {"400": 400, "401": 401, "404": 404, "429": 429, "500": 500, "529": 529}
 INPUT_TOKENS, OUTPUT_TOKENS = 100, 50  # of every reply

@@ -13,9 +13,10 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.cli import app, main
+from pipeline.config import resolve
 from pipeline.data_settings import GenerateDataSettings
 from pipeline.examples import Encoder, read_records
-from pipeline.settings import PrecomputeSettings, Settings, TrainSettings, resolve
+from pipeline.settings import PrecomputeSettings, Settings, TrainSettings
 from tests.runs import STUDENT, write_config
 from tests.runs import train as train_run
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
@@ -132,7 +133,9 @@ def test_each_knob_is_one_option(model: type[Settings]) -> None:
     assert options.keys() - {"config", "help"} == model.model_fields.keys()
     for name, field in model.model_fields.items():
         assert options[name].default is None  # what is not given does not override the config file
-        assert options[name].secondary_opts == (["--no-" + name.replace("_", "-")] if field.annotation is bool else [])
+        assert options[name].secondary_opts == (
+            ["--no-" + name.rstrip("_").replace("_", "-")] if field.annotation is bool else []
+        )
 
 
 def test_a_report_needs_its_package(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

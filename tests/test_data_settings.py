@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cache.errors import LogitcaskError
+from pipeline.config import resolve
 from pipeline.data_settings import GenerateDataSettings
-from pipeline.settings import resolve
 
 GOOD = {"output_dir": "o", "provider": "openai", "model": "m", "prompts": "p.yaml"}
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from cache.reader import CacheReader
 from pipeline.cli import main
 from pipeline.costs import Amount
-from pipeline.dry_run import dry_run
+from pipeline.dry_run import DryRun, dry_run
 from pipeline.plan import plan_cache
 from pipeline.precompute import precompute
 from pipeline.tokenizer import load_tokenizer, tokenizer_size
@@ -72,6 +73,19 @@ def test_the_command_reads_no_weights_and_writes_nothing(
     for word in ("24 examples", "examples at 20 tokens, 1 dropped", "bytes a target position", "H100 ", "2-core-CPU "):
         assert word in out
     assert sorted(place.rglob("*")) == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    found = dry_run(precompute_settings(place, max_seq_length=CUT, head_size=8, tail_draws=24, batch_size=8,
+                                        shard_positions=65536))  # fmt: skip
+    assert DryRun.model_validate_json(capsys.readouterr().out) == found
+    assert sorted(place.rglob("*")) == before
+
+
+def test_json_is_of_a_dry_run(place: Path) -> None:
+    with pytest.raises(ValidationError, match="--json goes with --dry-run"):
+        precompute_settings(place, json_=True)
 
 
 @pytest.mark.parametrize(

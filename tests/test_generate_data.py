@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from cache.errors import LogitcaskError
+from pipeline.config import resolve
 from pipeline.data_generation import apis, asking
 from pipeline.data_generation.prompts import make_prompts, read_templates
 from pipeline.data_generation.run import generate_data
 from pipeline.data_settings import GenerateDataSettings
 from pipeline.examples import Encoder, read_records
-from pipeline.settings import resolve
 from tests.model_server import (
     KEY,
     OUTPUT_TOKENS,

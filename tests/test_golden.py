@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.settings import TrainSettings, resolve
+from pipeline.config import resolve
+from pipeline.settings import TrainSettings
 from pipeline.train import run_training
 from tests.runs import losses
 from tests.tiny import make_cache

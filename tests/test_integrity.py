@@ -1,10 +1,12 @@
 """A cache survives: kills, flipped bytes, lost objects. What is damaged is found, said, and done again."""
 
+import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from cache.errors import CacheFormatError, LogitcaskError
 from cache.reader import CacheReader, is_complete
 from cache.verify import repair, verify
+from pipeline.cli import main
 from pipeline.precompute import precompute
 from pipeline.settings import PrecomputeSettings
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -87,6 +90,26 @@ def test_repair_drops_the_damaged_shards_and_stage_1_does_them_again(tmp_path: P
     report = precompute(precompute_settings(tmp_path, shard_positions=128))
     assert report.shards_written == 2
     assert folder_bytes(cache) == whole
+
+
+def test_verify_tells_scripts(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "cache"
+    shutil.copytree(cache, place)
+    whole = {"path": str(place), "shards": verify(cache).shards, "missing": [], "constants": [], "damaged": {}}
+    damaged = {**whole, "damaged": {"1": ["tail_ids/c/1/0: bytes differ"]}}
+    dropped = {**whole, "missing": [1]}
+    for want, more, code in ((whole, [], 0), (damaged, [], 2), (damaged, ["--repair"], 0), (dropped, [], 2)):
+        if want is damaged and not more:
+            _flip(place / "tail_ids" / "c" / "1" / "0")
+        monkeypatch.setattr(sys, "argv", ["logitcask", "cache", "verify", str(place), "--json", *more])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        assert int(stopped.value.code or 0) == code
+        assert json.loads(out) == want
+        assert err.count("\n") == (code == 2)
 
 
 def test_damage_outside_the_shards_is_not_repaired_in_silence(cache: Path, tmp_path: Path) -> None:

@@ -29,11 +29,6 @@ def test_damaged_settings_of_a_checkpoint_are_one_line(tmp_path: Path) -> None:
         train(cache, run, save_steps=2, resume_from_checkpoint="latest")
 
 
-def test_tensorboard_gets_events(tmp_path: Path) -> None:
-    run = train(make_cache(tmp_path), tmp_path / "run", use_tensorboard=True)
-    assert list(run.rglob("events.out.tfevents.*"))
-
-
 def test_an_interrupt_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -11,8 +11,9 @@ import typer
 import yaml
 
 from pipeline.cli import app
+from pipeline.config import resolve
 from pipeline.plan import make_plan
-from pipeline.settings import PlanSettings, TrainSettings, resolve
+from pipeline.settings import PlanSettings, TrainSettings
 from pipeline.train import run_training
 from tests.runs import STUDENT, losses, write_config
 from tests.tiny import make_cache

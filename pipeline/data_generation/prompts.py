@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cache.errors import LogitcaskError, shown
-from pipeline.settings import read_config
+from pipeline.config import read_config
 
 FIELDS = {"language", "topic"}
 Text = Annotated[str, Field(min_length=1)]
