@@ -48,6 +48,17 @@ def load_tokenizer(
     return tokenizer
 
 
+def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A user's turn and the head of the answer, as the tokenizer's chat template has them; without one the prompt.
+
+    Encode it with ``add_special_tokens=not tokenizer.chat_template``: a template writes its own.
+    """
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Give a byte-level tokenizer read from GGUF the splitting rule its file names.
 

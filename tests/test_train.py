@@ -166,32 +166,6 @@ def test_the_parts_of_the_loss_are_logged(straight: Path) -> None:
         assert 0.0 < entry["student_head_mass"] < 1.0
 
 
-LOADS_PLAINLY = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("final"), AutoTokenizer.from_pretrained("final")
-assert not {"pipeline", "cache"} & sys.modules.keys()
-assert tokenizer.chat_template
-chat = [{"role": "user", "content": "How many eggs?"}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-out = model.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-assert out.shape[1] > ids["input_ids"].shape[1]
-"""
-
-
-def test_the_student_is_a_plain_folder(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True))
-    student = write_config(tmp_path / "student.json", {**STUDENT, "bos_token_id": 8, "eos_token_id": 9})
-    run = train(cache, tmp_path / "run", student_config=student, max_steps=1)
-    names = {file.name for file in (run / "final").iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "settings.json"}
-    assert "training_args.bin" not in names
-    assert json.loads((run / "final" / "settings.json").read_text())["tail"] == "sampled"
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", LOADS_PLAINLY], cwd=run, env=plain, check=True)
-
-
 def test_the_soft_loss_draws_the_student_to_the_teacher(stock: Path, tmp_path: Path) -> None:
     """Measured by the dense KL at T of the plain models, which shares nothing with the loss. Many draws: a student that
     sees so few examples so often learns a few draws by heart."""
