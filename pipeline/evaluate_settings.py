@@ -26,9 +26,7 @@ class EvaluateSettings(Settings):
         None, description="a logit cache of examples the student has not seen: folder, .zip file or URL"
     )
     humaneval: bool = Field(False, description="pass@k on HumanEval, by running the code that the model writes")
-    tasks: Names | None = Field(
-        None, description="tasks of lm-evaluation-harness: names, or paths of their YAML files"
-    )
+    tasks: Names | None = Field(None, description="tasks of lm-evaluation-harness: names, or paths of their YAML files")
     limit: Whole | None = Field(None, description="examples at most, the first of the cache and of each task")
     batch_size: Whole = Field(8, description="examples, or samples of a problem, a forward pass")
     problems: Whole | None = Field(None, description="HumanEval problems at most, the first; default: all 164")

@@ -60,5 +60,6 @@ def stream(
     thread.join()
     if failed:
         raise LogitcaskError(
-            f"the model failed while it wrote: {type(failed[0]).__name__}: {failed[0]}: check it with logitcask evaluate"
+            f"the model failed while it wrote: {type(failed[0]).__name__}: {failed[0]}; "
+            "try another --prompt or --temperature 0, or check it with logitcask evaluate"
         ) from failed[0]

@@ -96,7 +96,7 @@ def _batches(samples: int, batch_size: int) -> Iterator[int]:
 
 
 class _Writer:
-    """Writes bodies of functions: it completes the prompt or, where there is a chat template, an answer begun with it."""
+    """Writes bodies of functions: completes the prompt or, with a chat template, an answer that begins with it."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float

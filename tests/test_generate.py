@@ -104,7 +104,8 @@ def test_a_failure_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [f"--{name}={value}" for name, value in {"model": broken, "prompt": PROMPT, "device": "cpu", **changes}.items()]
+    given = {"model": broken, "prompt": PROMPT, "device": "cpu", **changes}
+    words = [f"--{name}={value}" for name, value in given.items()]
     monkeypatch.setattr(sys, "argv", ["logitcask", "generate", *words])
     with pytest.raises(SystemExit) as stopped:
         main()

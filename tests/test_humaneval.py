@@ -1,4 +1,4 @@
-"""logitcask evaluate --humaneval: real problems, students that know an answer by heart, the estimate against counting."""
+"""logitcask evaluate --humaneval: real problems, students that know an answer by heart, pass@k against counting."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,8 +37,8 @@ def by_heart(folder: Path, *, chat: bool, after: str = "") -> Path:
     teacher = make_teacher(folder / "teacher", chat=chat)
     student = write_config(folder / "student.json", {**STUDENT, "max_position_embeddings": LONGEST})
     run = train(None, folder / "run", train_data=str(data), teacher_model=str(teacher), distillation_type="output",
-                student_config=student, max_seq_length=LONGEST, eval_fraction=0.0, max_steps=60, learning_rate=2e-2,
-                save_steps=1000, logging_steps=1000)  # fmt: skip
+                student_config=student, max_seq_length=LONGEST, eval_fraction=0.0, max_steps=120, learning_rate=1e-2,
+                warmup_steps=5, save_steps=1000, logging_steps=1000)  # fmt: skip
     return run / "final"
 
 
@@ -83,7 +84,8 @@ def test_a_student_that_knows_one_of_two_answers(student: Path) -> None:
     assert result.prompting == "completion"
     assert (result.problems, result.samples, result.without_room) == (2, 1, 0)
     (rate,) = result.pass_rates
-    assert (rate.k, rate.rate, rate.standard_error) == (1, 0.5, pytest.approx(0.5))
+    assert (rate.k, rate.rate) == (1, 0.5)
+    assert rate.standard_error == pytest.approx(0.5)
 
 
 def test_a_chat_template_is_used(tmp_path: Path) -> None:
@@ -96,7 +98,14 @@ def test_writing_stops_where_the_function_is_over(student: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
     passes = list[int]()
     model.register_forward_hook(lambda *_: passes.append(1))
-    options = {"samples": 1, "ks": (1,), "temperature": 0.0, "max_new_tokens": 500, "batch_size": 1, "seed": 0}
+    options: dict[str, Any] = {
+        "samples": 1,
+        "ks": (1,),
+        "temperature": 0.0,
+        "max_new_tokens": 500,
+        "batch_size": 1,
+        "seed": 0,
+    }
     humaneval(model, tokenizer, PROBLEMS[:1], **options)
     needed = len(tokenizer.encode(RIGHT + "\n\ndef"))
     assert needed - 2 <= len(passes) <= needed + 2

@@ -1,10 +1,7 @@
 """Stage 2 with the real Trainer on tiny students: what a step is, what resuming gives, what a run leaves behind."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from cache.reader import CacheReader
 from pipeline.batches import BatchSampler, held_out
 from tests.runs import STUDENT, history, losses, metrics, train, weights, write_config
-from tests.tiny import make_cache, make_teacher
+from tests.tiny import make_cache
 
 LOGGED = {"total_loss", "hard_loss", "soft_loss", "learning_rate", "perplexity", "teacher_captured_mass",
           "student_head_mass", "padding"}  # fmt: skip
