@@ -24,7 +24,8 @@ def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that training leaves, nothing added; heads as wide as vLLM's attention on a CPU wants them."""
     folder = tmp_path_factory.mktemp("student")
     student = write_config(folder / "student.json", {**STUDENT, "hidden_size": 128, "intermediate_size": 256})
-    return train(make_cache(folder), folder / "run", student_config=student, max_steps=20, learning_rate=1e-2) / "final"
+    options = {"distillation_type": "output", "max_steps": 100, "learning_rate": 1e-2, "logging_steps": 100}
+    return train(make_cache(folder), folder / "run", student_config=student, **options) / "final"
 
 
 def test_vllm_writes_what_transformers_writes(final: Path) -> None:
