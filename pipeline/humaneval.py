@@ -24,7 +24,8 @@ from pipeline.tokenizer import as_chat
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a function is over, as in the paper
 FENCE = "```"
-REQUEST = "Complete this Python function. Answer with the whole function."
+CHAT_STOPS = (f"\n{FENCE}",)
+REQUEST = "Write the Python function that does what this docstring says."
 NUCLEUS = 0.95  # top-p of samples, as in the paper
 
 Problem = Mapping[str, str]
@@ -95,25 +96,28 @@ def _batches(samples: int, batch_size: int) -> Iterator[int]:
         yield min(batch_size, samples - first)
 
 
+def as_request(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A problem in the tokenizer's chat template: a user asks for the function, the answer has begun with a fence."""
+    return as_chat(tokenizer, f"{REQUEST}\n\n{FENCE}python\n{prompt.rstrip()}\n{FENCE}") + f"{FENCE}python\n"
+
+
 class _Writer:
-    """Writes bodies of functions: completes the prompt or, with a chat template, an answer that begins with it."""
+    """Writes what follows the prompt: the function's body or, with a chat template, the whole function once more."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
     ) -> None:
         self._model, self._tokenizer, self._max_new_tokens = model, tokenizer, max_new_tokens
         self._sampling = {**sampling(temperature), **({"top_p": NUCLEUS, "top_k": 0} if temperature else {})}
-        self._stops = (*STOPS, f"\n{FENCE}") if tokenizer.chat_template else STOPS
-        self.prompting = "chat" if tokenizer.chat_template else "completion"
+        self._chat = bool(tokenizer.chat_template)
+        self._stops = CHAT_STOPS if self._chat else STOPS
+        self.prompting = "chat" if self._chat else "completion"
         self.had_room = True  # for the last prompt
 
     def write(self, prompt: str, count: int) -> list[str]:
-        """Bodies of the function that the prompt begins; empty ones where the model has no room for the prompt."""
-        tokenizer, text = self._tokenizer, prompt
-        if tokenizer.chat_template:
-            code = f"{FENCE}python\n{prompt}"
-            text = as_chat(tokenizer, f"{REQUEST}\n\n{code.rstrip()}\n{FENCE}") + code
-        inputs_1P = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+        """Continuations of the prompt that make a program; empty ones where the model has no room for the prompt."""
+        tokenizer, text = self._tokenizer, as_request(self._tokenizer, prompt) if self._chat else prompt
+        inputs_1P = tokenizer(text, return_tensors="pt", add_special_tokens=not self._chat)
         used, limit = inputs_1P["input_ids"].shape[1], max_positions(self._model)
         self.had_room = limit is None or used < limit
         if not self.had_room:
@@ -128,7 +132,8 @@ class _Writer:
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 stopping_criteria=StoppingCriteriaList([self._over(used)]),
             )[:, used:]
-        return [cut(text, self._stops) for text in tokenizer.batch_decode(ids_BG, skip_special_tokens=True)]
+        lead = "\n" if self._chat else ""  # the prompt is a function without a body, which the answer replaces
+        return [lead + cut(text, self._stops) for text in tokenizer.batch_decode(ids_BG, skip_special_tokens=True)]
 
     def _over(self, used: int) -> Callable[..., Tensor]:
         """Tells of each row whether its function is over, from the tokens after the prompt's."""

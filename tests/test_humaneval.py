@@ -31,13 +31,13 @@ def by_heart(folder: Path, *, chat: bool, after: str = "") -> Path:
     record: dict[str, object] = {"prompt": prompt, "response": RIGHT + after}
     if chat:
         asked = f"{REQUEST}\n\n{FENCE}python\n{prompt.rstrip()}\n{FENCE}"
-        answer = f"{FENCE}python\n{prompt}{RIGHT}{FENCE}\n{after}"
+        answer = f"{FENCE}python\ndef has_close_elements(numbers, threshold):\n{RIGHT}{FENCE}\n{after}"
         record = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
     data = write_jsonl(folder / "train.jsonl", [record])
     teacher = make_teacher(folder / "teacher", chat=chat)
     student = write_config(folder / "student.json", {**STUDENT, "max_position_embeddings": LONGEST})
     run = train(None, folder / "run", train_data=str(data), teacher_model=str(teacher), distillation_type="output",
-                student_config=student, max_seq_length=LONGEST, eval_fraction=0.0, max_steps=120, learning_rate=1e-2,
+                student_config=student, max_seq_length=LONGEST, eval_fraction=0.0, max_steps=100, learning_rate=1e-2,
                 warmup_steps=5, save_steps=1000, logging_steps=1000)  # fmt: skip
     return run / "final"
 
