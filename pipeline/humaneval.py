@@ -102,7 +102,10 @@ def as_request(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 class _Writer:
-    """Writes what follows the prompt: the function's body or, with a chat template, the whole function once more."""
+    """Writes what follows the prompt: the function's body or, with a chat template, the whole function once more.
+
+    The prompt, a docstring without a body, is a function of its own, which the whole one then replaces.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
@@ -132,8 +135,7 @@ class _Writer:
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                 stopping_criteria=StoppingCriteriaList([self._over(used)]),
             )[:, used:]
-        lead = "\n" if self._chat else ""  # the prompt is a function without a body, which the answer replaces
-        return [lead + cut(text, self._stops) for text in tokenizer.batch_decode(ids_BG, skip_special_tokens=True)]
+        return [cut(text, self._stops) for text in tokenizer.batch_decode(ids_BG, skip_special_tokens=True)]
 
     def _over(self, used: int) -> Callable[..., Tensor]:
         """Tells of each row whether its function is over, from the tokens after the prompt's."""

@@ -34,15 +34,20 @@ def test_vllm_writes_what_transformers_writes(final: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(final)
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
     prompts = [tokenizer.encode(text) for text in TEXTS]
+    want, log_p = [], []
     with torch.inference_mode():
-        want = [
-            model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(ids) :].tolist()
-            for ids in prompts
-        ]
+        for ids in prompts:
+            whole = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)
+            rows = torch.arange(len(ids) - 1, whole.shape[1] - 1)
+            want.append(whole[0, len(ids) :].tolist())
+            log_p.append(model(whole).logits[0].log_softmax(1)[rows, whole[0, len(ids) :]].tolist())
     engine = LLM(str(final), dtype="float32", max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=2**28)
-    options = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    options = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0)
     found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], options, use_tqdm=False)
     assert [list(each.outputs[0].token_ids) for each in found] == want
+    for each, ids, likely in zip(found, want, log_p, strict=True):
+        own = [place[token].logprob for place, token in zip(each.outputs[0].logprobs, ids, strict=True)]
+        assert own == pytest.approx(likely, abs=1e-3)
     assert any(len(set(ids)) > 3 for ids in want), "students that repeat one token prove little"
     by_text = engine.generate(TEXTS, options, use_tqdm=False)  # with the tokenizer that lies in the folder
     assert [list(each.outputs[0].token_ids) for each in by_text] == want
