@@ -90,7 +90,7 @@ def test_a_student_that_knows_one_of_two_answers(student: Path) -> None:
 
 def test_a_chat_template_is_used(tmp_path: Path) -> None:
     model = by_heart(tmp_path, chat=True, after="That is it.")
-    result = found(model, max_new_tokens=120)
+    result = found(model, max_new_tokens=200)
     assert (result.prompting, result.pass_rates[0].rate) == ("chat", 1.0)
 
 
