@@ -51,6 +51,10 @@ class EvaluateSettings(Settings):
         strange = sorted(self.model_fields_set & OF_HUMANEVAL)
         if strange and not self.humaneval:
             raise ValueError(f"{', '.join(strange)}: only with --humaneval: add it or leave it out")
+        if self.limit is not None and not (self.cache or self.tasks):
+            raise ValueError(
+                f"limit is of cache and tasks, is {self.limit}: HumanEval's problems are cut by --problems"
+            )
         if self.humaneval and not self.allow_code_execution:
             raise ValueError(
                 "--humaneval runs the code that the model writes on this machine: read in the README what the sandbox "

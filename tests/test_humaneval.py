@@ -172,6 +172,7 @@ def test_the_command_prints_and_writes(student: Path, tmp_path: Path, run: Run) 
         (["--humaneval", "--allow-code-execution", "--k", "1,10"], "k must be at most samples, 1, is 10"),
         (["--humaneval", "--allow-code-execution", "--k", "0"], "--k: Input should be greater than or equal to 1"),
         (["--humaneval", "--allow-code-execution", "--samples", "3"], "would all be alike; add --temperature"),
+        (["--humaneval", "--allow-code-execution", "--limit", "3"], "limit is of cache and tasks, is 3"),
         (["--cache", "c", "--problems", "3"], "problems: only with --humaneval"),
         ([], "give at least one of cache, humaneval, tasks"),
     ],
