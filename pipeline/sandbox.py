@@ -17,7 +17,7 @@ CPU_SECONDS = 3  # HumanEval's own limit
 WALL_SECONDS = 15  # for programs that wait, and machines that are busy
 MEMORY = 2**30  # bytes of address space
 ENVIRONMENT = ("PATH",)  # all that a program sees of ours: no keys
-NAMESPACES = ("unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--")
+NAMESPACES = ("unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
 Outcome = Literal["passed", "failed", "stopped"]
 
