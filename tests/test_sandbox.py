@@ -1,6 +1,5 @@
 """The sandbox: what programs may do, what ends them, and that nothing but the end of the tests counts as passing."""
 
-import os
 import socket
 import subprocess
 import sys
