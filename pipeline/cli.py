@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.data_settings import GenerateDataSettings
+from pipeline.evaluate_settings import EvaluateSettings
 from pipeline.options import options_from
-from pipeline.settings import EvaluateSettings, GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
+from pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -142,7 +143,10 @@ def plot(
 )
 @options_from(EvaluateSettings)
 def evaluate(settings: EvaluateSettings) -> None:
-    """A student against a cache: perplexity, KL to the teacher at each temperature, top-1 agreement, calibration."""
+    """How good a student is: on a cache, on HumanEval, on tasks of lm-evaluation-harness.
+
+    A cache gives perplexity, KL to the teacher at each temperature, top-1 agreement and calibration.
+    """
     from pipeline import evaluate as evaluating
 
     found = evaluating.evaluate(settings)
@@ -172,7 +176,7 @@ def generate(settings: GenerateSettings) -> None:
     from pipeline.generate import generate_text
 
     for piece in generate_text(settings):
-        typer.echo(piece, nl=False)
+        typer.echo(piece, nl=False)  # flushed at once
     typer.echo()
 
 

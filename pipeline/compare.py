@@ -110,7 +110,8 @@ def _column(run: Run, settings: Sequence[str]) -> dict[str, str]:
         ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
         found[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
     if run.evaluation:
-        found["evaluated on"] = f"{run.evaluation.cache}, {run.evaluation.positions:,} positions"
+        if on_cache := run.evaluation.on_cache:
+            found["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"
         found |= {f"evaluation: {name}": value for name, value in evaluation_rows(run.evaluation).items()}
     return found
 

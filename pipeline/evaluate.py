@@ -1,4 +1,4 @@
-"""A student against a cache: perplexity of the text, divergence from the teacher, agreement, calibration."""
+"""A student against a cache (text and teacher), HumanEval's tests, and tasks of lm-evaluation-harness."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from cache.errors import LogitcaskError
 from cache.manifest import LabelSettings
@@ -15,49 +16,78 @@ from cache.soft_labels import soft_labels
 from cache.targets import SparseTargets
 from pipeline.batches import Collator, TrainingExample
 from pipeline.devices import choose_device
-from pipeline.evaluation import Divergence, Evaluation, rows
+from pipeline.evaluate_settings import EvaluateSettings
+from pipeline.evaluation import Divergence, Evaluation, OnCache, rows
 from pipeline.examples import Encoded
 from pipeline.fused import SLICE_LOGITS
 from pipeline.guards import require_finite
+from pipeline.harness import Tasks
+from pipeline.humaneval import humaneval, load_problems
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import SparseLabels
 from pipeline.measures import BINS, Array, ClusterSums, calibration_bins, calibration_error, measure
 from pipeline.models import load_causal_lm
 from pipeline.progress import track
-from pipeline.settings import EvaluateSettings
 from pipeline.sources import require_tokenizer
 from pipeline.student import require_room
 from pipeline.terminal import results
+from pipeline.tokenizer import load_tokenizer
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
-    """Evaluate a model on the examples of a cache, in its order, and write the figures where they are wanted.
+    """Evaluate a model on what the settings ask for, and write the figures where they are wanted.
 
-    Raises LogitcaskError where model and cache do not fit, or one of them cannot be read.
+    Raises LogitcaskError where model and cache do not fit, or one of them or a package cannot be had.
     """
     if settings.output is not None and not settings.output.parent.is_dir():
         raise LogitcaskError(f"--output {settings.output}: there is no folder {settings.output.parent}: make it first")
-    reader = CacheReader(settings.cache)
-    label = reader.manifest.label
-    require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, settings.cache)
+    reader = None if settings.cache is None else CacheReader(settings.cache)
+    if reader is not None:
+        require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
+    problems = load_problems(settings.problems) if settings.humaneval else None
+    tasks = None if settings.tasks is None else Tasks(settings.tasks)
+    tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
-    require_room(model, label.vocab_size, reader.manifest.data.longest)
     require_finite(model, settings.model)
+    found = Evaluation(
+        model=settings.model,
+        on_cache=None if reader is None else evaluate_on_cache(model, reader, settings.limit, settings.batch_size),
+        humaneval=None
+        if problems is None
+        else humaneval(
+            model,
+            tokenizer,
+            problems,
+            samples=settings.samples,
+            ks=settings.k,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        ),
+        tasks=[] if tasks is None else tasks.run(model, tokenizer, settings.limit, settings.batch_size),
+    )
+    if settings.output is not None:
+        settings.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def evaluate_on_cache(model: PreTrainedModel, reader: CacheReader, limit: int | None, batch_size: int) -> OnCache:
+    """Evaluate a model on the first examples of a cache, in its order. Raises LogitcaskError where they do not fit."""
+    label = reader.manifest.label
+    require_room(model, label.vocab_size, reader.manifest.data.longest)
     head = read_head(model)
     totals = _Totals(label)
-    count = min(len(reader), settings.limit or len(reader))
+    count = min(len(reader), limit or len(reader))
     collator = Collator(0, (), 1.0, "sampled")
     with track("evaluating", count, "examples") as advance, torch.inference_mode():
-        for first in range(0, count, settings.batch_size):
-            examples = [reader.example(i) for i in range(first, min(first + settings.batch_size, count))]
+        for first in range(0, count, batch_size):
+            examples = [reader.example(i) for i in range(first, min(first + batch_size, count))]
             batch = collator([TrainingExample(Encoded(e.input_ids, e.target_mask), None) for e in examples])
             hidden = last_hidden_states(model, batch["input_ids"].to(model.device)).flatten(0, 1)
             totals.add(examples, hidden[batch["target_index"].to(model.device)], head, batch["gold"])
             advance(len(examples))
-    found = totals.evaluation(settings.model, settings.cache)
-    if settings.output is not None:
-        settings.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return found
+    return totals.on_cache(str(reader.path))
 
 
 class _Totals:
@@ -108,15 +138,14 @@ class _Totals:
         )
         return SparseLabels(ids, weights, log_probs, log_rest, soft.head_size)
 
-    def evaluation(self, model: str, cache: str) -> Evaluation:
+    def on_cache(self, cache: str) -> OnCache:
         """The figures of everything added."""
         hard, error = self._sums.mean(1)
         kl = [(t, *self._sums.mean(3 + j)) for j, t in enumerate(self._label.temperatures)]
         headed = self._label.head_size > 0
         with np.errstate(over="ignore"):
             perplexity, of_teacher = float(np.exp(hard)), float(np.exp(self._sums.mean(2)[0]))
-        return Evaluation(
-            model=model,
+        return OnCache(
             cache=cache,
             examples=self._examples,
             positions=self._positions,
@@ -143,7 +172,9 @@ def _teacher_confidence(targets: SparseTargets, temperatures: Sequence[float]) -
 
 def print_evaluation(found: Evaluation) -> None:
     """The figures as a table on stdout."""
-    table = Table(f"{Path(found.model)}", f"{found.examples:,} examples, {found.positions:,} positions")
+    on_cache = found.on_cache
+    size = f"{on_cache.examples:,} examples, {on_cache.positions:,} positions" if on_cache else ""
+    table = Table(f"{Path(found.model)}", size)
     for name, value in rows(found).items():
         table.add_row(name, value)
     results().print(table)

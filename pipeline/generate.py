@@ -4,36 +4,62 @@ from collections.abc import Iterator
 from threading import Thread
 
 import torch
-from transformers import TextIteratorStreamer, set_seed
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
 
+from cache.errors import LogitcaskError
 from pipeline.devices import choose_device
-from pipeline.models import load_causal_lm
+from pipeline.models import load_causal_lm, max_positions, sampling
 from pipeline.settings import GenerateSettings
-from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizer import as_chat, load_tokenizer
 
 
 def generate_text(settings: GenerateSettings) -> Iterator[str]:
-    """Pieces of the answer as they are made. Raises LogitcaskError where the model cannot be loaded."""
+    """Pieces of the answer as they are made.
+
+    Raises LogitcaskError where the model cannot be loaded, has no room for the prompt, or fails while it writes.
+    """
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": settings.prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(settings.prompt, return_tensors="pt")
+    text = as_chat(tokenizer, settings.prompt)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    used, limit = inputs["input_ids"].shape[1], max_positions(model)
+    if used == 0:
+        raise LogitcaskError("--prompt: must hold a token at least, is empty: give the beginning of a text")
+    if limit is not None and used >= limit:
+        raise LogitcaskError(f"--prompt: must leave room in the model's {limit} positions, has {used} tokens: cut it")
+    longest = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - used)
     set_seed(settings.seed)
-    sampling = (
-        {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {"do_sample": False}
-    )
+    yield from stream(model, tokenizer, inputs, longest, settings.temperature)
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: BatchEncoding,
+    max_new_tokens: int,
+    temperature: float,
+) -> Iterator[str]:
+    """Pieces of text, words or lines, as the model makes them in a thread. Raises LogitcaskError where it fails."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    request = {**inputs.to(model.device), **sampling, "max_new_tokens": settings.max_new_tokens, "streamer": streamer}
+    request = {**inputs.to(model.device), **sampling(temperature), "max_new_tokens": max_new_tokens}
+    failed: list[Exception] = []
 
     def work() -> None:
-        with torch.inference_mode():
-            model.generate(**request, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+        try:
+            with torch.inference_mode():
+                model.generate(
+                    **request, streamer=streamer, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+                )
+        except Exception as error:  # raised again below: an exception in a thread is seen by nobody
+            failed.append(error)
+            streamer.end()  # else the reader waits for ever
 
     thread = Thread(target=work, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
+    if failed:
+        raise LogitcaskError(
+            f"the model failed while it wrote: {type(failed[0]).__name__}: {failed[0]}; "
+            "try another --prompt or --temperature 0, or check it with logitcask evaluate"
+        ) from failed[0]

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,6 +32,17 @@ def load_causal_lm(
         raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
     found: PreTrainedModel = model
     return found
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model takes, None where its config sets no limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of ``generate`` that draw at a temperature; 0 takes the likeliest token."""
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -289,18 +289,6 @@ class PlanSettings(Settings):
         return self
 
 
-class EvaluateSettings(Settings):
-    """Knobs of ``logitcask evaluate``."""
-
-    model: str = Field(description="folder or hub id of a student, such as a run's final/")
-    cache: str = Field(description="a logit cache of examples the student has not seen: folder, .zip file or URL")
-    limit: Whole | None = Field(None, description="examples at most, the first of the cache; default: all")
-    batch_size: Whole = Field(8, description="examples a forward pass")
-    device: str = Field("auto", description="auto, cpu, cuda, mps")
-    output: Path | None = Field(None, description="write the figures as JSON to this file")
-    json_: bool = Field(False, description="print JSON")
-
-
 class GenerateSettings(Settings):
     """Knobs of ``logitcask generate``."""
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from cache.errors import LogitcaskError
-from pipeline.models import load_causal_lm
+from pipeline.models import load_causal_lm, max_positions
 from pipeline.settings import TrainSettings
 
 
@@ -56,7 +56,7 @@ def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:
             f"the student's vocabulary is {width}, the tokenizer's {vocab_size}: it must be at least as large; "
             "leave vocab_size out of the student config"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise LogitcaskError(
             f"the student's max_position_embeddings is {limit}, the longest example has {longest} tokens: raise it"

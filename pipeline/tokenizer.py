@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from cache.errors import LogitcaskError
 from cache.manifest import TokenizerIdentity, sha256
@@ -48,18 +49,27 @@ def load_tokenizer(
     return tokenizer
 
 
+def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A user's turn and the head of the answer, as the tokenizer's chat template has them; without one the prompt.
+
+    Encode it with ``add_special_tokens=not tokenizer.chat_template``: a template writes its own.
+    """
+    if not tokenizer.chat_template:
+        return prompt
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Give a byte-level tokenizer read from GGUF the splitting rule its file names.
 
     The reader of transformers ignores names it does not know, silently: SmolLM2's splits digits one by one before
     anything else, and without that blanks before digits are merged wrongly, which no round trip shows.
     """
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    if "tokenizer.ggml.model" not in fields or fields["tokenizer.ggml.model"].contents() != "gpt2":
+    fields, _ = read_gguf_metadata(path)
+    if fields.get("tokenizer.ggml.model") != "gpt2":
         return
-    rule = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "default"
+    rule = fields.get("tokenizer.ggml.pre", "default")
     if rule == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

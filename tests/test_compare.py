@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.evaluate import evaluate
+from pipeline.evaluate_settings import EvaluateSettings
 from pipeline.run_folder import read_log
-from pipeline.settings import EvaluateSettings
 from tests.runs import STUDENT, metrics, train, write_config
 from tests.tiny import make_cache
 
@@ -99,6 +99,20 @@ def test_a_bar_in_a_setting_does_not_break_the_table(runs: tuple[Path, Path], tm
     settings = json.loads((other / "final" / "settings.json").read_text())
     (other / "final" / "settings.json").write_text(json.dumps({**settings, "wandb_run_name": "p|q"}))
     assert "| `wandb_run_name` | null | p\\|q |" in run(runs[1], other)[1]
+
+
+def test_an_evaluation_without_a_cache_is_shown(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    found = {"problems": 164, "samples": 20, "temperature": 0.8, "prompting": "chat", "stopped": 2, "without_room": 0,
+             "pass_rates": [{"k": 10, "rate": 0.25, "standard_error": 0.034}], "isolation": "namespaces"}  # fmt: skip
+    task = {"task": "t", "metric": "acc", "value": 0.5, "standard_error": None, "examples": 1000}
+    evaluation = {"model": "m", "on_cache": None, "humaneval": found, "tasks": [task]}
+    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    lines = run(runs[1], other)[1].splitlines()
+    assert "| evaluation: HumanEval pass@10, 164 problems, 20 samples at T=0.8, chat |  | 0.2500 ± 0.0340 |" in lines
+    assert "| evaluation: HumanEval programs stopped by the sandbox |  | 2 |" in lines
+    assert "| evaluation: t, acc, 1,000 examples |  | 0.5000 |" in lines
+    assert not any("too long" in line or "evaluated on" in line for line in lines)
 
 
 def test_a_resumed_run_has_its_first_evaluation_from_its_log(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:

@@ -1,10 +1,7 @@
 """Stage 2 with the real Trainer on tiny students: what a step is, what resuming gives, what a run leaves behind."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from cache.reader import CacheReader
 from pipeline.batches import BatchSampler, held_out
 from tests.runs import STUDENT, history, losses, metrics, train, weights, write_config
-from tests.tiny import make_cache, make_teacher
+from tests.tiny import make_cache
 
 LOGGED = {"total_loss", "hard_loss", "soft_loss", "learning_rate", "perplexity", "teacher_captured_mass",
           "student_head_mass", "padding"}  # fmt: skip
@@ -164,32 +161,6 @@ def test_the_parts_of_the_loss_are_logged(straight: Path) -> None:
         assert entry["perplexity"] == pytest.approx(np.exp(entry["hard_loss"]), rel=1e-4)
         assert 0.0 < entry["teacher_captured_mass"] < 1.0
         assert 0.0 < entry["student_head_mass"] < 1.0
-
-
-LOADS_PLAINLY = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("final"), AutoTokenizer.from_pretrained("final")
-assert not {"pipeline", "cache"} & sys.modules.keys()
-assert tokenizer.chat_template
-chat = [{"role": "user", "content": "How many eggs?"}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-assert model.generation_config.eos_token_id == tokenizer.eos_token_id == model.config.eos_token_id
-out = model.generate(**ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-assert out.shape[1] > ids["input_ids"].shape[1]
-"""
-
-
-def test_the_student_is_a_plain_folder(tmp_path: Path) -> None:
-    cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True))
-    student = write_config(tmp_path / "student.json", {**STUDENT, "bos_token_id": 8, "eos_token_id": 9})
-    run = train(cache, tmp_path / "run", student_config=student, max_steps=1)
-    names = {file.name for file in (run / "final").iterdir()}
-    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "settings.json"}
-    assert "training_args.bin" not in names
-    assert json.loads((run / "final" / "settings.json").read_text())["tail"] == "sampled"
-    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", LOADS_PLAINLY], cwd=run, env=plain, check=True)
 
 
 def test_the_soft_loss_draws_the_student_to_the_teacher(stock: Path, tmp_path: Path) -> None:

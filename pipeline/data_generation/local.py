@@ -13,8 +13,8 @@ from cache.errors import LogitcaskError
 from pipeline.data_generation.asking import Reply
 from pipeline.data_generation.prompts import Prompt
 from pipeline.devices import choose_device
-from pipeline.models import load_causal_lm
-from pipeline.tokenizer import load_tokenizer
+from pipeline.models import load_causal_lm, max_positions, sampling
+from pipeline.tokenizer import as_chat, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,20 +39,13 @@ def answer_locally(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    texts = [_rendered(tokenizer, prompt.text) for prompt in prompts]
+    texts = [as_chat(tokenizer, prompt.text) for prompt in prompts]
     model = load_causal_lm(source, dtype=kind).to(place).eval()
     _require_room(model, tokenizer, texts, max_new_tokens)
     set_seed(seed)
     for start in range(0, len(prompts), batch_size):
         replies = _generate(model, tokenizer, texts[start : start + batch_size], max_new_tokens, temperature)
         yield list(zip(prompts[start : start + batch_size], replies, strict=True))
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        return prompt
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
@@ -62,7 +55,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any
 def _require_room(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_new_tokens: int
 ) -> None:
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = max_positions(model)
     longest = max(len(ids) for ids in _encode(tokenizer, texts).input_ids)
     if room is not None and longest + max_new_tokens > room:
         raise LogitcaskError(
@@ -81,9 +74,6 @@ def _generate(
     inputs_BP = _encode(tokenizer, texts, padding=True, return_tensors="pt").to(model.device)
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    sampling: dict[str, Any] = {}
-    if temperature is not None:
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.inference_mode():
         ids = model.generate(
             input_ids=inputs_BP["input_ids"],
@@ -91,7 +81,7 @@ def _generate(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(ends),
             pad_token_id=tokenizer.pad_token_id,
-            **sampling,
+            **({} if temperature is None else sampling(temperature)),
         )
     ids_BG = ids[:, inputs_BP["input_ids"].shape[1] :].tolist()
     lengths = inputs_BP["attention_mask"].sum(1).tolist()
