@@ -82,8 +82,9 @@ def compare_gradients(part: tuple[int, int], until: float) -> None:
     stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
     stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
     for name, where in texts().items():
+        if part[0] == 0:
+            write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
         fidelity.measure(stages, name, where, teacher.head, FOLDER / "fidelity", part, until)
-        write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
 
 
 def kept_run(rate: float) -> Setting:

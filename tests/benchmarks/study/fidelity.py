@@ -179,7 +179,7 @@ def measure(
     until: float,
 ) -> None:
     """Every cell of part i of n that has no result yet, until it is time to stop."""
-    jobs = [(at, t) for at in stages for t in TEMPERATURES]
+    jobs = [(at, t) for t in sorted(TEMPERATURES, key=lambda t: t not in (1.0, 2.0)) for at in stages]
     for at, t in jobs[part[0] :: part[1]]:
         path = folder / f"{text}_{at.name}_T{t:g}.json"
         if path.exists() or time.time() > until:

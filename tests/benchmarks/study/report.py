@@ -121,9 +121,67 @@ def draw(runs: Sequence[Run], steps: Sequence[int], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def gradient_table(cells: Sequence[Run], text: str) -> Table:
+    """Angles of gradient and update to exact distillation's over the largest batch, by stage."""
+    chosen = [c for c in cells if c["text"] == text]
+    columns = [(c["temperature"], c["stage"]) for c in chosen]
+    found = Table("label", *[f"T={t:g} {stage}" for t, stage in columns])
+    found.title = f"{text}: degrees of the gradient / of AdamW's update to exact, a batch of {chosen[0]['batches'][-1]}"
+    for way in chosen[0]["ways"]:
+        values = [c["ways"][way] for c in chosen]
+        found.add_row(way, *[f"{v['angle'][-1]:.1f} / {v['update_angle'][-1]:.1f}" for v in values])
+    return found
+
+
+def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) -> None:
+    """Above, angle against bytes a position, a panel a temperature, a point a stage; below, against the batch."""
+    from matplotlib.figure import Figure
+
+    temperatures = sorted({c["temperature"] for c in cells})
+    figure = Figure(figsize=(4.5 * len(temperatures), 8), layout="constrained")
+    above, below = figure.subplots(2, len(temperatures), squeeze=False, sharey="row")
+    for column, t in enumerate(temperatures):
+        here = [c for c in cells if c["temperature"] == t]
+        middle = next((c for c in here if c["stage"] == "early"), here[0])
+        for number, way in enumerate(here[0]["ways"]):
+            color = f"C{number}"
+            for c, marker in zip(here, "o^s", strict=False):
+                angle = c["ways"][way]["angle"][-1]
+                name = way if marker == "o" else None
+                above[column].plot(sizes[way], angle, marker, color=color, label=name)
+            below[column].plot(middle["batches"], middle["ways"][way]["angle"], ".-", color=color, label=way)
+        above[column].set(title=f"T={t:g}", xscale="log", yscale="log", xlabel="bytes a position")
+        below[column].set(xscale="log", yscale="log", xlabel=f"windows a batch, {middle['stage']} student")
+    above[0].set_ylabel("degrees to the exact gradient")
+    below[0].set_ylabel("degrees to the exact gradient")
+    below[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def read(folder: Path, pattern: str) -> list[Run]:
+    """JSON files of a folder, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
+
+
+def report_gradients(folder: Path, console: Console) -> None:
+    """Write results/gradients.json and .png, and print the tables."""
+    order = {"fresh": 0, "early": 1, "late": 2}
+    cells = sorted(read(folder, "*_T*.json"), key=lambda c: (c["text"], c["temperature"], order[c["stage"]]))
+    if not cells:
+        return
+    sizes = {path.stem.removeprefix("sizes_"): json.loads(path.read_text()) for path in folder.glob("sizes_*.json")}
+    found = {"machine": machine(), "bytes_a_position": sizes, "cells": cells}
+    write_atomically(RESULTS / "gradients.json", found)
+    for text in sorted({c["text"] for c in cells}):
+        console.print(gradient_table(cells, text))
+    draw_gradients([c for c in cells if c["text"] == "code"], sizes["code"], RESULTS / "gradients.png")
+
+
 def report(folder: Path) -> None:
-    """Write results/students.json and .png, and print the tables."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """Write results/students.json and .png and those of the gradients, and print the tables."""
+    console = Console(width=170)
+    report_gradients(folder.parent / "fidelity", console)
+    runs = read(folder, "*.json")
     if not runs:
         raise SystemExit(f"{folder}: no run is finished yet")
     student = new_student(49_152, 0)
@@ -136,7 +194,6 @@ def report(folder: Path) -> None:
     write_atomically(RESULTS / "students.json", {"machine": machine(), "study": about, "runs": runs})
     study = [run for run in runs if run["setting"]["seed"] < 100]
     steps = sorted({at["steps"] for run in study for at in run["lengths"]})
-    console = Console(width=150)
     for length in steps:
         console.print(table(study, length))
     draw(study, steps, RESULTS / "students.png")
