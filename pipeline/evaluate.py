@@ -28,6 +28,7 @@ from pipeline.losses import SparseLabels
 from pipeline.measures import BINS, Array, ClusterSums, calibration_bins, calibration_error, measure
 from pipeline.models import load_causal_lm
 from pipeline.progress import track
+from pipeline.sandbox import require_sandbox
 from pipeline.sources import require_tokenizer
 from pipeline.student import require_room
 from pipeline.terminal import results
@@ -45,6 +46,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
     problems = load_problems(settings.problems) if settings.humaneval else None
+    if problems is not None:
+        require_sandbox()
     tasks = None if settings.tasks is None else Tasks(settings.tasks)
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()

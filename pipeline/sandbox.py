@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from cache.errors import LogitcaskError
 from pipeline import sandboxed
 
 CPU_SECONDS = 3  # HumanEval's own limit
@@ -26,10 +27,19 @@ Outcome = Literal["passed", "failed", "stopped"]
 def namespaces() -> tuple[str, ...]:
     """The command that takes network and other processes from a process; empty where the machine does not let us."""
     try:
-        done = subprocess.run([*NAMESPACES, "true"], capture_output=True, check=False)
+        done = subprocess.run([*NAMESPACES, sys.executable, "-I", "-c", ""], capture_output=True, check=False)
     except OSError:
         return ()
     return NAMESPACES if done.returncode == 0 else ()
+
+
+def require_sandbox() -> None:
+    """Raise LogitcaskError where not even an empty program comes to its end: every figure would be 0."""
+    if run_program("") != "passed":
+        raise LogitcaskError(
+            f"the sandbox cannot run {sys.executable} within {MEMORY:,} bytes and {WALL_SECONDS} s on this machine: "
+            "evaluate on another one"
+        )
 
 
 def run_program(program: str) -> Outcome:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import LogitcaskError
 from pipeline import sandbox
 from pipeline.sandbox import namespaces, run_program
 
@@ -97,6 +98,13 @@ def test_nothing_of_a_program_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert run_program("import os\nassert sorted(os.listdir()) == ['program.py', 'result']") == "passed"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_cannot_run_the_sandbox_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.require_sandbox()
+    monkeypatch.setattr(sandbox, "MEMORY", 2**22)
+    with pytest.raises(LogitcaskError, match=r"the sandbox cannot run .* within 4,194,304 bytes"):
+        sandbox.require_sandbox()
 
 
 @pytest.mark.skipif(not namespaces(), reason="this machine lets nobody make namespaces")
