@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,18 @@ def listens() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, *signals: signal.Signals) -> None:
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    *signals: signal.Signals,
+    send: Callable[[signal.Signals], None] = signal.raise_signal,
+) -> None:
     """Have signals come in the middle of a step, in its first of two forward passes."""
     plain, left = DistillationTrainer.training_step, list(signals)
 
     def interrupted(trainer: DistillationTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
         while left and trainer.state.global_step == step - 1:
-            signal.raise_signal(left.pop())
+            send(left.pop())
         return plain(trainer, *arguments, **named)
 
     monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
@@ -92,14 +97,37 @@ def test_the_second_stops_at_once(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_in_the_last_step_the_run_just_ends(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, 9, signal.SIGINT)
-    run = train(folder / "cache", tmp_path / "run", **options(folder))
-    assert metrics(run)["after"] == metrics(folder / "whole")["after"]
+    assert_whole(folder, tmp_path)
 
 
 def test_what_is_ignored_stays_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupt(monkeypatch, 4, signal.SIGINT)
-    assert (train(folder / "cache", tmp_path / "run", **options(folder)) / "final").exists()
+    assert_whole(folder, tmp_path)
+
+
+def test_a_terminals_interrupt_leaves_the_loaders_workers_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step still needs them; whether to stop is for the Trainer's process to say, which gets no signal here."""
+
+    def send(number: signal.Signals) -> None:
+        (worker,) = multiprocessing.active_children()
+        assert worker.pid
+        os.kill(worker.pid, number)
+
+    interrupt(monkeypatch, 2, signal.SIGINT, send=send)
+    run = train(folder / "cache", tmp_path / "run", **options(folder), num_workers=1)
+    assert len(losses(run)) == 9  # with a worker dropout differs from the second epoch on
+
+
+def assert_whole(folder: Path, place: Path) -> None:
+    """A run that ends as the one that nothing interrupted."""
+    try:
+        run = train(folder / "cache", place / "run", **options(folder))
+    except KeyboardInterrupt:
+        pytest.fail("it was stopped")
+    assert metrics(run)["after"] == metrics(folder / "whole")["after"]
 
 
 def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path,
         time.sleep(0.6)  # the table is drawn four times a second
         return next(keys, b"")
 
-    words = train_words(cache, run, "--max-steps=1000000", "--num-workers=1")
+    words = train_words(cache, run, "--max-steps=1000000")
     code, seen = on_a_terminal(words, look, NO_COLOR="1")
     assert code == 130, seen[-2000:]
     assert STYLE.findall(seen) == []
