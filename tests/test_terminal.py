@@ -221,7 +221,8 @@ def test_the_shell_completes(typed: str, offered: list[str]) -> None:
 
 
 def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
-    assert "complete -o default -F _logitcask_completion logitcask" in logitcask("--show-completion", "bash")
     home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = logitcask("--show-completion", "bash", **home)
+    assert "complete -o default -F _logitcask_completion logitcask" in shown
     assert "installed" in logitcask("--install-completion", "bash", **home)
     assert "logitcask" in (tmp_path / ".bashrc").read_text()
