@@ -79,6 +79,8 @@ def compare_gradients(part: tuple[int, int], until: float) -> None:
     """The part on gradients, at the stages of a student of exact distillation at T=1."""
     teacher = the_teacher()
     saved = {name: FOLDER / "states" / f"{kept_run(tuned()).name}_{steps}.pt" for name, steps in STAGES.items()}
+    if missing := [path for path in saved.values() if not path.exists()]:
+        raise SystemExit(f"{missing[0]}: is not there yet: run the stage students first, it keeps that student")
     stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
     stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
     for name, where in texts().items():

@@ -6,7 +6,6 @@ are a batch of k: what shrinks as k grows is noise, what stays is bias. Exact gr
 
 import copy
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cache.layout import array_specs, encode_targets, stride_for, zarr_layout
-from cache.manifest import LabelSettings, ShardPlan
 from cache.soft_labels import temperature_index
-from cache.targets import IntArray, SparseTargets
+from cache.targets import IntArray
 from pipeline.fused import Target, TeacherRows, fused_loss
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, SparseLabels
 from pipeline.settings import PRESETS
-from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries
+from tests.benchmarks.fidelity import degrees, stored
+from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries, shorter
 from tests.benchmarks.study.students import CLIP, new_student, write_atomically
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
@@ -119,24 +116,6 @@ def update(gradient_P: Tensor, at: Stage) -> Tensor:
     return mean / (square.sqrt() + 1e-8)
 
 
-def degrees(one: Tensor, other: Tensor) -> float:
-    """The angle between two vectors."""
-    return math.degrees(math.acos(max(-1.0, min(1.0, float(one @ other / (one.norm() * other.norm()))))))
-
-
-def bytes_a_position(targets: SparseTargets, label: LabelSettings) -> float:
-    """Stored size of labels as one shard of a cache holds them."""
-    plan = ShardPlan(count=1, examples=1, tokens=1, positions=stride_for("position", len(targets)), digest="0" * 64)
-    root, size, coded = zarr.create_group(zarr.storage.MemoryStore()), 0, encode_targets(targets)
-    for spec in (spec for spec in array_specs(label) if spec.axis == "position"):
-        array = root.create_array(spec.name, **zarr_layout(spec, plan), fill_value=0)
-        whole = np.zeros(array.shape, dtype=spec.dtype)
-        whole[: len(targets)] = coded[spec.name]
-        array[:] = whole
-        size += array.nbytes_stored()
-    return size / len(targets)
-
-
 def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
     """Bytes a position of each way's label."""
     found: dict[str, float] = {}
@@ -144,12 +123,7 @@ def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
         kept = where.stored[how.stored]
         short = Stored(how.head or kept.head, kept.draws, kept.temperatures).settings(vocabulary)
         targets = where.targets(how.stored, slice(None))
-        if how.head is not None:
-            targets = SparseTargets(
-                **{**vars(targets), "head_ids": targets.head_ids[:, : how.head]}
-                | {"head_logprobs": targets.head_logprobs[:, : how.head]}
-            )
-        found[way] = round(bytes_a_position(targets, short), 1)
+        found[way] = round(stored(shorter(targets, how.head), short)[1], 1)
     return found
 
 

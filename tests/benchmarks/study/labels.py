@@ -165,9 +165,7 @@ def through_codes(targets: SparseTargets, label: LabelSettings) -> SparseTargets
 
 def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature: float) -> SparseLabels:
     """What the loss needs of some rows. A label drawn at T=1 alone is carried to T by p_T / p_1, still unbiased."""
-    how, targets = where.stored[way.stored], where.targets(way.stored, rows)
-    if way.head is not None:
-        targets = _shorter(targets, way.head)
+    how, targets = where.stored[way.stored], shorter(where.targets(way.stored, rows), way.head)
     if temperature in how.temperatures:
         found = soft_labels(targets, how.temperatures, temperature, way.tail)
     else:
@@ -185,8 +183,8 @@ def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature:
     )
 
 
-def _shorter(targets: SparseTargets, head: int) -> SparseTargets:
-    """The first of the head alone, for a use that ignores the rest."""
+def shorter(targets: SparseTargets, head: int | None) -> SparseTargets:
+    """The first ``head`` of the head alone, for a use that ignores the rest; all of it for None."""
     values = {field.name: getattr(targets, field.name) for field in fields(SparseTargets)}
     values |= {name: values[name][:, :head] for name in ("head_ids", "head_logprobs")}
     return SparseTargets(**values)
