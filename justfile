@@ -38,7 +38,7 @@ lint:
 pytest *args:
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal {{args}}
 
-# the fuzz of hostile caches at its full length, 10,000 cases (about six minutes)
+# the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:
     LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/test_hostile.py
 
