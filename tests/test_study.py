@@ -1,12 +1,14 @@
 """The study's own arithmetic: its baselines are what they are called, its intervals and pairs are right."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.study import fidelity
+from tests.benchmarks.study import designs, fidelity
+from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labels import POSITIONS, STORED, WAYS, TeacherFolder, _label, entries
 from tests.benchmarks.study.report import against_exact, by_key, interval
 
@@ -70,3 +72,35 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students() -> None
     assert found[0] == pytest.approx(0.2)
     assert found[1] == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert interval([5.0]) == (5.0, None)
+
+
+def test_the_designs_errors_are_those_of_drawing() -> None:
+    random = torch.Generator().manual_seed(2)
+    z = 2 * torch.randn(40, generator=random).double()
+    p, r, draws, times = z.softmax(0), (z / 2).softmax(0), 12, 20_000
+    ends = r.cumsum(0)
+    free = torch.rand(times, draws, generator=random, dtype=torch.float64)
+    even = (torch.arange(draws) + free[:, :1]) / draws
+    for numbers, design in ((free, designs.independent), (even, designs.systematic)):
+        drawn = torch.searchsorted(ends, numbers).clamp_max(39)
+        counts = torch.zeros(times, 40, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(numbers))
+        found = ((counts / draws * p / r - p) ** 2).sum(1).mean()
+        assert float(found) == pytest.approx(float(design(p[None], r[None], draws)), rel=0.03)
+        assert float((counts > 0).double().sum(1).mean()) == pytest.approx(
+            float(designs.distinct(r[None], draws) if numbers is free else (draws * r).clamp_max(1).sum()), rel=0.01
+        )
+
+
+def test_inclusion_probabilities_sum_to_the_size_and_keep_the_proposal_where_they_can() -> None:
+    r = torch.tensor([[0.5, 0.2, 0.2, 0.05, 0.05]], dtype=torch.float64)
+    pi = designs.inclusion(r, torch.tensor([2.0]))
+    assert torch.allclose(pi, torch.tensor([[1.0, 0.4, 0.4, 0.1, 0.1]], dtype=torch.float64))
+    assert float(designs.without_replacement(r, r, torch.tensor([5.0]))) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_result_is_claimed_once(tmp_path: Path) -> None:
+    with claim(tmp_path / "a.json") as first, claim(tmp_path / "a.json") as second:
+        assert (first, second) == (True, False)
+    (tmp_path / "a.json").write_text("{}")
+    with claim(tmp_path / "a.json") as third:
+        assert not third

@@ -1,17 +1,20 @@
-"""Run the study: ``python -m tests.benchmarks.study [--minutes N]``, or one stage: labels, tune, students, gradients,
-report.
+"""Run the study: ``python -m tests.benchmarks.study [--minutes N]``, or one stage: labels, designs, tune, students,
+gradients, report.
 
 Everything lands in ``study/`` and is not done again by the next call; ``report`` writes tests/benchmarks/results.
 Two processes of one thread each by default; ``--part i/n`` is what they are started with.
 """
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,13 +25,16 @@ from pipeline.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study import fidelity
 from tests.benchmarks.study.corpus import code_files, english, windows
+from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
 from tests.benchmarks.study.report import report
 from tests.benchmarks.study.students import WINDOWS, Setting, Teacher, train, write_atomically
 
 FOLDER = Path("study")
 RUNS = FOLDER / "runs"
+DESIGNS = FOLDER / "designs.json"
 LENGTHS = (75, 150, 300)
+STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients")
 STAGES = {"early": LENGTHS[0], "late": LENGTHS[-1]}  # of a student's training, steps
 WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
@@ -36,6 +42,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
+IDEAS = ("standard, half bucket",)
 
 
 def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
@@ -108,27 +115,40 @@ def tuning(rate: float) -> Setting:
 def grid(rate: float) -> list[Setting]:
     """All runs, those that tell most first, a seed at a time."""
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
-    for ways, alpha in ((FIRST, 0.0), (THEN, 0.0), (FIRST, 0.5)):
+    parts = (FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (IDEAS, 0.0), (FIRST, 0.5)
+    for ways, alpha in parts:
         found += [Setting(way, t, alpha, seed, rate) for seed, t, way in itertools.product(SEEDS, (1.0, 2.0), ways)]
-    return found
+    return list(dict.fromkeys(found))
 
 
-def run_all(settings: list[Setting], lengths: tuple[int, ...], part: tuple[int, int], until: float) -> None:
-    """Train what has no result yet of part i of n, until it is time to stop."""
-    teacher = the_teacher()
-    for setting in settings[part[0] :: part[1]]:
-        path = RUNS / f"{setting.name}.json"
-        if path.exists():
-            continue
-        if time.time() > until:
-            print("out of time: the same command goes on from here", flush=True)
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process may make a result; the system drops a claim when its process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
             return
-        found = train(
-            setting, teacher, lengths, FOLDER / "states" if setting == kept_run(setting.learning_rate) else None
-        )
-        write_atomically(path, found)
-        last = found["lengths"][-1]
-        print(f"{setting.name}: {json.dumps(last)}", flush=True)
+        yield not path.exists()
+
+
+def run_all(settings: list[Setting], lengths: tuple[int, ...], until: float) -> None:
+    """Train what has no result yet and no other process is at, until it is time to stop."""
+    teacher = the_teacher()
+    for setting in settings:
+        path = RUNS / f"{setting.name}.json"
+        with claim(path) as free:
+            if not free:
+                continue
+            if time.time() > until:
+                print("out of time: the same command goes on from here", flush=True)
+                return
+            kept = FOLDER / "states" if setting == kept_run(setting.learning_rate) else None
+            found = train(setting, teacher, lengths, kept)
+            write_atomically(path, found)
+        print(f"{setting.name}: {json.dumps(found['lengths'][-1])}", flush=True)
 
 
 def processes(stage: str, count: int, minutes: float) -> None:
@@ -144,14 +164,14 @@ def processes(stage: str, count: int, minutes: float) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.study", description=__doc__)
-    parser.add_argument("stage", nargs="?", choices=["labels", "tune", "students", "gradients", "report"])
+    parser.add_argument("stage", nargs="?", choices=[*STAGES_OF_WORK, "report"])
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run of a student after so many")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     given = parser.parse_args()
     until = time.time() + 60 * given.minutes
     if given.part is None:
-        for stage in ["labels", "tune", "students", "gradients"] if given.stage is None else [given.stage]:
+        for stage in STAGES_OF_WORK if given.stage is None else [given.stage]:
             if stage == "labels":
                 folders(), texts()  # once, before several processes open them
             if stage != "report":
@@ -163,12 +183,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.stage == "labels":
         label_part((index, count))
+    elif given.stage == "designs":
+        if index == 0 and not DESIGNS.exists():
+            teacher = the_teacher()
+            write_atomically(DESIGNS, compare(teacher.train, teacher.head, teacher.vocabulary))
     elif given.stage == "tune":
-        run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], (index, count), until)
+        run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], until)
     elif given.stage == "gradients":
         compare_gradients((index, count), until)
     else:
-        run_all(grid(tuned()), LENGTHS, (index, count), until)
+        run_all(grid(tuned()), LENGTHS, until)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class Way:
 WAYS = {
     "standard": Way("standard", "sampled"),
     "lean": Way("lean", "sampled"),
+    "standard bucket": Way("standard", "bucket"),
     "top-64 renormalised": Way("top", "renormalize"),
     "top-12 renormalised": Way("top", "renormalize", 12),
     "top-64 bucket": Way("top", "bucket"),

@@ -177,9 +177,26 @@ def report_gradients(folder: Path, console: Console) -> None:
     draw_gradients([c for c in cells if c["text"] == "code"], sizes["code"], RESULTS / "gradients.png")
 
 
+def report_designs(path: Path, console: Console) -> None:
+    """Write results/designs.json, and print its table."""
+    if not path.exists():
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    write_atomically(RESULTS / "designs.json", {"machine": machine(), **found})
+    by_t = found["temperatures"]
+    shown = Table("design", "entries", *[f"T={t}" for t in by_t])
+    shown.title = f"squared error of the weights, as parts of what is stored; {found['positions']:,} positions"
+    for name, first in next(iter(by_t.values()))["designs"].items():
+        shown.add_row(
+            name, f"{first['entries']:.1f}", *[f"{one['designs'][name]['squared_error']:.2f}" for one in by_t.values()]
+        )
+    console.print(shown)
+
+
 def report(folder: Path) -> None:
-    """Write results/students.json and .png and those of the gradients, and print the tables."""
+    """Write results/students.json and .png and those of the other parts, and print the tables."""
     console = Console(width=170)
+    report_designs(folder.parent / "designs.json", console)
     report_gradients(folder.parent / "fidelity", console)
     runs = read(folder, "*.json")
     if not runs:

@@ -43,7 +43,7 @@ ROWS = 256  # of an evaluation at a time
 class Setting:
     """One run."""
 
-    way: str  # output, exact, or one of WAYS
+    way: str  # output, exact, one of WAYS or of MIXES
     temperature: float
     alpha: float
     seed: int
@@ -54,6 +54,9 @@ class Setting:
         """Of its file."""
         way = self.way.replace(",", "").replace(" ", "-")
         return f"{way}_T{self.temperature:g}_alpha{self.alpha:g}_lr{self.learning_rate:g}_seed{self.seed}"
+
+
+MIXES = {"standard, half bucket": {"standard": 0.5, "standard bucket": 0.5}}  # shares of the loss
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,29 @@ def new_student(vocabulary: int, seed: int) -> PreTrainedModel:
     return student
 
 
-def target_of(setting: Setting, teacher: Teacher, rows: IntArray) -> Target:
+def target_of(way: str, temperature: float, teacher: Teacher, rows: IntArray) -> Target:
     """What a batch's loss is taken against."""
-    if setting.alpha == 1.0:
+    if way == "output":
         return None
-    if setting.way == "exact":
+    if way == "exact":
         hidden = torch.from_numpy(np.asarray(teacher.train.hidden[rows], dtype=np.float32))
         return TeacherRows(hidden, teacher.head, teacher.vocabulary)
-    return entries(teacher.train, WAYS[setting.way], rows, setting.temperature)
+    return entries(teacher.train, WAYS[way], rows, temperature)
+
+
+def loss(setting: Setting, hidden_NH: Tensor, head: LMHead, gold_N: Tensor, teacher: Teacher, rows: IntArray) -> Tensor:
+    """The loss of a batch, summed over its N positions."""
+    total = hidden_NH.new_zeros(())
+    for way, share in MIXES.get(setting.way, {setting.way: 1.0}).items():
+        target = target_of(way, setting.temperature, teacher, rows)
+        how = LossSettings(setting.alpha, setting.temperature, tail_of(way), "forward-kl")
+        total = total + share * fused_loss(hidden_NH, head, gold_N, target, how).total
+    return total
+
+
+def tail_of(way: str) -> str:
+    """How a way treats what is outside the head."""
+    return WAYS[way].tail if way in WAYS else "sampled"
 
 
 def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
@@ -93,7 +111,6 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     student = new_student(teacher.vocabulary, setting.seed).train()
     head = read_head(student)
     optimizer = torch.optim.AdamW(student.parameters(), lr=setting.learning_rate, weight_decay=0.0)
-    how = LossSettings(setting.alpha, setting.temperature, _tail(setting), "forward-kl")
     order = np.random.default_rng(setting.seed).permutation(len(teacher.train.ids))
     if max(lengths) * WINDOWS > len(order):  # a second epoch, shuffled again
         order = np.concatenate([order, np.random.default_rng(setting.seed + 1000).permutation(len(order))])
@@ -104,8 +121,8 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
         rows = (windows[:, None] * POSITIONS + np.arange(POSITIONS)).reshape(-1)
         ids = torch.from_numpy(teacher.train.ids[windows])
         hidden = last_hidden_states(student, ids)[:, :-1].flatten(0, 1)
-        sums = fused_loss(hidden, head, ids[:, 1:].reshape(-1), target_of(setting, teacher, rows), how)
-        torch.autograd.backward(sums.total / len(rows))
+        total = loss(setting, hidden, head, ids[:, 1:].reshape(-1), teacher, rows)
+        torch.autograd.backward(total / len(rows))
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         for group in optimizer.param_groups:
             group["lr"] = setting.learning_rate * min(1.0, step / WARMUP)
@@ -120,10 +137,6 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
                 state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, keep / f"{setting.name}_{step}.pt")
     return {"setting": dataclasses.asdict(setting), "lengths": found}
-
-
-def _tail(setting: Setting) -> str:
-    return WAYS[setting.way].tail if setting.way in WAYS else "sampled"
 
 
 @torch.inference_mode()

@@ -1,0 +1,113 @@
+"""Ways to draw the tail, compared by the variance of the weights in closed form, over real teacher distributions.
+
+For weights w(v) = n(v) p(v) / E n(v), n(v) how often v is drawn, the squared error summed over the vocabulary is
+sum p(v)^2 Var n(v) / (E n(v))^2. No student is needed: this is what a label's noise begins with.
+
+Legend: N positions, V vocabulary, K head tokens, M draws, T temperature, r the proposal.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.lm_head import LMHead
+from pipeline.settings import PRESETS
+from tests.benchmarks.study.labels import DEFAULT, TeacherFolder
+
+POSITIONS = 2_000
+ROWS = 64  # positions at a time
+TINY = 1e-300
+STORED = "head 8 + tail 24, as stored"
+
+
+def outside(logits_NV: Tensor, head: int, temperatures: Sequence[float]) -> dict[float, Tensor]:
+    """p_T of the tokens outside the head, 0 in it, (N, V) in float64, by temperature."""
+    z = logits_NV.double()
+    top = z.topk(head, dim=1).indices
+    return {t: (z / t).softmax(1).scatter(1, top, 0.0) for t in temperatures}
+
+
+def proposal(tails: dict[float, Tensor], temperatures: Iterable[float]) -> Tensor:
+    """r (N, V): the mean of the tails at these temperatures, each made to sum to 1."""
+    shares = [tails[t] / tails[t].sum(1, keepdim=True).clamp_min(TINY) for t in temperatures]
+    return torch.stack(shares).mean(0).clamp_min(TINY)
+
+
+def independent(p: Tensor, r: Tensor, draws: int) -> Tensor:
+    """Squared error (N,) of M independent draws: counts are multinomial."""
+    return (p * p * (1 - r) / (draws * r)).sum(1)
+
+
+def systematic(p: Tensor, r: Tensor, draws: int) -> Tensor:
+    """Of draws at even steps from one random start: a count is x = M r rounded down or up."""
+    fraction = (draws * r).frac()
+    return ((p / (draws * r)) ** 2 * fraction * (1 - fraction)).sum(1)
+
+
+def inclusion(r: Tensor, sizes_N: Tensor) -> Tensor:
+    """Probabilities min(1, c r) (N, V) that sum to a size: without replacement, each token once at most."""
+    ordered = r.sort(1, descending=True).values
+    left = ordered.flip(1).cumsum(1).flip(1)
+    factor = (sizes_N[:, None] - torch.arange(r.shape[1])) / left  # c, if so many tokens are certain
+    first = (factor * ordered <= 1.0).double().argmax(1)
+    return (factor.gather(1, first[:, None]) * r).clamp_max(1.0)
+
+
+def without_replacement(p: Tensor, r: Tensor, sizes_N: Tensor) -> Tensor:
+    """Squared error (N,) of distinct tokens with weight p / inclusion."""
+    pi = inclusion(r, sizes_N)
+    return (p * p * (1 - pi) / pi).sum(1)
+
+
+def distinct(r: Tensor, draws: int) -> Tensor:
+    """Expected number (N,) of different tokens among M independent draws."""
+    return (1 - (1 - r) ** draws).sum(1)
+
+
+def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each design at T: squared error and entries stored, both (N,)."""
+    head, draws = PRESETS["standard"]
+    tails = outside(logits_NV, head, DEFAULT)
+    p, r = tails[t], proposal(tails, DEFAULT)
+    stored, alone = distinct(r, draws), proposal(tails, [t])
+    found = {
+        STORED: (independent(p, r, draws), head + stored),
+        "systematic draws": (systematic(p, r, draws), head + (draws * r).clamp_max(1.0).sum(1)),
+        "without replacement, as many entries": (without_replacement(p, r, stored), head + stored),
+        "drawn for this T alone": (independent(p, alone, draws), head + distinct(alone, draws)),
+    }
+    for k in (0, 4, 16, 24):
+        others = outside(logits_NV, k, DEFAULT)
+        r_k, m = proposal(others, DEFAULT), head + draws - k
+        found[f"head {k} + tail {m}"] = (independent(others[t], r_k, m), k + distinct(r_k, m))
+    return found
+
+
+@torch.inference_mode()
+def compare(where: TeacherFolder, head: LMHead, vocabulary: int) -> dict[str, Any]:
+    """Mean squared error by design and temperature over positions spread over a folder, as parts of what is stored.
+
+    The last design shares as many draws out in proportion to the root of each position's variance at T, which is
+    optimal for the mean (Neyman, 1934); its number of entries is taken for today's.
+    """
+    rows = np.linspace(0, len(where.hidden) - 1, POSITIONS).astype(np.int64)
+    found: dict[str, Any] = {"positions": len(rows), "temperatures": {}}
+    for t in DEFAULT:
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for first in range(0, len(rows), ROWS):
+            hidden = torch.from_numpy(np.asarray(where.hidden[rows[first : first + ROWS]]))
+            for name, pair in errors(head.logits(hidden)[:, :vocabulary], t).items():
+                parts.setdefault(name, []).append(pair)
+        means = {name: torch.stack([torch.cat(one) for one in zip(*p, strict=True)]) for name, p in parts.items()}
+        base_N = means[STORED][0]
+        table = {
+            name: {"squared_error": float(pair[0].mean() / base_N.mean()), "entries": float(pair[1].mean())}
+            for name, pair in means.items()
+        }
+        shared = float(base_N.sqrt().mean() ** 2 / base_N.mean())
+        table["draws a position by need"] = {"squared_error": shared, "entries": table[STORED]["entries"]}
+        found["temperatures"][f"{t:g}"] = {"squared_error_as_stored": float(base_N.mean()), "designs": table}
+    return found
