@@ -1,5 +1,5 @@
 """Run the study: ``python -m tests.benchmarks.study [--minutes N]``, or one stage: labels, designs, tune, students,
-gradients, report.
+gradients, second (another teacher), report.
 
 Everything lands in ``study/`` and is not done again by the next call; ``report`` writes tests/benchmarks/results.
 Two processes of one thread each by default; ``--part i/n`` is what they are started with.
@@ -23,7 +23,7 @@ from pipeline.lm_head import read_head
 from pipeline.models import load_causal_lm
 from pipeline.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
-from tests.benchmarks.study import fidelity
+from tests.benchmarks.study import fidelity, second
 from tests.benchmarks.study.corpus import code_files, english, windows
 from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
@@ -34,7 +34,7 @@ FOLDER = Path("study")
 RUNS = FOLDER / "runs"
 DESIGNS = FOLDER / "designs.json"
 LENGTHS = (75, 150, 300)
-STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients")
+STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients", "second")
 STAGES = {"early": LENGTHS[0], "late": LENGTHS[-1]}  # of a student's training, steps
 WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
@@ -161,6 +161,24 @@ def processes(stage: str, count: int, minutes: float) -> None:
         raise SystemExit(f"{stage} failed; what is done stays, the same command goes on")
 
 
+def work(stage: str, part: tuple[int, int], until: float) -> None:
+    """One process's part of a stage."""
+    match stage:
+        case "labels":
+            label_part(part)
+        case "designs" if part[0] == 0 and not DESIGNS.exists():
+            teacher = the_teacher()
+            write_atomically(DESIGNS, compare(teacher.train, teacher.head, teacher.vocabulary))
+        case "tune":
+            run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], until)
+        case "students":
+            run_all(grid(tuned()), LENGTHS, until)
+        case "gradients":
+            compare_gradients(part, until)
+        case "second" if part[0] == 0:
+            second.measure(FOLDER / "second", until)
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.study", description=__doc__)
@@ -181,18 +199,7 @@ def main() -> None:
         return
     index, count = map(int, given.part.split("/"))
     torch.set_num_threads(1)
-    if given.stage == "labels":
-        label_part((index, count))
-    elif given.stage == "designs":
-        if index == 0 and not DESIGNS.exists():
-            teacher = the_teacher()
-            write_atomically(DESIGNS, compare(teacher.train, teacher.head, teacher.vocabulary))
-    elif given.stage == "tune":
-        run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], until)
-    elif given.stage == "gradients":
-        compare_gradients((index, count), until)
-    else:
-        run_all(grid(tuned()), LENGTHS, until)
+    work(given.stage, (index, count), until)
 
 
 if __name__ == "__main__":

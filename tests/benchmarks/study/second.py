@@ -1,0 +1,103 @@
+"""A second teacher, of another vocabulary: trained here on the study's code; none comes by pip alone."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from pipeline.lm_head import read_head
+from tests.benchmarks.study import fidelity
+from tests.benchmarks.study.corpus import code_files, windows
+from tests.benchmarks.study.labels import TeacherFolder, label_windows
+from tests.benchmarks.study.students import WINDOWS, Setting, Teacher, train, write_atomically
+
+VOCABULARY, WIDTH, LAYERS = 8_192, 256, 6
+STEPS, BATCH, RATE = 400, 8, 2e-3  # of its own training, on windows of code
+EARLY = 75  # steps of the student that gradients are compared at, beside a fresh one
+NAME = "code, vocabulary of 8,192"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the code to train on."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(code_files(held_out=False), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The teacher and its tokenizer; trained, or trained on, where they are not there yet."""
+    final = folder / "final"
+    if not (final / "config.json").exists():
+        tokenizer = make_tokenizer()
+        ids = windows(code_files(held_out=False), tokenizer, STEPS * BATCH)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+        how = TrainingArguments(
+            output_dir=str(folder / "training"),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            warmup_steps=20,
+            lr_scheduler_type="cosine",
+            save_steps=100,
+            logging_steps=50,
+            report_to="none",
+            use_cpu=True,
+        )
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        trainer = Trainer(LlamaForCausalLM(config), how, train_dataset=data)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(how.output_dir) if folder.exists() else None)
+        tokenizer.save_pretrained(final)
+        trainer.save_model(str(final))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(final)
+
+
+def measure(folder: Path, until: float) -> None:
+    """Angles and sizes of every way, for a fresh and an early student of the second teacher."""
+    model, tokenizer = load(folder)
+    kept = TeacherFolder(folder / "train", windows(code_files(held_out=False), tokenizer, EARLY * WINDOWS), WIDTH, {})
+    held = windows(code_files(held_out=True), tokenizer, max(fidelity.BATCHES))
+    where = TeacherFolder(folder / "code", held, WIDTH, fidelity.STORED)
+    for one in (kept, where):
+        label_windows(one, model, VOCABULARY, (0, 1))
+    teacher = Teacher(read_head(model), VOCABULARY, kept, where)
+    setting = Setting("exact", 1.0, 0.0, 0, 2e-3)
+    saved = folder / "states" / f"{setting.name}_{EARLY}.pt"
+    if not saved.exists() and time.time() < until:
+        found = train(setting, teacher, (EARLY,), saved.parent)
+        hard = float(np.mean(-where.targets("standard", slice(None)).gold_logprobs))
+        write_atomically(folder / "about.json", {"teacher_hard_loss": hard, "student": found})
+    if saved.exists():
+        stages = [fidelity.stage("fresh", VOCABULARY, None), fidelity.stage("early", VOCABULARY, saved)]
+        cells = folder.parent / "fidelity"
+        write_atomically(cells / f"sizes_{NAME}.json", fidelity.sizes(where, VOCABULARY))
+        fidelity.measure(stages, NAME, where, teacher.head, cells, (0, 1), until, (1.0, 2.0))
