@@ -166,7 +166,7 @@ class TrainSettings(Settings):
     )
     output_dir: Path = Field(description="folder of the run: checkpoints and final/")
     alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.5")
-    temperature: Temperature = Field(2.0, description="one of the cache's temperatures")
+    temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
     min_fidelity: Fraction | None = Field(
         None, description="refuse a cache whose gradient at the temperature has a smaller cosine to the exact one"
     )

@@ -1,5 +1,5 @@
 """Run the study: ``python -m tests.benchmarks.study [--minutes N]``, or one stage: labels, designs, tune, students,
-gradients, second (another teacher), report.
+gradients, second, second-students, second-gradients (of another teacher), report.
 
 Everything lands in ``study/`` and is not done again by the next call; ``report`` writes tests/benchmarks/results.
 Two processes of one thread each by default; ``--part i/n`` is what they are started with.
@@ -28,13 +28,13 @@ from tests.benchmarks.study.corpus import code_files, english, windows
 from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
 from tests.benchmarks.study.report import report
-from tests.benchmarks.study.students import WINDOWS, Setting, Teacher, train, write_atomically
+from tests.benchmarks.study.students import LENGTHS, WINDOWS, Setting, Teacher, train, write_atomically
 
 FOLDER = Path("study")
 RUNS = FOLDER / "runs"
 DESIGNS = FOLDER / "designs.json"
-LENGTHS = (75, 150, 300)
-STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients", "second")
+SECOND = FOLDER / "second"
+STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients", "second", "second-students", "second-gradients")
 STAGES = {"early": LENGTHS[0], "late": LENGTHS[-1]}  # of a student's training, steps
 WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
@@ -84,16 +84,21 @@ def texts() -> dict[str, TeacherFolder]:
 
 def compare_gradients(part: tuple[int, int], until: float) -> None:
     """The part on gradients, at the stages of a student of exact distillation at T=1."""
-    teacher = the_teacher()
-    saved = {name: FOLDER / "states" / f"{kept_run(tuned()).name}_{steps}.pt" for name, steps in STAGES.items()}
-    if missing := [path for path in saved.values() if not path.exists()]:
-        raise SystemExit(f"{missing[0]}: is not there yet: run the stage students first, it keeps that student")
+    saved, teacher = saved_students(FOLDER), the_teacher()
     stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
     stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
     for name, where in texts().items():
         if part[0] == 0:
             write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
         fidelity.measure(stages, name, where, teacher.head, FOLDER / "fidelity", part, until)
+
+
+def saved_students(folder: Path) -> dict[str, Path]:
+    """The weights that the students' part kept, by stage."""
+    saved = {name: folder / "states" / f"{kept_run(tuned()).name}_{steps}.pt" for name, steps in STAGES.items()}
+    if missing := [path for path in saved.values() if not path.exists()]:
+        raise SystemExit(f"{missing[0]}: is not there yet: train the students first, it is one of theirs")
+    return saved
 
 
 def kept_run(rate: float) -> Setting:
@@ -134,18 +139,19 @@ def claim(path: Path) -> Iterator[bool]:
         yield not path.exists()
 
 
-def run_all(settings: list[Setting], lengths: tuple[int, ...], until: float) -> None:
+def run_all(
+    folder: Path, teacher: Teacher, settings: list[Setting], until: float, lengths: tuple[int, ...] = LENGTHS
+) -> None:
     """Train what has no result yet and no other process is at, until it is time to stop."""
-    teacher = the_teacher()
     for setting in settings:
-        path = RUNS / f"{setting.name}.json"
+        path = folder / "runs" / f"{setting.name}.json"
         with claim(path) as free:
             if not free:
                 continue
             if time.time() > until:
                 print("out of time: the same command goes on from here", flush=True)
                 return
-            kept = FOLDER / "states" if setting == kept_run(setting.learning_rate) else None
+            kept = folder / "states" if setting == kept_run(setting.learning_rate) else None
             found = train(setting, teacher, lengths, kept)
             write_atomically(path, found)
         print(f"{setting.name}: {json.dumps(found['lengths'][-1])}", flush=True)
@@ -170,13 +176,17 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
             teacher = the_teacher()
             write_atomically(DESIGNS, compare(teacher.train, teacher.head, teacher.vocabulary))
         case "tune":
-            run_all([tuning(rate) for rate in RATES], LENGTHS[1:2], until)
+            run_all(FOLDER, the_teacher(), [tuning(rate) for rate in RATES], until, LENGTHS[1:2])
         case "students":
-            run_all(grid(tuned()), LENGTHS, until)
+            run_all(FOLDER, the_teacher(), grid(tuned()), until)
         case "gradients":
             compare_gradients(part, until)
         case "second" if part[0] == 0:
-            second.measure(FOLDER / "second", until)
+            second.prepare(SECOND)
+        case "second-students":
+            run_all(SECOND, second.prepare(SECOND)[0], grid(tuned())[: len(SEEDS) * (1 + 2 * len(FIRST))], until)
+        case "second-gradients":
+            second.measure(SECOND, FOLDER / "fidelity", saved_students(SECOND), part, until)
 
 
 def main() -> None:

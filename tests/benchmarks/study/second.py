@@ -1,9 +1,7 @@
 """A second teacher, of another vocabulary: trained here on the study's code; none comes by pip alone."""
 
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,12 +21,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from pipeline.lm_head import read_head
 from tests.benchmarks.study import fidelity
 from tests.benchmarks.study.corpus import code_files, windows
-from tests.benchmarks.study.labels import TeacherFolder, label_windows
-from tests.benchmarks.study.students import WINDOWS, Setting, Teacher, train, write_atomically
+from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
+from tests.benchmarks.study.students import LENGTHS, WINDOWS, Teacher, write_atomically
 
 VOCABULARY, WIDTH, LAYERS = 8_192, 256, 6
 STEPS, BATCH, RATE = 400, 8, 2e-3  # of its own training, on windows of code
-EARLY = 75  # steps of the student that gradients are compared at, beside a fresh one
 NAME = "code, vocabulary of 8,192"
 
 
@@ -81,23 +78,23 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(final)
 
 
-def measure(folder: Path, until: float) -> None:
-    """Angles and sizes of every way, for a fresh and an early student of the second teacher."""
+def prepare(folder: Path) -> tuple[Teacher, TeacherFolder]:
+    """What training needs of the teacher, and the held-out windows that gradients are compared on."""
     model, tokenizer = load(folder)
-    kept = TeacherFolder(folder / "train", windows(code_files(held_out=False), tokenizer, EARLY * WINDOWS), WIDTH, {})
+    ids = windows(code_files(held_out=False), tokenizer, max(LENGTHS) * WINDOWS)
     held = windows(code_files(held_out=True), tokenizer, max(fidelity.BATCHES))
+    kept = TeacherFolder(folder / "train", ids, WIDTH, STORED)
     where = TeacherFolder(folder / "code", held, WIDTH, fidelity.STORED)
     for one in (kept, where):
         label_windows(one, model, VOCABULARY, (0, 1))
-    teacher = Teacher(read_head(model), VOCABULARY, kept, where)
-    setting = Setting("exact", 1.0, 0.0, 0, 2e-3)
-    saved = folder / "states" / f"{setting.name}_{EARLY}.pt"
-    if not saved.exists() and time.time() < until:
-        found = train(setting, teacher, (EARLY,), saved.parent)
-        hard = float(np.mean(-where.targets("standard", slice(None)).gold_logprobs))
-        write_atomically(folder / "about.json", {"teacher_hard_loss": hard, "student": found})
-    if saved.exists():
-        stages = [fidelity.stage("fresh", VOCABULARY, None), fidelity.stage("early", VOCABULARY, saved)]
-        cells = folder.parent / "fidelity"
+    return Teacher(read_head(model), VOCABULARY, kept, where), where
+
+
+def measure(folder: Path, cells: Path, stages: dict[str, Path], part: tuple[int, int], until: float) -> None:
+    """Angles and sizes of every way, for a fresh student and those saved."""
+    teacher, where = prepare(folder)
+    students = [fidelity.stage("fresh", VOCABULARY, None)]
+    students += [fidelity.stage(name, VOCABULARY, path) for name, path in stages.items()]
+    if part[0] == 0:
         write_atomically(cells / f"sizes_{NAME}.json", fidelity.sizes(where, VOCABULARY))
-        fidelity.measure(stages, NAME, where, teacher.head, cells, (0, 1), until, (1.0, 2.0))
+    fidelity.measure(students, NAME, where, teacher.head, cells, part, until, (1.0, 2.0))

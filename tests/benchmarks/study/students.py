@@ -34,6 +34,7 @@ CONFIG = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+LENGTHS = (75, 150, 300)  # steps after which a student is looked at
 WINDOWS = 4  # a step: 1,020 target positions
 WARMUP, CLIP = 20, 1.0
 ROWS = 256  # of an evaluation at a time
