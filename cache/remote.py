@@ -5,7 +5,9 @@ Zarr's own FsspecStore neither reconnects nor, over SFTP, writes an object whole
 
 import asyncio
 import importlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +21,7 @@ from cache.local_copies import LocalCopies
 T = TypeVar("T")
 TRIES, FIRST_WAIT = 5, 0.5  # attempts at an operation; seconds before the second, doubled each time
 AT_ONCE = 8  # objects written at the same time
+LISTED_AT_ONCE = 32  # folders, over SFTP: each takes four round trips and little else
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 REFUSED = ("PermissionError", "PermissionDenied", "HostKeyNotVerifiable", "NoCredentialsError", "NoSuchBucket")
 # scheme: module and class of the file system, pip extra, its arguments
@@ -29,7 +32,7 @@ _AWS = {
 _SSH = {"known_hosts": (), "connect_timeout": 15, "keepalive_interval": 15}  # (): ~/.ssh/known_hosts decides
 SCHEMES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "s3": ("s3fs", "S3FileSystem", "s3", _AWS),
-    "gs": ("gcsfs", "GCSFileSystem", "gs", {"use_listings_cache": False}),
+    "gs": ("gcsfs.core", "GCSFileSystem", "gs", {"use_listings_cache": False}),  # gcsfs's own class tries gRPC first
     "hf": ("huggingface_hub", "HfFileSystem", "", {"use_listings_cache": False}),
     "ssh": ("sshfs", "SSHFileSystem", "ssh", _SSH),
     "sftp": ("sshfs", "SSHFileSystem", "ssh", _SSH),
@@ -50,6 +53,7 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ImportError as error:
         wanted = f"logitcask[{extra}]" if extra else module
         raise LogitcaskError(f"{url}: needs {module}, which is not installed: pip install '{wanted}'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises as well
     path = f"{parts.netloc}{parts.path}"
     if module == "sshfs":
         given = {"host": parts.hostname, "username": parts.username, "password": parts.password, "port": parts.port}
@@ -91,8 +95,8 @@ class RemoteStore(Store):
             except (*GONE, LogitcaskError):
                 raise
             except Exception as error:  # each library has its own for a connection that drops
-                reason = f"{type(error).__name__}: {error}"
-                if type(error).__name__ in REFUSED:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                if _is_refusal(error):
                     raise LogitcaskError(
                         f"{self.url}: refused: {reason}: check the address and the access rights"
                     ) from error
@@ -119,7 +123,7 @@ class RemoteStore(Store):
                 return bytes(fs.cat_file(path))[byte_range.start : byte_range.end]
             try:
                 return bytes(fs.cat_file(path, start=byte_range.start, end=byte_range.end))
-            except OSError as error:
+            except Exception as error:
                 if "satisfiable" in str(error):  # an empty object
                     return b""
                 raise
@@ -203,7 +207,8 @@ class RemoteStore(Store):
         """Bytes of every object in a folder, by key, from one listing."""
 
         def find(fs: Any, root: str) -> dict[str, int]:
-            found = fs.find(f"{root}/{prefix}".rstrip("/"), detail=True)
+            folder = f"{root}/{prefix}".rstrip("/")
+            found = _find_by_level(fs, folder) if _is_ssh(fs) else fs.find(folder, detail=True)
             return {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in found.items()}
 
         try:
@@ -214,6 +219,30 @@ class RemoteStore(Store):
 
 def _is_ssh(fs: Any) -> bool:
     return type(fs).__module__.startswith("sshfs")
+
+
+def _find_by_level(fs: Any, folder: str) -> dict[str, Any]:
+    """What ``fs.find`` gives, but a level's folders are listed at the same time: there is one a shard and array."""
+    found: dict[str, Any] = {}
+    folders = [folder]
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+        while folders:
+            entries = [entry for listing in pool.map(lambda each: _listing(fs, each), folders) for entry in listing]
+            found |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+            folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    return found
+
+
+def _listing(fs: Any, folder: str) -> list[dict[str, Any]]:
+    try:
+        return list(fs.ls(folder, detail=True))
+    except GONE:
+        return []
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it is of no use to try again; Google's 403 and 401 have no class of their own."""
+    return type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
 
 
 def _commit(fs: Any, root: str, objects: Mapping[str, bytes]) -> None:

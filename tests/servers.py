@@ -1,4 +1,4 @@
-"""Local servers of the real kind: S3's protocol over HTTP, OpenSSH on loopback, and a wire that can be cut."""
+"""Local servers of the real kind: S3's and Google's protocols, OpenSSH on loopback, and a wire that can be cut."""
 
 import contextlib
 import os
@@ -56,6 +56,19 @@ def s3_environment(port: int) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+
+
+@contextlib.contextmanager
+def gs_server(folder: Path, bucket: str) -> Iterator[int]:
+    """A server of Google Cloud Storage's JSON protocol with one bucket; gives its port."""
+    port = free_port()
+    options = ["--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet", "--default-bucket", bucket]
+    with running([sys.executable, "-m", "gcp_storage_emulator", "start", *options], port, folder / "gs.log"):
+        yield port
+
+
+def gs_environment(port: int) -> dict[str, str]:
+    return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,14 @@ class Machine:
         }
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=environment, **options)
 
+    def remove(self) -> None:
+        """End whatever still runs there, and the network; neither need be there."""
+        pids = subprocess.run(["ip", "netns", "pids", self.name], check=False, capture_output=True, text=True).stdout
+        for pid in map(int, pids.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
+
     def network(self) -> int:
         return os.stat(f"/run/netns/{self.name}").st_ino
 
@@ -106,13 +114,12 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
             for name in (end, "lo"):
                 ip("-n", machine.name, "link", "set", name, "up")
             ip("-n", machine.name, "route", "add", "default", "via", other.address)
+        yield found
     except subprocess.CalledProcessError as error:
-        for machine in found:
-            subprocess.run(["ip", "netns", "delete", machine.name], check=False, capture_output=True)
         pytest.skip(f"this machine makes no networks: {error.stderr.strip()}")
-    yield found
-    for machine in found:
-        ip("netns", "delete", machine.name)
+    finally:
+        for machine in found:
+            machine.remove()
 
 
 @contextlib.contextmanager
@@ -140,7 +147,9 @@ def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine
     with (
         cluster_of(machines, tmp_path / "ray.log") as address,
         machines[0].popen(command(folder, tmp_path / "cache", address), stderr=subprocess.PIPE) as run,
+        contextlib.ExitStack() as ending,
     ):
+        ending.callback(run.kill)
         while run.poll() is None:
             networks |= {network for pid in labellers() if (network := network_of(pid))}
             time.sleep(0.02)
