@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.study import designs, fidelity
+from tests.benchmarks.study import designs, fidelity, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labels import POSITIONS, STORED, WAYS, TeacherFolder, _label, entries
 from tests.benchmarks.study.report import against_exact, by_key, interval
@@ -104,3 +104,10 @@ def test_a_result_is_claimed_once(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with claim(tmp_path / "a.json") as third:
         assert not third
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    readme = Path("README.md").read_text(encoding="utf-8")
+    for lines in summary.tables():
+        assert len(lines) > 3
+        assert "\n".join(lines) in readme

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.study.labels import POSITIONS
-from tests.benchmarks.study.students import CONFIG, WINDOWS, new_student, write_atomically
+from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_student, write_atomically
 
 RESULTS = Path("tests/benchmarks/results")
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
@@ -82,11 +82,13 @@ def _cell(value: tuple[float, float | None] | None, sign: bool = False) -> str:
     return mean if value[1] is None else f"{mean} ± {value[1]:.3f}"
 
 
-def table(runs: Sequence[Run], steps: int) -> Table:
+def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
     """One line a way: means over seeds, and paired differences to exact distillation."""
     groups = by_key(runs)
     found = Table("label", "T", "alpha", "seeds", "KL at T=1", "KL at T=2", "hard loss", "to exact, KL at own T", "ECE")
-    found.title = f"after {steps} steps, {steps * WINDOWS * POSITIONS:,} positions; nats, ± 95 % over seeds"
+    found.title = (
+        f"teacher {teacher}, after {steps} steps, {steps * WINDOWS * POSITIONS:,} positions; nats, ± 95 % over seeds"
+    )
     for key in sorted(groups, key=lambda k: (k[1], k[2], k[0] != "exact", k[0])):
         cells = []
         for name in ("kl_at_1", "kl_at_2", "hard_loss", "calibration_error"):
@@ -98,25 +100,29 @@ def table(runs: Sequence[Run], steps: int) -> Table:
     return found
 
 
-def draw(runs: Sequence[Run], steps: Sequence[int], path: Path) -> None:
+def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> None:
     """KL to the teacher at the temperature of training, less that of exact distillation of the same seed."""
     from matplotlib.figure import Figure
 
-    groups = by_key(runs)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, t in zip(axes, (1.0, 2.0), strict=True):
-        for number, key in enumerate(sorted(k for k in groups if k[1:] == (t, 0.0) and k[0] != "exact")):
-            points = [(s, against_exact(groups, key, s, f"kl_at_{t:g}")) for s in steps]
-            known = [(s * WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number), *p) for s, p in points if p is not None]
-            if known:
-                x, y, error = zip(*known, strict=True)
-                bars = [e or 0.0 for e in error]
-                axis.errorbar(x, y, bars, marker="o", capsize=3, label=key[0])
-        axis.axhline(0.0, color="black", linewidth=0.8)
-        axis.set(title=f"trained at T={t:g}, alpha 0", xlabel="thousand target positions")
-    axes[0].set_ylabel("KL to the teacher less exact KD's, nats")
-    axes[0].legend(fontsize=8)
+    figure = Figure(figsize=(10, 4 * len(parts)), layout="constrained")
+    axes = figure.subplots(len(parts), 2, squeeze=False)
+    for (teacher, runs), row in zip(parts.items(), axes, strict=True):
+        groups = by_key(runs)
+        ways = sorted({way for way, _, alpha in groups if alpha == 0.0} - {"exact"})
+        for axis, t in zip(row, (1.0, 2.0), strict=True):
+            for number, way in enumerate(ways):
+                key = (way, t, 0.0)
+                found = {s: against_exact(groups, key, s, f"kl_at_{t:g}") for s in steps if key in groups}
+                thousands = WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number)
+                known = [(steps * thousands, *pair) for steps, pair in found.items() if pair is not None]
+                if known:
+                    x, y, error = zip(*known, strict=True)
+                    bars = [e or 0.0 for e in error]
+                    axis.errorbar(x, y, bars, marker="o", capsize=3, label=way, color=f"C{number}")
+            axis.axhline(0.0, color="black", linewidth=0.8)
+            axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
+        row[0].set_ylabel("KL to the teacher less exact KD's, nats")
+        row[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -208,9 +214,13 @@ def report(folder: Path) -> None:
         "windows_a_step": WINDOWS,
         "positions_a_window": POSITIONS,
     }
-    write_atomically(RESULTS / "students.json", {"machine": machine(), "study": about, "runs": runs})
-    study = [run for run in runs if run["setting"]["seed"] < 100]
-    steps = sorted({at["steps"] for run in study for at in run["lengths"]})
-    for length in steps:
-        console.print(table(study, length))
-    draw(study, steps, RESULTS / "students.png")
+    others = read(folder.parent / "second" / "runs", "*.json")
+    found = {"machine": machine(), "study": about, "runs": runs, "runs_of_second_teacher": others}
+    write_atomically(RESULTS / "students.json", found)
+    parts: dict[str, Sequence[Run]] = {"SmolLM2": [run for run in runs if run["setting"]["seed"] < 100]}
+    if others:
+        parts["second"] = others
+    for teacher, of_teacher in parts.items():
+        for length in LENGTHS:
+            console.print(table(of_teacher, length, teacher))
+    draw(parts, LENGTHS, RESULTS / "students.png")

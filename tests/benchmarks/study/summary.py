@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.study.report import RESULTS, Key, Run, against_exact, by_key, interval, measured
+from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
 
@@ -24,23 +25,28 @@ def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -
 
 
 def at_own_temperature(groups: dict[Key, dict[int, Run]], way: str, steps: int) -> list[str]:
-    """Of T=1 and 2: KL at the temperature of training, and how far from exact distillation's of the same seeds."""
+    """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
     cells = []
     for t in (1.0, 2.0):
         name, key = f"kl_at_{t:g}", (way, t, 0.0)
-        cells.append(found(figure(groups, key, steps, name)))
-        cells.append(found(against_exact(groups, key, steps, name) if key in groups and way != "exact" else None, "+"))
+        if way == "exact":
+            cells.append(found(figure(groups, key, steps, name)))
+        else:
+            cells.append(found(against_exact(groups, key, steps, name) if key in groups else None, "+"))
     return cells
 
 
-def labels_table(runs: Sequence[Run], gradients: dict[str, Any], steps: int) -> list[str]:
+def row(cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], steps: int) -> list[str]:
     """One line a label: bytes, angles of the late student's largest batch of code, what students came to."""
-    groups, sizes = by_key(runs), gradients["bytes_a_position"]["code"]
+    groups, sizes = [by_key(runs) for runs in parts], gradients["bytes_a_position"]["code"]
     late = {c["temperature"]: c["ways"] for c in gradients["cells"] if c["text"] == "code" and c["stage"] == "late"}
-    lines = [
-        "| label | bytes | gradient, T=1 | T=2 | AdamW, T=1 | T=2 | KL, T=1 | to exact | KL, T=2 | to exact |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["gradient, T=1", "T=2", "AdamW, T=1", "T=2", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]
+    lines = [row(["label", "bytes", *titles]), "|" + "---|" * (len(titles) + 2)]
     for way in ("exact", *sizes, "standard, half bucket"):
         angles = [
             f"{late[t][way][name][-1]:.1f}°" if way in sizes else NONE
@@ -48,34 +54,45 @@ def labels_table(runs: Sequence[Run], gradients: dict[str, Any], steps: int) -> 
             for t in (1.0, 2.0)
         ]
         size = f"{sizes[way]:.0f}" if way in sizes else NONE
-        lines.append(f"| {' | '.join([way, size, *angles, *at_own_temperature(groups, way, steps)])} |")
-    output = found(figure(groups, ("output", 1.0, 1.0), steps, "kl_at_1"))
-    at_two = found(figure(groups, ("output", 1.0, 1.0), steps, "kl_at_2"))
-    lines.append(f"| {' | '.join(['no label: `output`', *[NONE] * 5, output, NONE, at_two, NONE])} |")
+        cells = [cell for one in groups for cell in at_own_temperature(one, way, steps)]
+        lines.append(row([way, size, *angles, *cells]))
     return lines
 
 
-def settings_table(runs: Sequence[Run], lengths: Sequence[int], way: str = "standard") -> list[str]:
-    """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by length."""
-    groups = by_key(runs)
+def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "standard") -> list[str]:
+    """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher."""
     names = {"hard loss": "hard_loss", "KL at T=1": "kl_at_1", "calibration error": "calibration_error"}
-    heads = [f"{title}, {steps} steps" for title in names for steps in lengths]
-    lines = [f"| alpha | T | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in names]
+    lines = [row(["alpha", "T", *heads]), "|" + "---|" * (len(heads) + 2)]
     keys: list[Key] = [("output", 1.0, 1.0), *[(way, t, alpha) for alpha in (0.5, 0.0) for t in (1.0, 2.0)]]
     for key in keys:
-        cells = [found(figure(groups, key, steps, name)) for name in names.values() for steps in lengths]
-        lines.append(f"| {key[2]:g} | {f'{key[1]:g}' if key[2] < 1 else NONE} | {' | '.join(cells)} |")
+        cells = [found(figure(by_key(runs), key, steps, name)) for runs in parts for name in names.values()]
+        lines.append(row([f"{key[2]:g}", f"{key[1]:g}" if key[2] < 1 else NONE, *cells]))
     return lines
 
 
-def tables() -> list[str]:
+def designs_table(designs: dict[str, Any]) -> list[str]:
+    """One line a way to draw: entries, and squared error of the weights as part of what is stored."""
+    by_t = designs["temperatures"]
+    lines = [row(["label", "entries", *[f"T={t}" for t in by_t]]), "|" + "---|" * (len(by_t) + 2)]
+    for name, first in next(iter(by_t.values()))["designs"].items():
+        errors = [f"{one['designs'][name]['squared_error']:.2f}" for one in by_t.values()]
+        lines.append(row([name, f"{first['entries']:.1f}", *errors]))
+    return lines
+
+
+def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
-    students = json.loads((RESULTS / "students.json").read_text(encoding="utf-8"))
-    gradients = json.loads((RESULTS / "gradients.json").read_text(encoding="utf-8"))
-    runs = [run for run in students["runs"] if run["setting"]["seed"] < 100]
-    steps = max(at["steps"] for run in runs for at in run["lengths"])
-    return [*labels_table(runs, gradients, steps), "", *settings_table(runs, (75, 300)), ""]
+    students, gradients, designs = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("students", "gradients", "designs")
+    )
+    parts = [
+        [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
+    ]
+    steps = max(LENGTHS)
+    return [labels_table(parts, gradients, steps), settings_table(parts, steps), designs_table(designs)]
 
 
 if __name__ == "__main__":
-    print("\n".join(tables()))
+    print("\n\n".join("\n".join(lines) for lines in tables()))
