@@ -13,6 +13,7 @@ from pipeline.costs import GB, Amount, ModelShape, student_memory
 from pipeline.settings import TrainSettings
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
+WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, mostly by a system that ran out of memory
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,19 @@ def memory_watched(settings: TrainSettings, student: ModelShape, longest: int, d
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        if WORKER_ENDED in str(error):
+            what = "a process that reads batches was ended, as systems do where memory runs out"
+            first = f"fewer --num-workers than {settings.num_workers}, each holds a shard; "
+        elif isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+            what, first = "memory ran out", ""
+        else:
             raise
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        advice = "; ".join(savings(settings, student, longest, device))
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+        advice = first + "; ".join(savings(settings, student, longest, device))
         found = latest_checkpoint(settings.output_dir)
         then = f"then go on with --resume-from-checkpoint {found}" if found else "then run the same command again"
         raise LogitcaskError(
-            f"memory ran out ({told}): a step takes about {needed(settings, student, longest) / GB:.2f} GB by "
+            f"{what} ({told}): a step takes about {needed(settings, student, longest) / GB:.2f} GB by "
             f"estimate; what lowers it, most first: {advice}; {then}"
         ) from error
 

@@ -1,9 +1,13 @@
 """What stops a run: numbers that are not finite, memory that runs out; what the log tells before it starts."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +26,7 @@ from pipeline.checkpoints import latest_checkpoint
 from pipeline.costs import shape_of_size
 from pipeline.guards import SKIPPED_IN_A_ROW, Watch
 from pipeline.settings import TrainSettings
+from pipeline.trainer import DistillationTrainer
 from tests.runs import STUDENT, losses, train, train_settings, weights, write_config
 from tests.test_ranks import TORCHRUN, command
 from tests.tiny import make_cache
@@ -221,6 +226,30 @@ def test_memory_that_runs_out_is_one_line_with_what_to_change(cache: Path, tmp_p
     assert len(gains) == 4
     small = run_command(cache, tmp_path / "again", "--max-steps=1", limit=400 << 20)
     assert small.returncode == 0, small.stderr  # the limit alone does not stop a run
+
+
+def test_a_worker_ended_from_outside_is_one_line_with_what_to_change(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, run = DistillationTrainer.training_step, tmp_path / "run"
+
+    def bereaved(trainer: DistillationTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+        if trainer.state.global_step == 2:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+            time.sleep(0.5)  # until the system has told us
+        return plain(trainer, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillationTrainer, "training_step", bereaved)
+        with pytest.raises(LogitcaskError) as told:
+            train(cache, run, num_workers=1, batch_size=4, max_steps=5, save_steps=2)
+    line = str(told.value)
+    assert line.startswith("a process that reads batches was ended, as systems do where memory runs out (DataLoader ")
+    assert "fewer --num-workers than 1, each holds a shard; " in line
+    assert f"go on with --resume-from-checkpoint {run / 'checkpoint-2'}" in line
+    train(cache, run, batch_size=4, max_steps=5, save_steps=2, resume_from_checkpoint="latest")
+    assert len(losses(run)) == 5
 
 
 def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
