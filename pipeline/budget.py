@@ -58,19 +58,19 @@ def memory_watched(settings: TrainSettings, student: ModelShape, longest: int, d
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
         if WORKER_ENDED in str(error):
-            what = "a process that reads batches was ended, as systems do where memory runs out"
+            what = f"a process that reads batches was ended, as systems do where memory runs out ({told})"
             first = f"fewer --num-workers than {settings.num_workers}, each holds a shard; "
         elif isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            what, first = "memory ran out", ""
+            what, first = f"memory ran out ({told})", ""
         else:
             raise
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
         advice = first + "; ".join(savings(settings, student, longest, device))
         found = latest_checkpoint(settings.output_dir)
         then = f"then go on with --resume-from-checkpoint {found}" if found else "then run the same command again"
         raise LogitcaskError(
-            f"{what} ({told}): a step takes about {needed(settings, student, longest) / GB:.2f} GB by "
+            f"{what}: a step takes about {needed(settings, student, longest) / GB:.2f} GB by "
             f"estimate; what lowers it, most first: {advice}; {then}"
         ) from error
 
