@@ -3,13 +3,14 @@
 One autograd function. Its forward pass makes the logits of some rows, turns them into the gradient of the loss with
 respect to them in place, multiplies that into the gradients of hidden states and head, and forgets it: three matrix
 products a row, as many as plain training has, and nothing of the size [positions, vocabulary]. The backward pass only
-scales. What is computed is ``losses.distillation_loss``; the formulas are beside the code.
+scales; where no gradient is wanted, none is made. What is computed is ``losses.distillation_loss``; the formulas are
+beside the code.
 
 Legend: N target positions, n rows at work, H width, V vocabulary, S entries of a sparse label, K of them head.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +92,9 @@ class _FusedLoss(torch.autograd.Function):
             h, out = scaled[part], logits[: part.stop - first]
             torch.mm(h, weight.t(), out=out) if b is None else torch.addmm(b, h, weight.t(), out=out)
             dz = _wide(out)
-            sums += _differentiate(dz, part, work, scratch)
-            _accumulate(grads, dz.to(weight.dtype), part, h, weight, work.scale)
+            sums += _losses(dz, part, work, scratch, any(wanted))
+            if any(wanted):
+                _accumulate(grads, dz.to(weight.dtype), part, h, weight, work.scale)
         ctx.grads = grads
         return sums[0], sums[1:]
 
@@ -124,20 +126,21 @@ def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, 
         for_bias.add_(dz.sum(0, dtype=for_bias.dtype), alpha=scale)
 
 
-def _differentiate(logits_nV: Tensor, part: slice, work: _Work, scratch: Tensor) -> Tensor:
-    """Overwrite logits with d total / d logits, a piece at a time; returns sums of total and the four of LossSums."""
+def _losses(logits_nV: Tensor, part: slice, work: _Work, scratch: Tensor, differentiate: bool) -> Tensor:
+    """Sums of total and the four of LossSums, a piece at a time; logits become d total / d logits where asked."""
     rows, found, target = len(scratch), [], work.target[part] if work.target is not None else None
     for first in range(0, len(logits_nV), rows):
         here = slice(first, first + rows)
         z, gold = logits_nV[here], work.gold_N[part][here]
         labels = None if target is None else target[here]
         if work.softcap is None:
-            found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)]))
+            found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)], differentiate))
             continue
         t = torch.tanh(z / work.softcap)
         torch.mul(t, work.softcap, out=z)
-        found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)]))
-        z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
+        found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)], differentiate))
+        if differentiate:
+            z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
     return torch.stack(found).sum(0)
 
 
@@ -151,6 +154,42 @@ def _exponentials(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tens
         return None, z.mul_(0.5).exp_()
     e = torch.mul(z, 1.0 / t, out=scratch).exp_()
     return z.exp_(), e
+
+
+class _Masses(NamedTuple):
+    """The masses of n rows; those of tokens outside the head are relative to the largest of them, exp(m)."""
+
+    m: Tensor  # (n, 1)
+    e1: Tensor | None  # exp(z - m) (n, V); None at T=2
+    e: Tensor  # exp((z - m) / T) (n, V)
+    rest: Tensor  # the sum of e (n, 1)
+    log_rest: Tensor  # its logarithm, not relative
+    lse: Tensor  # of all tokens at T (n, 1)
+    lse_1: Tensor  # and at T=1
+
+
+def _masses(z: Tensor, z_head: Tensor, t: float, scratch: Tensor) -> _Masses:
+    """Of logits (n, V), the head's among them -inf and given apart (n, K). Overwrites z."""
+    m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    e1, e = _exponentials(z, m, t, scratch)
+    rest = e.sum(1, keepdim=True)
+    log_rest = m / t + rest.log()
+    lse = torch.logaddexp(log_rest, (z_head / t).logsumexp(1, keepdim=True))
+    lse_1 = lse
+    if t != 1.0:
+        squares = torch.linalg.vector_norm(e, dim=1, keepdim=True).square() if e1 is None else e1.sum(1, keepdim=True)
+        lse_1 = torch.logaddexp(m + squares.log(), z_head.logsumexp(1, keepdim=True))
+    return _Masses(m, e1, e, rest, log_rest, lse, lse_1)
+
+
+def _weigh(z: Tensor, of: _Masses, of_hard: Tensor, of_soft: Tensor, t: float, scratch: Tensor) -> None:
+    """Overwrite z with of_hard * exp(z - m) + of_soft * exp((z - m) / T)."""
+    if t == 1.0:
+        z.mul_(of_hard + of_soft)
+    elif of.e1 is None:
+        z.mul_(torch.mul(of.e, of_hard, out=scratch).add_(of_soft))
+    else:
+        of.e1.mul_(of_hard).add_(of.e.mul_(of_soft))
 
 
 def _soft(
@@ -182,9 +221,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _piece(
-    z: Tensor, gold: Tensor, target: SparseLabels | Tensor | None, settings: LossSettings, scratch: Tensor
+    z: Tensor,
+    gold: Tensor,
+    target: SparseLabels | Tensor | None,
+    settings: LossSettings,
+    scratch: Tensor,
+    differentiate: bool,
 ) -> Tensor:
-    """Losses of n rows; logits (n, V) become their gradient. A target of logits is a teacher's.
+    """Losses of n rows; logits (n, V) become their gradient where asked. A target of logits is a teacher's.
 
     The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
     the mass outside the head is exact even where it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
@@ -192,7 +236,6 @@ def _piece(
     d D / d z(v) = (g(v) - sum(g) q_T(v)) / T, and for the bucket of the rest also + g(rest) q_T(v) / q_T(rest) / T.
     """
     alpha, t = settings.alpha, settings.temperature if target is not None else 1.0
-    soft_factor = (1.0 - alpha) * t
     gold_1 = gold[:, None]
     z_gold = z.gather(1, gold_1)
     labels = target if isinstance(target, SparseLabels) else None
@@ -200,45 +243,31 @@ def _piece(
     z_ids = z.gather(1, ids)
     k = labels.head_size if labels is not None else 0
     dense = _dense(target, z, t) if isinstance(target, Tensor) else None
-
     z.scatter_(1, ids[:, :k], -torch.inf)
-    m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    e1, e = _exponentials(z, m, t, scratch)
-    rest = e.sum(1, keepdim=True)
-    log_rest = m / t + rest.log()
-    lse = torch.logaddexp(log_rest, (z_ids[:, :k] / t).logsumexp(1, keepdim=True))
-    lse_1 = lse
-    if t != 1.0:
-        squares = torch.linalg.vector_norm(e, dim=1, keepdim=True).square() if e1 is None else e1.sum(1, keepdim=True)
-        lse_1 = torch.logaddexp(m + squares.log(), z_ids[:, :k].logsumexp(1, keepdim=True))
-    hard = lse_1 - z_gold
+    of = _masses(z, z_ids[:, :k], t, scratch)
+    hard = of.lse_1 - z_gold
 
-    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(m), torch.zeros_like(m)
+    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(of.m), torch.zeros_like(of.m)
     soft = masses = torch.zeros_like(z_gold[:, 0])
     if labels is not None:
-        soft, g, g_rest = _soft(z_ids / t - lse, log_rest - lse, labels, settings, k == z.shape[1])
+        soft, g, g_rest = _soft(z_ids / t - of.lse, of.log_rest - of.lse, labels, settings, k == z.shape[1])
         g_sum = g.sum(1, keepdim=True) + g_rest
-        masses = (z_ids[:, :k] / t - lse).exp().sum(1)
+        masses = (z_ids[:, :k] / t - of.lse).exp().sum(1)
     elif dense is not None:
-        p, soft = dense[0], dense[1] + lse[:, 0]
-        g_sum = -torch.ones_like(m)
+        soft = dense[1] + of.lse[:, 0]
+        g_sum = -torch.ones_like(of.m)
         masses = torch.ones_like(soft)
 
-    of_hard = alpha * (m - lse_1).exp()
-    of_soft = soft_factor * (g_rest / rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (m / t - lse).exp())
-    if t == 1.0:
-        z.mul_(of_hard + of_soft)
-    elif e1 is None:
-        z.mul_(torch.mul(e, of_hard, out=scratch).add_(of_soft))
-    else:
-        e1.mul_(of_hard).add_(e.mul_(of_soft))
-    if k:
-        heads = alpha * (z_ids[:, :k] - lse_1).exp() - soft_factor * g_sum * (z_ids[:, :k] / t - lse).exp()
+    if differentiate:
+        factor = (1.0 - alpha) * t
+        of_soft = g_rest / of.rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (of.m / t - of.lse).exp()
+        _weigh(z, of, alpha * (of.m - of.lse_1).exp(), factor * of_soft, t, scratch)
+        heads = alpha * (z_ids[:, :k] - of.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - of.lse).exp()
         z.scatter_(1, ids[:, :k], heads)
-    z.scatter_add_(1, ids, soft_factor * g)
-    if dense is not None:
-        z[:, : p.shape[1]].sub_(p, alpha=soft_factor)
-    z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
+        z.scatter_add_(1, ids, factor * g)
+        if dense is not None:
+            z[:, : dense[0].shape[1]].sub_(dense[0], alpha=factor)
+        z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
 
     hard_sum, soft_sum = hard.sum(), t * t * soft.sum()
     teacher = -torch.expm1(labels.log_rest_N).sum() if labels is not None else masses.sum()

@@ -197,12 +197,32 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
 
 
 def test_an_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Tensor | None] = []
-    monkeypatch.setattr(fused, "_accumulate", lambda grads, *_: asked.extend(grads))
-    how, tensors = LossSettings(1.0, 1.0, "sampled", "forward-kl"), inputs()
+    made: list[str] = []
+    for name in ("_weigh", "_accumulate"):
+        monkeypatch.setattr(fused, name, lambda *_, name=name: made.append(name))
+    how, tensors, target = LossSettings(0.5, 2.0, "sampled", "forward-kl"), inputs(), labels(2.0, "sampled")
     with torch.no_grad():
-        fused_loss(tensors[0], head_of(tensors), gold(), None, how)
-    assert set(asked) == {None}
+        fused_loss(tensors[0], head_of(tensors), gold(), target, how)
+    assert not made
+    fused_loss(tensors[0].detach(), head_of([x.detach() for x in tensors]), gold(), target, how)
+    assert not made
+    fused_loss(tensors[0], head_of(tensors), gold(), target, how)
+    assert set(made) == {"_weigh", "_accumulate"}
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize(("tail", "divergence"), [*TAILS, ("online", "forward-kl")])
+def test_an_evaluation_gives_the_same_bits(tail: str, divergence: str, t: float, softcap: float | None) -> None:
+    how, tensors = LossSettings(0.3, t, tail, divergence), inputs(dtype=torch.float32)
+    teacher = [x.detach() * 1.3 for x in tensors]
+    target: Target = TeacherRows(teacher[0], head_of(teacher), V) if tail == "online" else labels(t, tail)
+    head = head_of(tensors, 0.7, softcap)
+    trained = fused_loss(tensors[0], head, gold(), target, how)
+    with torch.no_grad():
+        silent = fused_loss(tensors[0], head, gold(), target, how)
+    for name in SUMS:
+        assert torch.equal(getattr(silent, name), getattr(trained, name).detach()), name
 
 
 def test_no_target_positions() -> None:
