@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.study.report import RESULTS, Key, Run, against_exact, by_key, interval, measured
-from tests.benchmarks.study.students import LENGTHS
+from tests.benchmarks.study.students import LENGTHS, MIXES
 
 NONE = "–"
 
@@ -47,7 +47,8 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
     late = {c["temperature"]: c["ways"] for c in gradients["cells"] if c["text"] == "code" and c["stage"] == "late"}
     titles = ["gradient, T=1", "T=2", "AdamW, T=1", "T=2", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]
     lines = [row(["label", "bytes", *titles]), "|" + "---|" * (len(titles) + 2)]
-    for way in ("exact", *sizes, "standard, half bucket"):
+    trained = [way for way in MIXES if any(key[0] == way for one in groups for key in one)]
+    for way in ("exact", *sizes, *trained):
         angles = [
             f"{late[t][way][name][-1]:.1f}°" if way in sizes else NONE
             for name in ("angle", "update_angle")
