@@ -184,7 +184,8 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
         case "second" if part[0] == 0:
             second.prepare(SECOND)
         case "second-students":
-            chosen = [s for s in grid(tuned()) if s.way in ("output", "standard") or (s.way in FIRST and s.alpha == 0)]
+            ways = (*FIRST, "top-64 bucket")
+            chosen = [s for s in grid(tuned()) if s.way in ("output", "standard") or (s.way in ways and s.alpha == 0)]
             run_all(SECOND, second.prepare(SECOND)[0], chosen, until)
         case "second-gradients":
             second.measure(SECOND, FOLDER / "fidelity", saved_students(SECOND), part, until)
