@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.study import designs, fidelity, summary
+from tests.benchmarks.study import designs, fidelity, ideas, summary
 from tests.benchmarks.study.__main__ import claim
-from tests.benchmarks.study.labels import POSITIONS, STORED, WAYS, TeacherFolder, _label, entries
-from tests.benchmarks.study.report import against_exact, by_key, interval
+from tests.benchmarks.study.labelling import label_rows_of
+from tests.benchmarks.study.labels import POSITIONS, STORED, TeacherFolder, entries
+from tests.benchmarks.study.report import Key, against_exact, by_key, interval
+from tests.benchmarks.study.students import EVERY_WAY, Setting, batches
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 
@@ -19,23 +21,26 @@ VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, torch.Tensor]:
     """Two windows of labels, all rows of one distribution, and its logits."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, POSITIONS + 1))
-    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED)
+    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED | ideas.STORED)
     logits = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
     for window in range(2):
         rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
-        _label(where, logits.expand(POSITIONS, -1).contiguous(), VOCAB, rows)
+        label_rows_of(where, logits.expand(POSITIONS, -1).contiguous(), VOCAB, rows)
     return where, logits
 
 
 def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Tensor:
     """Weights by token, averaged over positions."""
-    found = entries(where, WAYS[way], ROWS, temperature)
+    found = entries(where, EVERY_WAY[way], ROWS, temperature)
     whole = torch.zeros(len(found.ids_NS), VOCAB).scatter_add(1, found.ids_NS, found.weights_NS)
     return whole.mean(0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("way", ["lean", "standard", "random sampling, 32"])
+@pytest.mark.parametrize(
+    "way",
+    ["lean", "standard", "random sampling, 32", "standard, stratified draws", "standard, half the draws by need"],
+)
 def test_sampled_labels_are_unbiased_also_where_they_were_drawn_at_another_temperature(
     labelled: tuple[TeacherFolder, torch.Tensor], way: str, temperature: float
 ) -> None:
@@ -46,6 +51,31 @@ def test_sampled_labels_are_unbiased_also_where_they_were_drawn_at_another_tempe
     assert wanted > 0.01
     assert found == pytest.approx(wanted, rel=0.2 if way.startswith("random") else 0.1)
     assert float(mean_weights(where, "top-64 renormalised", temperature) @ rare) == 0.0
+
+
+def test_draws_by_need_are_as_many_in_the_mean_and_more_where_the_tail_is_larger() -> None:
+    tails = torch.rand(2000, generator=torch.Generator().manual_seed(3)) ** 3
+    sizes = ideas.sizes_by_need(tails)
+    assert float(sizes.double().mean()) == pytest.approx(ideas.DRAWS, rel=0.1)
+    assert {int(n) for n in sizes} <= set(ideas.SIZES)
+    assert bool((sizes[tails.argsort()].diff() >= 0).all())
+
+
+def test_stratified_numbers_stand_one_in_each_part() -> None:
+    found = ideas.stratified(np.random.default_rng(0).random((5, 24)))
+    assert ((found * 24).astype(int) == np.arange(24)).all()
+
+
+def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> None:
+    usual = batches(Setting("exact", 1.0, 0.0, 1, 0.002), 64, 16)
+    assert sorted(np.concatenate([windows for _, windows in usual])) == list(range(64))
+    assert all(
+        epoch == 0 and (windows == other).all()
+        for (epoch, windows), (_, other) in zip(usual, batches(Setting("lean", 2.0, 0.5, 1, 0.1), 64, 16), strict=True)
+    )
+    four = batches(Setting("standard", 1.0, 0.0, 1, 0.002, "4 epochs"), 64, 16)
+    assert [epoch for epoch, _ in four] == [step // 4 for step in range(16)]
+    assert sorted(np.concatenate([windows for epoch, windows in four if epoch == 2])) == list(range(16))
 
 
 def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:
@@ -67,7 +97,7 @@ def run(way: str, seed: int, kl: float) -> dict[str, Any]:
 def test_differences_are_paired_by_seed_and_their_interval_is_students() -> None:
     exact = [run("exact", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 2.0))]
     ours = [run("standard", seed, kl) for seed, kl in ((0, 1.1), (1, 3.3), (2, 2.2), (3, 9.0))]
-    found = against_exact(by_key(exact + ours), ("standard", 2.0, 0.0), 10, "kl_at_2")
+    found = against_exact(by_key(exact + ours), Key("standard", 2.0, 0.0), 10, "kl_at_2")
     assert found is not None
     assert found[0] == pytest.approx(0.2)
     assert found[1] == pytest.approx(4.303 * 0.1 / 3**0.5)
@@ -81,14 +111,18 @@ def test_the_designs_errors_are_those_of_drawing() -> None:
     ends = r.cumsum(0)
     free = torch.rand(times, draws, generator=random, dtype=torch.float64)
     even = (torch.arange(draws) + free[:, :1]) / draws
-    for numbers, design in ((free, designs.independent), (even, designs.systematic)):
+    strata = (torch.arange(draws) + free) / draws
+    sizes = {
+        designs.independent: designs.distinct(r[None], draws),
+        designs.systematic: (draws * r).clamp_max(1).sum(),
+        designs.stratified: designs.entered(r[None], draws),
+    }
+    for (design, size), numbers in zip(sizes.items(), (free, even, strata), strict=True):
         drawn = torch.searchsorted(ends, numbers).clamp_max(39)
         counts = torch.zeros(times, 40, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(numbers))
         found = ((counts / draws * p / r - p) ** 2).sum(1).mean()
         assert float(found) == pytest.approx(float(design(p[None], r[None], draws)), rel=0.03)
-        assert float((counts > 0).double().sum(1).mean()) == pytest.approx(
-            float(designs.distinct(r[None], draws) if numbers is free else (draws * r).clamp_max(1).sum()), rel=0.01
-        )
+        assert float((counts > 0).double().sum(1).mean()) == pytest.approx(float(size), rel=0.01)
 
 
 def test_inclusion_probabilities_sum_to_the_size_and_keep_the_proposal_where_they_can() -> None:

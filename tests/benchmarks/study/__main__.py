@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,9 +26,10 @@ from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study import fidelity, second
 from tests.benchmarks.study.corpus import code_files, english, windows
 from tests.benchmarks.study.designs import compare
-from tests.benchmarks.study.labels import STORED, TeacherFolder, label_windows
+from tests.benchmarks.study.labelling import label_windows
+from tests.benchmarks.study.labels import STORED, TeacherFolder
 from tests.benchmarks.study.report import report
-from tests.benchmarks.study.students import LENGTHS, WINDOWS, Setting, Teacher, train, write_atomically
+from tests.benchmarks.study.students import LENGTHS, REDRAWN, WINDOWS, Setting, Teacher, train, write_atomically
 
 FOLDER = Path("study")
 RUNS = FOLDER / "runs"
@@ -42,7 +43,8 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
-IDEAS = ("standard, half bucket",)
+IDEAS = ("standard, half bucket", "standard, stratified draws", "standard, half the draws by need")
+ALONE = ((1.0, "standard, drawn for T=1 alone"), (2.0, "standard, drawn for T=2 alone"))
 
 
 def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
@@ -70,6 +72,11 @@ def label_part(part: tuple[int, int]) -> None:
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
     for where in (held_out, kept, *texts().values()):
         label_windows(where, model, vocabulary, part)
+
+
+def compare_designs(path: Path, teacher: Teacher) -> None:
+    """The part on ways to draw, in closed form."""
+    write_atomically(path, compare(teacher.train, teacher.head, teacher.vocabulary))
 
 
 def texts() -> dict[str, TeacherFolder]:
@@ -118,12 +125,27 @@ def tuning(rate: float) -> Setting:
 
 
 def grid(rate: float) -> list[Setting]:
-    """All runs, those that tell most first, a seed at a time."""
+    """SmolLM2's runs, those that tell most first, a seed at a time."""
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
-    parts = (FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (IDEAS, 0.0), (FIRST, 0.5)
-    for ways, alpha in parts:
-        found += [Setting(way, t, alpha, seed, rate) for seed, t, way in itertools.product(SEEDS, (1.0, 2.0), ways)]
+    for ways, alpha in ((FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (FIRST, 0.5)):
+        found += each_seed(ways, alpha, rate)
     return list(dict.fromkeys(found))
+
+
+def second_grid(rate: float) -> list[Setting]:
+    """The second teacher's runs, which are quicker: all ways at both alphas, and the ideas."""
+    found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
+    found += each_seed(FIRST, 0.0, rate) + each_seed(IDEAS, 0.0, rate)
+    found += [Setting(way, t, 0.0, seed, rate) for seed, (t, way) in itertools.product(SEEDS, ALONE)]
+    found += each_seed(THEN, 0.0, rate) + each_seed(FIRST, 0.5, rate)
+    found += each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
+    found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs") + each_seed(THEN, 0.5, rate)
+    return found
+
+
+def each_seed(ways: Sequence[str], alpha: float, rate: float, training: str = "usual") -> list[Setting]:
+    """Some ways at T=1 and T=2, a seed at a time."""
+    return [Setting(way, t, alpha, seed, rate, training) for seed, t, way in itertools.product(SEEDS, (1.0, 2.0), ways)]
 
 
 @contextlib.contextmanager
@@ -173,8 +195,7 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
         case "labels":
             label_part(part)
         case "designs" if part[0] == 0 and not DESIGNS.exists():
-            teacher = the_teacher()
-            write_atomically(DESIGNS, compare(teacher.train, teacher.head, teacher.vocabulary))
+            compare_designs(DESIGNS, the_teacher())
         case "tune":
             run_all(FOLDER, the_teacher(), [tuning(rate) for rate in RATES], until, LENGTHS[1:2])
         case "students":
@@ -182,11 +203,9 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
         case "gradients":
             compare_gradients(part, until)
         case "second" if part[0] == 0:
-            second.prepare(SECOND)
+            compare_designs(SECOND / "designs.json", second.prepare(SECOND)[0])
         case "second-students":
-            ways = (*FIRST, "top-64 bucket")
-            chosen = [s for s in grid(tuned()) if s.way in ("output", "standard") or (s.way in ways and s.alpha == 0)]
-            run_all(SECOND, second.prepare(SECOND)[0], chosen, until)
+            run_all(SECOND, second.prepare(SECOND)[0], second_grid(tuned()), until)
         case "second-gradients":
             second.measure(SECOND, FOLDER / "fidelity", saved_students(SECOND), part, until)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.lm_head import LMHead
 from pipeline.settings import PRESETS
+from tests.benchmarks.study.ideas import sizes_by_need
 from tests.benchmarks.study.labels import DEFAULT, TeacherFolder
 
 POSITIONS = 2_000
@@ -36,8 +37,8 @@ def proposal(tails: dict[float, Tensor], temperatures: Iterable[float]) -> Tenso
     return torch.stack(shares).mean(0).clamp_min(TINY)
 
 
-def independent(p: Tensor, r: Tensor, draws: int) -> Tensor:
-    """Squared error (N,) of M independent draws: counts are multinomial."""
+def independent(p: Tensor, r: Tensor, draws: int | Tensor) -> Tensor:
+    """Squared error (N,) of M independent draws, the same for all or (N, 1): counts are multinomial."""
     return (p * p * (1 - r) / (draws * r)).sum(1)
 
 
@@ -45,6 +46,22 @@ def systematic(p: Tensor, r: Tensor, draws: int) -> Tensor:
     """Of draws at even steps from one random start: a count is x = M r rounded down or up."""
     fraction = (draws * r).frac()
     return ((p / (draws * r)) ** 2 * fraction * (1 - fraction)).sum(1)
+
+
+def overlaps(r: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How much of the M-th in which a token begins, and of that in which it ends, is its own; whether one is whole."""
+    ends = (draws * r).cumsum(1)
+    starts = ends - draws * r
+    first = (torch.minimum(ends, starts.floor() + 1) - starts).clamp(0.0, 1.0)
+    last = torch.where(ends.floor() > starts.floor(), ends.frac(), 0.0)
+    return first, last, ends.floor() - starts.floor() > 1
+
+
+def stratified(p: Tensor, r: Tensor, draws: int) -> Tensor:
+    """Of one draw in each M-th of the distribution, in the order of ids: a token may begin and end inside a part."""
+    first, last, _ = overlaps(r, draws)
+    variance = first * (1 - first) + last * (1 - last)
+    return ((p / (draws * r)) ** 2 * variance).sum(1)
 
 
 def inclusion(r: Tensor, sizes_N: Tensor) -> Tensor:
@@ -62,9 +79,15 @@ def without_replacement(p: Tensor, r: Tensor, sizes_N: Tensor) -> Tensor:
     return (p * p * (1 - pi) / pi).sum(1)
 
 
-def distinct(r: Tensor, draws: int) -> Tensor:
+def distinct(r: Tensor, draws: int | Tensor) -> Tensor:
     """Expected number (N,) of different tokens among M independent draws."""
     return (1 - (1 - r) ** draws).sum(1)
+
+
+def entered(r: Tensor, draws: int) -> Tensor:
+    """Expected number (N,) of different tokens among stratified draws."""
+    first, last, whole = overlaps(r, draws)
+    return torch.where(whole, 1.0, 1 - (1 - first) * (1 - last)).sum(1)
 
 
 def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -73,9 +96,12 @@ def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
     tails = outside(logits_NV, head, DEFAULT)
     p, r = tails[t], proposal(tails, DEFAULT)
     stored, alone = distinct(r, draws), proposal(tails, [t])
+    needed = sizes_by_need(tails[1.0].sum(1))[:, None]
     found = {
         STORED: (independent(p, r, draws), head + stored),
         "systematic draws": (systematic(p, r, draws), head + (draws * r).clamp_max(1.0).sum(1)),
+        "stratified draws": (stratified(p, r, draws), head + entered(r, draws)),
+        "half the draws by need": (independent(p, r, needed), head + distinct(r, needed)),
         "without replacement, as many entries": (without_replacement(p, r, stored), head + stored),
         "drawn for this T alone": (independent(p, alone, draws), head + distinct(alone, draws)),
     }

@@ -1,8 +1,8 @@
 """The teacher's part of the study: its hidden states and every sparse label of the same positions, on disk.
 
 Hidden states are kept so that exact distillation needs no second pass of the teacher; labels come from the product's
-``sparsify`` and go through the codes of its cache. One row a target position; blocks of windows are done in any order,
-by any number of processes, each once.
+``sparsify`` and go through the codes of its cache (labelling.py). One row a target position; blocks of windows are done
+in any order, by any number of processes, each once.
 """
 
 from dataclasses import dataclass, fields
@@ -12,32 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from cache.layout import array_specs, decode_targets, encode_targets
 from cache.manifest import LabelSettings
 from cache.soft_labels import SoftLabels, soft_labels
 from cache.targets import IntArray, SparseTargets
-from pipeline.labelling import label_rows
-from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.losses import SparseLabels
 from pipeline.settings import PRESETS
-from pipeline.sparsify import uniform_draws
 from tests.benchmarks.study.corpus import LENGTH
 
 POSITIONS = LENGTH - 1  # of a window
-BLOCK = 8  # windows at a time
-ROWS = 255  # target positions at a time
+BLOCK = 8  # windows that are done at a time
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A label as it is drawn: K, M and the temperatures it is drawn for."""
+    """A label as it is drawn: K, M (where it differs the most), the temperatures it is drawn for, seed and numbers."""
 
     head: int
     draws: int
     temperatures: tuple[float, ...]
+    seed: int = 0
+    numbers: str = "independent"  # or stratified, by need: see ideas.py
 
     def settings(self, vocabulary: int) -> LabelSettings:
         """For the cache's codes."""
@@ -46,7 +41,7 @@ class Stored:
             head_size=self.head,
             tail_draws=self.draws,
             temperatures=list(self.temperatures),
-            seed=0,
+            seed=self.seed,
         )
 
 
@@ -128,47 +123,13 @@ def _shape(field: str, how: Stored, rows: int) -> tuple[tuple[int, ...], type[np
     return (rows, width), kind
 
 
-def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int, part: tuple[int, int]) -> None:
-    """Run the teacher over the windows of part i of n that are not done yet."""
-    head = read_head(model)
-    for block in range(part[0], len(where.done), part[1]):
-        if where.done[block]:
-            continue
-        windows = slice(block * BLOCK, min((block + 1) * BLOCK, len(where.ids)))
-        rows = slice(windows.start * POSITIONS, windows.stop * POSITIONS)
-        ids = torch.from_numpy(where.ids[windows])
-        with torch.inference_mode():
-            hidden = last_hidden_states(model, ids)[:, :-1].reshape(-1, where.hidden.shape[1])
-            where.hidden[rows] = hidden.numpy()
-            for first in range(rows.start, rows.stop, ROWS):
-                here = slice(first, min(first + ROWS, rows.stop))
-                _label(where, head.logits(hidden[here.start - rows.start : here.stop - rows.start]), vocabulary, here)
-        where.done[block] = True
-        print(f"{where.folder.name}: {int(where.done.sum())} of {len(where.done)} blocks labelled", flush=True)
-
-
-def _label(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice) -> None:
-    """Every label of some rows, from the teacher's logits."""
-    gold = where.ids[:, 1:].reshape(-1)[rows]
-    for name, how in where.stored.items():
-        uniforms = uniform_draws(0, rows.start, len(gold), how.draws)
-        settings, unmeasured = how.settings(vocabulary), np.zeros(len(gold), dtype=np.bool_)
-        drawn, _ = label_rows(lambda logits: logits, logits_NV, gold, uniforms, unmeasured, settings, None)
-        where.put(name, rows, through_codes(drawn, settings))
-
-
-def through_codes(targets: SparseTargets, label: LabelSettings) -> SparseTargets:
-    """Labels as they come back from a cache."""
-    coded = encode_targets(targets)
-    kept = {s.name: coded[s.name].astype(s.dtype) for s in array_specs(label) if s.axis == "position"}
-    return decode_targets(kept, label)
-
-
 def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature: float) -> SparseLabels:
     """What the loss needs of some rows. A label drawn at T=1 alone is carried to T by p_T / p_1, still unbiased."""
     how, targets = where.stored[way.stored], shorter(where.targets(way.stored, rows), way.head)
     if temperature in how.temperatures:
         found = soft_labels(targets, how.temperatures, temperature, way.tail)
+        if how.numbers == "by need":  # each row has an M of its own
+            found.weights[:, how.head :] *= how.draws / targets.tail_counts.sum(1, keepdims=True).clip(1)
     else:
         partition = where.targets("top", rows).log_partition[:, where.stored["top"].temperatures.index(temperature)]
         log_p = np.where(targets.tail_counts > 0, targets.tail_logprobs / temperature - partition[:, None], 0.0)

@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.study.labels import POSITIONS
+from tests.benchmarks.study.labels import POSITIONS, WAYS
 from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_student, write_atomically
 
 RESULTS = Path("tests/benchmarks/results")
@@ -21,7 +21,15 @@ RESULTS = Path("tests/benchmarks/results")
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Run = dict[str, Any]
-Key = tuple[str, float, float]  # way, temperature, alpha
+
+
+class Key(NamedTuple):
+    """What runs of several seeds have in common."""
+
+    way: str
+    temperature: float
+    alpha: float
+    training: str = "usual"
 
 
 def machine() -> dict[str, Any]:
@@ -48,11 +56,12 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def by_key(runs: Sequence[Run]) -> dict[Key, dict[int, Run]]:
-    """Runs of a way, temperature and alpha, by seed."""
+    """Runs of a way, temperature, alpha and training, by seed."""
     found: dict[Key, dict[int, Run]] = {}
     for run in runs:
         s = run["setting"]
-        found.setdefault((s["way"], s["temperature"], s["alpha"]), {})[s["seed"]] = run
+        key = Key(s["way"], s["temperature"], s["alpha"], s.get("training", "usual"))
+        found.setdefault(key, {})[s["seed"]] = run
     return found
 
 
@@ -64,8 +73,8 @@ def measured(run: Run, steps: int, name: str) -> float | None:
 def against_exact(
     groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str
 ) -> tuple[float, float | None] | None:
-    """Mean difference to exact distillation of the same seed, temperature and alpha, with its interval."""
-    exact = groups.get(("exact", *key[1:]), {})
+    """Mean difference to exact distillation of the same seed, temperature, alpha and training, with its interval."""
+    exact = groups.get(key._replace(way="exact"), {})
     pairs = [
         (measured(run, steps, name), measured(exact[seed], steps, name))
         for seed, run in groups[key].items()
@@ -89,14 +98,22 @@ def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
     found.title = (
         f"teacher {teacher}, after {steps} steps, {steps * WINDOWS * POSITIONS:,} positions; nats, ± 95 % over seeds"
     )
-    for key in sorted(groups, key=lambda k: (k[1], k[2], k[0] != "exact", k[0])):
+    for key in sorted(groups, key=lambda k: (*k[1:], k.way != "exact", k.way)):
         cells = []
         for name in ("kl_at_1", "kl_at_2", "hard_loss", "calibration_error"):
             values = [v for run in groups[key].values() if (v := measured(run, steps, name)) is not None]
             cells.append(_cell(interval(values)) if values else "")
-        to_exact = against_exact(groups, key, steps, f"kl_at_{key[1]:g}")
-        way, t, alpha = key
-        found.add_row(way, f"{t:g}", f"{alpha:g}", str(len(groups[key])), *cells[:3], _cell(to_exact, True), cells[3])
+        to_exact = against_exact(groups, key, steps, f"kl_at_{key.temperature:g}")
+        name = key.way if key.training == "usual" else f"{key.way}; {key.training}"
+        found.add_row(
+            name,
+            f"{key.temperature:g}",
+            f"{key.alpha:g}",
+            str(len(groups[key])),
+            *cells[:3],
+            _cell(to_exact, True),
+            cells[3],
+        )
     return found
 
 
@@ -108,10 +125,10 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
     axes = figure.subplots(len(parts), 2, squeeze=False)
     for (teacher, runs), row in zip(parts.items(), axes, strict=True):
         groups = by_key(runs)
-        ways = sorted({way for way, _, alpha in groups if alpha == 0.0} - {"exact"})
+        ways = [way for way in WAYS if Key(way, 1.0, 0.0) in groups]
         for axis, t in zip(row, (1.0, 2.0), strict=True):
             for number, way in enumerate(ways):
-                key = (way, t, 0.0)
+                key = Key(way, t, 0.0)
                 found = {s: against_exact(groups, key, s, f"kl_at_{t:g}") for s in steps if key in groups}
                 thousands = WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number)
                 known = [(steps * thousands, *pair) for steps, pair in found.items() if pair is not None]
@@ -183,26 +200,27 @@ def report_gradients(folder: Path, console: Console) -> None:
     draw_gradients([c for c in cells if c["text"] == "code"], sizes["code"], RESULTS / "gradients.png")
 
 
-def report_designs(path: Path, console: Console) -> None:
-    """Write results/designs.json, and print its table."""
-    if not path.exists():
+def report_designs(paths: dict[str, Path], console: Console) -> None:
+    """Write results/designs.json, by teacher, and print the tables."""
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    if not found:
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    write_atomically(RESULTS / "designs.json", {"machine": machine(), **found})
-    by_t = found["temperatures"]
-    shown = Table("design", "entries", *[f"T={t}" for t in by_t])
-    shown.title = f"squared error of the weights, as parts of what is stored; {found['positions']:,} positions"
-    for name, first in next(iter(by_t.values()))["designs"].items():
-        shown.add_row(
-            name, f"{first['entries']:.1f}", *[f"{one['designs'][name]['squared_error']:.2f}" for one in by_t.values()]
-        )
-    console.print(shown)
+    write_atomically(RESULTS / "designs.json", {"machine": machine(), "teachers": found})
+    for name, one in found.items():
+        by_t = one["temperatures"]
+        shown = Table("design", "entries", *[f"T={t}" for t in by_t])
+        shown.title = f"teacher {name}: squared error of the weights, of what is stored; {one['positions']:,} positions"
+        for design, first in next(iter(by_t.values()))["designs"].items():
+            parts = [f"{at['designs'][design]['squared_error']:.2f}" for at in by_t.values()]
+            shown.add_row(design, f"{first['entries']:.1f}", *parts)
+        console.print(shown)
 
 
 def report(folder: Path) -> None:
     """Write results/students.json and .png and those of the other parts, and print the tables."""
     console = Console(width=170)
-    report_designs(folder.parent / "designs.json", console)
+    designs = {"SmolLM2": folder.parent / "designs.json", "second": folder.parent / "second" / "designs.json"}
+    report_designs(designs, console)
     report_gradients(folder.parent / "fidelity", console)
     runs = read(folder, "*.json")
     if not runs:

@@ -22,6 +22,7 @@ from pipeline.fused import Target, TeacherRows, fused_loss
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings
 from pipeline.measures import calibration_bins, calibration_error
+from tests.benchmarks.study import ideas
 from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
 
 CONFIG = {
@@ -41,22 +42,37 @@ ROWS = 256  # of an evaluation at a time
 
 
 @dataclass(frozen=True)
+class Training:
+    """What differs from the usual training: AdamW's second beta, passes over as many times fewer windows."""
+
+    beta2: float = 0.999
+    epochs: int = 1
+
+
+TRAININGS = {"usual": Training(), "beta2 0.95": Training(beta2=0.95), "4 epochs": Training(epochs=ideas.SETS)}
+
+
+@dataclass(frozen=True)
 class Setting:
     """One run."""
 
-    way: str  # output, exact, one of WAYS or of MIXES
+    way: str  # output, exact, one of EVERY_WAY, of MIXES or REDRAWN
     temperature: float
     alpha: float
     seed: int
     learning_rate: float
+    training: str = "usual"
 
     @property
     def name(self) -> str:
         """Of its file."""
         way = self.way.replace(",", "").replace(" ", "-")
-        return f"{way}_T{self.temperature:g}_alpha{self.alpha:g}_lr{self.learning_rate:g}_seed{self.seed}"
+        training = "" if self.training == "usual" else f"_{self.training.replace(' ', '-')}"
+        return f"{way}_T{self.temperature:g}_alpha{self.alpha:g}_lr{self.learning_rate:g}_seed{self.seed}{training}"
 
 
+EVERY_WAY = WAYS | ideas.WAYS
+REDRAWN = "standard, redrawn each epoch"
 MIXES = {"standard, half bucket": {"standard": 0.5, "standard bucket": 0.5}}  # shares of the loss
 
 
@@ -86,13 +102,16 @@ def target_of(way: str, temperature: float, teacher: Teacher, rows: IntArray) ->
     if way == "exact":
         hidden = torch.from_numpy(np.asarray(teacher.train.hidden[rows], dtype=np.float32))
         return TeacherRows(hidden, teacher.head, teacher.vocabulary)
-    return entries(teacher.train, WAYS[way], rows, temperature)
+    return entries(teacher.train, EVERY_WAY[way], rows, temperature)
 
 
-def loss(setting: Setting, hidden_NH: Tensor, head: LMHead, gold_N: Tensor, teacher: Teacher, rows: IntArray) -> Tensor:
+def loss(
+    setting: Setting, hidden_NH: Tensor, head: LMHead, gold_N: Tensor, teacher: Teacher, rows: IntArray, epoch: int
+) -> Tensor:
     """The loss of a batch, summed over its N positions."""
     total = hidden_NH.new_zeros(())
-    for way, share in MIXES.get(setting.way, {setting.way: 1.0}).items():
+    chosen = ideas.REDRAWN[epoch] if setting.way == REDRAWN else setting.way
+    for way, share in MIXES.get(chosen, {chosen: 1.0}).items():
         target = target_of(way, setting.temperature, teacher, rows)
         how = LossSettings(setting.alpha, setting.temperature, tail_of(way), "forward-kl")
         total = total + share * fused_loss(hidden_NH, head, gold_N, target, how).total
@@ -101,7 +120,22 @@ def loss(setting: Setting, hidden_NH: Tensor, head: LMHead, gold_N: Tensor, teac
 
 def tail_of(way: str) -> str:
     """How a way treats what is outside the head."""
-    return WAYS[way].tail if way in WAYS else "sampled"
+    return EVERY_WAY[way].tail if way in EVERY_WAY else "sampled"
+
+
+def batches(setting: Setting, windows: int, steps: int) -> list[tuple[int, IntArray]]:
+    """Epoch and windows of each step: the same of one seed, whatever the label; each epoch is shuffled anew."""
+    epochs = TRAININGS[setting.training].epochs
+    orders = [
+        np.random.default_rng(setting.seed + 1000 * epoch).permutation(windows // epochs) for epoch in range(epochs)
+    ]
+    order = np.concatenate(orders)
+    if steps * WINDOWS > len(order):
+        raise SystemExit(f"{steps} steps take {steps * WINDOWS} windows, {len(order)} are labelled")
+    return [
+        (first * epochs // len(order), np.sort(order[first : first + WINDOWS]))
+        for first in range(0, steps * WINDOWS, WINDOWS)
+    ]
 
 
 def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
@@ -111,18 +145,15 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     """
     student = new_student(teacher.vocabulary, setting.seed).train()
     head = read_head(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=setting.learning_rate, weight_decay=0.0)
-    order = np.random.default_rng(setting.seed).permutation(len(teacher.train.ids))
-    if max(lengths) * WINDOWS > len(order):  # a second epoch, shuffled again
-        order = np.concatenate([order, np.random.default_rng(setting.seed + 1000).permutation(len(order))])
+    betas = (0.9, TRAININGS[setting.training].beta2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=setting.learning_rate, betas=betas, weight_decay=0.0)
     found, seconds = [], 0.0
-    for step in range(1, max(lengths) + 1):
+    for step, (epoch, windows) in enumerate(batches(setting, len(teacher.train.ids), max(lengths)), start=1):
         began = time.perf_counter()
-        windows = np.sort(order[(step - 1) * WINDOWS : step * WINDOWS])
         rows = (windows[:, None] * POSITIONS + np.arange(POSITIONS)).reshape(-1)
         ids = torch.from_numpy(teacher.train.ids[windows])
         hidden = last_hidden_states(student, ids)[:, :-1].flatten(0, 1)
-        total = loss(setting, hidden, head, ids[:, 1:].reshape(-1), teacher, rows)
+        total = loss(setting, hidden, head, ids[:, 1:].reshape(-1), teacher, rows, epoch)
         torch.autograd.backward(total / len(rows))
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         for group in optimizer.param_groups:

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.study.report import RESULTS, Key, Run, against_exact, by_key, interval, measured
-from tests.benchmarks.study.students import LENGTHS, MIXES
+from tests.benchmarks.study.students import LENGTHS, REDRAWN, TRAININGS
 
 NONE = "–"
 
 
-def found(values: tuple[float, float | None] | None, sign: str = "") -> str:
+def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
     """A mean and its interval."""
     if values is None:
         return NONE
-    mean = f"{values[0]:{sign}.2f}"
-    return mean if values[1] is None else f"{mean} ± {values[1]:.2f}"
+    mean = f"{values[0]:{sign}.{digits}f}"
+    return mean if values[1] is None else f"{mean} ± {values[1]:.{digits}f}"
 
 
 def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -> tuple[float, float | None] | None:
@@ -28,7 +28,7 @@ def at_own_temperature(groups: dict[Key, dict[int, Run]], way: str, steps: int) 
     """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
     cells = []
     for t in (1.0, 2.0):
-        name, key = f"kl_at_{t:g}", (way, t, 0.0)
+        name, key = f"kl_at_{t:g}", Key(way, t, 0.0)
         if way == "exact":
             cells.append(found(figure(groups, key, steps, name)))
         else:
@@ -47,8 +47,7 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
     late = {c["temperature"]: c["ways"] for c in gradients["cells"] if c["text"] == "code" and c["stage"] == "late"}
     titles = ["gradient, T=1", "T=2", "AdamW, T=1", "T=2", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]
     lines = [row(["label", "bytes", *titles]), "|" + "---|" * (len(titles) + 2)]
-    trained = [way for way in MIXES if any(key[0] == way for one in groups for key in one)]
-    for way in ("exact", *sizes, *trained):
+    for way in ("exact", *sizes):
         angles = [
             f"{late[t][way][name][-1]:.1f}°" if way in sizes else NONE
             for name in ("angle", "update_angle")
@@ -65,11 +64,49 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     names = {"hard loss": "hard_loss", "KL at T=1": "kl_at_1", "calibration error": "calibration_error"}
     heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in names]
     lines = [row(["alpha", "T", *heads]), "|" + "---|" * (len(heads) + 2)]
-    keys: list[Key] = [("output", 1.0, 1.0), *[(way, t, alpha) for alpha in (0.5, 0.0) for t in (1.0, 2.0)]]
+    keys = [Key("output", 1.0, 1.0), *[Key(way, t, alpha) for alpha in (0.5, 0.0) for t in (1.0, 2.0)]]
     for key in keys:
         cells = [found(figure(by_key(runs), key, steps, name)) for runs in parts for name in names.values()]
         lines.append(row([f"{key[2]:g}", f"{key[1]:g}" if key[2] < 1 else NONE, *cells]))
     return lines
+
+
+IDEAS = {  # a student's way or training: what predicts it
+    "standard": "head 8 + tail 24, as stored",
+    "standard, stratified draws": "stratified draws",
+    "standard, half the draws by need": "half the draws by need",
+    "standard, drawn for this T alone": "drawn for this T alone",
+    "standard, half bucket": None,
+}
+
+
+def ideas_table(runs: Sequence[Run], designs: dict[str, Any], steps: int) -> list[str]:
+    """One line a way to have less noise: squared error predicted, and what students have more KL than exact's."""
+    groups = by_key(runs)
+    heads = ["error expected, T=1", "T=2", "KL more than exact, T=1", "T=2"]
+    lines = [row(["label and training", *heads]), "|" + "---|" * (len(heads) + 1)]
+    for way, design in IDEAS.items():
+        expected = [
+            f"{designs['temperatures'][t]['designs'][design]['squared_error']:.2f}" if design else NONE
+            for t in ("1", "2")
+        ]
+        ways = [way.replace("this T", f"T={t}") for t in (1, 2)]
+        lines.append(row([way, *expected, *more_than_exact(groups, ways, "usual", steps)]))
+    for training in TRAININGS:
+        for way in ("standard", REDRAWN):
+            if training != "usual" and Key(way, 1.0, 0.0, training) in groups:
+                cells = more_than_exact(groups, [way, way], training, steps)
+                lines.append(row([f"{way}; {training}", NONE, NONE, *cells]))
+    return lines
+
+
+def more_than_exact(groups: dict[Key, dict[int, Run]], ways: Sequence[str], training: str, steps: int) -> list[str]:
+    """KL at T=1 and T=2 of students of T=1 and T=2, less that of exact distillation with the same training."""
+    keys = [Key(way, t, 0.0, training) for way, t in zip(ways, (1.0, 2.0), strict=True)]
+    return [
+        found(against_exact(groups, key, steps, f"kl_at_{key.temperature:g}") if key in groups else None, "+", 3)
+        for key in keys
+    ]
 
 
 def designs_table(designs: dict[str, Any]) -> list[str]:
@@ -92,7 +129,13 @@ def tables() -> list[list[str]]:
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
     ]
     steps = max(LENGTHS)
-    return [labels_table(parts, gradients, steps), settings_table(parts, steps), designs_table(designs)]
+    of = designs["teachers"]
+    return [
+        labels_table(parts, gradients, steps),
+        settings_table(parts, steps),
+        designs_table(of["SmolLM2"]),
+        ideas_table(parts[1], of["second"], steps),
+    ]
 
 
 if __name__ == "__main__":

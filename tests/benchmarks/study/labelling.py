@@ -1,0 +1,83 @@
+"""The teacher's pass of the study: hidden states and every label of some windows, by the product's own functions."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cache.layout import array_specs, decode_targets, encode_targets
+from cache.manifest import LabelSettings
+from cache.targets import IntArray, SparseTargets
+from pipeline.labelling import label_rows
+from pipeline.lm_head import last_hidden_states, read_head
+from pipeline.sparsify import uniform_draws
+from tests.benchmarks.study import ideas
+from tests.benchmarks.study.labels import BLOCK, POSITIONS, Stored, TeacherFolder
+
+ROWS = 255  # target positions at a time
+
+
+def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int, part: tuple[int, int]) -> None:
+    """Run the teacher over the windows of part i of n that are not done yet."""
+    head = read_head(model)
+    for block in range(part[0], len(where.done), part[1]):
+        if where.done[block]:
+            continue
+        windows = slice(block * BLOCK, min((block + 1) * BLOCK, len(where.ids)))
+        rows = slice(windows.start * POSITIONS, windows.stop * POSITIONS)
+        ids = torch.from_numpy(where.ids[windows])
+        with torch.inference_mode():
+            hidden = last_hidden_states(model, ids)[:, :-1].reshape(-1, where.hidden.shape[1])
+            where.hidden[rows] = hidden.numpy()
+            for first in range(rows.start, rows.stop, ROWS):
+                here = slice(first, min(first + ROWS, rows.stop))
+                logits = head.logits(hidden[here.start - rows.start : here.stop - rows.start])
+                label_rows_of(where, logits, vocabulary, here)
+        where.done[block] = True
+        print(f"{where.folder.name}: {int(where.done.sum())} of {len(where.done)} blocks labelled", flush=True)
+
+
+def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice) -> None:
+    """Every label of some rows, from the teacher's logits."""
+    gold_N = where.ids[:, 1:].reshape(-1)[rows]
+    for name, how in where.stored.items():
+        uniforms_NM = uniform_draws(how.seed, rows.start, len(gold_N), how.draws)
+        if how.numbers == "by need":
+            where.put(name, rows, by_need(logits_NV, gold_N, uniforms_NM, how, vocabulary))
+            continue
+        if how.numbers == "stratified":
+            uniforms_NM = ideas.stratified(uniforms_NM)
+        where.put(name, rows, drawn(logits_NV, gold_N, uniforms_NM, how.settings(vocabulary)))
+
+
+def drawn(logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64], label: LabelSettings) -> SparseTargets:
+    """Labels by the product's functions, as they come back from a cache."""
+    unmeasured = np.zeros(len(gold_N), dtype=np.bool_)
+    targets, _ = label_rows(lambda logits: logits, logits_NV, gold_N, uniforms_NM, unmeasured, label, None)
+    return through_codes(targets, label)
+
+
+def by_need(
+    logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64], how: Stored, vocabulary: int
+) -> SparseTargets:
+    """Labels of more draws where the tail is larger: each position's are its first so many of ``uniforms_NM``."""
+    top = logits_NV.topk(how.head, dim=1).values
+    tail_mass_N = -torch.expm1(top.logsumexp(1) - logits_NV.logsumexp(1))
+    sizes_N = ideas.sizes_by_need(tail_mass_N).numpy()
+    parts, places = [], []
+    for draws in ideas.SIZES:
+        at = np.flatnonzero(sizes_N == draws)
+        if len(at):
+            settings = how.settings(vocabulary).model_copy(update={"tail_draws": draws})
+            found = drawn(logits_NV[torch.from_numpy(at)], gold_N[at], uniforms_NM[at, :draws], settings)
+            parts.append(ideas.widened(found, how.draws))
+            places.append(at)
+    return SparseTargets.concatenate(parts)[np.argsort(np.concatenate(places))]
+
+
+def through_codes(targets: SparseTargets, label: LabelSettings) -> SparseTargets:
+    """Labels as they come back from a cache."""
+    coded = encode_targets(targets)
+    kept = {s.name: coded[s.name].astype(s.dtype) for s in array_specs(label) if s.axis == "position"}
+    return decode_targets(kept, label)
