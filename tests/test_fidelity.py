@@ -194,9 +194,9 @@ def test_a_student_may_ask_for_it(tmp_path: Path) -> None:
     found = figures(fidelity_of(CacheReader(cache), range(CacheReader(cache).manifest.shards.count)), 3)
     assert found is not None
     cosine = found[2][0].cosine
-    train(cache, tmp_path / "good", min_fidelity=cosine - 1e-6)
+    train(cache, tmp_path / "good", temperature=2.0, min_fidelity=cosine - 1e-6)
     with pytest.raises(LogitcaskError, match=rf"not good enough: at T=2 .* is {cosine:.4f} .*richer --preset"):
-        train(cache, tmp_path / "bad", min_fidelity=min(1.0, cosine + 1e-6))
+        train(cache, tmp_path / "bad", temperature=2.0, min_fidelity=min(1.0, cosine + 1e-6))
     none = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "none", fidelity_positions=0)
     with pytest.raises(LogitcaskError, match=r"measured on 0 positions, too few .*--fidelity-positions"):
         train(none, tmp_path / "none_run", min_fidelity=0.5)
