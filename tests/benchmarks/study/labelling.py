@@ -41,7 +41,10 @@ def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int,
 def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice) -> None:
     """Every label of some rows, from the teacher's logits."""
     gold_N = where.ids[:, 1:].reshape(-1)[rows]
+    redrawn = rows.start < len(where.hidden) // ideas.SETS  # the windows of training with several epochs
     for name, how in where.stored.items():
+        if how.seed and not redrawn:
+            continue
         uniforms_NM = uniform_draws(how.seed, rows.start, len(gold_N), how.draws)
         if how.numbers == "by need":
             where.put(name, rows, by_need(logits_NV, gold_N, uniforms_NM, how, vocabulary))
