@@ -226,6 +226,10 @@ ROWS: list[Row] = [
     ("device not here", stage_1(device="cuda:77"), ("--device cuda:77", "no such device", "cpu")),
     ("unknown dtype", stage_1(dtype="int4"), ("--dtype", "'float32'", "'int4'")),
     ("required option left out", stage_1(teacher_model=None), ("--teacher-model is required",)),
+    ("devices of another engine", stage_1(engine="transformers", tensor_parallel_size=2), ("tensor_parallel_size 2",)),
+    ("devices of any engine", stage_1(tensor_parallel_size=2), ("tensor_parallel_size 2", "auto", "engine vllm")),
+    ("check of another engine", stage_1(engine="transformers", skip_engine_check=True), ("skip_engine_check",)),
+    ("workers without Ray", stage_1(workers=2), ("workers 2", "Ray", "add ray")),
     # the cache as output
     ("complete cache", on_a_copy("cache", precompute), ("complete already", "--overwrite")),
     ("other settings", on_a_copy("incomplete", precompute, head_size=4, tail_draws=8, shard_positions=64, seed=7),
@@ -264,6 +268,8 @@ ROWS: list[Row] = [
     ("text without a tokenizer", lambda p: train(p, cache=None, train_data=p.stock / "train.jsonl",
                                                  distillation_type="output"), ("tokenizer", "--teacher-model")),
     ("no such training device", stage_2(device="warp"), ("--device", "'cpu'", "'warp'")),
+    ("fidelity without a cache", stage_2(cache=None, train_data="x.jsonl", teacher_model="t", min_fidelity=0.9),
+     ("min_fidelity is of a cache",)),
     # the student
     ("no student", stage_2(student_config=None), ("exactly one of student_config",)),
     ("two students", stage_2(student_model="x"), ("exactly one of student_config",)),
