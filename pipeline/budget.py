@@ -10,9 +10,9 @@ from cache.errors import LogitcaskError
 from pipeline.batches import BatchSampler
 from pipeline.checkpoints import latest_checkpoint
 from pipeline.costs import GB, Amount, ModelShape, student_memory
+from pipeline.memory import ran_out
 from pipeline.settings import TrainSettings
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, mostly by a system that ran out of memory
 
 
@@ -57,12 +57,13 @@ def memory_watched(settings: TrainSettings, student: ModelShape, longest: int, d
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    except (MemoryError, RuntimeError) as error:
+        told = ran_out(error)
         if WORKER_ENDED in str(error):
+            told = str(error).strip().splitlines()[0].strip()
             what = f"a process that reads batches was ended, as systems do where memory runs out ({told})"
             first = f"fewer --num-workers than {settings.num_workers}, each holds a shard; "
-        elif isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        elif told is not None:
             what, first = f"memory ran out ({told})", ""
         else:
             raise

@@ -1,7 +1,7 @@
 """Several finished runs side by side, as one table of Markdown or as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ from cache.errors import LogitcaskError
 from cache.plot import require_plot
 from pipeline.curves import draw_curves
 from pipeline.evaluation import rows as evaluation_rows
-from pipeline.run_folder import Run, curve, read_run, run_names
+from pipeline.run_folder import Run, curve, divergence_name, read_run, run_names
 
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # where a run lies and how often it was cut off
 LOSSES = {
     "total_loss": "total loss",
     "hard_loss": "hard loss, nats",
-    "soft_loss": "soft loss, T² KL, nats",
+    "soft_loss": "soft loss, T² {}, nats",
     "perplexity": "perplexity",
 }
 WIDEST = 40  # characters of a setting
@@ -86,7 +86,9 @@ def _effort(run: Run) -> dict[str, float | None]:
 
 def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
     """A table with a column a run; rows of which no run has anything are left out."""
-    columns = [_column(run, differing(runs)) for run in runs]
+    soft = {divergence_name(run.settings) for run in runs}
+    names_of = {key: word.format(*soft if len(soft) == 1 else ["divergence"]) for key, word in LOSSES.items()}
+    columns = [_column(run, differing(runs), names_of) for run in runs]
     known = list(dict.fromkeys(row for column in columns for row in column))
     kept = [row for row in known if any(column.get(row) for column in columns)]
     head = ["", *names]
@@ -95,7 +97,7 @@ def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
-def _column(run: Run, settings: Sequence[str]) -> dict[str, str]:
+def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dict[str, str]:
     effort = _effort(run)
     found = {f"`{name}`": _setting(run.settings.get(name)) for name in settings}
     found |= {
@@ -105,8 +107,8 @@ def _column(run: Run, settings: Sequence[str]) -> dict[str, str]:
         "tokens/s of training": _number(effort["tokens_per_second"], ".0f"),
         "peak memory, MB": _number(effort["peak_memory_mb"], ".0f"),
     }
-    found |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in LOSSES.items()}
-    for key, word in LOSSES.items():
+    found |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in losses.items()}
+    for key, word in losses.items():
         ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
         found[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
     if run.evaluation:

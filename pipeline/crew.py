@@ -16,6 +16,15 @@ from pipeline.teachers.load import check_engine, load_engine
 Advance = Callable[[int], None]
 
 
+def memory_remedy(settings: PrecomputeSettings) -> str:
+    """What lowers the memory of stage 1, with the present values, most first."""
+    return (
+        f"lower --batch-size from {settings.batch_size}, --max-seq-length from {settings.max_seq_length} or "
+        f"--shard-positions from {settings.shard_positions} (the last two make another cache), or take a smaller "
+        f"teacher or --dtype than {settings.dtype}; committed shards are kept"
+    )
+
+
 class Alone:
     """One teacher in this process."""
 

@@ -9,7 +9,7 @@ from pipeline.run_folder import Line, curve, read_log, run_names
 PANELS = {  # what is logged: what to call it
     "total_loss": "total loss: alpha hard + (1 - alpha) soft",
     "hard_loss": "hard loss, nats",
-    "soft_loss": "soft loss: T² KL to the teacher, nats",
+    "soft_loss": "soft loss: T² times the divergence, nats",
     "perplexity": "perplexity",
 }
 

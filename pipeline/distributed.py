@@ -12,7 +12,8 @@ from typing import Any
 from cache.errors import LogitcaskError
 from cache.manifest import LabelSettings, Manifest
 from cache.writer import CacheWriter
-from pipeline.crew import Advance, label_shard
+from pipeline.crew import Advance, label_shard, memory_remedy
+from pipeline.memory import memory_explained
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work
 from pipeline.teachers.base import TeacherFacts, TokenizedExample
@@ -39,8 +40,9 @@ class Labeller:
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
         """Label and write a shard; returns its target positions."""
         self._writer = self._writer or CacheWriter(self._settings.output, manifest)
-        shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
-        self._writer.write_shard(index, shard)
+        with memory_explained(memory_remedy(self._settings)):
+            shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
+            self._writer.write_shard(index, shard)
         return len(shard.targets)
 
 

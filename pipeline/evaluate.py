@@ -26,6 +26,7 @@ from pipeline.humaneval import humaneval, load_problems
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import SparseLabels
 from pipeline.measures import BINS, Array, ClusterSums, calibration_bins, calibration_error, measure
+from pipeline.memory import memory_explained
 from pipeline.models import load_causal_lm
 from pipeline.progress import track
 from pipeline.sandbox import require_sandbox
@@ -38,8 +39,13 @@ from pipeline.tokenizer import load_tokenizer
 def evaluate(settings: EvaluateSettings) -> Evaluation:
     """Evaluate a model on what the settings ask for, and write the figures where they are wanted.
 
-    Raises LogitcaskError where model and cache do not fit, or one of them or a package cannot be had.
+    Raises LogitcaskError where model and cache do not fit, one of them or a package cannot be had, or memory runs out.
     """
+    with memory_explained(f"lower --batch-size from {settings.batch_size}, or take a smaller model"):
+        return _evaluate(settings)
+
+
+def _evaluate(settings: EvaluateSettings) -> Evaluation:
     if settings.output is not None and not settings.output.parent.is_dir():
         raise LogitcaskError(f"--output {settings.output}: there is no folder {settings.output.parent}: make it first")
     reader = None if settings.cache is None else CacheReader(settings.cache)

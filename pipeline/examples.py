@@ -48,10 +48,7 @@ def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parse(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source)
     if path.suffix == ".parquet" and path.is_file():
-        import datasets
-
-        for number, record in enumerate(datasets.Dataset.from_parquet(source), start=1):
-            yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
+        yield from _parquet_records(source)
     elif path.is_file():
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -71,6 +68,21 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise LogitcaskError(f"{where}: must be a JSON object, is {type(record).__name__}")
     return record
+
+
+def _parquet_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # files of strangers fail in any of these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LogitcaskError(f"{source}: damaged or no Parquet file after row {number}: {reason}") from error
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,6 +8,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.errors import LogitcaskError
 from pipeline.devices import choose_device
+from pipeline.memory import memory_explained, ran_out
 from pipeline.models import load_causal_lm, max_positions, sampling
 from pipeline.settings import GenerateSettings
 from pipeline.tokenizer import as_chat, load_tokenizer
@@ -18,6 +19,13 @@ def generate_text(settings: GenerateSettings) -> Iterator[str]:
 
     Raises LogitcaskError where the model cannot be loaded, has no room for the prompt, or fails while it writes.
     """
+    with memory_explained(
+        f"take a shorter --prompt, a lower --max-new-tokens than {settings.max_new_tokens}, or a smaller model"
+    ):
+        yield from _generate(settings)
+
+
+def _generate(settings: GenerateSettings) -> Iterator[str]:
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     text = as_chat(tokenizer, settings.prompt)
@@ -58,6 +66,8 @@ def stream(
     thread.start()
     yield from streamer
     thread.join()
+    if failed and ran_out(failed[0]):
+        raise failed[0]
     if failed:
         raise LogitcaskError(
             f"the model failed while it wrote: {type(failed[0]).__name__}: {failed[0]}; "

@@ -11,9 +11,10 @@ from cache.create import check_output, create_cache
 from cache.errors import LogitcaskError
 from cache.lock import explain_write_errors, sole_writer, watch_folder
 from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
-from pipeline.crew import Alone
+from pipeline.crew import Alone, memory_remedy
 from pipeline.distributed import RayCrew
 from pipeline.examples import Encoder, encode_source
+from pipeline.memory import memory_explained
 from pipeline.progress import track
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
@@ -36,6 +37,11 @@ class PrecomputeReport:
 
 def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
+    with memory_explained(memory_remedy(settings)):
+        return _precompute(settings)
+
+
+def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )

@@ -1,7 +1,7 @@
 """What the folder of a run of stage 2 tells: its log, its settings, its evaluations. Knows no torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,14 @@ ENDS_FILE = "metrics.json"  # the evaluations before and after
 FINAL = "final"
 
 Line = dict[str, float | None]
+DIVERGENCES = {"forward-kl": "KL", "reverse-kl": "reverse KL", "jsd": "JSD"}
+
+
+def divergence_name(settings: Mapping[str, Any]) -> str:
+    """What a run's soft loss is, by its resolved settings; with the tail, where it is not ``sampled``."""
+    found, tail = settings.get("divergence"), settings.get("tail")
+    name = DIVERGENCES.get(str(found), str(found))
+    return name if tail == "sampled" else f"{name} (tail {tail})"
 
 
 def read_log(run: Path) -> list[Line]:

@@ -66,7 +66,7 @@ class PrecomputeSettings(Settings):
     engine: Literal["auto", "transformers", "vllm", "vllm-topk"] = Field(
         "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
     )
-    tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with vLLM")
+    tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with --engine vllm")
     ray: str | None = Field(None, description="address of a Ray cluster, auto, or local to start one: a task a shard")
     workers: Whole | None = Field(None, description="teachers on the Ray cluster; default: one an accelerator")
     skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
@@ -107,6 +107,18 @@ class PrecomputeSettings(Settings):
     def _json_is_of_a_dry_run(self) -> Self:
         if self.json_ and not self.dry_run:
             raise ValueError("--json goes with --dry-run: what a cache holds tells cache info --json")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_left_unused(self) -> Self:
+        if self.tensor_parallel_size > 1 and not self.engine.startswith("vllm"):
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} is vLLM's, engine is {self.engine}: add engine vllm"
+            )
+        if self.skip_engine_check and self.engine != "vllm":
+            raise ValueError(f"skip_engine_check is of engine vllm, engine is {self.engine}: leave it out")
+        if self.workers is not None and self.ray is None:
+            raise ValueError(f"workers {self.workers} are of a Ray cluster: add ray, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -235,6 +247,8 @@ class TrainSettings(Settings):
             raise ValueError(
                 "min_fidelity tells of the forward KL with the cache's own tail: leave out output, tail and divergence"
             )
+        if self.min_fidelity is not None and self.cache is None:
+            raise ValueError("min_fidelity is of a cache: a teacher in memory gives the exact gradient, leave it out")
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"divergence {self.divergence} is only defined with tail bucket, tail is {self.tail}")
         return self

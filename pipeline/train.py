@@ -22,7 +22,7 @@ from pipeline.lm_head import keeps_apart
 from pipeline.losses import LossSettings
 from pipeline.metrics import KeepMetrics
 from pipeline.reports import reporters
-from pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE
+from pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name
 from pipeline.settings import TrainSettings
 from pipeline.sources import Source, cache_source, file_source
 from pipeline.student import count_parameters, make_student
@@ -108,7 +108,7 @@ def _keep_final(
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
-        _print_evaluation(before, after, settings.temperature)
+        _print_evaluation(before, after, settings.temperature, divergence_name(record))
         say(f"student -> {final}")
 
 
@@ -162,13 +162,15 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     )
 
 
-def _print_evaluation(before: dict[str, float] | None, after: dict[str, float], temperature: float) -> None:
+def _print_evaluation(
+    before: dict[str, float] | None, after: dict[str, float], temperature: float, divergence: str
+) -> None:
     if not after:
         return
     table = Table("held out", "before", "after")
     rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
     if after["eval_teacher_captured_mass"]:
-        rows[f"KL to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
+        rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
     for name, (key, factor) in rows.items():
         table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
     results().print(table)

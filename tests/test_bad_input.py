@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from pipeline.cli import main
@@ -91,6 +93,25 @@ def data(content: str, teacher: str = "teacher", encoding: str = "utf-8") -> Pre
         return precompute(p, train_data=p.new / "data.jsonl", teacher_model=p.stock / teacher)
 
     return prepare
+
+
+def parquet(data: bytes) -> Prepare:
+    """Stage 1 on a Parquet file of these bytes."""
+
+    def prepare(p: Place) -> list[str]:
+        (p.new / "data.parquet").write_bytes(data)
+        return precompute(p, train_data=p.new / "data.parquet")
+
+    return prepare
+
+
+def flipped_parquet() -> bytes:
+    """A Parquet file whose footer is sound and whose first page is not."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a b c"] * 50}), sink)
+    data = bytearray(sink.getvalue())
+    data[4:20] = bytes(16)
+    return bytes(data)
 
 
 def third_line(text: str) -> Prepare:
@@ -182,6 +203,8 @@ ROWS: list[Row] = [
     ("no assistant turn", data(json.dumps(USER_TURN), "chat"), ("data.jsonl:1", "no target", "assistant turn")),
     ("unknown columns", third_line('{"q": "a", "a": "b"}'), ("data.jsonl:3", "unknown columns", "'q'", "prompt")),
     ("unknown column beside", third_line('{"text": "a", "x": 1}'), ("data.jsonl:3", "unknown columns", "'x'", "text")),
+    ("no Parquet", parquet(b"hello"), ("data.parquet", "damaged or no Parquet file")),
+    ("damaged Parquet", parquet(flipped_parquet()), ("data.parquet", "damaged or no Parquet file")),
     ("all cut away", stage_1(max_seq_length=2), ("no example has a target", "--max-seq-length 2", "raise it")),
     # the label
     ("head and tail of 0", stage_1(head_size=0, tail_draws=0), ("head_size + tail_draws", "at least 1")),
@@ -203,6 +226,10 @@ ROWS: list[Row] = [
     ("device not here", stage_1(device="cuda:77"), ("--device cuda:77", "no such device", "cpu")),
     ("unknown dtype", stage_1(dtype="int4"), ("--dtype", "'float32'", "'int4'")),
     ("required option left out", stage_1(teacher_model=None), ("--teacher-model is required",)),
+    ("devices of another engine", stage_1(engine="transformers", tensor_parallel_size=2), ("tensor_parallel_size 2",)),
+    ("devices of any engine", stage_1(tensor_parallel_size=2), ("tensor_parallel_size 2", "auto", "engine vllm")),
+    ("check of another engine", stage_1(engine="transformers", skip_engine_check=True), ("skip_engine_check",)),
+    ("workers without Ray", stage_1(workers=2), ("workers 2", "Ray", "add ray")),
     # the cache as output
     ("complete cache", on_a_copy("cache", precompute), ("complete already", "--overwrite")),
     ("other settings", on_a_copy("incomplete", precompute, head_size=4, tail_draws=8, shard_positions=64, seed=7),
@@ -241,6 +268,8 @@ ROWS: list[Row] = [
     ("text without a tokenizer", lambda p: train(p, cache=None, train_data=p.stock / "train.jsonl",
                                                  distillation_type="output"), ("tokenizer", "--teacher-model")),
     ("no such training device", stage_2(device="warp"), ("--device", "'cpu'", "'warp'")),
+    ("fidelity without a cache", stage_2(cache=None, train_data="x.jsonl", teacher_model="t", min_fidelity=0.9),
+     ("min_fidelity is of a cache",)),
     # the student
     ("no student", stage_2(student_config=None), ("exactly one of student_config",)),
     ("two students", stage_2(student_model="x"), ("exactly one of student_config",)),

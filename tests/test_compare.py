@@ -94,6 +94,15 @@ def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) 
     assert any(line.startswith("| evaluation: KL to the teacher at T=2") and line.endswith("|  |") for line in lines)
 
 
+def test_the_soft_loss_is_called_what_it_is(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    settings = json.loads((other / "final" / "settings.json").read_text())
+    assert "held out: soft loss, T² KL, nats, before" in run(*runs)[1]
+    (other / "final" / "settings.json").write_text(json.dumps({**settings, "divergence": "jsd", "tail": "bucket"}))
+    assert "held out: soft loss, T² JSD (tail bucket), nats, before" in run(other)[1]
+    assert "held out: soft loss, T² divergence, nats, before" in run(runs[0], other)[1]
+
+
 def test_a_bar_in_a_setting_does_not_break_the_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     other = shutil.copytree(runs[1], tmp_path / "other")
     settings = json.loads((other / "final" / "settings.json").read_text())

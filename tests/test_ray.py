@@ -210,7 +210,7 @@ def test_what_a_worker_complains_of_is_one_line(folder: Path, cluster: str, tmp_
 
 
 def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
-    many = precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, device="auto")
+    many = precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, engine="vllm", device="auto")
     assert default_workers(many, {"GPU": 16.0, "CPU": 8.0}) == 4
     assert worker_options(many, {"GPU": 16.0, "CPU": 8.0}) == {"num_gpus": 4}
     assert default_workers(many, {"CPU": 8.0}) == 1

@@ -246,3 +246,18 @@ def test_memory_and_speed_options_change_little_and_warn_of_nothing(
     np.testing.assert_allclose(losses(changed), losses(plain), rtol=rtol)
     assert (losses(changed) == losses(plain)) == (rtol < 1e-2)
     assert [str(w.message) for w in recwarn if w.category in (FutureWarning, UserWarning)] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "KL to the teacher at T=1, nats"),
+        ({"tail": "bucket", "divergence": "jsd", "temperature": 2}, "JSD (tail bucket) to the teacher at T=2, nats"),
+        ({"tail": "renormalize"}, "KL (tail renormalize) to the teacher at T=1, nats"),
+    ],
+)
+def test_the_table_names_the_divergence(
+    stock: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], told: str
+) -> None:
+    train(stock / "cache", tmp_path / "run", max_steps=1, **options)
+    assert told in " ".join(capsys.readouterr().out.split())
