@@ -121,9 +121,9 @@ def designs_table(designs: dict[str, Any]) -> list[str]:
 
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
-    students, gradients, designs = (
+    students, gradients, designs, ideas = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("students", "gradients", "designs")
+        for name in ("students", "gradients", "designs", "ideas")
     )
     parts = [
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
@@ -134,7 +134,7 @@ def tables() -> list[list[str]]:
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
         designs_table(of["SmolLM2"]),
-        ideas_table(parts[1], of["second"], steps),
+        ideas_table(ideas["runs"], of["second"], steps),
     ]
 
 
