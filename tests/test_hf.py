@@ -119,3 +119,12 @@ def test_a_repository_that_is_not_there_is_one_line(port: int, reach: Callable[[
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
     assert "not a logit cache" in found.stderr
+
+
+def test_a_refusal_is_one_line_at_once(cache: Path, port: int, reach: Callable[[int], None]) -> None:
+    """The server answers 401 to who asks for a folder that is not in the repository."""
+    reach(port)
+    found = run("cache", "copy", str(cache), f"{REPOSITORY}/new")
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert "refused: RepositoryNotFoundError: 401" in found.stderr
