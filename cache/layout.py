@@ -159,28 +159,41 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
 
 
 def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
-    """The inverse of ``encode_targets``, to the declared quantisation."""
-    n = len(arrays["gold_logprobs"])
-    none = np.zeros((n, 0), dtype=np.int64)
-    counts = arrays.get("tail_counts", none).astype(np.int64)
-    head = _values(np.cumsum(arrays.get("head_logprobs", none), axis=1, dtype=np.uint16), HEAD_SCALE)
-    below = np.float32(TAIL_UNIT) * np.expm1(arrays.get("tail_logprobs", none).astype(np.float32) / TAIL_STEPS)
-    tail_ids = np.cumsum(arrays.get("tail_ids", none), axis=1, dtype=np.int64)
+    """The inverse of ``encode_targets``, to the declared quantisation; ids and counts keep their stored type."""
+    none = np.zeros((len(arrays["gold_logprobs"]), 0), dtype=np.uint8)
+    counts = arrays.get("tail_counts", none)
+    head = _values(_sums(arrays.get("head_logprobs", none)), HEAD_SCALE)
+    tail_ids = _sums(arrays.get("tail_ids", none))
+    drawn = arrays.get("tail_logprobs", none).astype(np.float32)
+    drawn /= np.float32(TAIL_STEPS)
+    np.exp(drawn, out=drawn)
+    drawn *= np.float32(-TAIL_UNIT)
+    drawn += _last(head) + np.float32(TAIL_UNIT)
+    tail_ids *= counts > 0
+    drawn *= counts > 0
     if label.head_size:
         log_partition, log_tail_mass = _masses(head, arrays["log_tail_odds"], label.temperatures)
     else:
         log_partition = arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE)
         log_tail_mass = np.zeros_like(log_partition)
     return SparseTargets(
-        head_ids=arrays.get("head_ids", none).astype(np.int64),
+        head_ids=arrays.get("head_ids", none),
         head_logprobs=head,
-        tail_ids=np.where(counts == 0, 0, tail_ids),
-        tail_logprobs=np.where(counts == 0, np.float32(0.0), _last(head) - below),
+        tail_ids=tail_ids,
+        tail_logprobs=drawn,
         tail_counts=counts,
         log_partition=log_partition,
         log_tail_mass=log_tail_mass,
         gold_logprobs=_values(arrays["gold_logprobs"], GOLD_SCALE),
     )
+
+
+def _sums(differences: NDArray[Any]) -> NDArray[Any]:
+    """Running sums along the rows, (N, columns), in their type: a column at a time, since columns lie together."""
+    sums = np.array(differences.T, order="C")
+    for column in range(1, len(sums)):
+        sums[column] += sums[column - 1]
+    return sums.T
 
 
 def _odds_codes(log_tail_mass: NDArray[np.float32]) -> NDArray[np.int16]:
@@ -197,9 +210,11 @@ def _masses(
     head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Log-partitions and log tail masses, both (N, J): A(t) = log sum over the head of exp(l / t) - log(1 - m_t)."""
-    summed = np.cumsum(codes, axis=1, dtype=np.int16)
-    odds = np.where(summed == NO_TAIL, -np.inf, summed * ODDS_SCALE)
+    summed = _sums(codes)
+    odds = np.where(summed == NO_TAIL, np.float32(-np.inf), summed * np.float32(ODDS_SCALE))
+    beyond = np.log(1 + np.exp(-np.abs(odds)))  # log(1 + exp(x)) is max(x, 0) and this
     best, below = head[:, :1], head - head[:, :1]
-    shares = np.stack([np.exp(below / np.float32(t)).sum(1) for t in temperatures], axis=1)
-    log_partition = best / np.asarray(temperatures, dtype=np.float32) + np.log(shares) + np.logaddexp(0.0, odds)
-    return log_partition.astype(np.float32), -np.logaddexp(0.0, -odds).astype(np.float32)
+    log_partition = np.maximum(odds, 0) + beyond
+    for j, t in enumerate(temperatures):
+        log_partition[:, j] += best[:, 0] / np.float32(t) + np.log(np.exp(below / np.float32(t)).sum(1))
+    return log_partition, np.minimum(odds, 0) - beyond

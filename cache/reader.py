@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cache.checks import unusable
 from cache.errors import CacheFormatError, IncompleteCacheError
 from cache.fidelity import Sums, unsound
 from cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
-from cache.layout import ArraySpec, array_specs, decode_targets, zarr_layout
+from cache.layout import ArraySpec, Axis, array_specs, decode_targets, zarr_layout
 from cache.local_copies import LocalCopies
 from cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
 from cache.objects import Decoder, read_bounded, read_json
@@ -23,6 +24,7 @@ from cache.store import open_store
 from cache.targets import IntArray
 
 SHARDS_KEPT = 2  # decoded shards held in memory: a batch may straddle two
+AT_ONCE = 4  # objects of a shard read at the same time
 MAX_TOKENIZER_FILE = 1 << 26  # bytes; the largest in use are half of it
 
 
@@ -136,17 +138,12 @@ class CacheReader:
         with self._told(index):
             record = commit_record(self._store, self._specs, index)
             plan = self.manifest.shards
-            length = {"example": int(self.shard_starts[index + 1] - self.shard_starts[index])}
-            found: dict[str, NDArray[Any]] = {}
-            for place, spec in enumerate(self._specs):  # the examples' counts come first
-                if spec.axis == "shard":
-                    continue
-                found[spec.name] = self._slots(place, index, record, length[spec.axis])
-                if spec.name == "position_count":
-                    length["token"] = int(found["token_count"].sum(dtype=np.int64))
-                    length["position"] = int(found["position_count"].sum(dtype=np.int64))
-                    if length["token"] > plan.tokens or length["position"] > plan.positions:
-                        raise CacheFormatError("its examples do not fit it")
+            examples = int(self.shard_starts[index + 1] - self.shard_starts[index])
+            found = self._arrays("example", index, record, examples)
+            tokens, positions = (int(found[f"{name}_count"].sum(dtype=np.int64)) for name in ("token", "position"))
+            if tokens > plan.tokens or positions > plan.positions:
+                raise CacheFormatError("its examples do not fit it")
+            found |= self._arrays("token", index, record, tokens) | self._arrays("position", index, record, positions)
             shard = Shard(
                 token_count=found.pop("token_count").astype(np.int64),
                 position_count=found.pop("position_count").astype(np.int64),
@@ -158,11 +155,18 @@ class CacheReader:
                 raise CacheFormatError(problem)
         return shard
 
+    def _arrays(self, axis: Axis, index: int, record: bytes, count: int) -> dict[str, NDArray[Any]]:
+        """The first ``count`` slots of a shard in all arrays on an axis, several read at a time."""
+        places = [place for place, spec in enumerate(self._specs) if spec.axis == axis]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            found = threads.map(lambda place: self._slots(place, index, record, count), places)
+            return {self._specs[place].name: values for place, values in zip(places, found, strict=True)}
+
     def _slots(self, place: int, index: int, record: bytes, count: int) -> NDArray[Any]:
         """The first ``count`` slots of a shard in the array at ``place`` of the specs, proved by the commit record."""
         key = shard_keys([self._specs[place]], index)[0]
         data = read_proved(self._store, key, record[32 * place : 32 * place + 32])
-        return self._decoders[self._specs[place].name].decode(key, data, index, count)
+        return self._decoders[self._specs[place].name].decode(key, data, count)
 
     @contextlib.contextmanager
     def _told(self, index: int) -> Iterator[None]:
@@ -189,7 +193,7 @@ class CacheReader:
         data = read_bounded(self._store, f"{name}/c/0")
         if data is None:
             raise CacheFormatError(f"{name}/c/0: missing")
-        return decoder.decode(f"{name}/c/0", data, 0, length)
+        return decoder.decode(f"{name}/c/0", data, length)
 
     def _length(self, name: str) -> int:
         """What a tokenizer file's array says of its length: the manifest does not keep it."""

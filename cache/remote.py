@@ -241,8 +241,11 @@ def _listing(fs: Any, folder: str) -> list[dict[str, Any]]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it is of no use to try again; Google's 403 and 401 have no class of their own."""
-    return type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
+    """Whether it is of no use to try again; Google's 403 and 401, and the hub's, have no class of their own."""
+    known = (
+        type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
+    )
+    return known or getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
 
 
 def _commit(fs: Any, root: str, objects: Mapping[str, bytes]) -> None:

@@ -1,5 +1,6 @@
 """A shard in memory: whole examples, their tokens and their labels."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,11 @@ class Shard:
 
     def example(self, index: int) -> Example:
         """The example at a place in the shard."""
-        token, position = int(self.token_count[:index].sum()), int(self.position_count[:index].sum())
-        tokens = slice(token, token + int(self.token_count[index]))
-        rows = slice(position, position + int(self.position_count[index]))
+        tokens, rows = (slice(starts[index], starts[index + 1]) for starts in self._starts)
         return Example(self.input_ids[tokens], self.target_mask[tokens], self.targets[rows])
+
+    @functools.cached_property
+    def _starts(self) -> tuple[list[int], list[int]]:
+        """Where each example's tokens and its positions begin, and the last end."""
+        tokens, positions = (np.cumsum(counts).tolist() for counts in (self.token_count, self.position_count))
+        return [0, *tokens], [0, *positions]

@@ -41,23 +41,25 @@ def soft_labels(targets: SparseTargets, temperatures: Sequence[float], temperatu
     p_t(v) / (tail mass at t) is what the draws came from; unbiased for every f. ``bucket``: the head, weights p_T(v);
     the rest is ``log_rest``. ``renormalize``: the head's weights made to sum to 1; ignores the rest, biased.
     """
-    j = temperature_index(temperatures, temperature)
-    head = _log_probs(targets, targets.head_logprobs, temperatures, j)
-    weights, ids, log_probs = np.exp(head), targets.head_ids, head
+    j, k = temperature_index(temperatures, temperature), targets.head_ids.shape[1]
+    n, m = targets.tail_ids.shape if tail == "sampled" else (len(targets), 0)
+    ids = np.empty((n, k + m), dtype=np.int64)
+    weights, log_probs = np.empty((n, k + m), dtype=np.float32), np.empty((n, k + m), dtype=np.float32)
+    ids[:, :k], log_probs[:, :k] = targets.head_ids, _log_probs(targets, targets.head_logprobs, temperatures, j)
+    np.exp(log_probs[:, :k], out=weights[:, :k])
     if tail == "renormalize":
-        weights = weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+        weights /= np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
         log_probs = np.log(np.maximum(weights, np.finfo(np.float32).tiny))
-    elif tail == "sampled":
-        drawn = _log_probs(targets, targets.tail_logprobs, temperatures, j)
-        weights = np.concatenate([weights, _tail_weights(targets, drawn, temperatures)], axis=1)
-        ids = np.concatenate([ids, targets.tail_ids], axis=1)
-        log_probs = np.concatenate([log_probs, drawn], axis=1)
+    elif m:
+        ids[:, k:], log_probs[:, k:] = targets.tail_ids, _log_probs(targets, targets.tail_logprobs, temperatures, j)
+        weights[:, k:] = _tail_weights(targets, temperatures, j)
+    np.copyto(log_probs, 0, where=weights == 0)
     return SoftLabels(
         ids=ids,
-        weights=weights.astype(np.float32),
-        log_probs=np.where(weights > 0, log_probs, 0.0).astype(np.float32),
+        weights=weights,
+        log_probs=log_probs,
         log_rest=np.maximum(targets.log_tail_mass[:, j], np.float32(MASS_FLOOR)),
-        head_size=targets.head_ids.shape[1],
+        head_size=k,
     )
 
 
@@ -67,15 +69,20 @@ def _log_probs(targets: SparseTargets, logprobs: FloatArray, temperatures: Seque
     return found
 
 
-def _tail_weights(targets: SparseTargets, drawn: FloatArray, temperatures: Sequence[float]) -> FloatArray:
-    """(count / M) * p_T / r, from log-probabilities at T, in logs until the end: tail masses may be 1e-30."""
-    log_share = [
-        _log_probs(targets, targets.tail_logprobs, temperatures, i) - targets.log_tail_mass[:, i, None]
-        for i in range(len(temperatures))
-    ]
-    with np.errstate(invalid="ignore"):
-        log_r = np.logaddexp.reduce(np.stack(log_share), axis=0) - np.log(len(temperatures))
-        ratio = np.exp(drawn - log_r)
-    share = targets.tail_counts / max(1, targets.tail_counts.shape[1])
-    weights: FloatArray = np.where(targets.tail_counts > 0, share * np.nan_to_num(ratio), 0.0)
+def _tail_weights(targets: SparseTargets, temperatures: Sequence[float], j: int) -> FloatArray:
+    """(count / M) * p_T / r, (N, M), as count / M * J / sum over t of p_t / (p_T * tail mass at t).
+
+    Ratios of probabilities neither cancel nor vanish, however small those are: tail masses may be 1e-30. Where one is
+    beyond float32 the weight is 0, as it is in truth, or there is no tail.
+    """
+    shape = targets.tail_logprobs.shape
+    level = targets.log_partition[:, j, None] - targets.log_partition - targets.log_tail_mass
+    with np.errstate(over="ignore"):
+        inverse = np.full(shape, np.exp(level[:, j, None]), order="F")
+        for i in (i for i in range(len(temperatures)) if i != j):
+            ratio = targets.tail_logprobs * np.float32(1 / temperatures[i] - 1 / temperatures[j])
+            ratio += level[:, i, None]
+            inverse += np.exp(ratio, out=ratio)
+    weights: FloatArray = targets.tail_counts * np.float32(len(temperatures) / shape[1])
+    weights /= inverse
     return weights

@@ -18,7 +18,8 @@ FloatArray = NDArray[np.float32]
 class SparseTargets:
     """Sparse soft labels of N positions, row by row.
 
-    Draws are kept as distinct ids with counts; a slot with count 0 is padding (id 0, log-probability 0).
+    Draws are kept as distinct ids with counts; a slot with count 0 is padding (id 0, log-probability 0). Ids and counts
+    may be of narrower integer types than int64, as a cache stores them.
     """
 
     head_ids: IntArray  # (N, K) the K most probable tokens, most probable first
@@ -34,10 +35,12 @@ class SparseTargets:
         return len(self.gold_logprobs)
 
     def __getitem__(self, rows: slice | IntArray) -> "SparseTargets":
-        return SparseTargets(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return SparseTargets(*(getattr(self, name)[rows] for name in NAMES))
 
     @staticmethod
     def concatenate(parts: Sequence["SparseTargets"]) -> "SparseTargets":
         """The rows of all parts, in order."""
-        names = [field.name for field in fields(SparseTargets)]
-        return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+
+
+NAMES = tuple(field.name for field in fields(SparseTargets))

@@ -196,11 +196,12 @@ class Collator:
             positions[row, start : start + length] = np.arange(length)
             index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
         at = np.concatenate(index)
+        slots = np.array([sum(lengths) if examples else 0, ids.size])  # tokens, and room for them
         batch = {
             "input_ids": torch.from_numpy(ids),
             "target_index": torch.from_numpy(at),
             "gold": torch.from_numpy(ids.reshape(-1)[at + 1]),
-            "slots": torch.tensor([sum(lengths) if examples else 0, ids.size]),  # tokens, and room for them
+            "slots": torch.from_numpy(slots),
         }
         if len(ids) < len(examples):
             batch["position_ids"] = torch.from_numpy(positions)

@@ -1,4 +1,4 @@
-"""Local servers of the real kind: S3's and Google's protocols, OpenSSH on loopback, and a wire that can be cut."""
+"""Local servers of the real kind: protocols of S3, Google and the hub, OpenSSH on loopback, and a wire that is cut."""
 
 import contextlib
 import os
@@ -69,6 +69,35 @@ def gs_server(folder: Path, bucket: str) -> Iterator[int]:
 
 def gs_environment(port: int) -> dict[str, str]:
     return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}"}
+
+
+HUB = """
+[basic]
+repos-path = "{folder}/fetched"
+mirrors-path = ["{folder}/mirrors"]
+hf-scheme = "http"
+hf-netloc = "127.0.0.1:9"
+hf-lfs-netloc = "127.0.0.1:9"
+
+[accessibility]
+offline = true
+"""
+
+
+@contextlib.contextmanager
+def hf_server(folder: Path) -> Iterator[int]:
+    """The hub's HTTP protocol, for reading, over the git repositories in ``mirrors/``; gives its port."""
+    port = free_port()
+    (folder / "hub.toml").write_text(HUB.format(folder=folder))
+    options = ["--config", str(folder / "hub.toml"), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "olah.server", *options, "--log-path", str(folder / "logs")]
+    with running(command, port, folder / "hub.log"):
+        yield port
+
+
+def hf_environment(port: int, home: Path) -> dict[str, str]:
+    """For a process of its own: the hub's library reads it when it is imported."""
+    return {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
 
 @dataclass(frozen=True)
