@@ -153,7 +153,9 @@ def _label(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice
     for name, how in where.stored.items():
         uniforms = uniform_draws(0, rows.start, len(gold), how.draws)
         settings, unmeasured = how.settings(vocabulary), np.zeros(len(gold), dtype=np.bool_)
-        drawn, _ = label_rows(lambda logits: logits, logits_NV, gold, uniforms, unmeasured, settings, None)
+        drawn, _ = label_rows(
+            lambda logits: logits, logits_NV, gold, uniforms, unmeasured, settings, None, len(logits_NV)
+        )
         where.put(name, rows, through_codes(drawn, settings))
 
 
