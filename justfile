@@ -1,5 +1,9 @@
 # Logitcask's recipes. `just` alone runs the whole check, as CI does.
 
+# arguments reach commands as "$1" and "$@", quotes and all
+set positional-arguments
+set shell := ["bash", "-uc"]
+
 base := env("PYTHON", "python3")
 bin := ".venv/bin"
 logitcask := bin / "logitcask"
@@ -25,7 +29,7 @@ setup-vllm:
 
 # the tests of the vLLM engine, of a vLLM server and of a student in vLLM, on a CPU
 test-vllm *args: setup-vllm
-    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py tests/test_vllm_student.py {{args}}
+    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py tests/test_vllm_student.py "$@"
 
 # format check, lint, strict types, import layers
 lint:
@@ -36,7 +40,7 @@ lint:
 
 # the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal {{args}}
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:
@@ -44,37 +48,38 @@ fuzz:
 
 # set everything up, then: real teacher, real text, cache, student, generated text (under 5 minutes on 2 cores)
 demo folder="demo": setup
-    rm -rf {{folder}}
-    PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh {{folder}}
+    rm -rf "$1"
+    PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh "$1"
 
 # four tiny students on one cache side by side, resumable, as: just sweep [CACHE OUTPUT [options of train]]
 sweep cache="demo/cache" output="runs/sweep" *args:
-    PATH="$PWD/{{bin}}:$PATH" bash configs/sweep.sh {{cache}} {{output}} {{args}}
+    PATH="$PWD/{{bin}}:$PATH" bash configs/sweep.sh "$@"
 
 # stage 1, as: just precompute TEACHER DATA OUTPUT [options]
 precompute teacher data output *args:
-    {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} {{args}}
+    {{logitcask}} precompute-logits --teacher-model "$1" --train-data "$2" --output "$3" "${@:4}"
 
 # a SLURM job array of PARTS, as: just precompute-slurm PARTS TEACHER DATA OUTPUT [options] > job.sh; sbatch job.sh
 precompute-slurm parts teacher data output *args:
-    @printf '%s\n' '#!/bin/bash' '#SBATCH --job-name=logitcask' '#SBATCH --array=1-{{parts}}' '#SBATCH --gpus-per-task=1' \
-        '#SBATCH --requeue' 'srun {{logitcask}} precompute-logits --teacher-model {{teacher}} --train-data {{data}} --output {{output}} --shards "$SLURM_ARRAY_TASK_ID/{{parts}}" {{args}}'
+    @printf '%s\n' '#!/bin/bash' '#SBATCH --job-name=logitcask' "#SBATCH --array=1-$1" '#SBATCH --gpus-per-task=1' '#SBATCH --requeue'
+    @printf '%q ' srun {{logitcask}} precompute-logits --teacher-model "$2" --train-data "$3" --output "$4" "${@:5}"
+    @printf '%s\n' "--shards \"\$SLURM_ARRAY_TASK_ID/$1\""
 
 # stage 2, as: just train CACHE STUDENT_CONFIG OUTPUT_DIR [options]
 train cache student output *args:
-    {{logitcask}} train --cache {{cache}} --student-config {{student}} --output-dir {{output}} {{args}}
+    {{logitcask}} train --cache "$1" --student-config "$2" --output-dir "$3" "${@:4}"
 
 # what a cache holds
 cache-info cache:
-    {{logitcask}} cache info {{cache}}
+    {{logitcask}} cache info "$1"
 
 # copy a cache elsewhere, as: just push-cache s3://bucket/name [CACHE]; proved, resumable
 push-cache dst cache="data/cache":
-    {{logitcask}} cache copy {{cache}} {{dst}}
+    {{logitcask}} cache copy "$2" "$1"
 
 # bring a cache here, as: just pull-cache ssh://me@host/path/cache [CACHE]
 pull-cache src cache="data/cache":
-    {{logitcask}} cache copy {{src}} {{cache}}
+    {{logitcask}} cache copy "$1" "$2"
 
 # measure: stage 1's speed against a bare forward pass; angles and bytes of labels; reading, opening, memory
 bench:
@@ -91,7 +96,7 @@ bench:
 
 # the study: what a cached soft label is worth, hours on two cores; stopped, it goes on where it was
 study *args:
-    {{bin}}/python -m tests.benchmarks.study {{args}}
+    {{bin}}/python -m tests.benchmarks.study "$@"
 
 # remove what the recipes made, but for .venv
 clean:
