@@ -16,6 +16,7 @@ from cache.errors import CacheFormatError, LogitcaskError
 from cache.local_copies import LocalCopies
 from cache.remote import RemoteStore
 
+REASON = 200  # characters of zipfile's, which quotes names from the file, of up to 64 kB
 CONCURRENT = 64  # local objects asked for their size at once
 
 
@@ -50,7 +51,7 @@ class _CheckedZip(ZipStore):
         try:
             return await super().get(key, prototype, byte_range)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise CacheFormatError(f"{key}: damaged in the .zip file: {error}") from error
+            raise CacheFormatError(f"{key}: damaged in the .zip file: {str(error)[:REASON]}") from error
 
     async def getsize(self, key: str) -> int:
         return int(self._zf.getinfo(key).file_size)
@@ -61,7 +62,7 @@ def _open_zip(path: Path) -> Store:
     try:
         store._sync_open()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
-        raise CacheFormatError(f"{path}: not a logit cache: no readable .zip file: {error}") from error
+        raise CacheFormatError(f"{path}: not a logit cache: no readable .zip file: {str(error)[:REASON]}") from error
     return store
 
 

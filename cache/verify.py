@@ -1,20 +1,20 @@
 """Proving a cache: every object against its digest, then the labels against the manifest and each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from zarr.abc.store import Store
 
+from cache.consistency import inconsistent
 from cache.errors import CacheFormatError, LogitcaskError
 from cache.integrity import commit_key, committed_shards, constant_damage, constant_objects, shard_damage, shard_keys
-from cache.layout import HEAD_SCALE, ODDS_SCALE, array_specs
+from cache.layout import array_specs
 from cache.lock import sole_writer
-from cache.manifest import LabelSettings, Manifest
+from cache.manifest import Manifest
 from cache.objects import require_inside
 from cache.reader import CacheReader, read_manifest
-from cache.shard import Shard
 from cache.store import delete_objects, is_url, open_store
 from cache.targets import IntArray
 
@@ -95,7 +95,7 @@ def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArr
     except CacheFormatError as error:
         return [str(error)]
     totals += (len(shard.input_ids), len(shard.targets))
-    problems = list(_problems(shard, manifest.label))
+    problems = inconsistent(shard, manifest.label)
     if manifest.label.fidelity_positions:
         try:
             measured = reader.shard_fidelity(index)[0]
@@ -104,16 +104,3 @@ def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArr
         except CacheFormatError as error:
             problems.append(str(error))
     return problems
-
-
-def _problems(shard: Shard, label: LabelSettings) -> Iterator[str]:
-    targets = shard.targets
-    drawn = targets.tail_counts.sum(1)
-    if not np.isin(drawn, (0, label.tail_draws)).all():
-        yield f"tail_counts: a row must sum to 0 or {label.tail_draws}"
-    slack = HEAD_SCALE + ODDS_SCALE
-    for j in (j for j, temperature in enumerate(label.temperatures) if temperature == 1.0):
-        partition = targets.log_partition[:, j]
-        if not np.all(np.abs(partition) <= slack):
-            worst = float(np.exp(partition[np.abs(partition).argmax()]))
-            yield f"head and tail mass must sum to 1, sum to {worst:.3g}"

@@ -203,6 +203,14 @@ def cache_info(
         plot_labels(found.labels, found.manifest.teacher.id, plot)
 
 
+def _shards(path: str) -> int:
+    """The shards of a cache, finished or not."""
+    from cache.reader import read_manifest
+    from cache.store import open_store
+
+    return read_manifest(open_store(path, read_only=True), path).shards.count
+
+
 @cache_app.command("copy", **_example("cache copy data/cache s3://bucket/caches/code --shards 0:10"))
 def cache_copy(
     source: Annotated[str, typer.Argument(help="folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
@@ -216,8 +224,9 @@ def cache_copy(
     from pipeline.progress import track
     from pipeline.settings import shard_range
 
-    with track("copying", None, "shards") as advance:
-        copied = copy_cache(source, destination, shard_range(shards) if shards else None, advance)
+    chosen = shard_range(shards) if shards else None
+    with track("copying", chosen[1] - chosen[0] if chosen else _shards(source), "shards") as advance:
+        copied = copy_cache(source, destination, chosen, advance)
     typer.echo(
         f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} were there, {copied.bytes:,} bytes "
         "written; all match their digests"
@@ -238,7 +247,7 @@ def cache_verify(
     from cache.errors import CacheFormatError
     from pipeline.progress import track
 
-    with track("verifying", None, "shards") as advance:
+    with track("verifying", _shards(path), "shards") as advance:
         found = verification.verify(path, advance)
     told = "\n".join(found.problems) or f"{path}: all {found.shards} shards are whole"
     typer.echo(dumps({"path": path, **asdict(found)}, indent=2) if json else told)

@@ -1,13 +1,15 @@
 """A copy that is killed at a chosen write; apart from the tests, so that a new process starts quickly."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from zarr.storage import LocalStore
 
-from cache import remote
+from cache import copy, remote, zip
 from cache.copy import copy_cache
 
 Write = Callable[..., Coroutine[Any, Any, None]]
@@ -28,4 +30,29 @@ def copy_and_die(source: str, destination: str, writes: int) -> None:
 
     for store in (LocalStore, remote.RemoteStore):
         store.set = counted(store.set)  # type: ignore[method-assign]
+    copy_cache(source, destination, None)
+
+
+def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
+    """Copy to a .zip and SIGKILL inside ``pack``: after ``steps`` of its steps.
+
+    These are an object each, the flush, and the removal of the folder, which comes after the file was renamed.
+    """
+    plain, left = zip.pack, [steps]
+
+    def counted(step: Callable[..., object]) -> Callable[..., object]:
+        def one(*arguments: Any, **named: Any) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **named)
+
+        return one
+
+    def pack(folder: Path, destination: Path) -> None:
+        for module, name in ((shutil, "copyfileobj"), (os, "fsync"), (shutil, "rmtree")):
+            setattr(module, name, counted(getattr(module, name)))
+        plain(folder, destination)
+
+    copy.pack = pack  # type: ignore[attr-defined]
     copy_cache(source, destination, None)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.needed import lacking
 
 
 def free_port() -> int:
@@ -131,7 +131,7 @@ def ssh_server(folder: Path) -> Iterator[SshServer]:
     """An OpenSSH server on loopback."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None:
-        pytest.skip("no OpenSSH server here: apt-get install openssh-server rsync")
+        lacking("no OpenSSH server here: apt-get install openssh-server rsync")
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
     home, port = folder / "home", free_port()

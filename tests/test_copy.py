@@ -24,7 +24,8 @@ from cache.local_copies import LocalCopies
 from cache.reader import CacheReader
 from cache.report import describe
 from cache.verify import repair, verify
-from tests.dying import copy_and_die
+from tests.dying import copy_and_die, copy_and_die_packing
+from tests.needed import lacking
 from tests.runs import history, train
 from tests.servers import SshServer, Wire, s3_environment, s3_server, ssh_server
 from tests.tiny import folder_bytes, make_cache
@@ -137,6 +138,23 @@ def test_a_killed_copy_is_finished_by_the_same_command(cache: Path, place: str, 
         assert folder_bytes(Path(place)) == folder_bytes(cache)
 
 
+@pytest.mark.parametrize("moment", ["among the objects", "before it is renamed", "after it was renamed"])
+def test_a_copy_killed_while_it_packs_a_zip_is_finished(cache: Path, moment: str, tmp_path: Path) -> None:
+    place, objects = tmp_path / "cache.zip", len(folder_bytes(cache))
+    steps = {"among the objects": objects // 2, "before it is renamed": objects, "after it was renamed": objects + 1}
+    child = multiprocessing.get_context("spawn").Process(
+        target=copy_and_die_packing, args=(str(cache), str(place), steps[moment])
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert place.exists() == (moment == "after it was renamed")
+    copy(cache, place)
+    assert not list(tmp_path.glob(".*"))
+    copy(place, tmp_path / "back")
+    assert folder_bytes(tmp_path / "back") == folder_bytes(cache)
+
+
 def test_a_cut_connection_is_made_again(
     cache: Path, s3: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +197,7 @@ def test_an_unknown_host_key_is_refused(ssh: SshServer, tmp_path: Path) -> None:
 
 def test_rsync_and_cp_carry_a_cache(cache: Path, ssh: SshServer, tmp_path: Path) -> None:
     if shutil.which("rsync") is None:
-        pytest.skip("no rsync here: apt-get install openssh-server rsync")
+        lacking("no rsync here: apt-get install openssh-server rsync")
     far = f"{ssh.url(tmp_path).split('//')[1].split('@')[0]}@127.0.0.1:{tmp_path}/far/"
     subprocess.run(["rsync", "-a", "-e", ssh.command(), f"{cache}/", far], check=True)
     subprocess.run(["cp", "-r", str(tmp_path / "far"), str(tmp_path / "again")], check=True)

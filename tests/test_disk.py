@@ -19,6 +19,7 @@ from cache.shard import Shard
 from cache.writer import CacheWriter
 from pipeline.precompute import explain_limits, precompute
 from pipeline.shards import plan_strides
+from tests.needed import as_root, lacking
 from tests.runs import STUDENT, train, write_config
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
@@ -30,7 +31,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], capture_output=True, check=False)
     if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
+        lacking("mounting a tmpfs needs root")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
@@ -75,7 +76,7 @@ def test_a_read_only_target_is_one_line(tmp_path: Path, small_disk: Path) -> Non
         precompute(precompute_settings(tmp_path, output=small_disk / "cache"))
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody who may not write")
+@as_root
 def test_a_folder_of_somebody_else_is_one_line_and_the_same_command_finishes() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -93,7 +94,7 @@ def test_a_folder_of_somebody_else_is_one_line_and_the_same_command_finishes() -
         assert folder_bytes(Path(settings.output)) == whole
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody who may not write")
+@as_root
 @pytest.mark.parametrize(
     ("there", "refused"),
     [
@@ -169,7 +170,7 @@ def mount(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", disk], capture_output=True, check=False)
     if done.returncode:
-        pytest.skip("mounting a tmpfs needs root")
+        lacking("mounting a tmpfs needs root")
     subprocess.run(["mount", "--bind", disk, place], check=True)
     yield place
     for mounted in (place, disk):

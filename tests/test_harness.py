@@ -5,6 +5,7 @@ The harness pulls many packages and is not among those of the tests: ``pip insta
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.cli import main
 from tests.tiny import WORDS, make_teacher, write_jsonl
 
-harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None and "CI" not in os.environ, reason="lm-eval is not installed"
+)
 
 DOCS: list[dict[str, object]] = [
     {"prompt": f"How many {word} are {n}+2?", "choices": ["There are 4 apples", "bread and coffee"], "label": n % 2}

@@ -24,6 +24,7 @@ from cache.verify import verify
 from pipeline.distributed import default_workers, worker_options
 from pipeline.precompute import precompute
 from pipeline.settings import PrecomputeSettings
+from tests.needed import lacking
 from tests.servers import s3_environment, s3_server
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
@@ -99,7 +100,7 @@ def ip(*words: str) -> None:
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
     """Two networks joined by a wire, with nothing else in them."""
     if os.getuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("networks need root and iproute2")
+        lacking("networks need root and iproute2")
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     found = [Machine(f"logitcask-{os.getpid()}-{n}", f"10.213.77.{n}", token) for n in (1, 2)]

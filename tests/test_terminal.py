@@ -226,3 +226,15 @@ def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
     assert "complete -o default -F _logitcask_completion logitcask" in shown
     assert "installed" in logitcask("--install-completion", "bash", **home)
     assert "logitcask" in (tmp_path / ".bashrc").read_text()
+
+
+def test_bars_of_a_cache_tell_how_much_is_left(cache: Path, tmp_path: Path) -> None:
+    """The number of shards is known from the beginning; without it there is no time left."""
+    shards = CacheReader(cache).manifest.shards.count
+    for words in (["verify", str(cache)], ["copy", str(cache), str(tmp_path / "copy")]):
+        code, seen = on_a_terminal(["cache", *words])
+        assert code == 0, seen
+        assert f"{shards}/{shards}" in STYLE.sub("", seen)
+    code, seen = on_a_terminal(["cache", "copy", str(cache), str(tmp_path / "part"), "--shards", "1:3"])
+    assert code == 0, seen
+    assert "2/2" in STYLE.sub("", seen)

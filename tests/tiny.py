@@ -4,7 +4,7 @@ Legend: N positions, V vocabulary, z logits, T temperature. The reference comput
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cache.manifest import LabelSettings
+from cache.shard import Example, Shard
+from cache.targets import SparseTargets
 from pipeline.precompute import precompute
 from pipeline.settings import PrecomputeSettings
+from pipeline.sparsify import sparsify
 
 FloatArray64 = NDArray[np.float64]
 
@@ -114,6 +118,36 @@ def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> 
 def tiny_cache(tmp_path: Path, **changes: object) -> Path:
     """A cache made by a new tiny teacher."""
     return make_cache(tmp_path, None, **changes)
+
+
+def sound_shards(label: LabelSettings, sizes: Sequence[int], scale: float = 3.0) -> list[Shard]:
+    """Shards of so many examples, labelled from random logits of a standard deviation ``scale``.
+
+    The next token is by turns one of the head, one that was drawn, and any.
+    """
+    random = np.random.default_rng(0)
+
+    def example() -> Example:
+        length = int(random.integers(2, 12))
+        mask = random.random(length) < 0.7
+        mask[0], mask[-1] = True, False
+        at = np.flatnonzero(mask)
+        logits = torch.from_numpy(random.normal(0.0, scale, (len(at), label.vocab_size)).astype(np.float32))
+        uniforms = torch.from_numpy(random.random((len(at), label.tail_draws)))
+        gold = random.integers(0, label.vocab_size, len(at))
+
+        def made() -> SparseTargets:
+            return sparsify(logits, torch.from_numpy(gold), uniforms, label.head_size, label.temperatures)
+
+        first = made()
+        gold[::3] = first.head_ids[::3, 0] if label.head_size else gold[::3]
+        drawn = first.tail_counts[1::3].any(1)
+        gold[1::3][drawn] = first.tail_ids[1::3][drawn, 0] if label.tail_draws else gold[1::3][drawn]
+        ids = random.integers(0, label.vocab_size, length)
+        ids[at + 1] = gold
+        return Example(ids, mask, made())
+
+    return [Shard.of([example() for _ in range(count)]) for count in sizes]
 
 
 def dense_log_probs(z_NV: NDArray[np.floating], temperature: float = 1.0) -> FloatArray64:

@@ -1,6 +1,7 @@
 """The shard plan and the commits of a labelling of 100 billion tokens, without a teacher: seconds and memory.
 
-Run as ``python -m tests.benchmarks.scale [TOKENS] [SHARD_POSITIONS]``; a tenth of the examples is drawn and repeated.
+Then how fast one process tokenizes, on functions of the Python standard library and SmolLM2's tokenizer. Run as
+``python -m tests.benchmarks.scale [TOKENS] [SHARD_POSITIONS]``.
 """
 
 import resource
@@ -15,11 +16,18 @@ import numpy as np
 from zarr.storage import LocalStore
 
 from cache.integrity import commit_key, committed_shards
+from pipeline.data_generation.source import from_source
+from pipeline.data_settings import GenerateDataSettings
+from pipeline.examples import Encoder, encode_source
 from pipeline.shards import cut_shards, plan_strides, shards_of, shuffled
+from pipeline.token_table import TokenTable, stage_tokens
+from pipeline.tokenizer import load_tokenizer
+from tests.benchmarks.capture import teacher_path
 
 MEAN_LENGTH = 1000
 ARRAYS = 12
 WORKERS = 64
+EXAMPLES = 5_000  # to tokenize, at most
 T = TypeVar("T")
 
 
@@ -30,6 +38,23 @@ def timed(what: str, work: Callable[[], T]) -> T:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{what:44s}{time.perf_counter() - began:8.1f} s, peak {peak:5.1f} GB", flush=True)
     return found
+
+
+def tokenizing(folder: Path) -> None:
+    """Print the speed of what stage 1 does first: read, encode and stage all examples."""
+    settings = GenerateDataSettings.model_validate({"output_dir": folder / "data", "num_examples": EXAMPLES})
+    source = str(from_source(settings).path)
+    encoder = Encoder(load_tokenizer(teacher_path()), prompt_loss=False)
+
+    def stage() -> TokenTable:
+        return stage_tokens(
+            encode_source(encoder, source), folder, max_seq_length=1024, prompt_loss=False, source=source
+        )
+
+    began = time.perf_counter()
+    data = timed("tokenize", stage).identity
+    speed = data.tokens / (time.perf_counter() - began)
+    print(f"{data.tokens:,} tokens of {data.examples:,} examples: {speed:,.0f} tokens/s")
 
 
 def main() -> None:
@@ -56,6 +81,8 @@ def main() -> None:
         timed("write all commit records", commit)
         found = timed("which shards are committed", lambda: committed_shards(store, plan.count))
         assert len(found) == plan.count
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizing(Path(folder))
 
 
 if __name__ == "__main__":
