@@ -16,8 +16,16 @@ from cache.targets import IntArray, SparseTargets
 from pipeline.fidelity import Probe
 from pipeline.sparsify import sparsify
 
-SLICE_LOGITS = 1 << 24  # logits in memory at a time: 64 MiB in float32, whatever the batch and its lengths
-CACHED_LOGITS = 1 << 19  # of these, sparsified at a time on a processor: what its cache holds
+SLICE_LOGITS = 1 << 24  # logits in memory at a time, with copies of all: 64 MiB in float32, whatever the batch
+HOST_LOGITS = 1 << 25  # on a processor, which copies few of them: the more rows, the faster a product with the head
+FRESH_LOGITS = 31 << 18  # where each slice is new memory: below 32 MiB the C library hands out again what was freed
+CACHED_LOGITS = 1 << 20  # of these, sparsified at a time on a processor: what its cache holds
+
+
+def slice_rows(vocab_size: int, device: torch.device, *, fresh: bool) -> int:
+    """Rows of logits to make at a time; ``fresh``: whether each slice comes in new memory."""
+    on_host = FRESH_LOGITS if fresh else HOST_LOGITS
+    return max(1, (on_host if device.type == "cpu" else SLICE_LOGITS) // vocab_size)
 
 
 def label_rows(
@@ -28,12 +36,14 @@ def label_rows(
     measured_N: NDArray[np.bool_],
     label: LabelSettings,
     probe: Probe | None,
+    rows: int,
 ) -> tuple[SparseTargets, Sums]:
     """Labels of N positions from their hidden states, and the fidelity sums of those to be ``measured``.
 
-    Logits beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalising.
+    The logits of ``rows`` positions are made at a time; those beyond the tokenizer's vocabulary (padding of the
+    embedding matrix) are dropped before normalising.
     """
-    device, rows = hidden_NH.device, max(1, SLICE_LOGITS // label.vocab_size)
+    device = hidden_NH.device
     few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
     sums = np.zeros(row_width(len(label.temperatures)))

@@ -162,7 +162,7 @@ def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeyp
         return sparsify(logits, *rest)
 
     monkeypatch.setattr(labelling, "sparsify", spy)
-    monkeypatch.setattr(labelling, "SLICE_LOGITS", 300 * 7)
+    monkeypatch.setattr(labelling, "HOST_LOGITS", 300 * 7)
     cache = make_cache(tmp_path, batch_size=64, shard_positions=10_000)
     assert max(seen) == 7
     assert sum(seen) == CacheReader(cache).manifest.data.positions

@@ -235,6 +235,7 @@ def test_the_v2_step_takes_the_rows_of_each_request() -> None:
         np.zeros(len(targets), dtype=bool),
         LABEL,
         None,
+        len(targets),
     )
     from safetensors.numpy import load as load_arrays
 

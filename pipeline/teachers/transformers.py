@@ -4,17 +4,19 @@ Legend: B sequences a batch, L their padded length, N target positions, V vocabu
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cache.manifest import LabelSettings, TeacherIdentity
 from pipeline.devices import choose_device
 from pipeline.fidelity import Probe
-from pipeline.labelling import label_rows, split_rows
+from pipeline.labelling import label_rows, slice_rows, split_rows
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.models import load_causal_lm, weights_fingerprint
 from pipeline.sparsify import uniform_draws
@@ -30,6 +32,7 @@ class TransformersTeacher:
         self._model = model.eval()
         self._head = read_head(model)
         self._made_probe: Probe | None = None
+        self._room = self._head.weight.new_empty(0, 0)  # for a slice of logits, made once
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.facts = TeacherFacts(identity, int(self._head.weight.shape[0]), longest)
 
@@ -51,16 +54,25 @@ class TransformersTeacher:
         ]
         with torch.inference_mode():
             hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
+            room = self._slice(label)
             targets, fidelity = label_rows(
-                self._head.logits,
+                partial(self._head.logits, room=room),
                 hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)],
                 np.roll(ids_BL, -1, axis=1)[mask_BL],
                 np.concatenate(uniforms),
                 np.concatenate([example.measured for example in batch]),
                 label,
                 self._probe(label),
+                len(room),
             )
         return Labelled(split_rows(targets, counts), fidelity)
+
+    def _slice(self, label: LabelSettings) -> Tensor:
+        weight = self._head.weight
+        shape = slice_rows(label.vocab_size, weight.device, fresh=False), len(weight)
+        if self._room.shape != shape:
+            self._room = weight.new_empty(shape)
+        return self._room
 
     def _probe(self, label: LabelSettings) -> Probe | None:
         if self._made_probe is None and label.fidelity_positions:

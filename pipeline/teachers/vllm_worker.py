@@ -20,7 +20,7 @@ from cache.fidelity import row_width
 from cache.manifest import LabelSettings
 from cache.targets import SparseTargets
 from pipeline.fidelity import Probe
-from pipeline.labelling import SLICE_LOGITS, label_rows
+from pipeline.labelling import label_rows, slice_rows
 from pipeline.models import weights_fingerprint
 from pipeline.sparsify import uniform_draws
 
@@ -67,8 +67,9 @@ class Capture:
             if self._keeper:
                 self._label_rows(rows, wanted, np.asarray(prompt_L, dtype=np.int64), targets, inside, chosen)
             else:
-                for first in range(0, len(chosen), max(1, SLICE_LOGITS // self._label.vocab_size)):
-                    self._logits_of(chosen[first : first + max(1, SLICE_LOGITS // self._label.vocab_size)])
+                at_once = self._slice_rows(chosen)
+                for first in range(0, len(chosen), at_once):
+                    self._logits_of(chosen[first : first + at_once])
             rows.positions += len(inside)
         if start + len(hidden) > targets[-1]:
             self._done[int(wanted["example"])] = self._begun.pop(request)
@@ -89,9 +90,13 @@ class Capture:
             np.isin(inside, wanted["measured"]),
             label,
             self._probe,
+            self._slice_rows(chosen),
         )
         rows.parts.append(found)
         rows.fidelity = fidelity if rows.fidelity is None else rows.fidelity + fidelity
+
+    def _slice_rows(self, hidden: Tensor) -> int:
+        return slice_rows(self._label.vocab_size, hidden.device, fresh=True)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._logits_of(hidden)

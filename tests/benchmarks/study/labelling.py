@@ -57,7 +57,9 @@ def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows
 def drawn(logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64], label: LabelSettings) -> SparseTargets:
     """Labels by the product's functions, as they come back from a cache."""
     unmeasured = np.zeros(len(gold_N), dtype=np.bool_)
-    targets, _ = label_rows(lambda logits: logits, logits_NV, gold_N, uniforms_NM, unmeasured, label, None)
+    targets, _ = label_rows(
+        lambda logits: logits, logits_NV, gold_N, uniforms_NM, unmeasured, label, None, len(logits_NV)
+    )
     return through_codes(targets, label)
 
 
