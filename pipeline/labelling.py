@@ -60,6 +60,7 @@ def label_rows(
         if probe is not None and len(chosen):
             at = torch.from_numpy(chosen).to(device)
             sums += probe.measure(logits_NV[at], hidden_NH[cut][at], found[chosen], label)
+        del logits_NV  # or the next slice would need room beside it
     return SparseTargets.concatenate(parts), sums
 
 
