@@ -216,14 +216,6 @@ def report_designs(paths: dict[str, Path], console: Console) -> None:
         console.print(shown)
 
 
-def report_ideas(runs: Sequence[Run]) -> None:
-    """Write results/ideas.json: the second teacher's students of alpha 0 that tell whether an idea pays."""
-    kept = [
-        run for run in runs if run["setting"]["alpha"] == 0.0 and run["setting"]["way"].startswith(("exact", "sta"))
-    ]
-    write_atomically(RESULTS / "ideas.json", {"machine": machine(), "runs": kept})
-
-
 def report(folder: Path) -> None:
     """Write results/students.json and .png and those of the other parts, and print the tables."""
     console = Console(width=170)
@@ -243,7 +235,6 @@ def report(folder: Path) -> None:
     others = read(folder.parent / "second" / "runs", "*.json")
     found = {"machine": machine(), "study": about, "runs": runs, "runs_of_second_teacher": others}
     write_atomically(RESULTS / "students.json", found)
-    report_ideas(others)
     parts: dict[str, Sequence[Run]] = {"SmolLM2": [run for run in runs if run["setting"]["seed"] < 100]}
     if others:
         parts["second"] = others

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.study.report import RESULTS, Key, Run, against_exact, by_key, interval, measured
-from tests.benchmarks.study.students import LENGTHS, REDRAWN, TRAININGS
+from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
 
 
-def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
+def found(values: tuple[float, float | None] | None, sign: str = "") -> str:
     """A mean and its interval."""
     if values is None:
         return NONE
-    mean = f"{values[0]:{sign}.{digits}f}"
-    return mean if values[1] is None else f"{mean} ± {values[1]:.{digits}f}"
+    mean = f"{values[0]:{sign}.2f}"
+    return mean if values[1] is None else f"{mean} ± {values[1]:.2f}"
 
 
 def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -> tuple[float, float | None] | None:
@@ -71,70 +71,36 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     return lines
 
 
-IDEAS = {  # a student's way or training: what predicts it
-    "standard": "head 8 + tail 24, as stored",
-    "standard, stratified draws": "stratified draws",
-    "standard, half the draws by need": "half the draws by need",
-    "standard, drawn for this T alone": "drawn for this T alone",
-    "standard, half bucket": None,
-}
-
-
-def ideas_table(runs: Sequence[Run], designs: dict[str, Any], steps: int) -> list[str]:
-    """One line a way to have less noise: squared error predicted, and what students have more KL than exact's."""
-    groups = by_key(runs)
-    heads = ["error expected, T=1", "T=2", "KL more than exact, T=1", "T=2"]
-    lines = [row(["label and training", *heads]), "|" + "---|" * (len(heads) + 1)]
-    for way, design in IDEAS.items():
-        expected = [
-            f"{designs['temperatures'][t]['designs'][design]['squared_error']:.2f}" if design else NONE
-            for t in ("1", "2")
-        ]
-        ways = [way.replace("this T", f"T={t}") for t in (1, 2)]
-        lines.append(row([way, *expected, *more_than_exact(groups, ways, "usual", steps)]))
-    for training in TRAININGS:
-        for way in ("standard", REDRAWN):
-            if training != "usual" and Key(way, 1.0, 0.0, training) in groups:
-                cells = more_than_exact(groups, [way, way], training, steps)
-                lines.append(row([f"{way}; {training}", NONE, NONE, *cells]))
-    return lines
-
-
-def more_than_exact(groups: dict[Key, dict[int, Run]], ways: Sequence[str], training: str, steps: int) -> list[str]:
-    """KL at T=1 and T=2 of students of T=1 and T=2, less that of exact distillation with the same training."""
-    keys = [Key(way, t, 0.0, training) for way, t in zip(ways, (1.0, 2.0), strict=True)]
-    return [
-        found(against_exact(groups, key, steps, f"kl_at_{key.temperature:g}") if key in groups else None, "+", 3)
-        for key in keys
-    ]
-
-
-def designs_table(designs: dict[str, Any]) -> list[str]:
-    """One line a way to draw: entries, and squared error of the weights as part of what is stored."""
-    by_t = designs["temperatures"]
-    lines = [row(["label", "entries", *[f"T={t}" for t in by_t]]), "|" + "---|" * (len(by_t) + 2)]
-    for name, first in next(iter(by_t.values()))["designs"].items():
-        errors = [f"{one['designs'][name]['squared_error']:.2f}" for one in by_t.values()]
-        lines.append(row([name, f"{first['entries']:.1f}", *errors]))
+def designs_table(teachers: dict[str, Any]) -> list[str]:
+    """One line a way to draw: entries, and squared error of the weights as part of what is stored, by teacher."""
+    columns = [(name, t, at["designs"]) for name, one in teachers.items() for t, at in one["temperatures"].items()]
+    heads = [name if t == "1" else "" for name, t, _ in columns]
+    heads = [f"{name}: entries, T={t}" if name else f"T={t}" for name, (_, t, _) in zip(heads, columns, strict=True)]
+    lines = [row(["label", *heads]), "|" + "---|" * (len(heads) + 1)]
+    for design in columns[-1][2]:
+        cells = []
+        for _, t, at in columns:
+            one = at.get(design)
+            entries = f"{one['entries']:.1f}, " if one and t == "1" else ""
+            cells.append(f"{entries}{one['squared_error']:.2f}" if one else NONE)
+        lines.append(row([design, *cells]))
     return lines
 
 
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
-    students, gradients, designs, ideas = (
+    students, gradients, designs = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("students", "gradients", "designs", "ideas")
+        for name in ("students", "gradients", "designs")
     )
     parts = [
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
     ]
     steps = max(LENGTHS)
-    of = designs["teachers"]
     return [
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
-        designs_table(of["SmolLM2"]),
-        ideas_table(ideas["runs"], of["second"], steps),
+        designs_table(designs["teachers"]),
     ]
 
 
