@@ -71,40 +71,43 @@ def memory_watched(settings: TrainSettings, student: ModelShape, longest: int, d
         found = latest_checkpoint(settings.output_dir)
         then = f"then go on with --resume-from-checkpoint {found}" if found else "then run the same command again"
         raise LogitcaskError(
-            f"{what}: a step takes about {needed(settings, student, longest) / GB:.2f} GB by "
+            f"{what}: a step takes about {needed(settings, student, longest, device) / GB:.2f} GB by "
             f"estimate; what lowers it, most first: {advice}; {then}"
         ) from error
 
 
-def needed(settings: TrainSettings, student: ModelShape, longest: int, **changes: Any) -> float:
-    """Bytes that a step takes at most by estimate, with some settings changed."""
+def needed(settings: TrainSettings, student: ModelShape, longest: int, device: str, **changes: Any) -> float:
+    """Bytes that a step takes at most on a kind of device, by estimate, with some settings changed."""
     changed = settings.model_copy(update=changes)
     parts = student_memory(
         student,
         changed.batch_size * longest,
         checkpointing=changed.use_gradient_checkpointing,
         mixed=changed.use_mixed_precision,
+        on_cpu=device == "cpu",
     )
     return sum(parts.values())
 
 
 def savings(settings: TrainSettings, student: ModelShape, longest: int, device: str) -> list[str]:
     """What lowers the memory of a step, with the present value and the GB it saves by estimate, most first."""
-    now = needed(settings, student, longest)
+    now = needed(settings, student, longest, device)
     batch, accumulation = settings.batch_size, settings.gradient_accumulation_steps
     length = "--max-seq-length" if settings.cache is None else "--max-seq-length in stage 1"
     fixed = student_memory(student, 0, checkpointing=False, mixed=settings.use_mixed_precision)
     found = [(sum(fixed.values()) / 2, f"a student smaller than {student.parameters:,} parameters, half")]
     if batch > 1:
         words = f"halve --batch-size from {batch} and double --gradient-accumulation-steps from {accumulation}"
-        found.append((now - needed(settings, student, longest, batch_size=batch // 2), words))
+        found.append((now - needed(settings, student, longest, device, batch_size=batch // 2), words))
     if longest > 2:
         words = f"a smaller {length}, the longest example has {longest} tokens, half"
-        found.append((now - needed(settings, student, longest // 2), words))
+        found.append((now - needed(settings, student, longest // 2, device), words))
     if not settings.use_gradient_checkpointing:
-        less = now - needed(settings, student, longest, use_gradient_checkpointing=True)
+        less = now - needed(settings, student, longest, device, use_gradient_checkpointing=True)
         found.append((less, "--use-gradient-checkpointing"))
     if not settings.use_mixed_precision and device != "cpu":
-        found.append((now - needed(settings, student, longest, use_mixed_precision=True), "--use-mixed-precision"))
+        found.append(
+            (now - needed(settings, student, longest, device, use_mixed_precision=True), "--use-mixed-precision")
+        )
     helps = sorted((pair for pair in found if pair[0] > 0), reverse=True)
     return [f"{words} (-{less / GB:.2f} GB)" for less, words in helps]

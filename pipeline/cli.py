@@ -111,6 +111,8 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, with no teacher in memory."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: huge pages for large tensors on a CPU
+
     from pipeline.train import run_training
 
     run_training(settings)

@@ -134,6 +134,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         batch_tokens,
         checkpointing=settings.use_gradient_checkpointing,
         mixed=settings.use_mixed_precision,
+        on_cpu=device == CPU,
     )
     return Plan(
         examples=amount.examples,

@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from cache.errors import LogitcaskError
+from pipeline.activations import free_at_once, keep_products_only
 from pipeline.batches import BatchSampler, Collator, held_out
 from pipeline.budget import Extent, memory_watched, needed, summary
 from pipeline.checkpoints import KeepSettings, admit_output, saving, write_json
@@ -60,9 +61,13 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         accumulation=settings.gradient_accumulation_steps,
     )
     shape, device = shape_of_model(model, "student"), arguments.device.type
+    if device == "cpu":
+        free_at_once()
+        if not settings.use_gradient_checkpointing:
+            keep_products_only(model)
     if arguments.process_index == 0:
         extent = Extent(source.amount, len(kept), sampler, arguments.world_size)
-        for line in summary(settings, extent, str(arguments.device), needed(settings, shape, source.longest)):
+        for line in summary(settings, extent, str(arguments.device), needed(settings, shape, source.longest, device)):
             say(line)
         say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
     with memory_watched(settings, shape, source.longest, device):

@@ -262,7 +262,7 @@ def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
         "a smaller --max-seq-length, the longest example has 1024 tokens, half",
         "--use-gradient-checkpointing", "--use-mixed-precision", "a student smaller than 100,000,000 parameters, half",
     }  # fmt: skip
-    less = needed(settings, shape, 1024) - needed(settings, shape, 1024, batch_size=4)
+    less = needed(settings, shape, 1024, "cuda") - needed(settings, shape, 1024, "cuda", batch_size=4)
     assert any(words.startswith("halve") and f"(-{less / 1e9:.2f} GB)" in words for words in found)
     one = settings.model_copy(update={"batch_size": 1, "use_gradient_checkpointing": True})
     assert not any("batch" in words or "checkpointing" in words for words in savings(one, shape, 1024, "cpu"))

@@ -1,9 +1,11 @@
-"""The plan's memory of stage 2 against what training takes: students of configs/ on the CPU, two optimizer steps each.
+"""The plan's memory of stage 2 against what training takes: students of configs/ on the CPU, two optimizer steps each,
+of two passes, so that gradients are there already when the second pass begins.
 
 Run as ``python -m tests.benchmarks.memory_model`` (about three minutes on two cores). Each case is a process of its
 own; measured is the growth of its peak resident memory from before the student is made.
 """
 
+import os
 import resource
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.activations import free_at_once, keep_products_only
 from pipeline.costs import MEASURED_VOCABULARY, shape_of_student, student_memory
 from pipeline.losses import LossSettings
 from pipeline.student import student_from_config
@@ -42,16 +45,20 @@ def resident() -> int:
 
 def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: bool) -> int:
     """Bytes by which two steps raise this process's peak."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the command does
+    free_at_once()
     torch.ones(64, 64).matmul(torch.ones(64, 64))
     before = resident()
     model = student_from_config(config_path(name), MEASURED_VOCABULARY)
     make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"), 8)
     if checkpointing:
         model.gradient_checkpointing_enable()
+    else:
+        keep_products_only(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model.train()
     count = examples * length
-    for _ in range(2):
+    for number in range(4):
         batch = {
             "input_ids": torch.randint(0, MEASURED_VOCABULARY, (examples, length)),
             "target_index": torch.arange(count),
@@ -64,8 +71,9 @@ def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: b
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             loss = model(**batch).total / count
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
     return resident() - before
 
 
@@ -79,7 +87,7 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.benchmarks.memory_model", str(number)]
         measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         shape = shape_of_student(config_path(name), MEASURED_VOCABULARY)
-        parts = student_memory(shape, examples * length, checkpointing=checkpointing, mixed=mixed)
+        parts = student_memory(shape, examples * length, checkpointing=checkpointing, mixed=mixed, on_cpu=True)
         predicted = sum(parts.values())
         kind = "bf16 mixed" if mixed else "float32"
         words = [name, str(examples), str(length), "yes" if checkpointing else "no", kind]

@@ -1,12 +1,16 @@
 """What distillation costs the student beside plain training: one loss alone, and one whole step.
 
 Each row is a ratio of medians in one run, the ways taking turns. Peak memory (Linux) is of a process of its own, less
-what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Run as
-``python -m tests.benchmarks.student_step [loss|step] [REPEATS]``; on two cores the losses take about ten minutes, the
-steps about twenty.
+what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Ours and
+online run as ``logitcask train`` does on a CPU: layers that keep the results of products, freed blocks given back, huge
+pages. In the process that takes times all ways have huge pages, plain training too. Run as
+``python -m tests.benchmarks.student_step [loss|step|online] [REPEATS]``; on two cores the losses take about ten
+minutes, the steps about twenty, online beside a larger teacher about ten.
 """
 
+import ctypes
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from pipeline.activations import M_MMAP_THRESHOLD, free_at_once, keep_products_only
 from pipeline.fused import SLICE_LOGITS, TeacherRows, fused_loss
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, SparseLabels
@@ -29,12 +34,15 @@ from pipeline.student import student_from_config
 from pipeline.trainer import make_loss_forward
 from tests.benchmarks.capture import teacher_path
 
-STUDENT = Path("configs/students/100m.json")
+STUDENT, TEACHER = Path("configs/students/100m.json"), Path("configs/students/1b.json")
 VOCAB, WIDTH, BATCH, LENGTH = 49_152, 576, 8, 512
 HEAD, DRAWS, TOP = 8, 24, 64
 HYBRID = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
 LOGIT_1 = LossSettings(alpha=0.0, temperature=1.0, tail="sampled", divergence="forward-kl")
-PLAIN = "plain cross-entropy"
+PLAIN, OURS, LARGE = "plain cross-entropy", "ours, hybrid at T=2", "online, a random teacher of 0.95B in memory"
+THRIFTY = ("ours", "online")  # how the names of ways begin that train as ``logitcask train`` does
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+GLIBC_LARGEST = 32 << 20  # of a block in the heap, where glibc's own adjusting ends
 Way = Callable[[], None]
 
 
@@ -77,13 +85,13 @@ def loss_ways(vocab: int, n: int) -> dict[str, Way]:
     return {
         "the three matrix products": products,
         PLAIN: lambda: backward(functional.cross_entropy(hidden @ weight.t(), gold, reduction="sum")),
-        "ours, hybrid at T=2": lambda: backward(fused_loss(hidden, head, gold, sparse, HYBRID).total),
+        OURS: lambda: backward(fused_loss(hidden, head, gold, sparse, HYBRID).total),
         "ours, logit at T=1": lambda: backward(fused_loss(hidden, head, gold, sparse, LOGIT_1).total),
         "full logits, top-64, T=2": lambda: backward(peers(hidden @ weight.t(), gold, top, HYBRID)),
     }
 
 
-def step_ways(wanted: str | None = None, checkpointing: bool = False) -> dict[str, Way]:
+def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: bool = False) -> dict[str, Way]:
     """A whole step of the 100m student in float32 with AdamW: every position but each row's last is a target."""
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (BATCH, LENGTH))
@@ -95,11 +103,19 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False) -> dict[st
         if wanted not in (None, name):
             return
         student = student_from_config(STUDENT, VOCAB).train()
+        thrifty = name.startswith(THRIFTY)
         if checkpointing:
             student.gradient_checkpointing_enable()
-        loss, optimizer = make(student), torch.optim.AdamW(student.parameters(), lr=1e-5)
+        elif thrifty:
+            keep_products_only(student)
+        loss = make(student)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)  # the Trainer's default
 
         def step() -> None:
+            if thrifty:
+                free_at_once()
+            elif not alone:  # another way has had this process give all back
+                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GLIBC_LARGEST)
             torch.autograd.backward(loss())
             optimizer.step()
             optimizer.zero_grad()
@@ -125,38 +141,47 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False) -> dict[st
         top = labels(n, VOCAB, TOP)
         return lambda: peers(student(input_ids=ids).logits.flatten(0, 1)[at], gold, top, HYBRID) / n
 
-    def online(student: PreTrainedModel) -> Callable[[], Tensor]:
-        teacher = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
-        head, own = read_head(teacher), read_head(student)
+    def online(load: Callable[[], PreTrainedModel]) -> Callable[[PreTrainedModel], Callable[[], Tensor]]:
+        def make(student: PreTrainedModel) -> Callable[[], Tensor]:
+            teacher = load().eval()
+            head, own = read_head(teacher), read_head(student)
 
-        def loss() -> Tensor:
-            with torch.no_grad():
-                rows = last_hidden_states(teacher, ids).flatten(0, 1)[at]
-            target = TeacherRows(rows, head, VOCAB)
-            return fused_loss(last_hidden_states(student, ids).flatten(0, 1)[at], own, gold, target, HYBRID).total / n
+            def loss() -> Tensor:
+                with torch.no_grad():
+                    rows = last_hidden_states(teacher, ids).flatten(0, 1)[at]
+                target, hidden = TeacherRows(rows, head, VOCAB), last_hidden_states(student, ids).flatten(0, 1)[at]
+                return fused_loss(hidden, own, gold, target, HYBRID).total / n
 
-        return loss
+            return loss
+
+        return make
 
     add(PLAIN, plain)
-    add("ours, hybrid at T=2", ours(HYBRID))
+    add(OURS, ours(HYBRID))
     add("ours, logit at T=1", ours(LOGIT_1))
     add("full logits, top-64, T=2", usual)
-    add("online, teacher 135M in memory, fused", online)
+    add("online, teacher 135M in memory, fused", online(lambda: load_causal_lm(teacher_path(), dtype=torch.float32)))
+    if wanted == LARGE:
+        add(LARGE, online(lambda: student_from_config(TEACHER, VOCAB)))
     return found
 
 
 def peak(kind: str, name: str, vocab: int, n: int) -> float:
     """Peak memory in MB that a way adds, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.student_step", "peak", kind, name, str(vocab), str(n)]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"])
+    system = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=system)
+    return float(json.loads(done.stdout)["mb"])
 
 
 def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
     """Print what ``peak`` reads."""
     way = loss_ways(vocab, n)[name] if kind == "loss" else None
+    if kind != "loss" and name.startswith(THRIFTY):
+        os.environ[HUGE_PAGES] = "1"  # as the command does; torch looks at the first large tensor
     start = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-    way = way or step_ways(name, kind == "checkpointed step")[name]
+    way = way or step_ways(name, kind == "checkpointed step", alone=True)[name]
     for _ in range(2):
         way()
     print(json.dumps({"mb": resident("VmHWM") - start}))
@@ -193,19 +218,25 @@ def main() -> None:
         measure_peak(arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))
         return
     console, repeats = Console(width=140), int(next((a for a in arguments if a.isdigit()), "5"))
-    if "step" not in arguments:
+    kinds = [a for a in arguments if not a.isdigit()] or ["loss", "step", "online"]
+    if "loss" in kinds:
         for vocab, n in ((32_000, 512), (VOCAB, 512), (VOCAB, 2048), (128_256, 512), (262_144, 256)):
             ways = loss_ways(vocab, n)
             peaks = {name: peak("loss", name, vocab, n) for name in ways}
             console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
-    if "loss" not in arguments:
+    os.environ[HUGE_PAGES] = "1"
+    if "step" in kinds:
         ways = step_ways()
         peaks = {name: peak("step", name, 0, 0) for name in ways}
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
         console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
-        names = PLAIN, "ours, hybrid at T=2"
-        plain, ours = (peak("checkpointed step", name, 0, 0) for name in names)
+        plain, ours = (peak("checkpointed step", name, 0, 0) for name in (PLAIN, OURS))
         console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")
+    if "online" in kinds:
+        ways = {name: step_ways(name)[name] for name in (PLAIN, OURS, LARGE)}
+        peaks = {name: peak("step", name, 0, 0) for name in ways}
+        title = f"the same, a larger teacher, medians of {repeats}"
+        console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
 
 
 if __name__ == "__main__":
