@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+_putting = threading.Lock()  # a shard's objects come at the same time, and room is made for one
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class LocalCopies:
         partial = self.folder / f"{digest.hex()}.{uuid.uuid4().hex}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data))
-            partial.write_bytes(data)
-            partial.replace(self.folder / digest.hex())
+            with _putting:
+                self._make_room(len(data))
+                partial.write_bytes(data)
+                partial.replace(self.folder / digest.hex())
         except OSError:
             with contextlib.suppress(OSError):
                 partial.unlink()
