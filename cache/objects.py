@@ -143,7 +143,7 @@ class Decoder:
             chunk = memoryview(data)[start:end]
             if _claimed_size(codec, chunk) != size:
                 raise CacheFormatError(f"{key}: a chunk claims another size than its layout's {size} bytes")
-            if number * rows < count:
+            if number * rows < max(1, count):  # of no slots, too, the type
                 try:
                     flat = np.frombuffer(_decompress(codec, chunk), self._array.dtype.newbyteorder("<"))
                     parts.append(flat.reshape(*width, rows).T if columns else flat.reshape(rows, *width))
