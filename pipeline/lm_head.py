@@ -31,7 +31,10 @@ class LMHead:
             raw = torch.addmm(self.bias, hidden, self.weight.t(), out=out)
         if self.scale != 1.0:
             raw = raw.mul_(self.scale)
-        return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is None:
+            return raw
+        capped = raw.div_(self.softcap).tanh_()
+        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)  # autograd keeps the tanh
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
