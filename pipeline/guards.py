@@ -45,6 +45,7 @@ class Watch(TrainerCallback):
         self._norm: Tensor | None = None
         self._rows: list[Tensor] = []  # loss and gradient norm, (2,), of each step not looked at yet
         self._skipped = 0
+        self._bad: int | None = None  # the first held-out example whose loss is not finite
 
     def note_loss(self, loss: Tensor) -> None:
         """Add the loss of a forward pass, a scalar, to its optimizer step's."""
@@ -53,6 +54,10 @@ class Watch(TrainerCallback):
     def note_norm(self, norm: Tensor) -> None:
         """Take the norm of the step's gradient, a scalar; under FSDP in parts, one a rank."""
         self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def note_held_out(self, bad: int | None) -> None:
+        """Take the first held-out example whose loss alone is not finite, None where all are: their sum is not."""
+        self._bad = bad
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -81,8 +86,13 @@ class Watch(TrainerCallback):
         """Raise LogitcaskError where the loss of the held-out examples is not finite."""
         loss = metrics["eval_total_loss"]
         if not math.isfinite(loss):
-            advice = self._advice(self._sampler.left_out)
-            raise LogitcaskError(f"step {state.global_step}: the loss of the held-out examples is {loss}; {advice}")
+            first = (
+                "that of none alone" if self._bad is None else f"the first is example {self._bad} of the cache or data"
+            )
+            advice = self._advice(self._sampler.left_out if self._bad is None else [self._bad])
+            raise LogitcaskError(
+                f"step {state.global_step}: the loss of the held-out examples is {loss}, {first}; {advice}"
+            )
 
     def _look(self, args: TrainingArguments, state: TrainerState) -> None:
         count = len(self._rows)
@@ -93,7 +103,7 @@ class Watch(TrainerCallback):
         bad = ~rows.isfinite()
         place = int(bad.any(2).any(0).nonzero()[0])
         step = state.global_step - count + 1 + place
-        rank = int(bad[:, place].any(1).nonzero()[0])
+        rank = int(bad[:, place].sum(1).argmax())  # the norm is of all ranks, the loss its own
         loss, norm = rows[rank, place].tolist()
         examples = self._sampler.step_examples(step - 1)
         shown = ", ".join(map(str, examples[:IDS_SHOWN])) + (", ..." if len(examples) > IDS_SHOWN else "")

@@ -1,5 +1,6 @@
 """transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -178,15 +179,21 @@ class DistillationTrainer(Trainer):
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches[self.args.process_index :: ranks]:
-                inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
-                found: LossSums = self.model(**inputs)
-                sums += torch.stack(
-                    [*(getattr(found, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))]
-                )
-        metrics = self._means(sums.float().to(self.args.device), "eval_")
+                sums += self._held_out_sums(batch)
+            metrics = self._means(sums.float().to(self.args.device), "eval_")
+            if not math.isfinite(
+                metrics["eval_total_loss"]
+            ):  # of all ranks: each looks for the first in the same order
+                alone = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
+                self._watch.note_held_out(next(alone, None))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _held_out_sums(self, batch: list[int]) -> Tensor:
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
+        found: LossSums = self.model(**inputs)
+        return torch.stack([*(getattr(found, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A whole ordinary model at the end of a run; checkpoints are as FSDP's settings have them."""

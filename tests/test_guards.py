@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,19 +130,24 @@ def test_a_label_that_is_not_finite_is_named_with_its_example(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No cache gives one, its reader refuses it: memory that went bad does."""
-    plain = CacheExamples.__getitem__
-
-    def damaged(self: CacheExamples, index: int) -> TrainingExample:
-        found = plain(self, index)
-        if index == 13 and found.targets is not None:
-            found.targets.head_logprobs[0, 0] = np.nan
-        return found
-
-    monkeypatch.setattr(CacheExamples, "__getitem__", damaged)
+    monkeypatch.setattr(CacheExamples, "__getitem__", damaged_at(13))
     held = 13 in held_out(24, 0.1, 0)
     assert not held
     with pytest.raises(LogitcaskError, match=r"step 2: not finite.*label of example 13 is not finite: check the data"):
         train(cache, tmp_path / "run", batch_size=8, max_steps=3)
+
+
+def damaged_at(bad: int) -> Callable[[CacheExamples, int], TrainingExample]:
+    """A way to read examples that spoils the label of one."""
+    plain = CacheExamples.__getitem__
+
+    def damaged(self: CacheExamples, index: int) -> TrainingExample:
+        found = plain(self, index)
+        if index == bad and found.targets is not None:
+            found.targets.head_logprobs[0, 0] = np.nan
+        return found
+
+    return damaged
 
 
 def watched(cache: Path, output: Path, **changes: object) -> tuple[Watch, TrainSettings]:
@@ -197,15 +202,27 @@ def test_fp16_needs_a_gpu(cache: Path, tmp_path: Path) -> None:
         train(cache, tmp_path / "run", use_mixed_precision=True, mixed_precision_dtype="fp16")
 
 
-def test_both_ranks_stop_where_one_is_not_finite(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "rate", "cause"),
+    [
+        ("pipeline.cli", 1e30, "likely cause: --learning-rate 1e+30 is too high"),
+        ("tests.spoiled_on_ranks", 1e-3, "likely cause: the label of example 13 is not finite"),  # one rank has it
+    ],
+)
+def test_both_ranks_stop_where_one_is_not_finite(
+    cache: Path, tmp_path: Path, module: str, rate: float, cause: str
+) -> None:
     write_config(tmp_path / "student.json", STUDENT)
-    words = command(tmp_path, "run", TORCHRUN, cache=cache, learning_rate=1e30, batch_size=4, max_steps=9, save_steps=1)
+    options = {"cache": cache, "learning_rate": rate, "batch_size": 4, "max_steps": 9, "save_steps": 1}
+    words = command(tmp_path, "run", TORCHRUN, module=module, **options)
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.returncode != 0
     found = [line for line in ran.stderr.splitlines() if line.startswith("error: step")]
     assert len(found) == 2
     assert found[0] == found[1]
+    assert "not finite any more: loss nan" in found[0] or rate > 1
     assert "the step's 8 examples" in found[0]
+    assert cause in found[0]
 
 
 def test_memory_that_runs_out_is_one_line_with_what_to_change(cache: Path, tmp_path: Path) -> None:
