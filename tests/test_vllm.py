@@ -1,5 +1,6 @@
 """The real vLLM on a CPU against transformers: chunked prefill, prefix cache, preemption. Run by ``just test-vllm``."""
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -17,6 +18,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
 
+from cache.errors import LogitcaskError
 from cache.manifest import LabelSettings
 from cache.reader import CacheReader
 from cache.verify import verify
@@ -106,11 +108,16 @@ def test_labels_are_those_of_transformers(chunked: bool, load: Load, plain: Tran
 
 
 def test_a_prefix_cache_skips_no_label(load: Load, plain: TransformersTeacher) -> None:
-    teacher = load(enable_prefix_caching=True)
+    from vllm import SamplingParams
+
+    teacher = load(enable_prefix_caching=True, block_size=32)
     batch = examples([LONGEST, 80])
     wanted = plain.label(batch, LABEL)
     for _ in range(2):
         assert_same(teacher.label(batch, LABEL), wanted)
+    prompt = {"prompt_token_ids": batch[0].input_ids[:-1].tolist()}
+    (found,) = teacher._llm.generate([prompt], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    assert found.num_cached_tokens > 0, "nothing was cached: the second round proves nothing"
 
 
 def test_another_label_takes_the_place_of_the_first(
@@ -192,10 +199,76 @@ def test_stage_1_runs_on_it(tmp_path: Path, folder: Path) -> None:
         assert (found.targets.tail_ids == wanted.targets.tail_ids).mean() > 0.9
 
 
-def test_a_vllm_that_lacks_an_attribute_is_named() -> None:
-    runner: Any = SimpleNamespace(requests={}, input_batch=None, _get_prompt_logprobs_dict=None)
-    assert vllm_worker._hook_v1(runner, None) == "model_runner.query_start_loc"  # type: ignore[arg-type]
-    assert vllm_worker._hook_v2(SimpleNamespace(), None) == "prompt_logprobs_worker.add_request"  # type: ignore[arg-type]
+def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Path) -> None:
+    """The manifest and the last line say that it is the fallback."""
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    said = {}
+    for engine in ("vllm-topk", "transformers"):
+        options = ["--teacher-model", folder, "--train-data", tmp_path / "train.jsonl", "--output", tmp_path / engine,
+                   "--head-size", 4, "--tail-draws", 0, "--temperatures", 1, "--fidelity-positions", 0]  # fmt: skip
+        words = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, options), "--engine", engine]
+        words += ["--max-seq-length", "64", "--shard-positions", "64"]
+        said[engine] = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        assert verify(tmp_path / engine).problems == []
+    own = "labels are vLLM's own: the head at T=1 alone, no draws, no other temperature"
+    assert said["vllm-topk"][-1] == own
+    assert own not in said["transformers"]
+    found, wanted = CacheReader(tmp_path / "vllm-topk"), CacheReader(tmp_path / "transformers")
+    assert found.manifest.teacher.engine == "vllm prompt_logprobs"
+    assert (found.manifest.label.temperatures, found.manifest.label.tail_draws) == ([1.0], 0)
+    assert len(found) == len(wanted) == len(RECORDS)
+    for index in range(len(found)):
+        a, b = found.example(index), wanted.example(index)
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+        assert (a.targets.head_ids == b.targets.head_ids).mean() > 0.9
+        np.testing.assert_allclose(a.targets.head_logprobs, b.targets.head_logprobs, atol=0.13)  # a code's width
+
+
+@contextlib.contextmanager
+def without(owner: Any, name: str) -> Iterator[None]:
+    """An object or a class that has lost an attribute or a field."""
+    place = owner if isinstance(owner, dict) else vars(owner)
+    kept = place.pop(name)
+    yield
+    place[name] = kept
+
+
+def test_a_vllm_that_lacks_an_attribute_is_told(load: Load, plain: TransformersTeacher) -> None:
+    """With the whole message; and once it is there, the same teacher labels."""
+    import vllm
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    teacher, batch = load(), examples([20, 5])
+    (worker,) = teacher._llm.collective_rpc(lambda wrapper: wrapper.worker)
+    runner, fields = worker.model_runner, CachedRequestState.__dataclass_fields__
+    for owner, lost, named in (
+        (worker, "rank", "worker.rank"),
+        (runner, "model", "worker.model_runner.model.compute_logits"),
+        (runner, "requests", "model_runner.requests"),
+        (runner.input_batch, "req_id_to_index", "model_runner.input_batch.req_id_to_index"),
+        (runner, "query_start_loc", "model_runner.query_start_loc.np"),
+        (runner.query_start_loc, "np", "model_runner.query_start_loc.np"),
+        (fields, "num_computed_tokens", "CachedRequestState.num_computed_tokens"),
+    ):
+        with without(owner, lost), pytest.raises(LogitcaskError) as told:
+            teacher.label(batch, LABEL)
+        assert str(told.value) == (
+            f"vLLM {vllm.__version__} lacks {named}: known to work is 0.32.x: install it, or use --engine "
+            "transformers, or --engine vllm-topk for the head at T=1 alone"
+        )
+    assert_same(teacher.label(batch, LABEL), plain.label(batch, LABEL))
+
+
+def test_a_v2_runner_that_lacks_an_attribute_is_named() -> None:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
+
+    capture: Any = None
+    assert vllm_worker._hook_v2(SimpleNamespace(), capture) == "prompt_logprobs_worker.add_request"
+    worker = PromptLogprobsWorker(8, torch.device("cpu"))
+    for lost in ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np"):
+        with without(InputBatch.__dataclass_fields__, lost):
+            assert vllm_worker._hook_v2(worker, capture) == f"InputBatch.{lost}"
 
 
 def test_the_v2_step_takes_the_rows_of_each_request() -> None:

@@ -9,6 +9,7 @@ Legend: L prompt tokens, N target positions of an example, M tail draws.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -130,17 +131,20 @@ class LogitCapture:
         if self.logitcask_capture is not None:  # its step is in the runner already
             self.logitcask_capture.begin(settings)
             return ""
+        needed = ("rank", "parallel_config.tensor_parallel_size", "model_runner.model.compute_logits")
+        if lacking := _lacking(self, "worker", *needed):
+            return lacking
         runner = self.model_runner  # type: ignore[attr-defined]
-        logits_of = getattr(getattr(runner, "model", None), "compute_logits", None)
-        if logits_of is None:
-            return "model_runner.model.compute_logits"
         keeper = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
-        self.logitcask_capture = Capture(settings, logits_of, keeper)
+        capture = Capture(settings, runner.model.compute_logits, keeper)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
-            return _hook_v1(runner, self.logitcask_capture)
-        if getattr(runner, "prompt_logprobs_worker", None) is not None:
-            return _hook_v2(runner.prompt_logprobs_worker, self.logitcask_capture)
-        return "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
+            lacking = _hook_v1(runner, capture)
+        elif getattr(runner, "prompt_logprobs_worker", None) is not None:
+            lacking = _hook_v2(runner.prompt_logprobs_worker, capture)
+        else:
+            lacking = "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
+        self.logitcask_capture = None if lacking else capture
+        return lacking
 
     def logitcask_take(self) -> bytes:
         """The labels of what was finished since the last call; empty on ranks that keep none."""
@@ -151,11 +155,33 @@ class LogitCapture:
         return weights_fingerprint(self.model_runner.model)  # type: ignore[attr-defined]
 
 
-def _hook_v1(runner: Any, capture: Capture) -> str:
-    missing = [name for name in ("requests", "input_batch", "query_start_loc") if not hasattr(runner, name)]
-    if missing:
-        return f"model_runner.{missing[0]}"
+def _lacking(owner: Any, name: str, *paths: str) -> str:
+    """The first of these dotted attributes that an object lacks, "" for none."""
+    for path in paths:
+        found = owner
+        for word in path.split("."):
+            if not hasattr(found, word):
+                return f"{name}.{path}"
+            found = getattr(found, word)
+    return ""
 
+
+def _lacking_fields(module: str, kind: str, *names: str) -> str:
+    """The same of a dataclass of vLLM that has no instance yet."""
+    try:
+        known = getattr(import_module(module), kind).__dataclass_fields__
+    except (ImportError, AttributeError):
+        return f"{module}.{kind}"
+    return next((f"{kind}.{name}" for name in names if name not in known), "")
+
+
+def _hook_v1(runner: Any, capture: Capture) -> str:
+    of_request = ("sampling_params", "prompt_token_ids", "num_computed_tokens")
+    lacking = _lacking(
+        runner, "model_runner", "requests", "input_batch.req_id_to_index", "query_start_loc.np"
+    ) or _lacking_fields("vllm.v1.worker.gpu_input_batch", "CachedRequestState", *of_request)
+    if lacking:
+        return lacking
     stock = runner._get_prompt_logprobs_dict
 
     def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
@@ -174,11 +200,12 @@ def _hook_v1(runner: Any, capture: Capture) -> str:
 
 def _hook_v2(worker: Any, capture: Capture) -> str:
     """Not yet run: the V2 runner is for CUDA."""
-    missing = [
-        name for name in ("add_request", "remove_request", "compute_prompt_logprobs") if not hasattr(worker, name)
-    ]
-    if missing:
-        return f"prompt_logprobs_worker.{missing[0]}"
+    of_batch = ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np")
+    lacking = _lacking(
+        worker, "prompt_logprobs_worker", "add_request", "remove_request", "compute_prompt_logprobs"
+    ) or _lacking_fields("vllm.v1.worker.gpu.input_batch", "InputBatch", *of_batch)
+    if lacking:
+        return lacking
     add, remove, stock = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
     wanted_by: dict[str, Any] = {}
 
