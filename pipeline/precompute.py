@@ -97,7 +97,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     settings.output, manifest, shard_examples, files, overwrite=settings.overwrite, shards=shards
                 )
             missing = writer.missing_shards()
-            if missing and crew.teacher.identity.engine == "vllm" and not settings.skip_engine_check:
+            if missing and crew.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
                 crew.check_engine(work.batches(missing[0])[-1], label)
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
                 crew.write_shards(work, missing, manifest, advance)

@@ -115,7 +115,7 @@ class PrecomputeSettings(Settings):
             raise ValueError(
                 f"tensor_parallel_size {self.tensor_parallel_size} is vLLM's, engine is {self.engine}: add engine vllm"
             )
-        if self.skip_engine_check and self.engine != "vllm":
+        if self.skip_engine_check and not self.engine.startswith("vllm"):
             raise ValueError(f"skip_engine_check is of engine vllm, engine is {self.engine}: leave it out")
         if self.workers is not None and self.ray is None:
             raise ValueError(f"workers {self.workers} are of a Ray cluster: add ray, or leave it out")
