@@ -9,7 +9,7 @@ import typer
 
 from pipeline.data_settings import GenerateDataSettings
 from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.options import options_from
+from pipeline.options import Command, options_from
 from pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -79,6 +79,7 @@ def generate_data(settings: GenerateDataSettings) -> None:
 
 @app.command(
     "precompute-logits",
+    cls=Command,
     **_example("precompute-logits --teacher-model Qwen/Qwen3-8B --train-data data/train.jsonl --output data/cache"),
 )
 @options_from(PrecomputeSettings)

@@ -1,12 +1,15 @@
 """Stage 1 on Ray: each shard is a task, each worker an actor with a teacher of its own that writes whole shards.
 
-Ray places the actors, starts one again that died, and gives its task to it again. What a shard holds depends on its
-number alone, so the cache is the same whatever the workers and their order.
+Ray places the actors (on nodes that its autoscaler adds, where it has one), starts one again that died, and gives its
+task to it again. What a shard holds depends on its number alone, so the cache is the same whatever the workers and
+their order.
 """
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from cache.errors import LogitcaskError
@@ -16,8 +19,9 @@ from pipeline.crew import Advance, label_shard, memory_remedy
 from pipeline.memory import memory_explained
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work
-from pipeline.teachers.base import TeacherFacts, TokenizedExample
+from pipeline.teachers.base import Teacher, TeacherFacts, TokenizedExample
 from pipeline.teachers.load import check_engine, load_engine
+from pipeline.terminal import say
 
 RETRIES = 3  # of a shard whose worker died, and starts of a worker
 
@@ -26,8 +30,13 @@ class Labeller:
     """An actor: a teacher, and the right to write shards of one cache."""
 
     def __init__(self, settings: PrecomputeSettings) -> None:
-        self._settings, self._teacher = settings, load_engine(settings)
+        self._settings = settings
         self._writer: CacheWriter | None = None
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        """Loaded by the first task: of an error in a constructor Ray keeps only the words."""
+        return load_engine(self._settings)
 
     def facts(self) -> TeacherFacts:
         """What stage 1 asks of the teacher."""
@@ -56,15 +65,22 @@ class RayCrew:
         except ImportError as error:
             raise LogitcaskError("--ray needs Ray: pip install 'logitcask[ray]'") from error
         self._ray = ray
-        with _told():
+        with contextlib.ExitStack() as undoing, _told():
+            undoing.callback(ray.shutdown)
             _connect(str(settings.ray))
-            options = worker_options(settings, ray.cluster_resources())
+            resources = ray.cluster_resources()
+            options = worker_options(settings, resources)
+            count = settings.workers or default_workers(settings, resources)
             actor = ray.remote(**options, max_restarts=RETRIES, max_task_retries=RETRIES)(Labeller)
-            count = settings.workers or default_workers(settings, ray.cluster_resources())
             self._actors = [actor.remote(settings) for _ in range(count)]
+            if waiting := missing_resources(options, count, resources):
+                say(waiting)
             facts = ray.get([each.facts.remote() for each in self._actors])
-        if any(each != facts[0] for each in facts):
-            raise LogitcaskError(f"--ray {settings.ray}: its nodes load different teachers: {facts}: install the same")
+            if any(each != facts[0] for each in facts):
+                raise LogitcaskError(
+                    f"--ray {settings.ray}: its nodes load different teachers: {facts}: install the same"
+                )
+            undoing.pop_all()
         self.teacher: TeacherFacts = facts[0]
 
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
@@ -93,25 +109,43 @@ def _connect(address: str) -> None:
     """Raises LogitcaskError where no cluster answers; Ray itself would wait for minutes."""
     import ray
 
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")  # "": the cluster that runs here, or else one is started
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address or None, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise LogitcaskError(f"--ray {address}: no cluster answers there: {error}") from error
 
 
 def default_workers(settings: PrecomputeSettings, resources: dict[str, float]) -> int:
-    """One worker for each ``tensor_parallel_size`` accelerators of the cluster; one where there are none."""
+    """One worker for each ``tensor_parallel_size`` accelerators that the cluster has now; one where there are none."""
     return max(1, int(resources.get("GPU", 0)) // settings.tensor_parallel_size)
 
 
 def worker_options(settings: PrecomputeSettings, resources: dict[str, float]) -> dict[str, Any]:
-    """What Ray reserves for a worker: its accelerators, or an even share of the processors."""
-    if resources.get("GPU", 0) and settings.device != "cpu":
+    """What Ray reserves for a worker: its accelerators, or an even share of the processors.
+
+    Accelerators where the cluster has some, and with ``--device cuda`` also where its autoscaler has yet to add them.
+    """
+    if settings.device.startswith("cuda") or (resources.get("GPU", 0) and settings.device != "cpu"):
         return {"num_gpus": settings.tensor_parallel_size}
     return {"num_cpus": max(1, int(resources.get("CPU", 1)) // (settings.workers or 1))}
+
+
+def missing_resources(options: dict[str, Any], count: int, resources: dict[str, float]) -> str:
+    """What to tell where the cluster cannot hold all workers as it is, "" where it can."""
+    ((option, each),) = options.items()
+    kind = {"num_gpus": "GPU", "num_cpus": "CPU"}[option]
+    have, wanted = resources.get(kind, 0), each * count
+    if have >= wanted:
+        return ""
+    return (
+        f"waiting for Ray's autoscaler, or for nodes that you add: {count} workers want {wanted} {kind}s, the cluster "
+        f"has {have:g}"
+    )
 
 
 @contextlib.contextmanager

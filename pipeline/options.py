@@ -7,9 +7,23 @@ from typing import Annotated, Any, get_args
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
 from pipeline.config import resolve
 from pipeline.settings import S
+
+ALONE = {"--ray": "auto"}  # options that may stand without a value, and what they mean then
+
+
+class Command(TyperCommand):
+    """A command whose options of ``ALONE`` may stand without a value: typer knows no such options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give them their values, then parse."""
+        found = []
+        for word, following in zip(args, [*args[1:], "-"], strict=False):
+            found += [word, ALONE[word]] if word in ALONE and following.startswith("-") else [word]
+        return super().parse_args(ctx, found)
 
 
 def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
@@ -57,7 +71,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             flag,
             help=help_text,
             show_default=False,
-            metavar=_metavar(field),
+            metavar=f"[{_metavar(field)}]" if flag in ALONE else _metavar(field),
             autocompletion=(lambda: choices) if choices else None,
         )
     )

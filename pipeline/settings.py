@@ -67,8 +67,14 @@ class PrecomputeSettings(Settings):
         "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
     )
     tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with --engine vllm")
-    ray: str | None = Field(None, description="address of a Ray cluster, auto, or local to start one: a task a shard")
-    workers: Whole | None = Field(None, description="teachers on the Ray cluster; default: one an accelerator")
+    ray: str | None = Field(
+        None,
+        description="make each shard a task of the Ray cluster at this address; local: of one started here; auto, or "
+        "--ray alone: of one that runs here, else of one started here",
+    )
+    workers: Whole | None = Field(
+        None, description="teachers on the Ray cluster, which may have yet to grow; default: one an accelerator it has"
+    )
     skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -210,7 +216,9 @@ class TrainSettings(Settings):
     use_gradient_checkpointing: bool = Field(False, description="less memory, slower")
     use_mixed_precision: bool = Field(False, description="autocast to the dtype below")
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
-    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="processes that read the cache ahead")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="processes that read the cache ahead of a GPU"
+    )
     device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator where there is one")
     use_wandb: bool = Field(False, description="report to Weights & Biases")
     wandb_project: str = Field("logitcask", description="project there, and in trackio")

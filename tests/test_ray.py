@@ -71,12 +71,15 @@ class Machine:
     address: str
     token: Path  # the cluster's own: whatever token this machine's user has is left alone
 
-    def popen(self, command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
+    def popen(
+        self, command: list[str], more: dict[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[bytes]":
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "PYTHONPATH": str(Path(__file__).parent.parent),
+            **(more or {}),
         }
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=environment, **options)
 
@@ -123,22 +126,30 @@ def machines(tmp_path: Path) -> Iterator[list[Machine]]:
             machine.remove()
 
 
+START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+HEAD = ["--head", "--port=6379", "--include-dashboard=false"]
+
+
+def wait_for_nodes(count: int, last: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        if log.read_bytes().count(b"Ray runtime started") >= count:
+            return
+        assert last.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
 @contextlib.contextmanager
 def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
     """A Ray node on each machine, started as README says."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
     address = f"{machines[0].address}:6379"
-    roles = (["--head", "--port=6379", "--include-dashboard=false"], [f"--address={address}"])
+    roles = (HEAD, [f"--address={address}"])
     with log.open("wb") as out, contextlib.ExitStack() as running:
         for machine, role in zip(machines, roles, strict=True):
-            command = [*ray, *role, f"--node-ip-address={machine.address}"]
+            command = [*START, "--num-cpus=1", *role, f"--node-ip-address={machine.address}"]
             node = running.enter_context(machine.popen(command, stdout=out, stderr=out))
             running.callback(node.terminate)
-            for _ in range(600):
-                if log.read_bytes().count(b"Ray runtime started") > machines.index(machine):
-                    break
-                assert node.poll() is None, log.read_text()
-                time.sleep(0.1)
+            wait_for_nodes(machines.index(machine) + 1, node, log)
         yield address
 
 
@@ -203,9 +214,15 @@ def test_an_object_store_is_a_target(folder: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_what_a_worker_complains_of_is_one_line(folder: Path, cluster: str, tmp_path: Path) -> None:
-    wrong = settings(folder, tmp_path / "cache", cluster).model_copy(update={"teacher_model": str(tmp_path / "none")})
-    with pytest.raises(LogitcaskError, match="none"):
-        precompute(wrong)
+    """The tokenizer is read here, the weights by the workers."""
+    shutil.copytree(folder / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    wrong = settings(folder, tmp_path / "cache", cluster).model_copy(
+        update={"teacher_model": str(tmp_path / "teacher")}
+    )
+    for _ in range(2):  # a run that failed has left the cluster
+        with pytest.raises(LogitcaskError) as told:
+            precompute(wrong)
+        assert str(told.value).startswith(f"{tmp_path / 'teacher'}: no causal language model could be loaded: ")
     with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
         precompute(settings(folder, tmp_path / "cache", "127.0.0.1:1"))
 
