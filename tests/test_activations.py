@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -99,6 +100,15 @@ def test_results_that_were_overwritten_are_computed_again() -> None:
     found = checkpoint(layer, x, use_reentrant=False, context_fn=_contexts).sum()
     torch.testing.assert_close(torch.autograd.grad(found, w, retain_graph=True), expected)
     torch.testing.assert_close(torch.autograd.grad(found, w), expected)  # and when asked a second time
+
+
+def test_lora(tmp_path: Path) -> None:
+    model = student(tmp_path, STUDENT)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = loss_and_gradients(adapted)
+    assert expected[1]
+    assert keep_products_only(model)
+    torch.testing.assert_close(loss_and_gradients(adapted), expected, rtol=0.0, atol=0.0)
 
 
 def test_torch_compile(tmp_path: Path) -> None:
