@@ -1,6 +1,8 @@
 """A step of a Gemma 3 student at its vocabulary of 262,144 tokens: the plain loss, without its logits in memory."""
 
+import ctypes
 import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ STUDENT: dict[str, object] = {
 }  # fmt: skip
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(entries: int) -> dict[str, torch.Tensor]:
     """Rows of N + ROWS tokens, all of them targets but the last of each row; labels from all over the vocabulary."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V, (ROWS, N // ROWS + 1), generator=random)
@@ -33,9 +35,9 @@ def batch() -> dict[str, torch.Tensor]:
         "input_ids": ids,
         "target_index": index,
         "gold": ids.flatten()[index + 1],
-        "label_ids": label_ids,
-        "label_weights": log_probs.exp(),
-        "label_log_probs": log_probs,
+        "label_ids": label_ids[:, :entries],
+        "label_weights": log_probs[:, :entries].exp(),
+        "label_log_probs": log_probs[:, :entries],
         "label_log_rest": rest,
     }
 
@@ -49,17 +51,18 @@ def peak() -> int:
 def forget_peak() -> int:
     """Begin to measure; returns what the process has now."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
 @pytest.mark.parametrize("tail", ["sampled", "bucket"])
 def test_a_step_is_that_of_the_plain_loss_without_its_logits(tail: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     how = LossSettings(alpha=0.5, temperature=2.0, tail=tail, divergence="forward-kl")
     model = student_from_config(write_config(tmp_path / "student.json", STUDENT), vocab_size=V).eval()
-    given, head = batch(), model.get_output_embeddings().weight
+    given, head = batch(HEAD + TAIL if tail == "sampled" else HEAD), model.get_output_embeddings().weight
     plain_forward = model.forward
     make_loss_forward(model, how, HEAD)
     before = forget_peak()
@@ -82,6 +85,5 @@ def test_a_step_is_that_of_the_plain_loss_without_its_logits(tail: str, tmp_path
         assert parameter.grad is not None
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5 * scale)
-    print("TOOK", took / 1e6, plain_took / 1e6)
-    assert took < LOGITS / 2
-    assert plain_took > LOGITS, "the measure itself"
+    assert 4 * head.numel() < took < LOGITS, "the head's gradient and a slice of logits"
+    assert plain_took > 2 * LOGITS, "the measure itself"

@@ -74,7 +74,9 @@ def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine
 
 def test_accelerators_are_asked_for_where_the_device_says_so(folder: Path, tmp_path: Path) -> None:
     """Of a cluster that has none yet, too."""
-    cuda = precompute_settings(folder, output=tmp_path, device="cuda", ray="auto", workers=4, tensor_parallel_size=2)
+    cuda = precompute_settings(
+        folder, output=tmp_path, device="cuda", ray="auto", workers=4, engine="vllm", tensor_parallel_size=2
+    )
     assert worker_options(cuda, {"CPU": 8.0}) == {"num_gpus": 2}
     assert default_workers(cuda, {"CPU": 8.0}) == 1
     assert worker_options(cuda.model_copy(update={"device": "cpu"}), {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
