@@ -1,4 +1,4 @@
-"""Less memory for what a student's layers keep for the backward pass, on a CPU, at hardly any time.
+"""Less memory for what a student's layers keep for the backward pass, on a CPU, for a little more work.
 
 There a matrix product costs much and everything between two of them little. So a layer keeps its input and the
 results of its products; norms, rotary embeddings, activations and sums are computed again in the backward pass, from
