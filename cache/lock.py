@@ -37,7 +37,7 @@ def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
         with explain_write_errors(path):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(_lock(path, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH))
-        held.callback(_leave, path, lock)
+        held.callback(_leave, path, lock, part)
         with explain_write_errors(path):
             folder = _staging(path)
             if part is not None:
@@ -103,7 +103,13 @@ def _lock(path: str | Path, kind: int) -> IO[str]:
     """The locked file beside the cache. Raises LogitcaskError where another run holds it."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        lock = (Path(path).parent / f".{Path(path).name}.lock").open("w")
+        try:
+            lock = (Path(path).parent / f".{Path(path).name}.lock").open("w")
+        except FileNotFoundError:  # a client of a network folder remembers for a while what another machine removed
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+            continue
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
@@ -119,12 +125,16 @@ def _lock(path: str | Path, kind: int) -> IO[str]:
         time.sleep(0.02)
 
 
-def _leave(path: str | Path, lock: IO[str]) -> None:
-    """The last to leave removes the staging folder and the lock."""
+def _leave(path: str | Path, lock: IO[str], part: Part | None) -> None:
+    """The last to leave removes the staging folder and the lock.
+
+    Not while another part's folder is there: a killed run's, or of a run on a machine whose locks are not seen here.
+    """
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(_staging(path), ignore_errors=True)
-        Path(lock.name).unlink(missing_ok=True)
+        if part is None or not any(each.is_dir() for each in _staging(path).glob(f"*-of-{part[1]}")):
+            shutil.rmtree(_staging(path), ignore_errors=True)
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def _part_lock(path: str | Path, part: Part) -> IO[str]:

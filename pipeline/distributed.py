@@ -160,7 +160,8 @@ def _told() -> Iterator[None]:
             raise LogitcaskError(str(error.cause)) from error
         raise
     except RayActorError as error:
+        why = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
         raise LogitcaskError(
-            f"a Ray worker died {RETRIES + 1} times: {str(error).splitlines()[0]}: committed shards are kept: "
-            "mend that and run the same command again to finish"
+            f"a Ray worker died, after {RETRIES} new starts at most: {why} Committed shards are kept: mend that and run "
+            "the same command again to finish"
         ) from error

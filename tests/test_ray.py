@@ -163,7 +163,7 @@ def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine
     ):
         ending.callback(run.kill)
         while run.poll() is None:
-            networks |= {network for pid in labellers() if (network := network_of(pid))}
+            networks |= {network for pid in labellers(address) if (network := network_of(pid))}
             time.sleep(0.02)
         assert run.stderr
         assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
@@ -182,7 +182,7 @@ def test_a_killed_worker_is_started_again(folder: Path, cluster: str, tmp_path: 
     run = start(folder, tmp_path / "cache", cluster)
     for shards in (1, 3):
         wait_for_shards(tmp_path / "cache", shards, run)
-        victims = labellers()
+        victims = labellers(cluster)
         assert victims, "no worker was found to kill"
         os.kill(victims[0], signal.SIGKILL)
     assert run.wait(timeout=180) == 0
@@ -200,16 +200,21 @@ def test_a_killed_driver_is_followed_by_the_same_command(folder: Path, cluster: 
 
 
 def test_an_object_store_is_a_target(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cluster started here, whose workers have this process's environment."""
+    """With a cluster started for the run, whose workers have its environment.
+
+    Not in this process: Ray then asks for the new cluster's token from all that this process has to do with later.
+    """
     with s3_server(tmp_path) as port:
         for name, value in s3_environment(port).items():
             monkeypatch.setenv(name, value)
         filesystem("s3://bucket/cache")[0].mkdir("bucket")
-        precompute(settings(folder, "s3://bucket/cache", "local"))
+        run = command(folder, "s3://bucket/cache", "local")
+        subprocess.run(run, check=True)
         assert verify("s3://bucket/cache").problems == []
         copy_cache("s3://bucket/cache", str(tmp_path / "back"), None)
-        with pytest.raises(LogitcaskError, match="complete already"):
-            precompute(settings(folder, "s3://bucket/cache", "local"))
+        again = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert again.returncode == 2
+        assert "complete already" in again.stderr.splitlines()[-1]
     assert folder_bytes(tmp_path / "back") == folder_bytes(folder / "want")
 
 
@@ -239,12 +244,12 @@ def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]"
     return subprocess.Popen(command(folder, output, cluster))
 
 
-def command(folder: Path, output: Path, cluster: str) -> list[str]:
+def command(folder: Path, output: Path | str, cluster: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given(folder, output, cluster).items()]
     return [sys.executable, "-m", "pipeline.cli", "precompute-logits", *options]
 
 
-def given(folder: Path, output: Path, cluster: str) -> dict[str, object]:
+def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:
     found = settings(folder, output, cluster).model_dump(mode="json", exclude_defaults=True)
     return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
 
@@ -259,11 +264,13 @@ def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") ->
     raise AssertionError("no shard was written")
 
 
-def labellers() -> list[int]:
-    """Processes of the actors that are at work: Ray names them so."""
+def labellers(cluster: str) -> list[int]:
+    """Processes of a cluster's actors that are at work: Ray names them so. Another test may have a cluster too."""
     found = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if place.read_bytes().startswith(b"ray::Labeller"):
-                found.append(int(place.parent.name))
+                parent = (place.parent / "stat").read_text().rpartition(")")[2].split()[1]
+                if cluster.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(place.parent.name))
     return found

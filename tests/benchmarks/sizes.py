@@ -1,14 +1,16 @@
 """What a label costs on disk: bytes a target position by preset, corpus and array, and what other codecs would give.
 
 Real SmolLM2 labels of Python functions and of English prose (the language reference that Python ships). Run as
-``python -m tests.benchmarks.sizes [POSITIONS]``; 30,000 positions of each, the default, take about eight minutes on two
-cores.
+``python -m tests.benchmarks.sizes [POSITIONS]``; 30,000 positions of each, the default, take about eight minutes on
+two cores. Keeps the table of codecs in tests/benchmarks/results/codecs.json; pcodec needs ``numcodecs[pcodec]``.
 """
 
+import json
 import pydoc_data.topics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from pipeline.sparsify import sparsify, uniform_draws
 from pipeline.teachers.base import TokenizedExample
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from tests.benchmarks.capture import teacher_path
+from tests.benchmarks.study.report import RESULTS, machine
 
 LENGTH, ROWS = 384, 64
 TEMPERATURES = [1.0, 1.5, 2.0]
@@ -192,13 +195,31 @@ def size_table(sizes: dict[tuple[str, str], dict[str, float]]) -> Table:
     return table
 
 
+def codec_table(tried: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Bytes a position by corpus and array; one column a codec."""
+    table = Table("bytes a position, standard", *codecs(), title="codecs")
+    for corpus, arrays in tried.items():
+        for name, row in arrays.items():
+            table.add_row(f"{corpus}: {name}", *(f"{size:.2f}" for size in row.values()))
+    return table
+
+
+def keep(tried: dict[str, dict[str, dict[str, float]]], positions: dict[str, int]) -> None:
+    """Write results/codecs.json."""
+    found = machine()
+    packages = {dist.name: dist.version for dist in distributions() if dist.name in ("numcodecs", "pcodec")}
+    found["versions"] |= packages
+    record = {"machine": found, "preset": "standard", "positions": positions, "bytes_a_position": tried}
+    (RESULTS / "codecs.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Print the tables."""
+    """Print the tables, and keep that of the codecs."""
     positions = int(sys.argv[1]) if len(sys.argv) > 1 else 30_000
     tokenizer = load_tokenizer(teacher_path())
     encoder, vocabulary = Encoder(tokenizer, prompt_loss=False), tokenizer_size(tokenizer)
     sizes: dict[tuple[str, str], dict[str, float]] = {}
-    tried = Table("bytes a position, standard", *codecs(), title="codecs")
+    tried: dict[str, dict[str, dict[str, float]]] = {}
     for corpus, source in (("code", code(encoder)), ("English", english(encoder))):
         found = label(source, positions, vocabulary)
         for preset, examples in found.items():
@@ -218,12 +239,14 @@ def main() -> None:
                 **{f"noise added at T={t:g}, %": 100 * x for t, x in zip(TEMPERATURES, shares, strict=True)},
             }
             if preset == "standard":
-                for name, array in variants(targets, info.manifest.label).items():
-                    row = [f"{compressed(array, columns, encode):.2f}" for columns, encode in codecs().values()]
-                    tried.add_row(f"{corpus}: {name}", *row)
+                tried[corpus] = {
+                    name: {codec: round(compressed(array, *how), 3) for codec, how in codecs().items()}
+                    for name, array in variants(targets, info.manifest.label).items()
+                }
     console = Console(width=150)
     console.print(size_table(sizes))
-    console.print(tried)
+    console.print(codec_table(tried))
+    keep(tried, {corpus: int(sizes["standard", corpus]["positions"]) for corpus in tried})
 
 
 if __name__ == "__main__":
