@@ -38,15 +38,15 @@ lint:
     {{bin}}/mypy
     {{bin}}/lint-imports
 
-# the tests alone
+# the tests alone; three at a time on two cores, for many wait for processes and wires
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal "$@"
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 3 --dist worksteal "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:
     LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/test_hostile.py
 
-# set everything up, then: real teacher, real text, cache, student, generated text (under 5 minutes on 2 cores)
+# set everything up, then: real teacher, real text, cache, student, generated text (3 to 6 minutes on 2 cores)
 demo folder="demo": setup
     rm -rf "$1"
     PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh "$1"

@@ -74,11 +74,18 @@ def against_exact(
     groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str
 ) -> tuple[float, float | None] | None:
     """Mean difference to exact distillation of the same seed, temperature, alpha and training, with its interval."""
-    exact = groups.get(key._replace(way="exact"), {})
+    return against(groups, key, key._replace(way="exact"), steps, name)
+
+
+def against(
+    groups: dict[Key, dict[int, Run]], key: Key, base: Key, steps: int, name: str
+) -> tuple[float, float | None] | None:
+    """Mean difference of a figure to another setting's of the same seed, with its interval over the seeds of both."""
+    others = groups.get(base, {})
     pairs = [
-        (measured(run, steps, name), measured(exact[seed], steps, name))
-        for seed, run in groups[key].items()
-        if seed in exact
+        (measured(run, steps, name), measured(others[seed], steps, name))
+        for seed, run in groups.get(key, {}).items()
+        if seed in others
     ]
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     return interval(differences) if differences else None
@@ -216,6 +223,18 @@ def report_designs(paths: dict[str, Path], console: Console) -> None:
         console.print(shown)
 
 
+def report_ideas(runs: Sequence[Run]) -> None:
+    """Write results/ideas.json: the runs of what was tried on the second teacher, and those they are compared with."""
+    about = {"machine": machine(), "teacher": "second"}
+    kept = [run for run in runs if run["setting"]["alpha"] == 0 and is_idea(run["setting"])]
+    write_atomically(RESULTS / "ideas.json", {**about, "runs": kept})
+
+
+def is_idea(setting: dict[str, Any]) -> bool:
+    """Whether a run is one of an idea or of what it is compared with."""
+    return setting["way"] in ("exact", "standard") or setting["way"].startswith("standard, ")
+
+
 def report(folder: Path) -> None:
     """Write results/students.json and .png and those of the other parts, and print the tables."""
     console = Console(width=170)
@@ -237,6 +256,7 @@ def report(folder: Path) -> None:
     write_atomically(RESULTS / "students.json", found)
     parts: dict[str, Sequence[Run]] = {"SmolLM2": [run for run in runs if run["setting"]["seed"] < 100]}
     if others:
+        report_ideas(others)
         parts["second"] = others
     for teacher, of_teacher in parts.items():
         for length in LENGTHS:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tests.benchmarks.study.report import RESULTS, Key, Run, against_exact, by_key, interval, measured
+from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
 from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
@@ -87,6 +87,27 @@ def designs_table(teachers: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
+    """One line an idea: by T, seeds, and KL at it less that of the same without the idea."""
+    groups = by_key(runs)
+    lines = [row(["tried", "against", "T=1", "T=2"]), "|" + "---|" * 4]
+    named = sorted({(key.way, key.training) for key in groups} - {("standard", "usual")})
+    for way, training in named:
+        if way.endswith("T=2 alone") or (way in ("exact", "standard") and training == "4 epochs"):
+            continue  # told with T=1; what the redrawn are compared with
+        base = (way, "usual") if training == "beta2 0.95" else ("standard", training)
+        cells = []
+        for t in (1.0, 2.0):
+            key, other = Key(way, t, 0.0, training), Key(base[0], t, 0.0, base[1])
+            if way.endswith(" alone"):
+                key = key._replace(way=way.replace("T=1", f"T={t:g}"))
+            value = against(groups, key, other, steps, f"kl_at_{t:g}")
+            cells.append(NONE if value is None else f"{value[0]:+.3f}" + (f" ± {value[1]:.3f}" if value[1] else ""))
+        title = way.replace("for T=1 alone", "for this T alone")
+        lines.append(row([title if training == "usual" else f"{title}; {training}", base[0], *cells]))
+    return lines
+
+
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
     students, gradients, designs = (
@@ -97,10 +118,12 @@ def tables() -> list[list[str]]:
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
     ]
     steps = max(LENGTHS)
+    tried = json.loads((RESULTS / "ideas.json").read_text(encoding="utf-8"))["runs"]
     return [
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
         designs_table(designs["teachers"]),
+        ideas_table(tried, steps),
     ]
 
 
