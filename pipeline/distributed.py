@@ -162,6 +162,6 @@ def _told() -> Iterator[None]:
     except RayActorError as error:
         why = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
         raise LogitcaskError(
-            f"a Ray worker died, after {RETRIES} new starts at most: {why} Committed shards are kept: mend that and run "
-            "the same command again to finish"
+            f"a Ray worker died, after {RETRIES} new starts at most: {why} Committed shards are kept: mend that and "
+            "run the same command again to finish"
         ) from error

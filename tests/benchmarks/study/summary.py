@@ -118,12 +118,10 @@ def tables() -> list[list[str]]:
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
     ]
     steps = max(LENGTHS)
-    tried = json.loads((RESULTS / "ideas.json").read_text(encoding="utf-8"))["runs"]
     return [
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
         designs_table(designs["teachers"]),
-        ideas_table(tried, steps),
     ]
 
 
