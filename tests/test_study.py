@@ -104,6 +104,21 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students() -> None
     assert interval([5.0]) == (5.0, None)
 
 
+def test_an_idea_is_compared_with_the_same_without_it() -> None:
+    alone = "standard, drawn for T=2 alone"
+    runs = [run("standard", 0, 2.0), run("standard", 1, 3.0), run(alone, 0, 1.9), run(alone, 1, 2.7)]
+    runs += [run("exact", 0, 1.0), run("exact", 0, 1.5)]
+    runs[-1]["setting"]["training"] = "beta2 0.95"
+    runs.append(run(alone.replace("T=2", "T=1"), 0, 9.0))
+    runs[-1]["setting"]["temperature"] = 1.0
+    lines = summary.ideas_table(runs, 10)[2:]
+    assert lines == [
+        "| exact; beta2 0.95 | exact | – | +0.500 |",
+        "| exact | standard | – | -1.000 |",
+        "| standard, drawn for this T alone | standard | – | -0.200 ± 1.271 |",
+    ]
+
+
 def test_the_designs_errors_are_those_of_drawing() -> None:
     random = torch.Generator().manual_seed(2)
     z = 2 * torch.randn(40, generator=random).double()
