@@ -38,9 +38,9 @@ lint:
     {{bin}}/mypy
     {{bin}}/lint-imports
 
-# the tests alone; three at a time on two cores, for many wait for processes and wires
+# the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 3 --dist worksteal "$@"
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 2 --dist worksteal "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:

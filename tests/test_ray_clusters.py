@@ -59,7 +59,7 @@ def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine
     with growing_cluster(machine, tmp_path) as address:
         words = command(folder, tmp_path / "cache", address)
         with machine.popen(words, stderr=subprocess.PIPE) as run:
-            _, said = run.communicate(timeout=240)
+            _, said = run.communicate(timeout=480)
         assert run.returncode == 0, said.decode()
         assert (
             b"waiting for Ray's autoscaler, or for nodes that you add: 2 workers want 2 CPUs, the cluster has 0" in said
@@ -67,7 +67,7 @@ def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine
         assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
         words = [*command(folder, tmp_path / "other", address), "--device=cuda"]
         with machine.popen(words, stderr=subprocess.PIPE) as run:
-            _, said = run.communicate(timeout=240)
+            _, said = run.communicate(timeout=480)
         assert run.returncode == 2
         assert said.splitlines()[-1] == b"error: --device cuda: no such device here: use auto or cpu", "of a worker"
 
