@@ -1,5 +1,6 @@
 """Several processes write one cache: parts beside each other, never two writers in one shard."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def test_different_parts_hold_the_cache_together(tmp_path: Path) -> None:
     with sole_writer(tmp_path / "cache", (1, 2)) as one, sole_writer(tmp_path / "cache", (2, 2)) as two:
         assert one != two
     assert not list(tmp_path.iterdir())
+
+
+def test_what_another_part_staged_is_left_to_it(tmp_path: Path) -> None:
+    """It may be at work on a machine whose locks are not seen here, or killed; then it is run again, or all shards."""
+    staged = tmp_path / ".cache.staging/1-of-2"
+    staged.mkdir(parents=True)
+    with sole_writer(tmp_path / "cache", (2, 2)):
+        pass
+    assert staged.exists()
+    assert (tmp_path / ".cache.lock").exists()
+    with sole_writer(tmp_path / "cache", (1, 2)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_another_machine_removed_is_tried_again(tmp_path: Path) -> None:
+    """As a client of a network folder sees it for a while: a name that is there and cannot be opened."""
+    (tmp_path / ".cache.lock").symlink_to(tmp_path / "away/lock")
+    back = threading.Timer(0.2, (tmp_path / "away").mkdir)
+    back.start()
+    with sole_writer(tmp_path / "cache", (1, 2)):
+        assert (tmp_path / "away/lock").exists()
+    (tmp_path / ".cache.lock").symlink_to(tmp_path / "gone/lock")
+    with pytest.raises(LogitcaskError, match="cannot write the cache: No such file"), sole_writer(tmp_path / "cache"):
+        pass
 
 
 @pytest.mark.parametrize("value", ["3/2", "0/2", "1", "a/b", "1/2/3"])
