@@ -181,9 +181,7 @@ class DistillationTrainer(Trainer):
             for batch in batches[self.args.process_index :: ranks]:
                 sums += self._held_out_sums(batch)
             metrics = self._means(sums.float().to(self.args.device), "eval_")
-            if not math.isfinite(
-                metrics["eval_total_loss"]
-            ):  # of all ranks: each looks for the first in the same order
+            if not math.isfinite(metrics["eval_total_loss"]):  # of all ranks, which look for the first in one order
                 alone = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
                 self._watch.note_held_out(next(alone, None))
         self.log(metrics)

@@ -117,12 +117,15 @@ def tables() -> list[list[str]]:
     parts = [
         [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
     ]
-    steps = max(LENGTHS)
-    return [
+    steps, tried = max(LENGTHS), RESULTS / "ideas.json"
+    made = [
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
         designs_table(designs["teachers"]),
     ]
+    if tried.exists():  # once the second teacher's runs are there
+        made.append(ideas_table(json.loads(tried.read_text(encoding="utf-8"))["runs"], steps))
+    return made
 
 
 if __name__ == "__main__":
