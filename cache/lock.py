@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from cache.claim import claimed
 from cache.errors import LogitcaskError
 from cache.store import is_url
 
@@ -23,15 +24,18 @@ PATIENCE = 1.0  # seconds: the last of several parts holds the lock whole for a 
 
 
 @contextlib.contextmanager
-def sole_writer(path: str | Path, part: Part | None = None) -> Iterator[Path]:
+def sole_writer(
+    path: str | Path, part: Part | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[Path]:
     """Hold the right to write a cache, or a part of its shards while other processes write other parts.
 
     Gives an empty folder beside the cache for what the run stages; what a killed run left there is removed.
-    Raises LogitcaskError where another run holds it: two writers in one shard lose data silently. An object store has
-    no locks: there nothing refuses two runs at once, which write the same objects.
+    Raises LogitcaskError where another run holds it: two writers in one shard lose data silently. ``tell`` is told of a
+    wait, which only a cache on another machine asks for.
     """
     with contextlib.ExitStack() as held:
         if is_url(path):
+            held.enter_context(claimed(str(path), part, tell))
             yield Path(held.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-")))
             return
         with explain_write_errors(path):

@@ -67,10 +67,10 @@ class RemoteStore(Store):
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None) -> None:
+    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None, tries: int = TRIES) -> None:
         """Nothing is connected before the first operation; ``kept`` holds objects that were proved once."""
         super().__init__(read_only=read_only)
-        self.url, self.kept = url.rstrip("/"), kept
+        self.url, self.kept, self._tries = url.rstrip("/"), kept, tries
         self._connected: tuple[Any, str] | None = None
         self._connecting = asyncio.Lock()
 
@@ -84,7 +84,7 @@ class RemoteStore(Store):
 
     async def _try(self, operation: Callable[[Any, str], T]) -> T:
         """The result of ``operation(file system, root)``. Raises LogitcaskError where it keeps failing."""
-        for attempt in range(TRIES):
+        for attempt in range(self._tries):
             connected = None
             try:
                 async with self._connecting:
@@ -100,9 +100,10 @@ class RemoteStore(Store):
                     raise LogitcaskError(
                         f"{self.url}: refused: {reason}: check the address and the access rights"
                     ) from error
-                if attempt + 1 == TRIES:
+                if attempt + 1 == self._tries:
                     raise LogitcaskError(
-                        f"{self.url}: no connection after {TRIES} tries: {reason}: run the same command again to go on"
+                        f"{self.url}: no connection after {self._tries} tries: {reason}: run the same command again to "
+                        "go on"
                     ) from error
             if self._connected is connected:
                 self._connected = None

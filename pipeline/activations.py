@@ -5,8 +5,6 @@ results of its products; norms, rotary embeddings, activations and sums are comp
 the same numbers by the same operations. Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost, section 3.
 """
 
-import ctypes
-import platform
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ PRODUCTS = {
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._grouped_mm.default),
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-M_MMAP_THRESHOLD, OWN_MAPPING = -3, 1 << 20  # malloc.h of glibc; bytes
 Product = tuple[tuple[Tensor, ...], list[int]]  # its results, and their versions
 
 
@@ -31,16 +28,6 @@ def keep_products_only(model: PreTrainedModel) -> bool:
     except ValueError:  # the class does not support checkpointing
         return False
     return True
-
-
-def free_at_once() -> None:
-    """Have glibc give each freed block of 1 MiB or more back to the system.
-
-    Else it learns to cut blocks of up to 32 MiB out of one heap, where gradients and moments that stay come to lie
-    between activations that go, and what is free there is of the wrong size.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
 
 
 def _contexts() -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from cache.fidelity import row_width
 from cache.manifest import LabelSettings, Manifest
 from cache.shard import Example, Shard
 from cache.writer import CacheWriter
+from pipeline.allocator import share_one_heap
 from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work
 from pipeline.teachers.base import Teacher, TokenizedExample
@@ -30,6 +31,7 @@ class Alone:
 
     def __init__(self, settings: PrecomputeSettings) -> None:
         """Loads the teacher. Raises LogitcaskError where it cannot be had."""
+        share_one_heap()
         self._settings, self._teacher = settings, load_engine(settings)
         self.teacher = self._teacher.facts
 

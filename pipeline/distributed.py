@@ -15,6 +15,7 @@ from typing import Any
 from cache.errors import LogitcaskError
 from cache.manifest import LabelSettings, Manifest
 from cache.writer import CacheWriter
+from pipeline.allocator import share_one_heap
 from pipeline.crew import Advance, label_shard, memory_remedy
 from pipeline.memory import memory_explained
 from pipeline.settings import PrecomputeSettings
@@ -30,6 +31,7 @@ class Labeller:
     """An actor: a teacher, and the right to write shards of one cache."""
 
     def __init__(self, settings: PrecomputeSettings) -> None:
+        share_one_heap()
         self._settings = settings
         self._writer: CacheWriter | None = None
 

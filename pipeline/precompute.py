@@ -20,6 +20,7 @@ from pipeline.settings import PrecomputeSettings
 from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
 from pipeline.teachers.base import TeacherFacts
 from pipeline.teachers.load import choose_engine
+from pipeline.terminal import say
 from pipeline.token_table import stage_tokens
 from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -49,7 +50,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     if settings.head_size + settings.tail_draws > size:
         asked = settings.head_size + settings.tail_draws
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
-    with sole_writer(settings.output, settings.part) as staging:
+    with sole_writer(settings.output, settings.part, say) as staging:
         require_folder = watch_folder(settings.output)
         encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
         table = stage_tokens(

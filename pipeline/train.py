@@ -10,7 +10,8 @@ from rich.table import Table
 from transformers import TrainingArguments
 
 from cache.errors import LogitcaskError
-from pipeline.activations import free_at_once, keep_products_only
+from pipeline.activations import keep_products_only
+from pipeline.allocator import free_at_once
 from pipeline.batches import BatchSampler, Collator, held_out
 from pipeline.budget import Extent, memory_watched, needed, summary
 from pipeline.checkpoints import KeepSettings, admit_output, saving, write_json

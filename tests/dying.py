@@ -1,16 +1,22 @@
-"""A copy that is killed at a chosen write; apart from the tests, so that a new process starts quickly."""
+"""A copy that is killed at a chosen write, a run that is killed while it writes.
+
+Apart from the tests, so that a new process starts quickly.
+"""
 
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Coroutine
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 from zarr.storage import LocalStore
 
-from cache import copy, remote, zip
+from cache import claim, copy, remote, zip
 from cache.copy import copy_cache
+from cache.lock import Part, sole_writer
 
 Write = Callable[..., Coroutine[Any, Any, None]]
 
@@ -56,3 +62,15 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
 
     copy.pack = pack  # type: ignore[attr-defined]
     copy_cache(source, destination, None)
+
+
+QUICK = {"RENEWED": 0.2, "LOST": 3.0}  # seconds
+
+
+def hold(url: str, part: Part | None, begun: Event) -> None:
+    """Write a cache on another machine, or a part of it, for as long as this process lives."""
+    for name, seconds in QUICK.items():
+        setattr(claim, name, seconds)
+    with sole_writer(url, part):
+        begun.set()
+        time.sleep(3600)

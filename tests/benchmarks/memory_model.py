@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.activations import free_at_once, keep_products_only
+from pipeline.activations import keep_products_only
+from pipeline.allocator import free_at_once
 from pipeline.costs import MEASURED_VOCABULARY, shape_of_student, student_memory
 from pipeline.losses import LossSettings
 from pipeline.student import student_from_config

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from pipeline.activations import M_MMAP_THRESHOLD, free_at_once, keep_products_only
+from pipeline.activations import keep_products_only
+from pipeline.allocator import M_MMAP_THRESHOLD, free_at_once
 from pipeline.fused import SLICE_LOGITS, TeacherRows, fused_loss
 from pipeline.lm_head import LMHead, last_hidden_states, read_head
 from pipeline.losses import LossSettings, SparseLabels
