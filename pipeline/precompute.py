@@ -3,9 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from cache.create import check_output, create_cache
 from cache.errors import LogitcaskError
@@ -52,40 +55,11 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
     with sole_writer(settings.output, settings.part, say) as staging:
         require_folder = watch_folder(settings.output)
-        encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
-        table = stage_tokens(
-            encode_source(encoder, settings.train_data),
-            staging,
-            max_seq_length=settings.max_seq_length,
-            prompt_loss=settings.prompt_loss,
-            source=settings.train_data,
-        )
-        order = shuffled(len(table), settings.seed)
-        positions = table.positions[order].astype(np.int64)
-        shard_examples = cut_shards(positions, settings.shard_positions)
         files = tokenizer_files(tokenizer)
-        label = LabelSettings(
-            vocab_size=size,
-            head_size=settings.head_size,
-            tail_draws=settings.tail_draws,
-            temperatures=list(settings.temperatures),
-            seed=settings.seed,
-            fidelity_positions=settings.fidelity_positions,
-        )
-        with explain_limits():
-            parts = {
-                "format_version": FORMAT_VERSION,
-                "tokenizer": identify(tokenizer, files),
-                "data": table.identity,
-                "label": label,
-                "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
-            }
+        work, parts = _plan(settings, tokenizer, files, staging)
         alone = settings.part is None
         # before a large teacher is loaded in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
-        engine = choose_engine(settings.engine, settings.teacher_model)
-        batch_tokens = settings.batch_size * settings.max_seq_length * AT_ONCE.get(engine, 1)
-        work = Work(table, order, shard_examples, batch_tokens, label)
         with contextlib.closing(RayCrew(settings) if settings.ray else Alone(settings)) as crew:
             check_teacher(crew.teacher, size, settings.max_seq_length)
             with explain_limits():
@@ -95,14 +69,48 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             with explain_write_errors(settings.output):
                 require_folder()  # loading a teacher takes long
                 writer = create_cache(
-                    settings.output, manifest, shard_examples, files, overwrite=settings.overwrite, shards=shards
+                    settings.output, manifest, work.shard_examples, files, overwrite=settings.overwrite, shards=shards
                 )
             missing = writer.missing_shards()
             if missing and crew.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
-                crew.check_engine(work.batches(missing[0])[-1], label)
+                crew.check_engine(work.batches(missing[0])[-1], work.label)
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
                 crew.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+
+
+def _plan(
+    settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes], staging: Path
+) -> tuple[Work, dict[str, Any]]:
+    """What there is to label, and all of the manifest but the teacher's part."""
+    table = stage_tokens(
+        encode_source(Encoder(tokenizer, prompt_loss=settings.prompt_loss), settings.train_data),
+        staging,
+        max_seq_length=settings.max_seq_length,
+        prompt_loss=settings.prompt_loss,
+        source=settings.train_data,
+    )
+    order = shuffled(len(table), settings.seed)
+    positions = table.positions[order].astype(np.int64)
+    shard_examples = cut_shards(positions, settings.shard_positions)
+    label = LabelSettings(
+        vocab_size=tokenizer_size(tokenizer),
+        head_size=settings.head_size,
+        tail_draws=settings.tail_draws,
+        temperatures=list(settings.temperatures),
+        seed=settings.seed,
+        fidelity_positions=settings.fidelity_positions,
+    )
+    with explain_limits():
+        parts = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": identify(tokenizer, files),
+            "data": table.identity,
+            "label": label,
+            "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+        }
+    at_once = AT_ONCE.get(choose_engine(settings.engine, settings.teacher_model), 1)
+    return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * at_once, label), parts
 
 
 @contextlib.contextmanager
