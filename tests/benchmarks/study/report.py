@@ -193,6 +193,15 @@ def read(folder: Path, pattern: str) -> list[Run]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
 
 
+def write_result(name: str, found: dict[str, Any]) -> None:
+    """Write one of results, with the machine it was made on; one that says the same already keeps its own."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known.pop("machine", None)
+    if known != json.loads(json.dumps(found)):
+        write_atomically(path, {"machine": machine(), **found})
+
+
 def report_gradients(folder: Path, console: Console) -> None:
     """Write results/gradients.json and .png, and print the tables."""
     order = {"fresh": 0, "early": 1, "late": 2}
@@ -200,8 +209,7 @@ def report_gradients(folder: Path, console: Console) -> None:
     if not cells:
         return
     sizes = {path.stem.removeprefix("sizes_"): json.loads(path.read_text()) for path in folder.glob("sizes_*.json")}
-    found = {"machine": machine(), "bytes_a_position": sizes, "cells": cells}
-    write_atomically(RESULTS / "gradients.json", found)
+    write_result("gradients", {"bytes_a_position": sizes, "cells": cells})
     for text in sorted({c["text"] for c in cells}):
         console.print(gradient_table(cells, text))
     draw_gradients([c for c in cells if c["text"] == "code"], sizes["code"], RESULTS / "gradients.png")
@@ -212,7 +220,7 @@ def report_designs(paths: dict[str, Path], console: Console) -> None:
     found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
     if not found:
         return
-    write_atomically(RESULTS / "designs.json", {"machine": machine(), "teachers": found})
+    write_result("designs", {"teachers": found})
     for name, one in found.items():
         by_t = one["temperatures"]
         shown = Table("design", "entries", *[f"T={t}" for t in by_t])
@@ -223,20 +231,8 @@ def report_designs(paths: dict[str, Path], console: Console) -> None:
         console.print(shown)
 
 
-def report_ideas(runs: Sequence[Run]) -> None:
-    """Write results/ideas.json: the runs of what was tried on the second teacher, and those they are compared with."""
-    about = {"machine": machine(), "teacher": "second"}
-    kept = [run for run in runs if run["setting"]["alpha"] == 0 and is_idea(run["setting"])]
-    write_atomically(RESULTS / "ideas.json", {**about, "runs": kept})
-
-
-def is_idea(setting: dict[str, Any]) -> bool:
-    """Whether a run is one of an idea or of what it is compared with."""
-    return setting["way"] in ("exact", "standard") or setting["way"].startswith("standard, ")
-
-
 def report(folder: Path) -> None:
-    """Write results/students.json and .png and those of the other parts, and print the tables."""
+    """Write results/students.json, second.json and students.png and those of other parts, and print the tables."""
     console = Console(width=170)
     designs = {"SmolLM2": folder.parent / "designs.json", "second": folder.parent / "second" / "designs.json"}
     report_designs(designs, console)
@@ -251,12 +247,10 @@ def report(folder: Path) -> None:
         "windows_a_step": WINDOWS,
         "positions_a_window": POSITIONS,
     }
-    others = read(folder.parent / "second" / "runs", "*.json")
-    found = {"machine": machine(), "study": about, "runs": runs, "runs_of_second_teacher": others}
-    write_atomically(RESULTS / "students.json", found)
+    write_result("students", {"study": about, "runs": runs})
     parts: dict[str, Sequence[Run]] = {"SmolLM2": [run for run in runs if run["setting"]["seed"] < 100]}
-    if others:
-        report_ideas(others)
+    if others := read(folder.parent / "second" / "runs", "*.json"):
+        write_result("second", {"teacher": "trained for the study, vocabulary of 8,192", "runs": others})
         parts["second"] = others
     for teacher, of_teacher in parts.items():
         for length in LENGTHS:

@@ -87,9 +87,14 @@ def designs_table(teachers: dict[str, Any]) -> list[str]:
     return lines
 
 
+def is_idea(way: str) -> bool:
+    """Whether a run is one of an idea or of what it is compared with."""
+    return way in ("exact", "standard") or way.startswith("standard, ")
+
+
 def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
     """One line an idea: by T, seeds, and KL at it less that of the same without the idea."""
-    groups = by_key(runs)
+    groups = {key: of_seed for key, of_seed in by_key(runs).items() if key.alpha == 0 and is_idea(key.way)}
     lines = [row(["tried", "against", "T=1", "T=2"]), "|" + "---|" * 4]
     named = sorted({(key.way, key.training) for key in groups} - {("standard", "usual")})
     for way, training in named:
@@ -110,22 +115,18 @@ def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
 
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
-    students, gradients, designs = (
+    students, second, gradients, designs = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("students", "gradients", "designs")
+        for name in ("students", "second", "gradients", "designs")
     )
-    parts = [
-        [run for run in students[name] if run["setting"]["seed"] < 100] for name in ("runs", "runs_of_second_teacher")
-    ]
-    steps, tried = max(LENGTHS), RESULTS / "ideas.json"
-    made = [
+    parts = [[run for run in one["runs"] if run["setting"]["seed"] < 100] for one in (students, second)]
+    steps = max(LENGTHS)
+    return [
         labels_table(parts, gradients, steps),
         settings_table(parts, steps),
         designs_table(designs["teachers"]),
+        ideas_table(parts[1], steps),
     ]
-    if tried.exists():  # once the second teacher's runs are there
-        made.append(ideas_table(json.loads(tried.read_text(encoding="utf-8"))["runs"], steps))
-    return made
 
 
 if __name__ == "__main__":
