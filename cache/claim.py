@@ -6,6 +6,7 @@ more: who finds one waits that long, and removes it.
 """
 
 import contextlib
+import itertools
 import threading
 import time
 import uuid
@@ -59,11 +60,11 @@ def _read(store: RemoteStore, name: str) -> bytes | None:
 
 
 def _renew(store: RemoteStore, name: str, stop: threading.Event) -> None:
-    renewals = 0
-    while not stop.wait(RENEWED):
-        renewals += 1
+    for renewals in itertools.count(1):  # the first at once: to connect may take long
         with contextlib.suppress(LogitcaskError):
             _write(store, name, renewals)
+        if stop.wait(RENEWED):
+            return
 
 
 def _others(store: RemoteStore, prefix: str, mine: str) -> list[str]:

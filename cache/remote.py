@@ -67,10 +67,13 @@ class RemoteStore(Store):
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None, tries: int = TRIES) -> None:
-        """Nothing is connected before the first operation; ``kept`` holds objects that were proved once."""
+    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None, tries: int = 0) -> None:
+        """Nothing is connected before the first operation; ``kept`` holds objects that were proved once.
+
+        ``tries`` are the attempts at an operation, 0 for the usual.
+        """
         super().__init__(read_only=read_only)
-        self.url, self.kept, self._tries = url.rstrip("/"), kept, tries
+        self.url, self.kept, self._tries = url.rstrip("/"), kept, tries or TRIES
         self._connected: tuple[Any, str] | None = None
         self._connecting = asyncio.Lock()
 

@@ -64,7 +64,7 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
     copy_cache(source, destination, None)
 
 
-QUICK = {"RENEWED": 0.2, "LOST": 3.0}  # seconds
+QUICK = {"RENEWED": 0.2, "LOST": 12.0}  # seconds
 
 
 def hold(url: str, part: Part | None, begun: Event) -> None:
