@@ -17,6 +17,7 @@ from zarr.core.sync import sync
 
 from cache.errors import LogitcaskError
 from cache.remote import RemoteStore
+from cache.store import delete_objects, write_objects
 
 RENEWED, LOST = 10.0, 30.0  # seconds: between renewals; without one, until a run is taken for dead
 WHOLE = "all"
@@ -37,7 +38,7 @@ def claimed(url: str, part: tuple[int, int] | None, tell: Callable[[str], None])
     mine = f"{prefix}{WHOLE if part is None else f'{part[0]}-of-{part[1]}'}-{uuid.uuid4().hex}"
     hasty = RemoteStore(parent, read_only=False, tries=1)  # where a renewal fails, the next may not
     store, stop = RemoteStore(parent, read_only=False), threading.Event()
-    _write(store, mine, 0)
+    write_objects(store, {mine: b"0"})
     renewal = threading.Thread(target=_renew, args=(hasty, mine, stop), daemon=True)
     renewal.start()
     try:
@@ -47,11 +48,7 @@ def claimed(url: str, part: tuple[int, int] | None, tell: Callable[[str], None])
         stop.set()
         renewal.join()
         with contextlib.suppress(LogitcaskError):
-            sync(hasty.delete(mine))
-
-
-def _write(store: RemoteStore, name: str, renewals: int) -> None:
-    sync(store.set(name, default_buffer_prototype().buffer.from_bytes(str(renewals).encode())))
+            delete_objects(hasty, [mine])
 
 
 def _read(store: RemoteStore, name: str) -> bytes | None:
@@ -62,7 +59,7 @@ def _read(store: RemoteStore, name: str) -> bytes | None:
 def _renew(store: RemoteStore, name: str, stop: threading.Event) -> None:
     for renewals in itertools.count(1):  # the first at once: to connect may take long
         with contextlib.suppress(LogitcaskError):
-            _write(store, name, renewals)
+            write_objects(store, {name: str(renewals).encode()})
         if stop.wait(RENEWED):
             return
 
@@ -94,5 +91,4 @@ def _outlive(store: RemoteStore, url: str, claims: list[str], tell: Callable[[st
         if any(content not in (None, seen[name]) for name, content in now.items()):
             raise LogitcaskError(f"{url}: another run is writing this cache: wait for it or stop it")
         seen = {name: content for name, content in now.items() if content is not None}
-    for name in seen:
-        sync(store.delete(name))
+    delete_objects(store, list(seen))

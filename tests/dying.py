@@ -16,7 +16,7 @@ from zarr.storage import LocalStore
 
 from cache import claim, copy, remote, zip
 from cache.copy import copy_cache
-from cache.lock import Part, sole_writer
+from cache.lock import sole_writer
 
 Write = Callable[..., Coroutine[Any, Any, None]]
 
@@ -67,10 +67,10 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
 QUICK = {"RENEWED": 0.2, "LOST": 12.0}  # seconds
 
 
-def hold(url: str, part: Part | None, begun: Event) -> None:
-    """Write a cache on another machine, or a part of it, for as long as this process lives."""
+def hold(url: str, begun: Event) -> None:
+    """Write a cache on another machine for as long as this process lives."""
     for name, seconds in QUICK.items():
         setattr(claim, name, seconds)
-    with sole_writer(url, part):
+    with sole_writer(url):
         begun.set()
         time.sleep(3600)

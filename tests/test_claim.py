@@ -53,11 +53,11 @@ def beside(url: str) -> set[str]:
     return {name for name in found if not name.startswith("cache/") and not name.endswith(".partial")}
 
 
-def another(url: str, part: Part | None = None) -> BaseProcess:
-    """Another process that writes the cache, or a part of it, until it is killed."""
+def another(url: str) -> BaseProcess:
+    """Another process that writes the cache until it is killed."""
     context = multiprocessing.get_context("spawn")
     begun = context.Event()
-    process = context.Process(target=hold, args=(url, part, begun))
+    process = context.Process(target=hold, args=(url, begun))
     process.start()
     assert begun.wait(120)
     return process

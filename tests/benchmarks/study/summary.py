@@ -60,7 +60,10 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
 
 
 def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "standard") -> list[str]:
-    """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher."""
+    """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher.
+
+    The last is alpha 0.5 less alpha 0 at T=1, paired by seed.
+    """
     names = {"hard loss": "hard_loss", "KL at T=1": "kl_at_1", "calibration error": "calibration_error"}
     heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in names]
     lines = [row(["alpha", "T", *heads]), "|" + "---|" * (len(heads) + 2)]
@@ -68,7 +71,9 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     for key in keys:
         cells = [found(figure(by_key(runs), key, steps, name)) for runs in parts for name in names.values()]
         lines.append(row([f"{key[2]:g}", f"{key[1]:g}" if key[2] < 1 else NONE, *cells]))
-    return lines
+    half, none = Key(way, 1.0, 0.5), Key(way, 1.0, 0.0)
+    cells = [found(against(by_key(runs), half, none, steps, name), "+") for runs in parts for name in names.values()]
+    return [*lines, row(["0.5 less 0", "1", *cells])]
 
 
 def designs_table(teachers: dict[str, Any]) -> list[str]:
