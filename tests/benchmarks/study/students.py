@@ -1,10 +1,12 @@
 """The students of the study: one training run a setting, all of one seed from the same weights over the same batches.
 
-A plain loop on the product's loss: AdamW, a warm-up, then a constant rate, so that one run shows several lengths.
+A plain loop on the product's loss: AdamW, a warm-up, then a constant rate, so that one run shows several lengths; or
+a rate that falls to nothing, as the product's own.
 """
 
 import dataclasses
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -43,13 +45,25 @@ ROWS = 256  # of an evaluation at a time
 
 @dataclass(frozen=True)
 class Training:
-    """What differs from the usual training: AdamW's second beta, passes over as many times fewer windows."""
+    """What differs from the usual training: AdamW's second beta, passes over as many times fewer windows, a cosine."""
 
     beta2: float = 0.999
     epochs: int = 1
+    cosine: bool = False
+
+    def rate(self, step: int, steps: int) -> float:
+        """Of the learning rate, at a step (from 1) of so many."""
+        if step <= WARMUP or not self.cosine:
+            return min(1.0, step / WARMUP)
+        return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
 
 
-TRAININGS = {"usual": Training(), "beta2 0.95": Training(beta2=0.95), "4 epochs": Training(epochs=ideas.SETS)}
+TRAININGS = {
+    "usual": Training(),
+    "beta2 0.95": Training(beta2=0.95),
+    "4 epochs": Training(epochs=ideas.SETS),
+    "cosine": Training(cosine=True),
+}
 
 
 @dataclass(frozen=True)
@@ -144,11 +158,11 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     ``keep`` is a folder for the weights and the optimizer's state at each length.
     """
     student = new_student(teacher.vocabulary, setting.seed).train()
-    head = read_head(student)
-    betas = (0.9, TRAININGS[setting.training].beta2)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=setting.learning_rate, betas=betas, weight_decay=0.0)
-    found, seconds = [], 0.0
-    for step, (epoch, windows) in enumerate(batches(setting, len(teacher.train.ids), max(lengths)), start=1):
+    head, how = read_head(student), TRAININGS[setting.training]
+    betas, rate = (0.9, how.beta2), setting.learning_rate
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, weight_decay=0.0)
+    found, seconds, steps = [], 0.0, max(lengths)
+    for step, (epoch, windows) in enumerate(batches(setting, len(teacher.train.ids), steps), start=1):
         began = time.perf_counter()
         rows = (windows[:, None] * POSITIONS + np.arange(POSITIONS)).reshape(-1)
         ids = torch.from_numpy(teacher.train.ids[windows])
@@ -157,11 +171,11 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
         torch.autograd.backward(total / len(rows))
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = setting.learning_rate * min(1.0, step / WARMUP)
+            group["lr"] = rate * how.rate(step, steps)
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - began
-        if step in lengths:
+        if step in lengths and (step == steps or not how.cosine):  # what the rate has not fallen for is no student yet
             found.append({"steps": step, "positions": step * WINDOWS * POSITIONS, **evaluate(student, teacher)})
             found[-1]["training_seconds"] = round(seconds, 1)
             if keep is not None:
