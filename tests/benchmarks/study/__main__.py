@@ -44,6 +44,7 @@ SEEDS = (0, 1, 2)
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
 ORDER = ((FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (FIRST, 0.5), (THEN, 0.5))  # of the runs: ways, alpha
+BETWEEN = (0.1, 0.25)  # alphas that are tried at T=1, of the standard label alone
 IDEAS = ("standard, half bucket", "standard, stratified draws", "standard, half the draws by need")
 ALONE = ((1.0, "standard, drawn for T=1 alone"), (2.0, "standard, drawn for T=2 alone"))
 
@@ -134,12 +135,13 @@ def grid(rate: float) -> list[Setting]:
 
 
 def second_grid(rate: float) -> list[Setting]:
-    """The second teacher's runs, which are quicker: the ideas, T=1 first, a rate that falls; then as SmolLM2's."""
+    """The second teacher's runs, which are quicker: the ideas, T=1 first; a falling rate, alphas; as SmolLM2's."""
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
     for t, alone in ALONE:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
     found += each_seed(FIRST, 0.0, rate, "cosine")
+    found += [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)

@@ -1,21 +1,23 @@
 """The README's tables of the study, as Markdown, from what stands in tests/benchmarks/results."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from tests.benchmarks.study.labels import WAYS
 from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
 from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
 
 
-def found(values: tuple[float, float | None] | None, sign: str = "") -> str:
+def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
     """A mean and its interval."""
     if values is None:
         return NONE
-    mean = f"{values[0]:{sign}.2f}"
-    return mean if values[1] is None else f"{mean} ± {values[1]:.2f}"
+    mean = f"{values[0]:{sign}.{digits}f}"
+    return mean if values[1] is None else f"{mean} ± {values[1]:.{digits}f}"
 
 
 def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -> tuple[float, float | None] | None:
@@ -24,15 +26,17 @@ def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -
     return interval(values) if values else None
 
 
-def at_own_temperature(groups: dict[Key, dict[int, Run]], way: str, steps: int) -> list[str]:
+def at_own_temperature(
+    groups: dict[Key, dict[int, Run]], way: str, steps: int, trainings: Sequence[str] = ("usual",), digits: int = 2
+) -> list[str]:
     """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
     cells = []
-    for t in (1.0, 2.0):
-        name, key = f"kl_at_{t:g}", Key(way, t, 0.0)
+    for t, training in itertools.product((1.0, 2.0), trainings):
+        name, key = f"kl_at_{t:g}", Key(way, t, 0.0, training)
         if way == "exact":
-            cells.append(found(figure(groups, key, steps, name)))
+            cells.append(found(figure(groups, key, steps, name), digits=digits))
         else:
-            cells.append(found(against_exact(groups, key, steps, name) if key in groups else None, "+"))
+            cells.append(found(against_exact(groups, key, steps, name) if key in groups else None, "+", digits))
     return cells
 
 
@@ -67,13 +71,45 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     names = {"hard loss": "hard_loss", "KL at T=1": "kl_at_1", "calibration error": "calibration_error"}
     heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in names]
     lines = [row(["alpha", "T", *heads]), "|" + "---|" * (len(heads) + 2)]
-    keys = [Key("output", 1.0, 1.0), *[Key(way, t, alpha) for alpha in (0.5, 0.0) for t in (1.0, 2.0)]]
+    groups = [by_key(runs) for runs in parts]
+    tried = {(key.alpha, key.temperature) for one in groups for key in one if key == Key(way, *key[1:3])}
+    keys = [
+        Key("output", 1.0, 1.0),
+        *[Key(way, t, alpha) for alpha, t in sorted(tried, key=lambda at: (-at[0], at[1]))],
+    ]
     for key in keys:
-        cells = [found(figure(by_key(runs), key, steps, name)) for runs in parts for name in names.values()]
+        cells = [found(figure(one, key, steps, name)) for one in groups for name in names.values()]
         lines.append(row([f"{key[2]:g}", f"{key[1]:g}" if key[2] < 1 else NONE, *cells]))
     half, none = Key(way, 1.0, 0.5), Key(way, 1.0, 0.0)
-    cells = [found(against(by_key(runs), half, none, steps, name), "+") for runs in parts for name in names.values()]
+    cells = [found(against(one, half, none, steps, name), "+") for one in groups for name in names.values()]
     return [*lines, row(["0.5 less 0", "1", *cells])]
+
+
+def rate_table(runs: Sequence[Run], steps: int) -> list[str]:
+    """One line a label: KL at T as in ``labels_table``, of a constant rate and of one that falls to nothing."""
+    groups, heads = by_key(runs), ["T=1, constant rate", "T=1, cosine", "T=2, constant rate", "T=2, cosine"]
+    lines = [row(["label", *heads]), "|" + "---|" * (len(heads) + 1)]
+    ways = [way for way in ("exact", *WAYS) if Key(way, 1.0, 0.0, "cosine") in groups]
+    return lines + [row([way, *at_own_temperature(groups, way, steps, ("usual", "cosine"), 3)]) for way in ways]
+
+
+def all_table(parts: Sequence[Sequence[Run]], steps: int) -> list[str]:
+    """One line a label, alpha and T: seeds, held-out hard loss, KL at that T and calibration error, by teacher."""
+    groups = [by_key(runs) for runs in parts]
+    titles = ("seeds", "hard loss", "KL at T", "calibration error")
+    heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in titles]
+    lines = [row(["alpha", "T", "label", *heads]), "|" + "---|" * (len(heads) + 3)]
+    keys = [Key("output", 1.0, 1.0)]
+    keys += [Key(way, t, alpha) for alpha, t, way in itertools.product((0.5, 0.0), (1.0, 2.0), ("exact", *WAYS))]
+    for key in keys:
+        if not any(key in one for one in groups):
+            continue
+        cells = []
+        for one in groups:
+            names = ("hard_loss", f"kl_at_{key.temperature:g}", "calibration_error")
+            cells += [str(len(one.get(key, {})) or NONE), *[found(figure(one, key, steps, name)) for name in names]]
+        lines.append(row([f"{key.alpha:g}", f"{key.temperature:g}" if key.alpha < 1 else NONE, key.way, *cells]))
+    return lines
 
 
 def designs_table(teachers: dict[str, Any]) -> list[str]:
@@ -128,7 +164,9 @@ def tables() -> list[list[str]]:
     steps = max(LENGTHS)
     return [
         labels_table(parts, gradients, steps),
+        rate_table(parts[1], steps),
         settings_table(parts, steps),
+        all_table(parts, steps),
         designs_table(designs["teachers"]),
         ideas_table(parts[1], steps),
     ]
