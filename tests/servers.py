@@ -176,6 +176,8 @@ class Wire:
                     client.close()
                     continue
                 server = socket.create_connection(("127.0.0.1", self.target))
+                for end in (client, server):  # small answers are not kept back for more
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._lock:
                     self._open |= {client, server}
                 for pair in ((client, server), (server, client)):

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +26,10 @@ from pipeline.costs import shape_of_size
 from pipeline.guards import SKIPPED_IN_A_ROW, Watch
 from pipeline.settings import TrainSettings
 from pipeline.trainer import DistillationTrainer
+from tests.forked import limited
 from tests.runs import STUDENT, losses, train, train_settings, weights, write_config
 from tests.test_ranks import TORCHRUN, command
 from tests.tiny import make_cache
-
-PATH = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +42,7 @@ def run_command(cache: Path, output: Path, *options: str, limit: int | None = No
     student = write_config(output.with_suffix(".json"), STUDENT)
     words = ["train", f"--cache={cache}", f"--output-dir={output}", f"--student-config={student}", "--device=cpu",
              "--eval-fraction=0.1", *options]  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit or 0), *words], capture_output=True, text=True, check=False, cwd=PATH
-    )
-
-
-LIMITED = """
-import resource, sys
-import torch, transformers, pipeline.train, torch._dynamo
-from pipeline import cli
-limit = int(sys.argv.pop(1))
-if limit:
-    now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
-cli.main()
-"""
+    return limited(output.parent, words, limit)
 
 
 def errors(ran: subprocess.CompletedProcess[str]) -> list[str]:

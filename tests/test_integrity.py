@@ -1,13 +1,13 @@
 """A cache survives: kills, flipped bytes, lost objects. What is damaged is found, said, and done again."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from cache.verify import repair, verify
 from pipeline.cli import main
 from pipeline.precompute import precompute
 from pipeline.settings import PrecomputeSettings
+from tests.forked import forks
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
 FLIPS, KILLS = 1000, 40
@@ -132,8 +133,7 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 2)
     want = precompute_settings(tmp_path, output=tmp_path / "want", teacher_model=str(teacher), shard_positions=32)
     settings = want.model_copy(update={"output": tmp_path / "killed"})
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.precompute"])
+    context = forks()
     _in_child(context, want)
     began = time.monotonic()
     _in_child(context, want.model_copy(update={"output": tmp_path / "timed"}))
@@ -167,7 +167,7 @@ def _work(settings: PrecomputeSettings) -> None:
         precompute(settings)
 
 
-def _in_child(context: multiprocessing.context.ForkServerContext, settings: PrecomputeSettings) -> None:
+def _in_child(context: ForkServerContext, settings: PrecomputeSettings) -> None:
     child = context.Process(target=_work, args=(settings,))
     child.start()
     child.join()

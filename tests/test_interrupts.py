@@ -16,6 +16,7 @@ from pipeline.run_folder import SETTINGS_FILE
 from pipeline.settings import TrainSettings
 from pipeline.train import run_training
 from pipeline.trainer import DistillationTrainer
+from tests.forked import forks
 from tests.runs import STUDENT, losses, metrics, train, train_settings, weights, write_config
 from tests.servers import free_port
 from tests.tiny import make_cache
@@ -131,8 +132,7 @@ def assert_whole(folder: Path, place: Path) -> None:
 
 
 def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.train"])
+    context = forks()
     settings, port = train_settings(folder / "cache", folder / "ranks", **options(folder)), free_port()
     ranks = [context.Process(target=train_as_a_rank, args=(settings, rank, port)) for rank in range(2)]
     for process in ranks:

@@ -1,24 +1,14 @@
 """Memory that runs out in a command without a student to train: a real refusal of the allocator, told in one line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.forked import limited
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 LIMIT = 1 << 30  # bytes above what a process has after its imports: threads take some hundred MB of it
-LIMITED = """
-import resource, sys
-import torch, transformers, torch._dynamo, pipeline.evaluate, pipeline.generate, pipeline.precompute
-from pipeline import cli
-limit = int(sys.argv.pop(1))
-now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
-cli.main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +26,6 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", LIMITED, str(LIMIT), *words, "--device=cpu"], capture_output=True, text=True, check=False
-    )
-
-
 @pytest.mark.parametrize(
     ("command", "too_much", "enough", "remedy"),
     [
@@ -54,15 +38,15 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     ids=["precompute-logits", "evaluate", "generate"],
 )  # fmt: skip
 def test_memory_that_runs_out_is_one_line_with_what_to_change(
-    command: str, too_much: str, enough: str, remedy: tuple[str, ...], stock: Path
+    command: str, too_much: str, enough: str, remedy: tuple[str, ...], stock: Path, tmp_path: Path
 ) -> None:
-    words = command.replace("{}", str(stock)).split()
-    ran = run(*words, too_much)
+    words = [*command.replace("{}", str(stock)).split(), "--device=cpu"]
+    ran = limited(tmp_path, [*words, too_much], LIMIT)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr, ran.stderr
     (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]  # libraries warn beside it
     assert line.startswith("error: memory ran out (")
     assert "can't allocate memory" in line
     assert [part for part in remedy if part not in line] == []
-    again = run(*words, enough)
+    again = limited(tmp_path, [*words, enough], LIMIT)
     assert again.returncode == 0, again.stderr  # the limit alone does not stop a run, nor what the other left

@@ -1,11 +1,11 @@
 """Several processes label parts of one cache at once, and are killed at any moment."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from cache.reader import is_complete
 from cache.verify import verify
 from pipeline.precompute import precompute
 from pipeline.settings import PrecomputeSettings
+from tests.forked import forks
 from tests.tiny import RECORDS, folder_bytes, make_teacher, precompute_settings, write_jsonl
 
 PARTS, KILLS, ROUNDS = ("1/2", "2/2"), 40, 5
@@ -66,20 +67,19 @@ def test_parts_started_at_the_same_instant_make_one_cache(tmp_path: Path) -> Non
 
 def _prepared(
     folder: Path,
-) -> tuple[PrecomputeSettings, PrecomputeSettings, multiprocessing.context.ForkServerContext]:
+) -> tuple[PrecomputeSettings, PrecomputeSettings, ForkServerContext]:
     """Settings of a run that was not interrupted and has ended, those of the run to disturb, and how to start it."""
     teacher = make_teacher(folder / "teacher")
     write_jsonl(folder / "train.jsonl", RECORDS * 2)
     want = precompute_settings(folder, output=folder / "want", teacher_model=str(teacher), shard_positions=32)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.precompute"])
+    context = forks()
     whole = context.Process(target=_work, args=(want,))
     whole.start()
     _to_the_end([whole])
     return want, want.model_copy(update={"output": folder / "killed"}), context
 
 
-def _started(context: multiprocessing.context.ForkServerContext, settings: PrecomputeSettings) -> list[BaseProcess]:
+def _started(context: ForkServerContext, settings: PrecomputeSettings) -> list[BaseProcess]:
     workers: list[BaseProcess] = [
         context.Process(target=_work, args=(settings.model_copy(update={"shards": part}),)) for part in PARTS
     ]
