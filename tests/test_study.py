@@ -113,9 +113,9 @@ def test_an_idea_is_compared_with_the_same_without_it() -> None:
     runs[-1]["setting"]["temperature"] = 1.0
     lines = summary.ideas_table(runs, 10)[2:]
     assert lines == [
-        "| exact; beta2 0.95 | exact | – | +0.500 |",
-        "| exact | standard | – | -1.000 |",
-        "| standard, drawn for this T alone | standard | – | -0.200 ± 1.271 |",
+        "| exact; beta2 0.95 | – | – | +0.500 | – |",
+        "| standard | – | – | – | +1.000 |",
+        "| standard, drawn for this T alone | – | – | -0.200 ± 1.271 | +0.900 |",
     ]
 
 

@@ -143,6 +143,8 @@ def second_grid(rate: float) -> list[Setting]:
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
+    for training in ("clipped at 0.2", "untied"):
+        found += [setting for setting in each_seed(FIRST[:2], 0.0, rate, training) if setting.temperature == 1]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)
     return list(dict.fromkeys(found))

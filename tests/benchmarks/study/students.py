@@ -45,9 +45,11 @@ ROWS = 256  # of an evaluation at a time
 
 @dataclass(frozen=True)
 class Training:
-    """What differs from the usual training: AdamW's second beta, passes over as many times fewer windows, a cosine."""
+    """What differs from the usual training: ``epochs`` are passes over as many times fewer windows."""
 
     beta2: float = 0.999
+    clip: float = CLIP  # the norm of the gradient
+    tied: bool = True  # the student's embeddings
     epochs: int = 1
     cosine: bool = False
 
@@ -61,6 +63,8 @@ class Training:
 TRAININGS = {
     "usual": Training(),
     "beta2 0.95": Training(beta2=0.95),
+    "clipped at 0.2": Training(clip=0.2),
+    "untied": Training(tied=False),
     "4 epochs": Training(epochs=ideas.SETS),
     "cosine": Training(cosine=True),
 }
@@ -100,10 +104,10 @@ class Teacher:
     held_out: TeacherFolder
 
 
-def new_student(vocabulary: int, seed: int) -> PreTrainedModel:
+def new_student(vocabulary: int, seed: int, *, tied: bool = True) -> PreTrainedModel:
     """Fresh weights of a seed, in float32."""
     torch.manual_seed(seed)
-    values = {k: v for k, v in CONFIG.items() if k != "model_type"}
+    values = {k: v for k, v in CONFIG.items() if k != "model_type"} | {"tie_word_embeddings": tied}
     config = AutoConfig.for_model(str(CONFIG["model_type"]), vocab_size=vocabulary, **values)
     student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return student
@@ -157,8 +161,9 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
 
     ``keep`` is a folder for the weights and the optimizer's state at each length.
     """
-    student = new_student(teacher.vocabulary, setting.seed).train()
-    head, how = read_head(student), TRAININGS[setting.training]
+    how = TRAININGS[setting.training]
+    student = new_student(teacher.vocabulary, setting.seed, tied=how.tied).train()
+    head = read_head(student)
     betas, rate = (0.9, how.beta2), setting.learning_rate
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, weight_decay=0.0)
     found, seconds, steps = [], 0.0, max(lengths)
@@ -169,7 +174,7 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
         hidden = last_hidden_states(student, ids)[:, :-1].flatten(0, 1)
         total = loss(setting, hidden, head, ids[:, 1:].reshape(-1), teacher, rows, epoch)
         torch.autograd.backward(total / len(rows))
-        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), how.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate * how.rate(step, steps)
         optimizer.step()
