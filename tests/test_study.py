@@ -119,6 +119,15 @@ def test_an_idea_is_compared_with_the_same_without_it() -> None:
     ]
 
 
+@pytest.mark.parametrize(("ends", "steps"), [(1.5, "212"), (2.0, "150"), (4.0, "under 75"), (0.5, "300 or more")])
+def test_a_label_is_placed_on_the_curve_of_exact_distillation(ends: float, steps: str) -> None:
+    exact = run("exact", 0, 0.0)
+    exact["lengths"] = [{"steps": at, "kl_at_2": kl} for at, kl in zip((75, 150, 300), (3.0, 2.0, 1.0), strict=True)]
+    label = run("lean", 0, ends)
+    label["lengths"][0]["steps"] = 300
+    assert summary.as_exact_after(by_key([exact, label, run("lean", 1, 9.0)]), "lean", 2.0) == steps
+
+
 def test_the_designs_errors_are_those_of_drawing() -> None:
     random = torch.Generator().manual_seed(2)
     z = 2 * torch.randn(40, generator=random).double()

@@ -131,6 +131,7 @@ def grid(rate: float) -> list[Setting]:
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)
+    found += between(rate)
     return list(dict.fromkeys(found))
 
 
@@ -141,13 +142,18 @@ def second_grid(rate: float) -> list[Setting]:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
     found += each_seed(FIRST, 0.0, rate, "cosine")
-    found += [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
+    found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
     for training in ("clipped at 0.2", "untied"):
         found += [setting for setting in each_seed(FIRST[:2], 0.0, rate, training) if setting.temperature == 1]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)
     return list(dict.fromkeys(found))
+
+
+def between(rate: float) -> list[Setting]:
+    """The alphas between."""
+    return [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
 
 
 def each_seed(ways: Sequence[str], alpha: float, rate: float, training: str = "usual") -> list[Setting]:

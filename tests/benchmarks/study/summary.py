@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +96,28 @@ def rate_table(runs: Sequence[Run], steps: int) -> list[str]:
     return lines + [row([way, *at_own_temperature(groups, way, steps, ("usual", "cosine"), 3)]) for way in ways]
 
 
+def as_exact_after(groups: dict[Key, dict[int, Run]], way: str, t: float) -> str:
+    """Steps after which exact distillation is where a label's students end, over the same seeds, KL by log steps."""
+    name, exact, of_label = f"kl_at_{t:g}", groups.get(Key("exact", t, 0.0), {}), groups.get(Key(way, t, 0.0), {})
+    seeds = sorted(exact.keys() & of_label.keys())
+    if not seeds:
+        return NONE
+    curve = [statistics.mean(measured(exact[seed], steps, name) or math.nan for seed in seeds) for steps in LENGTHS]
+    ends = statistics.mean(measured(of_label[seed], LENGTHS[-1], name) or math.nan for seed in seeds)
+    for (a, b), (after, before) in zip(itertools.pairwise(LENGTHS), itertools.pairwise(curve), strict=True):
+        if before <= ends <= after:
+            return f"{a * (b / a) ** ((after - ends) / (after - before)):.0f}"
+    return f"under {LENGTHS[0]}" if ends > curve[0] else f"{LENGTHS[-1]} or more"
+
+
+def steps_table(parts: Sequence[Sequence[Run]]) -> list[str]:
+    """One line a label: after how many steps exact distillation is where its students are after the last, alpha 0."""
+    groups = [by_key(runs) for runs in parts]
+    lines = [row(["label", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]), "|" + "---|" * 5]
+    return lines + [row([way, *[as_exact_after(one, way, t) for one in groups for t in (1.0, 2.0)]]) for way in WAYS
+                    if any(Key(way, 1.0, 0.0) in one for one in groups)]  # fmt: skip
+
+
 def all_table(parts: Sequence[Sequence[Run]], steps: int) -> list[str]:
     """One line a label, alpha and T: seeds, held-out hard loss, KL at that T and calibration error, by teacher."""
     groups = [by_key(runs) for runs in parts]
@@ -164,6 +188,7 @@ def tables() -> list[list[str]]:
     steps = max(LENGTHS)
     return [
         labels_table(parts, gradients, steps),
+        steps_table(parts),
         rate_table(parts[1], steps),
         settings_table(parts, steps),
         all_table(parts, steps),
