@@ -183,7 +183,7 @@ class TrainSettings(Settings):
         None, description="for its layers; without a cache for its tokenizer and, online, its exact soft labels"
     )
     output_dir: Path = Field(description="folder of the run: checkpoints and final/")
-    alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.5")
+    alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.1")
     temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
     min_fidelity: Fraction | None = Field(
         None, description="refuse a cache whose gradient at the temperature has a smaller cosine to the exact one"
@@ -264,7 +264,7 @@ class TrainSettings(Settings):
     @property
     def hard_weight(self) -> float:
         """The weight of the hard loss, alpha."""
-        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.5}[self.distillation_type]
+        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}[self.distillation_type]
         return fixed if self.alpha is None else self.alpha
 
 

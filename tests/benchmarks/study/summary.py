@@ -69,7 +69,7 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
 def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "standard") -> list[str]:
     """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher.
 
-    The last is alpha 0.5 less alpha 0 at T=1, paired by seed.
+    The last are each alpha less alpha 0 at T=1, paired by seed.
     """
     names = {"hard loss": "hard_loss", "KL at T=1": "kl_at_1", "calibration error": "calibration_error"}
     heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in names]
@@ -83,9 +83,12 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     for key in keys:
         cells = [found(figure(one, key, steps, name)) for one in groups for name in names.values()]
         lines.append(row([f"{key[2]:g}", f"{key[1]:g}" if key[2] < 1 else NONE, *cells]))
-    half, none = Key(way, 1.0, 0.5), Key(way, 1.0, 0.0)
-    cells = [found(against(one, half, none, steps, name), "+") for one in groups for name in names.values()]
-    return [*lines, row(["0.5 less 0", "1", *cells])]
+    none = Key(way, 1.0, 0.0)
+    for alpha in sorted({alpha for alpha, t in tried if t == 1 and alpha}, reverse=True):
+        key = none._replace(alpha=alpha)
+        cells = [found(against(one, key, none, steps, name), "+") for one in groups for name in names.values()]
+        lines.append(row([f"{alpha:g} less 0", "1", *cells]))
+    return lines
 
 
 def rate_table(runs: Sequence[Run], steps: int) -> list[str]:
