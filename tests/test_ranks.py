@@ -30,7 +30,8 @@ FSDP = (
     f"--config_file={Path(__file__).parent.parent / 'configs/accelerate/fsdp.yaml'}",
     "--num_processes=2",
 )
-STEPS = {"save-steps": 3, "logging-steps": 1, "learning-rate": 1e-3, "warmup-steps": 0, "eval-fraction": 0.1}
+STEPS = {"save-steps": 3, "logging-steps": 1, "learning-rate": 1e-3, "warmup-steps": 0, "eval-fraction": 0.1,
+         "alpha": 0.5}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
