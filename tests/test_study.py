@@ -12,7 +12,7 @@ from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labelling import label_rows_of
 from tests.benchmarks.study.labels import POSITIONS, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
-from tests.benchmarks.study.students import EVERY_WAY, Setting, batches
+from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 
@@ -76,6 +76,12 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
     four = batches(Setting("standard", 1.0, 0.0, 1, 0.002, "4 epochs"), 64, 16)
     assert [epoch for epoch, _ in four] == [step // 4 for step in range(16)]
     assert sorted(np.concatenate([windows for epoch, windows in four if epoch == 2])) == list(range(16))
+
+
+def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
+    usual, cosine = ([TRAININGS[name].rate(step, 300) for step in (1, 20, 160, 300)] for name in ("usual", "cosine"))
+    assert usual == [0.05, 1.0, 1.0, 1.0]
+    assert cosine == pytest.approx([0.05, 1.0, 0.5, 0.0])
 
 
 def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:
