@@ -7,7 +7,6 @@ are a batch of k: what shrinks as k grows is noise, what stays is bias. Exact gr
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +151,9 @@ def measure(
     folder: Path,
     part: tuple[int, int],
     until: float,
-    temperatures: Sequence[float] = TEMPERATURES,
 ) -> None:
     """Every cell of part i of n that has no result yet, until it is time to stop."""
-    jobs = [(at, t) for t in sorted(temperatures, key=lambda t: t not in (1.0, 2.0)) for at in stages]
+    jobs = [(at, t) for t in sorted(TEMPERATURES, key=lambda t: t not in (1.0, 2.0)) for at in stages]
     for at, t in jobs[part[0] :: part[1]]:
         path = folder / f"{text}_{at.name}_T{t:g}.json"
         if path.exists() or time.time() > until:

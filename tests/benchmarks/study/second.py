@@ -98,4 +98,4 @@ def measure(folder: Path, cells: Path, stages: dict[str, Path], part: tuple[int,
     students += [fidelity.stage(name, VOCABULARY, path) for name, path in stages.items()]
     if part[0] == 0:
         write_atomically(cells / f"sizes_{NAME}.json", fidelity.sizes(where, VOCABULARY))
-    fidelity.measure(students, NAME, where, teacher.head, cells, part, until, (1.0, 2.0))
+    fidelity.measure(students, NAME, where, teacher.head, cells, part, until)
