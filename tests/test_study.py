@@ -125,6 +125,26 @@ def test_an_idea_is_compared_with_the_same_without_it() -> None:
     ]
 
 
+def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
+    runs = [
+        run("exact", 0, 1.0),
+        run("lean", 0, 1.2),
+        run("exact", 0, 3.0),
+        run("lean", 0, 3.1),
+        run("standard", 0, 7.0),
+    ]
+    for one in runs:
+        one["setting"]["temperature"] = 1.0
+        one["lengths"][0]["kl_at_1"] = one["lengths"][0].pop("kl_at_2")
+    for one in runs[2:4]:
+        one["setting"]["alpha"] = 0.5
+    like = {"alpha 0": summary.USUAL, "alpha 0.5": summary.USUAL._replace(alpha=0.5)}
+    assert summary.beside_table(runs, 10, like, 2)[2:] == [
+        "| exact | 1.00 | 3.00 | – | – |",
+        "| lean | +0.20 | +0.10 | – | – |",
+    ]
+
+
 @pytest.mark.parametrize(("ends", "steps"), [(1.5, "212"), (2.0, "150"), (4.0, "under 75"), (0.5, "300 or more")])
 def test_a_label_is_placed_on_the_curve_of_exact_distillation(ends: float, steps: str) -> None:
     exact = run("exact", 0, 0.0)

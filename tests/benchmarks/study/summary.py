@@ -12,6 +12,7 @@ from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_ex
 from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
+USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
 OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "untied")  # and what else differs in training, whatever the label
 
 
@@ -30,12 +31,12 @@ def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -
 
 
 def at_own_temperature(
-    groups: dict[Key, dict[int, Run]], way: str, steps: int, trainings: Sequence[str] = ("usual",), digits: int = 2
+    groups: dict[Key, dict[int, Run]], way: str, steps: int, like: Sequence[Key] = (USUAL,), digits: int = 2
 ) -> list[str]:
     """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
     cells = []
-    for t, training in itertools.product((1.0, 2.0), trainings):
-        name, key = f"kl_at_{t:g}", Key(way, t, 0.0, training)
+    for t, one in itertools.product((1.0, 2.0), like):
+        name, key = f"kl_at_{t:g}", one._replace(way=way, temperature=t)
         if way == "exact":
             cells.append(found(figure(groups, key, steps, name), digits=digits))
         else:
@@ -66,6 +67,16 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
     return lines
 
 
+def angles_table(gradients: dict[str, Any]) -> list[str]:
+    """One line a text, T and stage of the student: degrees of gradient and of AdamW's update, of the largest batch."""
+    ways = list(gradients["bytes_a_position"]["code"])
+    lines = [row(["text", "T", "student", *ways]), "|" + "---|" * (len(ways) + 3)]
+    for cell in gradients["cells"]:
+        angles = [f"{at['angle'][-1]:.1f}, {at['update_angle'][-1]:.0f}" for at in map(cell["ways"].get, ways)]
+        lines.append(row([cell["text"], f"{cell['temperature']:g}", cell["stage"], *angles]))
+    return lines
+
+
 def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "standard") -> list[str]:
     """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher.
 
@@ -91,12 +102,12 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     return lines
 
 
-def rate_table(runs: Sequence[Run], steps: int) -> list[str]:
-    """One line a label: KL at T as in ``labels_table``, of a constant rate and of one that falls to nothing."""
-    groups, heads = by_key(runs), ["T=1, constant rate", "T=1, cosine", "T=2, constant rate", "T=2, cosine"]
-    lines = [row(["label", *heads]), "|" + "---|" * (len(heads) + 1)]
-    ways = [way for way in ("exact", *WAYS) if Key(way, 1.0, 0.0, "cosine") in groups]
-    return lines + [row([way, *at_own_temperature(groups, way, steps, ("usual", "cosine"), 3)]) for way in ways]
+def beside_table(runs: Sequence[Run], steps: int, like: dict[str, Key], digits: int) -> list[str]:
+    """One line a label: KL at T as in ``labels_table``, of students that are ``like`` some keys, by their names."""
+    groups, titles = by_key(runs), [f"T={t}, {name}" for t in (1, 2) for name in like]
+    lines = [row(["label", *titles]), "|" + "---|" * (len(titles) + 1)]
+    ways = [way for way in ("exact", *WAYS) if all(one._replace(way=way) in groups for one in like.values())]
+    return lines + [row([way, *at_own_temperature(groups, way, steps, list(like.values()), digits)]) for way in ways]
 
 
 def as_exact_after(groups: dict[Key, dict[int, Run]], way: str, t: float) -> str:
@@ -191,8 +202,10 @@ def tables() -> list[list[str]]:
     steps = max(LENGTHS)
     return [
         labels_table(parts, gradients, steps),
+        angles_table(gradients),
         steps_table(parts),
-        rate_table(parts[1], steps),
+        beside_table(parts[1], steps, {"constant rate": USUAL, "cosine": USUAL._replace(training="cosine")}, 3),
+        beside_table(parts[0], steps, {"alpha 0": USUAL, "alpha 0.5": USUAL._replace(alpha=0.5)}, 2),
         settings_table(parts, steps),
         all_table(parts, steps),
         designs_table(designs["teachers"]),
