@@ -95,6 +95,14 @@ def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[Teache
     assert float(found.log_probs_NS[0].exp().sum() + found.log_rest_N[0].exp()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_what_is_not_labelled_is_not_taken_for_labels(tmp_path: Path) -> None:
+    where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), 4, {})
+    with pytest.raises(SystemExit, match="train: 0 of 1 blocks are labelled: `just study labels` does the rest"):
+        where.labelled()
+    where.done[:] = True
+    assert where.labelled() is where
+
+
 def run(way: str, seed: int, kl: float) -> dict[str, Any]:
     setting = {"way": way, "temperature": 2.0, "alpha": 0.0, "seed": seed}
     return {"setting": setting, "lengths": [{"steps": 10, "kl_at_2": kl}]}

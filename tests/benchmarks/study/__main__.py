@@ -65,7 +65,7 @@ def the_teacher() -> Teacher:
     """What training needs of the teacher: the head alone stays in memory."""
     kept, held_out, vocabulary = folders()
     head = read_head(load_causal_lm(teacher_path(), dtype=torch.float32).eval().requires_grad_(False))
-    return Teacher(head, vocabulary, kept, held_out)
+    return Teacher(head, vocabulary, kept.labelled(), held_out.labelled())
 
 
 def label_part(part: tuple[int, int]) -> None:
@@ -96,7 +96,8 @@ def compare_gradients(part: tuple[int, int], until: float) -> None:
     saved, teacher = saved_students(FOLDER), the_teacher()
     stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
     stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
-    for name, where in texts().items():
+    for name, text in texts().items():
+        where = text.labelled()
         if part[0] == 0:
             write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
         fidelity.measure(stages, name, where, teacher.head, FOLDER / "fidelity", part, until)

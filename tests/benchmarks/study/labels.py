@@ -7,7 +7,7 @@ in any order, by any number of processes, each once.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -100,6 +100,13 @@ class TeacherFolder:
         found: NDArray[np.generic] = np.lib.format.open_memmap(path, "r+")
         assert found.shape == shape, f"{path} is of another study: remove {self.folder}"
         return found
+
+    def labelled(self) -> Self:
+        """This folder, if its windows are all labelled; otherwise their labels would be zeros."""
+        done, of = int(self.done.sum()), len(self.done)
+        if done < of:
+            raise SystemExit(f"{self.folder}: {done} of {of} blocks are labelled: `just study labels` does the rest")
+        return self
 
     def targets(self, name: str, rows: IntArray | slice) -> SparseTargets:
         """Labels of some rows."""
