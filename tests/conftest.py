@@ -12,7 +12,7 @@ import pytest
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so
 
-MANY_PROCESSES = ("test_ray", "test_ray_clusters", "test_ranks", "test_workers", "test_integrity", "test_guards")
+MANY_PROCESSES = ("test_ray", "test_ray_clusters", "test_ranks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
