@@ -1,8 +1,8 @@
 """What holds for all tests, before any of their modules is imported.
 
 Progress bars are silenced, as the command does for itself; Ray's workers, by default the last to be given a processor,
-are not kept waiting by the tests beside them. Tests of many processes, which wait for each other much, come first: all
-others run beside them.
+are not kept waiting by the tests beside them. Tests of many processes wait for each other much: they are dealt out and
+come first, so that each of the three workers of the test command begins with some and all others run beside them.
 """
 
 import os
@@ -12,8 +12,21 @@ import pytest
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so
 
-MANY_PROCESSES = ("test_ray", "test_ray_clusters", "test_ranks")
+MANY_PROCESSES = (
+    ("test_ray", "test_ray_clusters"),
+    ("test_ranks", "test_claim", "test_network_folder"),
+    ("test_integrity", "test_workers", "test_disk"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in MANY_PROCESSES)
+    """Put one group of `MANY_PROCESSES` before each of the equal stretches that xdist deals to its workers."""
+    first = [[item for item in items if item.path.stem in stems] for stems in MANY_PROCESSES]
+    rest = [item for item in items if not any(item in group for group in first)]
+    dealt: list[pytest.Item] = []
+    for number, group in enumerate(first):
+        stretch = (len(items) - len(dealt)) // (len(first) - number)
+        others = max(0, stretch - len(group))
+        dealt += group + rest[:others]
+        del rest[:others]
+    items[:] = dealt + rest
