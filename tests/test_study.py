@@ -76,6 +76,9 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
     four = batches(Setting("standard", 1.0, 0.0, 1, 0.002, "4 epochs"), 64, 16)
     assert [epoch for epoch, _ in four] == [step // 4 for step in range(16)]
     assert sorted(np.concatenate([windows for epoch, windows in four if epoch == 2])) == list(range(16))
+    large = batches(Setting("standard", 1.0, 0.0, 1, 0.002, "4 times the batch"), 64, 4)
+    parts = [sorted(np.concatenate([windows for _, windows in usual[first : first + 4]])) for first in (0, 4, 8, 12)]
+    assert [windows.tolist() for _, windows in large] == parts
 
 
 def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
@@ -146,8 +149,8 @@ def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
         one["lengths"][0]["kl_at_1"] = one["lengths"][0].pop("kl_at_2")
     for one in runs[2:4]:
         one["setting"]["alpha"] = 0.5
-    like = {"alpha 0": summary.USUAL, "alpha 0.5": summary.USUAL._replace(alpha=0.5)}
-    assert summary.beside_table(runs, 10, like, 2)[2:] == [
+    like = {"alpha 0": (summary.USUAL, 10), "alpha 0.5": (summary.USUAL._replace(alpha=0.5), 10)}
+    assert summary.beside_table(runs, like, 2)[2:] == [
         "| exact | 1.00 | 3.00 | – | – |",
         "| lean | +0.20 | +0.10 | – | – |",
     ]

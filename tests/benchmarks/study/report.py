@@ -19,6 +19,7 @@ from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_studen
 RESULTS = Path("tests/benchmarks/results")
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+STAGE_MARKERS = {"fresh": "o", "early": "^", "late": "s"}
 
 Run = dict[str, Any]
 
@@ -146,7 +147,8 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
         row[0].set_ylabel("KL to the teacher less exact KD's, nats")
-        row[0].legend(fontsize=8)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -166,6 +168,7 @@ def gradient_table(cells: Sequence[Run], text: str) -> Table:
 def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) -> None:
     """Above, angle against bytes a position, a panel a temperature, a point a stage; below, against the batch."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     temperatures = sorted({c["temperature"] for c in cells})
     figure = Figure(figsize=(4.5 * len(temperatures), 8), layout="constrained")
@@ -175,16 +178,20 @@ def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) ->
         middle = next((c for c in here if c["stage"] == "early"), here[0])
         for number, way in enumerate(here[0]["ways"]):
             color = f"C{number}"
-            for c, marker in zip(here, "o^s", strict=False):
-                angle = c["ways"][way]["angle"][-1]
-                name = way if marker == "o" else None
-                above[column].plot(sizes[way], angle, marker, color=color, label=name)
+            for c in here:
+                marker = STAGE_MARKERS[c["stage"]]
+                above[column].plot(sizes[way], c["ways"][way]["angle"][-1], marker, color=color)
             below[column].plot(middle["batches"], middle["ways"][way]["angle"], ".-", color=color, label=way)
         above[column].set(title=f"T={t:g}", xscale="log", yscale="log", xlabel="bytes a position")
         below[column].set(xscale="log", yscale="log", xlabel=f"windows a batch, {middle['stage']} student")
+        for axis, ticks in ((above[column], (25, 50, 100, 200)), (below[column], middle["batches"])):
+            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+            axis.minorticks_off()
     above[0].set_ylabel("degrees to the exact gradient")
     below[0].set_ylabel("degrees to the exact gradient")
-    below[0].legend(fontsize=8)
+    labels = [Line2D([], [], color=line.get_color(), label=line.get_label()) for line in below[0].lines]
+    stages = [Line2D([], [], color="black", marker=m, linestyle="", label=name) for name, m in STAGE_MARKERS.items()]
+    figure.legend(handles=labels + stages, loc="outside lower center", ncols=len(labels + stages))
     figure.savefig(path, dpi=150)
 
 

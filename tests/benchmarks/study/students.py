@@ -45,12 +45,17 @@ ROWS = 256  # of an evaluation at a time
 
 @dataclass(frozen=True)
 class Training:
-    """What differs from the usual training: ``epochs`` are passes over as many times fewer windows."""
+    """What differs from the usual training.
+
+    ``epochs`` are passes over as many times fewer windows, ``batch`` takes as many times more of them a step, over as
+    many times fewer steps.
+    """
 
     beta2: float = 0.999
     clip: float = CLIP  # the norm of the gradient
     tied: bool = True  # the student's embeddings
     epochs: int = 1
+    batch: int = 1
     cosine: bool = False
 
     def rate(self, step: int, steps: int) -> float:
@@ -66,6 +71,7 @@ TRAININGS = {
     "clipped at 0.2": Training(clip=0.2),
     "untied": Training(tied=False),
     "4 epochs": Training(epochs=ideas.SETS),
+    "4 times the batch": Training(batch=4),
     "cosine": Training(cosine=True),
 }
 
@@ -143,16 +149,16 @@ def tail_of(way: str) -> str:
 
 def batches(setting: Setting, windows: int, steps: int) -> list[tuple[int, IntArray]]:
     """Epoch and windows of each step: the same of one seed, whatever the label; each epoch is shuffled anew."""
-    epochs = TRAININGS[setting.training].epochs
+    how = TRAININGS[setting.training]
+    epochs, size = how.epochs, WINDOWS * how.batch
     orders = [
         np.random.default_rng(setting.seed + 1000 * epoch).permutation(windows // epochs) for epoch in range(epochs)
     ]
     order = np.concatenate(orders)
-    if steps * WINDOWS > len(order):
-        raise SystemExit(f"{steps} steps take {steps * WINDOWS} windows, {len(order)} are labelled")
+    if steps * size > len(order):
+        raise SystemExit(f"{steps} steps take {steps * size} windows, {len(order)} are labelled")
     return [
-        (first * epochs // len(order), np.sort(order[first : first + WINDOWS]))
-        for first in range(0, steps * WINDOWS, WINDOWS)
+        (first * epochs // len(order), np.sort(order[first : first + size])) for first in range(0, steps * size, size)
     ]
 
 
@@ -166,7 +172,7 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     head = read_head(student)
     betas, rate = (0.9, how.beta2), setting.learning_rate
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, weight_decay=0.0)
-    found, seconds, steps = [], 0.0, max(lengths)
+    found, seconds, steps = [], 0.0, max(lengths) // how.batch
     for step, (epoch, windows) in enumerate(batches(setting, len(teacher.train.ids), steps), start=1):
         began = time.perf_counter()
         rows = (windows[:, None] * POSITIONS + np.arange(POSITIONS)).reshape(-1)
@@ -181,7 +187,9 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
         optimizer.zero_grad()
         seconds += time.perf_counter() - began
         if step in lengths and (step == steps or not how.cosine):  # what the rate has not fallen for is no student yet
-            found.append({"steps": step, "positions": step * WINDOWS * POSITIONS, **evaluate(student, teacher)})
+            found.append(
+                {"steps": step, "positions": step * how.batch * WINDOWS * POSITIONS, **evaluate(student, teacher)}
+            )
             found[-1]["training_seconds"] = round(seconds, 1)
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,9 @@ from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_ex
 from tests.benchmarks.study.students import LENGTHS
 
 NONE = "–"
+Students = tuple[Key, int]  # of a setting, after so many steps
 USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
+BESIDE = ("cosine", "4 times the batch")  # trainings that have tables of their own
 OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "untied")  # and what else differs in training, whatever the label
 
 
@@ -31,11 +33,11 @@ def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -
 
 
 def at_own_temperature(
-    groups: dict[Key, dict[int, Run]], way: str, steps: int, like: Sequence[Key] = (USUAL,), digits: int = 2
+    groups: dict[Key, dict[int, Run]], way: str, like: Sequence[Students], digits: int = 2
 ) -> list[str]:
     """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
     cells = []
-    for t, one in itertools.product((1.0, 2.0), like):
+    for t, (one, steps) in itertools.product((1.0, 2.0), like):
         name, key = f"kl_at_{t:g}", one._replace(way=way, temperature=t)
         if way == "exact":
             cells.append(found(figure(groups, key, steps, name), digits=digits))
@@ -62,7 +64,7 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
             for t in (1.0, 2.0)
         ]
         size = f"{sizes[way]:.0f}" if way in sizes else NONE
-        cells = [cell for one in groups for cell in at_own_temperature(one, way, steps)]
+        cells = [cell for one in groups for cell in at_own_temperature(one, way, [(USUAL, steps)])]
         lines.append(row([way, size, *angles, *cells]))
     return lines
 
@@ -102,12 +104,12 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
     return lines
 
 
-def beside_table(runs: Sequence[Run], steps: int, like: dict[str, Key], digits: int) -> list[str]:
-    """One line a label: KL at T as in ``labels_table``, of students that are ``like`` some keys, by their names."""
+def beside_table(runs: Sequence[Run], like: dict[str, Students], digits: int) -> list[str]:
+    """One line a label: KL at T as in ``labels_table``, of students that are ``like`` some, by their names."""
     groups, titles = by_key(runs), [f"T={t}, {name}" for t in (1, 2) for name in like]
     lines = [row(["label", *titles]), "|" + "---|" * (len(titles) + 1)]
-    ways = [way for way in ("exact", *WAYS) if all(one._replace(way=way) in groups for one in like.values())]
-    return lines + [row([way, *at_own_temperature(groups, way, steps, list(like.values()), digits)]) for way in ways]
+    ways = [way for way in ("exact", *WAYS) if all(one._replace(way=way) in groups for one, _ in like.values())]
+    return lines + [row([way, *at_own_temperature(groups, way, list(like.values()), digits)]) for way in ways]
 
 
 def as_exact_after(groups: dict[Key, dict[int, Run]], way: str, t: float) -> str:
@@ -179,8 +181,8 @@ def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
     lines = [row(["tried", *heads]), "|" + "---|" * 5]
     for way, training in sorted({(key.way, key.training) for key in groups}):
         optimizer = training in OPTIMIZERS
-        if training == "cosine" or way.endswith("T=2 alone") or (way == "exact" and not optimizer):
-            continue  # has a table of its own; told with T=1; is what others are compared with
+        if training in BESIDE or way.endswith("T=2 alone") or (way == "exact" and not optimizer):
+            continue  # told elsewhere; told with T=1; is what others are compared with
         cells = []
         for t in (1.0, 2.0):
             name, key = f"kl_at_{t:g}", Key(way.replace("T=1", f"T={t:g}"), t, 0.0, training)
@@ -200,12 +202,13 @@ def tables() -> list[list[str]]:
     )
     parts = [[run for run in one["runs"] if run["setting"]["seed"] < 100] for one in (students, second)]
     steps = max(LENGTHS)
+    rates = {"constant rate": (USUAL, steps), "cosine": (USUAL._replace(training="cosine"), steps)}
     return [
         labels_table(parts, gradients, steps),
         angles_table(gradients),
         steps_table(parts),
-        beside_table(parts[1], steps, {"constant rate": USUAL, "cosine": USUAL._replace(training="cosine")}, 3),
-        beside_table(parts[0], steps, {"alpha 0": USUAL, "alpha 0.5": USUAL._replace(alpha=0.5)}, 2),
+        beside_table(parts[1], rates, 3),
+        beside_table(parts[0], {"alpha 0": (USUAL, steps), "alpha 0.5": (USUAL._replace(alpha=0.5), steps)}, 2),
         settings_table(parts, steps),
         all_table(parts, steps),
         designs_table(designs["teachers"]),
