@@ -148,7 +148,7 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
             axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
         row[0].set_ylabel("KL to the teacher less exact KD's, nats")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    figure.legend(handles, names, loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -106,9 +106,14 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
 
 def beside_table(runs: Sequence[Run], like: dict[str, Students], digits: int) -> list[str]:
     """One line a label: KL at T as in ``labels_table``, of students that are ``like`` some, by their names."""
-    groups, titles = by_key(runs), [f"T={t}, {name}" for t in (1, 2) for name in like]
+    groups, keys = by_key(runs), [key for key, _ in like.values()]
+    titles = [f"T={t}, {name}" for t in (1, 2) for name in like]
     lines = [row(["label", *titles]), "|" + "---|" * (len(titles) + 1)]
-    ways = [way for way in ("exact", *WAYS) if all(one._replace(way=way) in groups for one, _ in like.values())]
+    ways = [
+        way
+        for way in ("exact", *WAYS)
+        if any(all(key._replace(way=way, temperature=t) in groups for key in keys) for t in (1.0, 2.0))
+    ]
     return lines + [row([way, *at_own_temperature(groups, way, list(like.values()), digits)]) for way in ways]
 
 
@@ -201,12 +206,18 @@ def tables() -> list[list[str]]:
         for name in ("students", "second", "gradients", "designs")
     )
     parts = [[run for run in one["runs"] if run["setting"]["seed"] < 100] for one in (students, second)]
-    steps = max(LENGTHS)
+    steps, few = max(LENGTHS), min(LENGTHS)
+    batches = {
+        f"{few} steps of 1,020": (USUAL, few),
+        f"{few} steps of 4,080": (USUAL._replace(training="4 times the batch"), few),
+        f"{steps} steps of 1,020": (USUAL, steps),
+    }
     rates = {"constant rate": (USUAL, steps), "cosine": (USUAL._replace(training="cosine"), steps)}
     return [
         labels_table(parts, gradients, steps),
         angles_table(gradients),
         steps_table(parts),
+        beside_table(parts[1], batches, 3),
         beside_table(parts[1], rates, 3),
         beside_table(parts[0], {"alpha 0": (USUAL, steps), "alpha 0.5": (USUAL._replace(alpha=0.5), steps)}, 2),
         settings_table(parts, steps),
