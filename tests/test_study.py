@@ -82,9 +82,11 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
 
 
 def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
-    usual, cosine = ([TRAININGS[name].rate(step, 300) for step in (1, 20, 160, 300)] for name in ("usual", "cosine"))
+    names = ("usual", "cosine", "rate 1.25")
+    usual, cosine, more = ([TRAININGS[name].rate(step, 300) for step in (1, 20, 160, 300)] for name in names)
     assert usual == [0.05, 1.0, 1.0, 1.0]
     assert cosine == pytest.approx([0.05, 1.0, 0.5, 0.0])
+    assert more == [1.25 * rate for rate in usual]
 
 
 def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:

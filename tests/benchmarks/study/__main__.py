@@ -145,7 +145,7 @@ def second_grid(rate: float) -> list[Setting]:
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
-    found += each_seed(FIRST, 0.0, rate, "4 times the batch")
+    found += each_seed(FIRST, 0.0, rate, "4 times the batch") + each_seed(FIRST[:2], 0.0, rate, "rate 1.25")
     for training in ("clipped at 0.2", "untied"):
         found += [setting for setting in each_seed(FIRST[:2], 0.0, rate, training) if setting.temperature == 1]
     for ways, alpha in ORDER:

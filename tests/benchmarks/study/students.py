@@ -57,12 +57,13 @@ class Training:
     epochs: int = 1
     batch: int = 1
     cosine: bool = False
+    times: float = 1.0  # the learning rate
 
     def rate(self, step: int, steps: int) -> float:
         """Of the learning rate, at a step (from 1) of so many."""
         if step <= WARMUP or not self.cosine:
-            return min(1.0, step / WARMUP)
-        return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
+            return self.times * min(1.0, step / WARMUP)
+        return self.times * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
 
 
 TRAININGS = {
@@ -73,6 +74,7 @@ TRAININGS = {
     "4 epochs": Training(epochs=ideas.SETS),
     "4 times the batch": Training(batch=4),
     "cosine": Training(cosine=True),
+    "rate 1.25": Training(times=1.25),
 }
 
 
