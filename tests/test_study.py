@@ -138,6 +138,14 @@ def test_an_idea_is_compared_with_the_same_without_it() -> None:
     ]
 
 
+def test_an_idea_is_told_by_the_length_of_training() -> None:
+    runs = [run("standard", 0, 2.0), run("standard, half bucket", 0, 1.9)]
+    for one, kl in zip(runs, (1.0, 1.2), strict=True):
+        one["lengths"] = [{"steps": 75, "kl_at_2": one["lengths"][0]["kl_at_2"]}, {"steps": 300, "kl_at_2": kl}]
+    lines = summary.lengths_table(runs, "standard, half bucket")[2:]
+    assert lines == ["| 75 | – | -0.100 |", "| 150 | – | – |", "| 300 | – | +0.200 |"]
+
+
 def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
     runs = [
         run("exact", 0, 1.0),

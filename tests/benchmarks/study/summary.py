@@ -199,6 +199,16 @@ def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
     return lines
 
 
+def lengths_table(runs: Sequence[Run], way: str) -> list[str]:
+    """One line a length: KL at T of an idea's students, less that of the same without it."""
+    groups = by_key(runs)
+    lines = [row(["steps", "T=1: less without", "T=2: less without"]), "|" + "---|" * 3]
+    for steps in LENGTHS:
+        keys = [(Key(way, t, 0.0), Key("standard", t, 0.0), steps, f"kl_at_{t:g}") for t in (1.0, 2.0)]
+        lines.append(row([str(steps), *[found(against(groups, *pair), "+", 3) for pair in keys]]))
+    return lines
+
+
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
     students, second, gradients, designs = (
@@ -224,6 +234,7 @@ def tables() -> list[list[str]]:
         all_table(parts, steps),
         designs_table(designs["teachers"]),
         ideas_table(parts[1], steps),
+        lengths_table(parts[1], "standard, half bucket"),
     ]
 
 
