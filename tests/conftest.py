@@ -22,7 +22,7 @@ MANY_PROCESSES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put one group of `MANY_PROCESSES` before each of the equal stretches that xdist deals to its workers."""
     first = [[item for item in items if item.path.stem in stems] for stems in MANY_PROCESSES]
-    rest = [item for item in items if not any(item in group for group in first)]
+    rest = [item for item in items if item.path.stem not in sum(MANY_PROCESSES, ())]
     dealt: list[pytest.Item] = []
     for number, group in enumerate(first):
         stretch = (len(items) - len(dealt)) // (len(first) - number)

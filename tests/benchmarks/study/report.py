@@ -211,8 +211,8 @@ def write_result(name: str, found: dict[str, Any]) -> None:
 
 def report_gradients(folder: Path, console: Console) -> None:
     """Write results/gradients.json and .png, and print the tables."""
-    order = {"fresh": 0, "early": 1, "late": 2}
-    cells = sorted(read(folder, "*_T*.json"), key=lambda c: (c["text"], c["temperature"], order[c["stage"]]))
+    order = list(STAGE_MARKERS)
+    cells = sorted(read(folder, "*_T*.json"), key=lambda c: (c["text"], c["temperature"], order.index(c["stage"])))
     if not cells:
         return
     sizes = {path.stem.removeprefix("sizes_"): json.loads(path.read_text()) for path in folder.glob("sizes_*.json")}

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tests.benchmarks.study.labels import WAYS
+from tests.benchmarks.study.labels import POSITIONS, WAYS
 from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
-from tests.benchmarks.study.students import LENGTHS
+from tests.benchmarks.study.students import LENGTHS, TRAININGS, WINDOWS
 
 NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
@@ -216,11 +216,12 @@ def tables() -> list[list[str]]:
         for name in ("students", "second", "gradients", "designs")
     )
     parts = [[run for run in one["runs"] if run["setting"]["seed"] < 100] for one in (students, second)]
-    steps, few = max(LENGTHS), min(LENGTHS)
+    steps, few, large = max(LENGTHS), min(LENGTHS), "4 times the batch"
+    batch = WINDOWS * POSITIONS
     batches = {
-        f"{few} steps of 1,020": (USUAL, few),
-        f"{few} steps of 4,080": (USUAL._replace(training="4 times the batch"), few),
-        f"{steps} steps of 1,020": (USUAL, steps),
+        f"{few} steps of {batch:,}": (USUAL, few),
+        f"{few} steps of {TRAININGS[large].batch * batch:,}": (USUAL._replace(training=large), few),
+        f"{steps} steps of {batch:,}": (USUAL, steps),
     }
     rates = {"constant rate": (USUAL, steps), "cosine": (USUAL._replace(training="cosine"), steps)}
     return [
