@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.benchmarks.study import designs, fidelity, ideas, summary
 from tests.benchmarks.study.__main__ import claim
-from tests.benchmarks.study.labelling import label_rows_of
-from tests.benchmarks.study.labels import POSITIONS, STORED, TeacherFolder, entries
+from tests.benchmarks.study.labelling import label_rows_of, label_windows
+from tests.benchmarks.study.labels import LARGER, POSITIONS, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
 from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches
 
@@ -21,11 +22,11 @@ VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, torch.Tensor]:
     """Two windows of labels, all rows of one distribution, and its logits."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, POSITIONS + 1))
-    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED | ideas.STORED)
+    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED | LARGER | ideas.STORED)
     logits = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
     for window in range(2):
         rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
-        label_rows_of(where, logits.expand(POSITIONS, -1).contiguous(), VOCAB, rows)
+        label_rows_of(where, logits.expand(POSITIONS, -1).contiguous(), VOCAB, rows, list(where.stored))
     return where, logits
 
 
@@ -39,7 +40,14 @@ def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Te
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(
     "way",
-    ["lean", "standard", "random sampling, 32", "standard, stratified draws", "standard, half the draws by need"],
+    [
+        "lean",
+        "standard",
+        "rich",
+        "random sampling, 32",
+        "standard, stratified draws",
+        "standard, half the draws by need",
+    ],
 )
 def test_sampled_labels_are_unbiased_also_where_they_were_drawn_at_another_temperature(
     labelled: tuple[TeacherFolder, torch.Tensor], way: str, temperature: float
@@ -104,8 +112,33 @@ def test_what_is_not_labelled_is_not_taken_for_labels(tmp_path: Path) -> None:
     where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), 4, {})
     with pytest.raises(SystemExit, match="train: 0 of 1 blocks are labelled: `just study labels` does the rest"):
         where.labelled()
-    where.done[:] = True
+    where.done["hidden"][:] = True
     assert where.labelled() is where
+
+
+def test_a_new_label_is_made_of_the_kept_hidden_states_and_the_others_stay(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (9, POSITIONS + 1))
+    names = ("standard", "rich")
+    at_once = TeacherFolder(tmp_path / "at once", ids, 16, {name: (STORED | LARGER)[name] for name in names})
+    label_windows(at_once, teacher, VOCAB, (0, 1))
+    label_windows(TeacherFolder(tmp_path / "later", ids, 16, {"standard": STORED["standard"]}), teacher, VOCAB, (0, 1))
+    later = TeacherFolder(tmp_path / "later", ids, 16, at_once.stored)
+    with pytest.raises(SystemExit, match="later: 0 of 2 blocks are labelled"):
+        later.labelled()
+    later.put("standard", slice(0, 1), later.targets("standard", slice(1, 2)))
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.down_proj.weight.zero_()  # other hidden states, if it were asked again
+    label_windows(later, teacher, VOCAB, (0, 1))
+    for name in names:
+        kept, wanted = (where.labelled().targets(name, slice(1, None)) for where in (later, at_once))
+        for field in ("head_ids", "tail_ids", "tail_counts", "tail_logprobs"):
+            assert (getattr(kept, field) == getattr(wanted, field)).all()
+    first, second = (later.targets("standard", slice(row, row + 1)) for row in (0, 1))
+    assert (first.head_logprobs == second.head_logprobs).all()
 
 
 def run(way: str, seed: int, kl: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.benchmarks.study import fidelity, second
 from tests.benchmarks.study.corpus import code_files, english, windows
 from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labelling import label_windows
-from tests.benchmarks.study.labels import STORED, TeacherFolder
+from tests.benchmarks.study.labels import MIDDLE, STORED, TeacherFolder
 from tests.benchmarks.study.report import report
 from tests.benchmarks.study.students import LENGTHS, REDRAWN, WINDOWS, Setting, Teacher, train, write_atomically
 
@@ -41,6 +41,8 @@ WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
+MORE_SEEDS = (3, 4, 5, 6, 7)  # of what differs by hundredths, with the second teacher
+LARGER = ("rich", MIDDLE)
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
 ORDER = ((FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (FIRST, 0.5), (THEN, 0.5))  # of the runs: ways, alpha
@@ -142,6 +144,8 @@ def second_grid(rate: float) -> list[Setting]:
     for t, alone in ALONE:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
+    found += each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
+    found += each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
@@ -158,9 +162,11 @@ def between(rate: float) -> list[Setting]:
     return [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
 
 
-def each_seed(ways: Sequence[str], alpha: float, rate: float, training: str = "usual") -> list[Setting]:
+def each_seed(
+    ways: Sequence[str], alpha: float, rate: float, training: str = "usual", seeds: Sequence[int] = SEEDS
+) -> list[Setting]:
     """Some ways at T=1 and T=2, a seed at a time."""
-    return [Setting(way, t, alpha, seed, rate, training) for seed, t, way in itertools.product(SEEDS, (1.0, 2.0), ways)]
+    return [Setting(way, t, alpha, seed, rate, training) for seed, t, way in itertools.product(seeds, (1.0, 2.0), ways)]
 
 
 @contextlib.contextmanager

@@ -105,9 +105,10 @@ def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
         "without replacement, as many entries": (without_replacement(p, r, stored), head + stored),
         "drawn for this T alone": (independent(p, alone, draws), head + distinct(alone, draws)),
     }
-    for k in (0, 4, 16, 24):
+    same = [(k, head + draws - k) for k in (0, 4, 16, 24)]
+    for k, m in (*same, (16, 48), PRESETS["rich"]):
         others = outside(logits_NV, k, DEFAULT)
-        r_k, m = proposal(others, DEFAULT), head + draws - k
+        r_k = proposal(others, DEFAULT)
         found[f"head {k} + tail {m}"] = (independent(others[t], r_k, m), k + distinct(r_k, m))
     return found
 

@@ -1,5 +1,7 @@
 """The teacher's pass of the study: hidden states and every label of some windows, by the product's own functions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,37 +15,40 @@ from pipeline.labelling import label_rows
 from pipeline.lm_head import last_hidden_states, read_head
 from pipeline.sparsify import uniform_draws
 from tests.benchmarks.study import ideas
-from tests.benchmarks.study.labels import BLOCK, POSITIONS, Stored, TeacherFolder
+from tests.benchmarks.study.labels import BLOCK, HIDDEN, POSITIONS, Stored, TeacherFolder
 
 ROWS = 255  # target positions at a time
 
 
 def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int, part: tuple[int, int]) -> None:
-    """Run the teacher over the windows of part i of n that are not done yet."""
+    """Run the teacher over the windows of part i of n that it has not seen yet, and make the labels they lack."""
     head = read_head(model)
-    for block in range(part[0], len(where.done), part[1]):
-        if where.done[block]:
+    for block in range(part[0], where.blocks, part[1]):
+        missing = where.missing(block)
+        if not missing:
             continue
         windows = slice(block * BLOCK, min((block + 1) * BLOCK, len(where.ids)))
         rows = slice(windows.start * POSITIONS, windows.stop * POSITIONS)
         ids = torch.from_numpy(where.ids[windows])
         with torch.inference_mode():
-            hidden = last_hidden_states(model, ids)[:, :-1].reshape(-1, where.hidden.shape[1])
-            where.hidden[rows] = hidden.numpy()
+            if HIDDEN in missing:
+                where.hidden[rows] = last_hidden_states(model, ids)[:, :-1].reshape(-1, where.hidden.shape[1]).numpy()
+            hidden = torch.from_numpy(np.array(where.hidden[rows], dtype=np.float32))
             for first in range(rows.start, rows.stop, ROWS):
                 here = slice(first, min(first + ROWS, rows.stop))
                 logits = head.logits(hidden[here.start - rows.start : here.stop - rows.start])
-                label_rows_of(where, logits, vocabulary, here)
-        where.done[block] = True
-        print(f"{where.folder.name}: {int(where.done.sum())} of {len(where.done)} blocks labelled", flush=True)
+                label_rows_of(where, logits, vocabulary, here, missing)
+        for name in missing:
+            where.done[name][block] = True
+        print(f"{where.folder.name}: block {block} of {where.blocks} labelled", flush=True)
 
 
-def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice) -> None:
-    """Every label of some rows, from the teacher's logits."""
+def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice, names: Sequence[str]) -> None:
+    """Labels of some rows, those of ``names``, from the teacher's logits."""
     gold_N = where.ids[:, 1:].reshape(-1)[rows]
     redrawn = rows.start < len(where.hidden) // ideas.SETS  # the windows of training with several epochs
     for name, how in where.stored.items():
-        if how.seed and not redrawn:
+        if name not in names or (how.seed and not redrawn):
             continue
         uniforms_NM = uniform_draws(how.seed, rows.start, len(gold_N), how.draws)
         if how.numbers == "by need":

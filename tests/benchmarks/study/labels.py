@@ -2,7 +2,7 @@
 
 Hidden states are kept so that exact distillation needs no second pass of the teacher; labels come from the product's
 ``sparsify`` and go through the codes of its cache (labelling.py). One row a target position; blocks of windows are done
-in any order, by any number of processes, each once.
+in any order, by any number of processes, each once; a label that is new is made of the states that are kept.
 """
 
 from dataclasses import dataclass, fields
@@ -22,6 +22,7 @@ from tests.benchmarks.study.corpus import LENGTH
 
 POSITIONS = LENGTH - 1  # of a window
 BLOCK = 8  # windows that are done at a time
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ STORED = {
     "random": Stored(0, 32, (1.0,)),  # random-sampling KD: as many slots as standard, drawn from the teacher at T=1
     "top": Stored(64, 0, (1.0, 2.0)),
 }
+LARGER = {"middle": Stored(16, 48, DEFAULT), "rich": Stored(*PRESETS["rich"], DEFAULT)}  # of the second teacher
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ class Way:
     head: int | None = None
 
 
+MIDDLE = "head 16 + tail 48"
 WAYS = {
     "standard": Way("standard", "sampled"),
     "lean": Way("lean", "sampled"),
+    MIDDLE: Way("middle", "sampled"),
+    "rich": Way("rich", "sampled"),
     "standard bucket": Way("standard", "bucket"),
     "top-64 renormalised": Way("top", "renormalize"),
     "top-12 renormalised": Way("top", "renormalize", 12),
@@ -80,8 +85,9 @@ class TeacherFolder:
     def __init__(self, folder: Path, ids: IntArray, width: int, stored: dict[str, Stored]) -> None:
         self.ids, self.folder, self.stored = ids, folder, stored
         rows = len(ids) * POSITIONS
-        self.hidden = self._array("hidden", (rows, width), np.float32)
-        self.done = self._array("done", (-(-len(ids) // BLOCK),), np.bool_)
+        self.hidden = self._array(HIDDEN, (rows, width), np.float32)
+        blocks = (-(-len(ids) // BLOCK),)
+        self.done = {name: self._array(f"{name}.done", blocks, np.bool_) for name in (HIDDEN, *stored)}
         self._fields = {
             name: {
                 field.name: self._array(f"{name}.{field.name}", *_shape(field.name, how, rows))
@@ -101,9 +107,18 @@ class TeacherFolder:
         assert found.shape == shape, f"{path} is of another study: remove {self.folder}"
         return found
 
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        return len(self.done[HIDDEN])
+
+    def missing(self, block: int) -> list[str]:
+        """What is not done of a block: the hidden states, labels."""
+        return [name for name, done in self.done.items() if not done[block]]
+
     def labelled(self) -> Self:
         """This folder, if its windows are all labelled; otherwise their labels would be zeros."""
-        done, of = int(self.done.sum()), len(self.done)
+        done, of = sum(not self.missing(block) for block in range(self.blocks)), self.blocks
         if done < of:
             raise SystemExit(f"{self.folder}: {done} of {of} blocks are labelled: `just study labels` does the rest")
         return self

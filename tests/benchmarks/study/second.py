@@ -22,7 +22,7 @@ from pipeline.lm_head import read_head
 from tests.benchmarks.study import fidelity, ideas
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.labelling import label_windows
-from tests.benchmarks.study.labels import STORED, TeacherFolder
+from tests.benchmarks.study.labels import LARGER, STORED, TeacherFolder
 from tests.benchmarks.study.students import LENGTHS, WINDOWS, Teacher, write_atomically
 
 VOCABULARY, WIDTH, LAYERS = 8_192, 256, 6
@@ -84,7 +84,7 @@ def prepare(folder: Path) -> tuple[Teacher, TeacherFolder]:
     model, tokenizer = load(folder)
     ids = windows(code_files(held_out=False), tokenizer, max(LENGTHS) * WINDOWS)
     held = windows(code_files(held_out=True), tokenizer, max(fidelity.BATCHES))
-    kept = TeacherFolder(folder / "train", ids, WIDTH, STORED | ideas.STORED)
+    kept = TeacherFolder(folder / "train", ids, WIDTH, STORED | LARGER | ideas.STORED)
     where = TeacherFolder(folder / "code", held, WIDTH, fidelity.STORED)
     for one in (kept, where):
         label_windows(one, model, VOCABULARY, (0, 1))
