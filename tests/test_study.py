@@ -13,7 +13,7 @@ from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
 from tests.benchmarks.study.labels import LARGER, POSITIONS, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
-from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches
+from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches, new_student
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 
@@ -87,6 +87,12 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
     large = batches(Setting("standard", 1.0, 0.0, 1, 0.002, "4 times the batch"), 64, 4)
     parts = [sorted(np.concatenate([windows for _, windows in usual[first : first + 4]])) for first in (0, 4, 8, 12)]
     assert [windows.tolist() for _, windows in large] == parts
+
+
+def test_a_wider_student_has_the_parameters_that_the_study_asks_for() -> None:
+    usual, wide = (new_student(8_192, 0, TRAININGS[name]) for name in ("usual", "width 256"))
+    assert (usual.num_parameters(), wide.num_parameters()) == (1_901_696, 5_507_328)
+    assert wide.config.intermediate_size == 3 * wide.config.hidden_size == 768
 
 
 def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:

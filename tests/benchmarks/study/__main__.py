@@ -146,6 +146,7 @@ def second_grid(rate: float) -> list[Setting]:
         found += [setting for setting in usual if setting.temperature == t]
     found += each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
     found += each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
+    found += each_seed((*FIRST, *LARGER[:1]), 0.0, rate, "width 256")
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")

@@ -27,7 +27,7 @@ from pipeline.measures import calibration_bins, calibration_error
 from tests.benchmarks.study import ideas
 from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -58,6 +58,7 @@ class Training:
     batch: int = 1
     cosine: bool = False
     times: float = 1.0  # the learning rate
+    width: int = CONFIG["hidden_size"]  # of the student
 
     def rate(self, step: int, steps: int) -> float:
         """Of the learning rate, at a step (from 1) of so many."""
@@ -75,6 +76,7 @@ TRAININGS = {
     "4 times the batch": Training(batch=4),
     "cosine": Training(cosine=True),
     "rate 1.25": Training(times=1.25),
+    "width 256": Training(width=256),
 }
 
 
@@ -112,11 +114,12 @@ class Teacher:
     held_out: TeacherFolder
 
 
-def new_student(vocabulary: int, seed: int, *, tied: bool = True) -> PreTrainedModel:
+def new_student(vocabulary: int, seed: int, how: Training = TRAININGS["usual"]) -> PreTrainedModel:
     """Fresh weights of a seed, in float32."""
     torch.manual_seed(seed)
-    values = {k: v for k, v in CONFIG.items() if k != "model_type"} | {"tie_word_embeddings": tied}
-    config = AutoConfig.for_model(str(CONFIG["model_type"]), vocab_size=vocabulary, **values)
+    widths = {"hidden_size": how.width, "intermediate_size": 3 * how.width}
+    values = CONFIG | widths | {"tie_word_embeddings": how.tied, "vocab_size": vocabulary}
+    config = AutoConfig.for_model(**values)
     student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return student
 
@@ -170,7 +173,7 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     ``keep`` is a folder for the weights and the optimizer's state at each length.
     """
     how = TRAININGS[setting.training]
-    student = new_student(teacher.vocabulary, setting.seed, tied=how.tied).train()
+    student = new_student(teacher.vocabulary, setting.seed, how).train()
     head = read_head(student)
     betas, rate = (0.9, how.beta2), setting.learning_rate
     optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, weight_decay=0.0)

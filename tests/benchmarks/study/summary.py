@@ -14,7 +14,7 @@ from tests.benchmarks.study.students import LENGTHS, TRAININGS, WINDOWS
 NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
 USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
-BESIDE = ("cosine", "4 times the batch")  # trainings that have tables of their own
+BESIDE = ("cosine", "4 times the batch", "width 256")  # trainings that have tables of their own
 OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "rate 1.25", "untied")  # what differs, whatever the label
 
 
@@ -223,12 +223,14 @@ def tables() -> list[list[str]]:
         f"{few} steps of {TRAININGS[large].batch * batch:,}": (USUAL._replace(training=large), few),
         f"{steps} steps of {batch:,}": (USUAL, steps),
     }
+    wide = {"width 128": (USUAL, steps), "256": (USUAL._replace(training="width 256"), steps)}
     rates = {"constant rate": (USUAL, steps), "cosine": (USUAL._replace(training="cosine"), steps)}
     return [
         labels_table(parts, gradients, steps),
         angles_table(gradients),
         steps_table(parts),
         beside_table(parts[1], batches, 3),
+        beside_table(parts[1], wide, 3),
         beside_table(parts[1], rates, 3),
         beside_table(parts[0], {"alpha 0": (USUAL, steps), "alpha 0.5": (USUAL._replace(alpha=0.5), steps)}, 2),
         settings_table(parts, steps),
