@@ -1,5 +1,6 @@
 """The study's own arithmetic: its baselines are what they are called, its intervals and pairs are right."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,17 @@ def test_a_result_is_claimed_once(tmp_path: Path) -> None:
         assert not third
 
 
-def test_the_readmes_tables_are_those_of_the_results() -> None:
-    readme = Path("README.md").read_text(encoding="utf-8")
-    for lines in summary.tables():
+def test_the_tables_of_the_readme_and_of_the_study_are_those_of_the_results() -> None:
+    texts = [
+        path.read_text(encoding="utf-8") for path in (Path("README.md"), Path(summary.__file__).parent / "README.md")
+    ]
+    for number, lines in enumerate(summary.tables()):
         assert len(lines) > 3
-        assert "\n".join(lines) in readme
+        assert "\n".join(lines) in texts[min(number, 1)]
+
+
+def test_the_readmes_figures_and_pages_are_there() -> None:
+    for page in (Path("README.md"), Path(summary.__file__).parent / "README.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        assert len(links) > 0
+        assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]

@@ -145,6 +145,7 @@ def second_grid(rate: float) -> list[Setting]:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
     found += each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
+    found += each_seed(FIRST[:1], 0.0, rate, "jitter 1e-6", SEEDS + MORE_SEEDS)
     found += each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
     found += each_seed((*FIRST, *LARGER[:1]), 0.0, rate, "width 256")
     found += each_seed(FIRST, 0.0, rate, "cosine")

@@ -59,6 +59,7 @@ class Training:
     cosine: bool = False
     times: float = 1.0  # the learning rate
     width: int = CONFIG["hidden_size"]  # of the student
+    jitter: float = 0.0  # of the initial weights, relative: what training makes of a rounding error
 
     def rate(self, step: int, steps: int) -> float:
         """Of the learning rate, at a step (from 1) of so many."""
@@ -77,6 +78,7 @@ TRAININGS = {
     "cosine": Training(cosine=True),
     "rate 1.25": Training(times=1.25),
     "width 256": Training(width=256),
+    "jitter 1e-6": Training(jitter=1e-6),
 }
 
 
@@ -121,6 +123,10 @@ def new_student(vocabulary: int, seed: int, how: Training = TRAININGS["usual"]) 
     values = CONFIG | widths | {"tie_word_embeddings": how.tied, "vocab_size": vocabulary}
     config = AutoConfig.for_model(**values)
     student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if how.jitter:
+        with torch.no_grad():
+            for weights in student.parameters():
+                weights.mul_(1 + how.jitter * torch.randn_like(weights))
     return student
 
 

@@ -1,4 +1,4 @@
-"""The README's tables of the study, as Markdown, from what stands in tests/benchmarks/results."""
+"""The study's tables, as Markdown, from tests/benchmarks/results: the README's first, then those of its own page."""
 
 import itertools
 import json
@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tests.benchmarks.study.labels import POSITIONS, WAYS
+from tests.benchmarks.study.labels import MIDDLE, POSITIONS, WAYS
 from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
 from tests.benchmarks.study.students import LENGTHS, TRAININGS, WINDOWS
 
 NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
 USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
-BESIDE = ("cosine", "4 times the batch", "width 256")  # trainings that have tables of their own
+BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # trainings that have tables of their own
 OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "rate 1.25", "untied")  # what differs, whatever the label
 
 
@@ -209,6 +209,28 @@ def lengths_table(runs: Sequence[Run], way: str) -> list[str]:
     return lines
 
 
+def seeds_table(runs: Sequence[Run], ways: Sequence[str], steps: int) -> list[str]:
+    """One line a label and T: KL at T less exact distillation's, seed by seed, median and mean.
+
+    The first is exact distillation again, with what is as small as a rounding error in its initial weights.
+    """
+    groups = by_key(runs)
+    seeds = sorted(groups[Key(ways[-1], 1.0, 0.0)])
+    lines = [row(["label", "T", *map(str, seeds), "median", "mean"]), "|" + "---|" * (len(seeds) + 4)]
+    keys = [Key("exact", t, 0.0, "jitter 1e-6") for t in (1.0, 2.0)]
+    keys += [Key(way, t, 0.0) for way, t in itertools.product(ways, (1.0, 2.0))]
+    for key in keys:
+        name, exact = f"kl_at_{key.temperature:g}", groups[key._replace(way="exact", training="usual")]
+        values = [
+            (measured(groups[key][seed], steps, name) or math.nan) - (measured(exact[seed], steps, name) or math.nan)
+            for seed in seeds
+        ]
+        title = "exact, again" if key.way == "exact" else key.way
+        cells = [f"{value:+.3f}" for value in (*values, statistics.median(values))]
+        lines.append(row([title, f"{key.temperature:g}", *cells, found(interval(values), "+", 3)]))
+    return lines
+
+
 def tables() -> list[list[str]]:
     """All of them, of the results as they stand."""
     students, second, gradients, designs = (
@@ -229,6 +251,7 @@ def tables() -> list[list[str]]:
         labels_table(parts, gradients, steps),
         angles_table(gradients),
         steps_table(parts),
+        seeds_table(parts[1], ("standard", MIDDLE, "rich"), steps),
         beside_table(parts[1], batches, 3),
         beside_table(parts[1], wide, 3),
         beside_table(parts[1], rates, 3),
