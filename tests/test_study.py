@@ -90,10 +90,13 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
     assert [windows.tolist() for _, windows in large] == parts
 
 
-def test_a_wider_student_has_the_parameters_that_the_study_asks_for() -> None:
+def test_a_wider_student_has_the_parameters_that_are_told_and_one_again_the_same_weights_but_for_rounding() -> None:
     usual, wide = (new_student(8_192, 0, TRAININGS[name]) for name in ("usual", "width 256"))
     assert (usual.num_parameters(), wide.num_parameters()) == (1_901_696, 5_507_328)
     assert wide.config.intermediate_size == 3 * wide.config.hidden_size == 768
+    again = new_student(8_192, 0, TRAININGS["jitter 1e-6"])
+    moved = [(a / b - 1).abs().max().item() for a, b in zip(again.parameters(), usual.parameters(), strict=True)]
+    assert 1e-6 < max(moved) < 1e-5
 
 
 def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
@@ -203,6 +206,18 @@ def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
     assert summary.beside_table(runs, like, 2)[2:] == [
         "| exact | 1.00 | 3.00 | – | – |",
         "| lean | +0.20 | +0.10 | – | – |",
+    ]
+
+
+def test_differences_of_each_seed_stand_beside_those_of_exact_distillation_again() -> None:
+    runs = [run("exact", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 2.0))]
+    runs += [run("rich", 0, 1.5), run("rich", 1, 2.9), run("rich", 2, 2.1), run("exact", 1, 3.2)]
+    runs[-1]["setting"]["training"] = "jitter 1e-6"
+    assert summary.seeds_table(runs, ("standard", "rich"), 10) == [
+        "| label | T | seed 0 | seed 1 | seed 2 | median |",
+        "|---|---|---|---|---|---|",
+        "| exact, again | 2 | – | +0.200 | – | +0.200 |",
+        "| rich | 2 | +0.500 | -0.100 | +0.100 | +0.100 |",
     ]
 
 
