@@ -52,6 +52,7 @@ class Training:
     """
 
     beta2: float = 0.999
+    eps: float = 1e-8  # added to what AdamW divides by
     clip: float = CLIP  # the norm of the gradient
     tied: bool = True  # the student's embeddings
     epochs: int = 1
@@ -77,6 +78,7 @@ TRAININGS = {
     "4 times the batch": Training(batch=4),
     "cosine": Training(cosine=True),
     "rate 1.25": Training(times=1.25),
+    "eps 1e-4": Training(eps=1e-4),
     "width 256": Training(width=256),
     "jitter 1e-6": Training(jitter=1e-6),
 }
@@ -182,7 +184,7 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
     student = new_student(teacher.vocabulary, setting.seed, how).train()
     head = read_head(student)
     betas, rate = (0.9, how.beta2), setting.learning_rate
-    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate, betas=betas, eps=how.eps, weight_decay=0.0)
     found, seconds, steps = [], 0.0, max(lengths) // how.batch
     for step, (epoch, windows) in enumerate(batches(setting, len(teacher.train.ids), steps), start=1):
         began = time.perf_counter()
