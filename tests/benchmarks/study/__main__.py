@@ -144,9 +144,7 @@ def second_grid(rate: float) -> list[Setting]:
     for t, alone in ALONE:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
-    found += each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
-    found += each_seed(FIRST[:1], 0.0, rate, "jitter 1e-6", SEEDS + MORE_SEEDS)
-    found += each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
+    found += more_seeds(rate)
     found += each_seed((*FIRST, *LARGER[:1]), 0.0, rate, "width 256")
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += between(rate)
@@ -162,6 +160,14 @@ def second_grid(rate: float) -> list[Setting]:
 def between(rate: float) -> list[Setting]:
     """The alphas between."""
     return [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
+
+
+def more_seeds(rate: float) -> list[Setting]:
+    """What differs by hundredths, of the second teacher: larger labels, the default alpha, exact distillation again."""
+    found = each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
+    found += [Setting("standard", 1.0, BETWEEN[0], seed, rate) for seed in MORE_SEEDS]
+    found += each_seed(FIRST[:1], 0.0, rate, "jitter 1e-6", SEEDS + MORE_SEEDS)
+    return found + each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
 
 
 def each_seed(
