@@ -150,7 +150,7 @@ def second_grid(rate: float) -> list[Setting]:
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
     found += each_seed(FIRST, 0.0, rate, "4 times the batch") + each_seed(FIRST[:2], 0.0, rate, "rate 1.25")
-    for t, training in ((1.0, "clipped at 0.2"), (1.0, "untied"), (2.0, "eps 1e-4")):
+    for t, training in ((1.0, "clipped at 0.2"), (1.0, "untied"), (2.0, "eps 1e-4"), (2.0, "eps 1e-5")):
         found += [setting for setting in each_seed(FIRST[:2], 0.0, rate, training) if setting.temperature == t]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)

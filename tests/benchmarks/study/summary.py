@@ -15,7 +15,14 @@ NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
 USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
 BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # trainings that have tables of their own
-OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "eps 1e-4", "rate 1.25", "untied")  # what differs, whatever the label
+OPTIMIZERS = (
+    "beta2 0.95",
+    "clipped at 0.2",
+    "eps 1e-4",
+    "eps 1e-5",
+    "rate 1.25",
+    "untied",
+)  # what differs, whatever the label
 
 
 def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
