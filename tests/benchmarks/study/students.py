@@ -79,6 +79,7 @@ TRAININGS = {
     "cosine": Training(cosine=True),
     "rate 1.25": Training(times=1.25),
     "eps 1e-4": Training(eps=1e-4),
+    "eps 3e-5": Training(eps=3e-5),
     "eps 1e-5": Training(eps=1e-5),
     "width 256": Training(width=256),
     "jitter 1e-6": Training(jitter=1e-6),
