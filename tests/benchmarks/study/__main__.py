@@ -29,7 +29,7 @@ from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labelling import label_windows
 from tests.benchmarks.study.labels import MIDDLE, STORED, TeacherFolder
 from tests.benchmarks.study.report import report
-from tests.benchmarks.study.students import LENGTHS, REDRAWN, WINDOWS, Setting, Teacher, train, write_atomically
+from tests.benchmarks.study.students import EPS, LENGTHS, REDRAWN, WINDOWS, Setting, Teacher, train, write_atomically
 
 FOLDER = Path("study")
 RUNS = FOLDER / "runs"
@@ -150,7 +150,7 @@ def second_grid(rate: float) -> list[Setting]:
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
     found += each_seed(FIRST, 0.0, rate, "4 times the batch") + each_seed(FIRST[:2], 0.0, rate, "rate 1.25")
-    for t, training in ((1.0, "clipped at 0.2"), (1.0, "untied"), (2.0, "eps 1e-4"), (2.0, "eps 1e-5")):
+    for t, training in ((1.0, "clipped at 0.2"), (1.0, "untied"), *[(2.0, eps) for eps in EPS]):
         found += [setting for setting in each_seed(FIRST[:2], 0.0, rate, training) if setting.temperature == t]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)

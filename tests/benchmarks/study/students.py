@@ -84,6 +84,7 @@ TRAININGS = {
     "width 256": Training(width=256),
     "jitter 1e-6": Training(jitter=1e-6),
 }
+EPS = tuple(name for name in TRAININGS if name.startswith("eps"))  # tried at T=2
 
 
 @dataclass(frozen=True)

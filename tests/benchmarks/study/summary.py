@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.benchmarks.study.labels import MIDDLE, POSITIONS, WAYS
 from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
-from tests.benchmarks.study.students import LENGTHS, TRAININGS, WINDOWS
+from tests.benchmarks.study.students import EPS, LENGTHS, TRAININGS, WINDOWS
 
 NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
@@ -18,8 +18,7 @@ BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # training
 OPTIMIZERS = (
     "beta2 0.95",
     "clipped at 0.2",
-    "eps 1e-4",
-    "eps 1e-5",
+    *EPS,
     "rate 1.25",
     "untied",
 )  # what differs, whatever the label
