@@ -277,6 +277,6 @@ def test_the_tables_of_the_readme_and_of_the_study_are_those_of_the_results() ->
 
 def test_the_readmes_figures_and_pages_are_there() -> None:
     for page in (Path("README.md"), Path(summary.__file__).parent / "README.md"):
-        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert len(links) > 0
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
