@@ -133,9 +133,9 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
     axes = figure.subplots(len(parts), 2, squeeze=False)
     for (teacher, runs), row in zip(parts.items(), axes, strict=True):
         groups = by_key(runs)
-        ways = [way for way in WAYS if Key(way, 1.0, 0.0) in groups]
+        ways = {way: number for number, way in enumerate(WAYS) if Key(way, 1.0, 0.0) in groups}
         for axis, t in zip(row, (1.0, 2.0), strict=True):
-            for number, way in enumerate(ways):
+            for way, number in ways.items():
                 key = Key(way, t, 0.0)
                 found = {s: against_exact(groups, key, s, f"kl_at_{t:g}") for s in steps if key in groups}
                 thousands = WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number)
@@ -147,8 +147,9 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
         row[0].set_ylabel("KL to the teacher less exact KD's, nats")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3)
+    shown = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[:, 0]]
+    legend = {name: handle for one in shown for handle, name in one}
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
