@@ -42,7 +42,6 @@ HELD_OUT = 16  # windows
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4, 5, 6, 7)  # of what differs by hundredths, with the second teacher
-LARGER = ("rich", MIDDLE)
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
 ORDER = ((FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (FIRST, 0.5), (THEN, 0.5))  # of the runs: ways, alpha
@@ -145,7 +144,7 @@ def second_grid(rate: float) -> list[Setting]:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
         found += [setting for setting in usual if setting.temperature == t]
     found += more_seeds(rate)
-    found += each_seed((*FIRST, *LARGER[:1]), 0.0, rate, "width 256")
+    found += each_seed((*FIRST, "rich"), 0.0, rate, "width 256")
     found += each_seed(FIRST, 0.0, rate, "cosine")
     found += between(rate)
     found += each_seed((*FIRST[:2], REDRAWN), 0.0, rate, "4 epochs")
@@ -164,10 +163,10 @@ def between(rate: float) -> list[Setting]:
 
 def more_seeds(rate: float) -> list[Setting]:
     """What differs by hundredths, of the second teacher: larger labels, the default alpha, exact distillation again."""
-    found = each_seed(LARGER[:1], 0.0, rate) + each_seed((*FIRST[:2], *LARGER[:1]), 0.0, rate, seeds=MORE_SEEDS)
+    found = each_seed(("rich",), 0.0, rate) + each_seed((*FIRST[:2], "rich"), 0.0, rate, seeds=MORE_SEEDS)
     found += [Setting("standard", 1.0, BETWEEN[0], seed, rate) for seed in MORE_SEEDS]
     found += each_seed(FIRST[:1], 0.0, rate, "jitter 1e-6", SEEDS + MORE_SEEDS)
-    return found + each_seed(LARGER[1:], 0.0, rate, seeds=SEEDS + MORE_SEEDS)
+    return found + each_seed((MIDDLE,), 0.0, rate, seeds=SEEDS + MORE_SEEDS)
 
 
 def each_seed(

@@ -82,14 +82,15 @@ def against(
     groups: dict[Key, dict[int, Run]], key: Key, base: Key, steps: int, name: str
 ) -> tuple[float, float | None] | None:
     """Mean difference of a figure to another setting's of the same seed, with its interval over the seeds of both."""
-    others = groups.get(base, {})
-    pairs = [
-        (measured(run, steps, name), measured(others[seed], steps, name))
-        for seed, run in groups.get(key, {}).items()
-        if seed in others
-    ]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    return interval(differences) if differences else None
+    found = differences(groups, key, base, steps, name)
+    return interval(list(found.values())) if found else None
+
+
+def differences(groups: dict[Key, dict[int, Run]], key: Key, base: Key, steps: int, name: str) -> dict[int, float]:
+    """A figure less another setting's, by the seeds of both."""
+    own, others = groups.get(key, {}), groups.get(base, {})
+    pairs = {s: (measured(own[s], steps, name), measured(others[s], steps, name)) for s in own if s in others}
+    return {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
 
 
 def _cell(value: tuple[float, float | None] | None, sign: bool = False) -> str:
@@ -147,8 +148,10 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
             axis.axhline(0.0, color="black", linewidth=0.8)
             axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
         row[0].set_ylabel("KL to the teacher less exact KD's, nats")
-    shown = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[:, 0]]
-    legend = {name: handle for one in shown for handle, name in one}
+    legend: dict[str, Any] = {}
+    for axis in axes[:, 0]:
+        handles, names = axis.get_legend_handles_labels()
+        legend |= dict(zip(names, handles, strict=True))
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -8,20 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.benchmarks.study.labels import MIDDLE, POSITIONS, WAYS
-from tests.benchmarks.study.report import RESULTS, Key, Run, against, against_exact, by_key, interval, measured
+from tests.benchmarks.study.report import (
+    RESULTS,
+    Key,
+    Run,
+    against,
+    against_exact,
+    by_key,
+    differences,
+    interval,
+    measured,
+)
 from tests.benchmarks.study.students import EPS, LENGTHS, TRAININGS, WINDOWS
 
 NONE = "–"
 Students = tuple[Key, int]  # of a setting, after so many steps
 USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
 BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # trainings that have tables of their own
-OPTIMIZERS = (
-    "beta2 0.95",
-    "clipped at 0.2",
-    *EPS,
-    "rate 1.25",
-    "untied",
-)  # what differs, whatever the label
+OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "rate 1.25", "untied", *EPS)  # what differs, whatever the label
 
 
 def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
@@ -226,11 +230,8 @@ def seeds_table(runs: Sequence[Run], ways: Sequence[str], steps: int) -> list[st
     seeds = sorted({seed for key in keys for seed in groups.get(key, {})})
     lines = [row(["label", "T", *[f"seed {seed}" for seed in seeds], "median"]), "|" + "---|" * (len(seeds) + 3)]
     for key in keys:
-        name, exact = f"kl_at_{key.temperature:g}", groups.get(key._replace(way="exact", training="usual"), {})
-        own = groups.get(key, {})
-        pairs = {s: (measured(own[s], steps, name), measured(exact[s], steps, name)) for s in own.keys() & exact.keys()}
-        less = {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
-        if less:
+        base = key._replace(way="exact", training="usual")
+        if less := differences(groups, key, base, steps, f"kl_at_{key.temperature:g}"):
             cells = [f"{less[seed]:+.3f}" if seed in less else NONE for seed in seeds]
             title = "exact, again" if key.way == "exact" else key.way
             lines.append(row([title, f"{key.temperature:g}", *cells, f"{statistics.median(less.values()):+.3f}"]))
@@ -251,7 +252,7 @@ def tables() -> list[list[str]]:
         f"{few} steps of {TRAININGS[large].batch * batch:,}": (USUAL._replace(training=large), few),
         f"{steps} steps of {batch:,}": (USUAL, steps),
     }
-    wide = {"width 128": (USUAL, steps), "256": (USUAL._replace(training="width 256"), steps)}
+    wide = {"width 128": (USUAL, steps), "width 256": (USUAL._replace(training="width 256"), steps)}
     rates = {"constant rate": (USUAL, steps), "cosine": (USUAL._replace(training="cosine"), steps)}
     return [
         labels_table(parts, gradients, steps),
