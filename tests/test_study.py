@@ -1,6 +1,7 @@
 """The study's own arithmetic: its baselines are what they are called, its intervals and pairs are right."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.benchmarks.study import designs, fidelity, ideas, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
 from tests.benchmarks.study.labels import LARGER, POSITIONS, STORED, TeacherFolder, entries
-from tests.benchmarks.study.report import Key, against_exact, by_key, interval
+from tests.benchmarks.study.report import Key, against_exact, by_key, draw, interval
 from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches, new_student
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
@@ -219,6 +220,22 @@ def test_differences_of_each_seed_stand_beside_those_of_exact_distillation_again
         "| exact, again | 2 | – | +0.200 | – | +0.200 |",
         "| rich | 2 | +0.500 | -0.100 | +0.100 | +0.100 |",
     ]
+
+
+def test_a_label_has_one_colour_in_the_figure_and_in_its_legend_whatever_the_teachers_labels(tmp_path: Path) -> None:
+    parts = {"one": ["exact", "lean"], "other": ["exact", "standard", "rich", "lean"]}
+    runs: dict[str, Sequence[dict[str, Any]]] = {n: [run(way, 0, 1.0) for way in ways] for n, ways in parts.items()}
+    for one in (one for of_teacher in runs.values() for one in of_teacher):
+        one["setting"]["temperature"] = 1.0
+        one["lengths"][0]["kl_at_1"] = 1.0
+    figure = draw(runs, [10], tmp_path / "students.png")
+    shown: list[tuple[Any, str]] = [
+        pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+    ]
+    drawn = {(label, handle[0].get_color()) for handle, label in shown}
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.texts} == {label for label, _ in drawn} == {"lean", "standard", "rich"}
+    assert len(drawn) == 3
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(1.5, "212"), (2.0, "150"), (4.0, "under 75"), (0.5, "300 or more")])

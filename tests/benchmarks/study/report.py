@@ -8,13 +8,16 @@ import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.study.labels import POSITIONS, WAYS
 from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_student, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path("tests/benchmarks/results")
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
@@ -126,8 +129,8 @@ def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
     return found
 
 
-def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> None:
-    """KL to the teacher at the temperature of training, less that of exact distillation of the same seed."""
+def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> "Figure":
+    """KL to the teacher at T of training, less that of exact distillation of the same seed; a label has one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4 * len(parts)), layout="constrained")
@@ -155,6 +158,7 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> N
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    return figure
 
 
 def gradient_table(cells: Sequence[Run], text: str) -> Table:
