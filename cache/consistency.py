@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
-from cache.manifest import LabelSettings
-from cache.shard import Shard
-from cache.targets import FloatArray, IntArray, SparseTargets
+from logitcask.cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.shard import Shard
+from logitcask.cache.targets import FloatArray, IntArray, SparseTargets
 
 ROUNDING = 1e-3  # of float32, nats
 HALF_STEP = np.float32(np.exp(0.5 / TAIL_STEPS))  # of the code of a drawn token: a factor on d + TAIL_UNIT

@@ -15,9 +15,15 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
-from cache.create import create_cache, plan_digest
-from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError, differences
-from cache.integrity import (
+from logitcask.cache.create import create_cache, plan_digest
+from logitcask.cache.errors import (
+    CacheFormatError,
+    CacheMismatchError,
+    IncompleteCacheError,
+    LogitcaskError,
+    differences,
+)
+from logitcask.cache.integrity import (
     SEAL_OBJECTS,
     commit_key,
     commit_record,
@@ -27,13 +33,13 @@ from cache.integrity import (
     read_proved,
     shard_keys,
 )
-from cache.layout import array_specs
-from cache.lock import explain_write_errors, sole_writer
-from cache.manifest import Manifest, PartIdentity, flatten
-from cache.objects import read_bounded
-from cache.reader import CacheReader, read_manifest
-from cache.store import delete_objects, drop_partial_objects, is_empty, is_url, open_store, write_objects
-from cache.zip import pack
+from logitcask.cache.layout import array_specs
+from logitcask.cache.lock import explain_write_errors, sole_writer
+from logitcask.cache.manifest import Manifest, PartIdentity, flatten
+from logitcask.cache.objects import read_bounded
+from logitcask.cache.reader import CacheReader, read_manifest
+from logitcask.cache.store import delete_objects, drop_partial_objects, is_empty, is_url, open_store, write_objects
+from logitcask.cache.zip import pack
 
 AT_ONCE = 8  # objects read or checked at the same time
 Objects = dict[str, tuple[str, bytes]]  # key at the destination: key at the source, digest

@@ -10,14 +10,14 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from cache.errors import CacheMismatchError, LogitcaskError, differences
-from cache.integrity import committed_shards, constant_layout, constant_objects, write_seal
-from cache.layout import array_specs, zarr_layout
-from cache.lock import explain_write_errors, setting_up
-from cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
-from cache.reader import read_manifest
-from cache.store import drop_partial_objects, is_empty, is_url, open_store
-from cache.writer import CacheWriter, require_array
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differences
+from logitcask.cache.integrity import committed_shards, constant_layout, constant_objects, write_seal
+from logitcask.cache.layout import array_specs, zarr_layout
+from logitcask.cache.lock import explain_write_errors, setting_up
+from logitcask.cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
+from logitcask.cache.reader import read_manifest
+from logitcask.cache.store import drop_partial_objects, is_empty, is_url, open_store
+from logitcask.cache.writer import CacheWriter, require_array
 
 
 def plan_digest(shard_examples: NDArray[np.int64]) -> str:

@@ -15,11 +15,11 @@ from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore
 
-from cache.errors import CacheFormatError
-from cache.layout import ArraySpec
-from cache.objects import MAX_OBJECT, read_bounded
-from cache.remote import RemoteStore
-from cache.store import list_objects
+from logitcask.cache.errors import CacheFormatError
+from logitcask.cache.layout import ArraySpec
+from logitcask.cache.objects import MAX_OBJECT, read_bounded
+from logitcask.cache.remote import RemoteStore
+from logitcask.cache.store import list_objects
 
 SEAL = "seal"
 CONSTANT_LEVEL = 9  # of zstd, for what is written once

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, TransposeCodec
 
-from cache.fidelity import row_width
-from cache.manifest import LabelSettings, ShardPlan
-from cache.targets import SparseTargets
+from logitcask.cache.fidelity import row_width
+from logitcask.cache.manifest import LabelSettings, ShardPlan
+from logitcask.cache.targets import SparseTargets
 
 Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}

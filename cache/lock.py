@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from cache.claim import claimed
-from cache.errors import LogitcaskError
-from cache.store import is_url
+from logitcask.cache.claim import claimed
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.store import is_url
 
 Part = tuple[int, int]  # part i of n, from 1
 PATIENCE = 1.0  # seconds: the last of several parts holds the lock whole for a moment while it cleans up

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cache.errors import CacheFormatError, shown
+from logitcask.cache.errors import CacheFormatError, shown
 
 FORMAT_VERSION = 4
 ATTRIBUTE = "logitcask"

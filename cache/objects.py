@@ -20,7 +20,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore
 
-from cache.errors import CacheFormatError, LogitcaskError
+from logitcask.cache.errors import CacheFormatError, LogitcaskError
 
 MAX_OBJECT = (1 << 28) + (1 << 20)  # bytes: the largest array of a shard, see manifest.MAX_SHARD_ENTRIES, and slack
 MAX_JSON = 1 << 20

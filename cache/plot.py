@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cache.errors import LogitcaskError
-from cache.statistics import LabelFigures
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.statistics import LabelFigures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,8 +15,8 @@ from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
-from cache.errors import LogitcaskError
-from cache.local_copies import LocalCopies
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.local_copies import LocalCopies
 
 T = TypeVar("T")
 TRIES, FIRST_WAIT = 5, 0.5  # attempts at an operation; seconds before the second, doubled each time

@@ -6,13 +6,13 @@ from pathlib import Path
 from pydantic import BaseModel
 from zarr.abc.store import Store
 
-from cache.fidelity import BATCH, Fidelity, figures
-from cache.integrity import committed_shards
-from cache.layout import array_specs
-from cache.manifest import Manifest
-from cache.reader import CacheReader
-from cache.statistics import ExampleFigures, LabelFigures, fidelity_of, label_figures
-from cache.store import object_sizes, open_store
+from logitcask.cache.fidelity import BATCH, Fidelity, figures
+from logitcask.cache.integrity import committed_shards
+from logitcask.cache.layout import array_specs
+from logitcask.cache.manifest import Manifest
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.statistics import ExampleFigures, LabelFigures, fidelity_of, label_figures
+from logitcask.cache.store import object_sizes, open_store
 
 LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "fidelity")  # how the names of arrays of labels begin
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.fidelity import Sums
-from cache.targets import IntArray, SparseTargets
+from logitcask.cache.fidelity import Sums
+from logitcask.cache.targets import IntArray, SparseTargets
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.errors import LogitcaskError
-from cache.targets import FloatArray, IntArray, SparseTargets
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.targets import FloatArray, IntArray, SparseTargets
 
 MASS_FLOOR = -64.0  # nats: a tail of exactly no mass counts as this much, so that reverse KL stays finite
 

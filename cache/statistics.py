@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from cache.fidelity import Sums, row_width
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.shard import Shard
-from cache.soft_labels import soft_labels
-from cache.targets import IntArray, SparseTargets
+from logitcask.cache.fidelity import Sums, row_width
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.shard import Shard
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import IntArray, SparseTargets
 
 SAMPLED_POSITIONS = 100_000  # shards are read until they hold as many
 ROWS = 8192  # positions at a time

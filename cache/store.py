@@ -12,9 +12,9 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ZipStore
 
-from cache.errors import CacheFormatError, LogitcaskError
-from cache.local_copies import LocalCopies
-from cache.remote import RemoteStore
+from logitcask.cache.errors import CacheFormatError, LogitcaskError
+from logitcask.cache.local_copies import LocalCopies
+from logitcask.cache.remote import RemoteStore
 
 REASON = 200  # characters of zipfile's, which quotes names from the file, of up to 64 kB
 CONCURRENT = 64  # local objects asked for their size at once

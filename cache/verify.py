@@ -7,16 +7,23 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
-from cache.consistency import inconsistent
-from cache.errors import CacheFormatError, LogitcaskError
-from cache.integrity import commit_key, committed_shards, constant_damage, constant_objects, shard_damage, shard_keys
-from cache.layout import array_specs
-from cache.lock import sole_writer
-from cache.manifest import Manifest
-from cache.objects import require_inside
-from cache.reader import CacheReader, read_manifest
-from cache.store import delete_objects, is_url, open_store
-from cache.targets import IntArray
+from logitcask.cache.consistency import inconsistent
+from logitcask.cache.errors import CacheFormatError, LogitcaskError
+from logitcask.cache.integrity import (
+    commit_key,
+    committed_shards,
+    constant_damage,
+    constant_objects,
+    shard_damage,
+    shard_keys,
+)
+from logitcask.cache.layout import array_specs
+from logitcask.cache.lock import sole_writer
+from logitcask.cache.manifest import Manifest
+from logitcask.cache.objects import require_inside
+from logitcask.cache.reader import CacheReader, read_manifest
+from logitcask.cache.store import delete_objects, is_url, open_store
+from logitcask.cache.targets import IntArray
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cache.integrity import commit_key, committed_shards, digests, shard_keys
-from cache.layout import array_specs, encode_targets, strides
-from cache.lock import explain_write_errors, watch_folder
-from cache.manifest import Manifest
-from cache.shard import Shard
-from cache.store import flush_objects, open_store
+from logitcask.cache.integrity import commit_key, committed_shards, digests, shard_keys
+from logitcask.cache.layout import array_specs, encode_targets, strides
+from logitcask.cache.lock import explain_write_errors, watch_folder
+from logitcask.cache.manifest import Manifest
+from logitcask.cache.shard import Shard
+from logitcask.cache.store import flush_objects, open_store
 
 
 class CacheWriter:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from cache.local_copies import LocalCopies
-from cache.reader import CacheReader
-from cache.soft_labels import soft_labels
-from cache.targets import IntArray, SparseTargets
-from pipeline.examples import Encoded
-from pipeline.token_table import TokenTable
+from logitcask.cache.local_copies import LocalCopies
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import IntArray, SparseTargets
+from logitcask.pipeline.examples import Encoded
+from logitcask.pipeline.token_table import TokenTable
 
 Batch = dict[str, Tensor]
 GROUP = 64  # steps

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cache.errors import LogitcaskError
-from pipeline.batches import BatchSampler
-from pipeline.checkpoints import latest_checkpoint
-from pipeline.costs import GB, Amount, ModelShape, student_memory
-from pipeline.memory import ran_out
-from pipeline.settings import TrainSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.batches import BatchSampler
+from logitcask.pipeline.checkpoints import latest_checkpoint
+from logitcask.pipeline.costs import GB, Amount, ModelShape, student_memory
+from logitcask.pipeline.memory import ran_out
+from logitcask.pipeline.settings import TrainSettings
 
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, mostly by a system that ran out of memory
 

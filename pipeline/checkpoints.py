@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from cache.errors import LogitcaskError
-from pipeline.run_folder import LOG_FILE, SETTINGS_FILE
-from pipeline.settings import TrainSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.run_folder import LOG_FILE, SETTINGS_FILE
+from logitcask.pipeline.settings import TrainSettings
 
 # Knobs that may differ between a run and its resumption: they change what is learned at a step by rounding at most.
 FREE = {

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.options import Command, options_from
-from pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.evaluate_settings import EvaluateSettings
+from logitcask.pipeline.options import Command, options_from
+from logitcask.pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -50,7 +50,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    from pipeline.terminal import QUIET
+    from logitcask.pipeline.terminal import QUIET
 
     before = QUIET.set(quiet)
     context.call_on_close(lambda: QUIET.reset(before))
@@ -72,7 +72,7 @@ def _example(text: str) -> dict[str, Any]:
 @options_from(GenerateDataSettings)
 def generate_data(settings: GenerateDataSettings) -> None:
     """Write prompt/response examples to OUTPUT_DIR/train.jsonl. Run it again to go on: no answer is paid for twice."""
-    from pipeline.data_generation import run
+    from logitcask.pipeline.data_generation import run
 
     typer.echo(run.generate_data(settings))
 
@@ -89,11 +89,11 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
     With --dry-run tell what it would do.
     """
     if settings.dry_run:
-        from pipeline.dry_run import print_dry_run
+        from logitcask.pipeline.dry_run import print_dry_run
 
         print_dry_run(settings)
         return
-    from pipeline.precompute import precompute
+    from logitcask.pipeline.precompute import precompute
 
     report = precompute(settings)
     data = report.manifest.data
@@ -114,7 +114,7 @@ def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, with no teacher in memory."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: huge pages for large tensors on a CPU
 
-    from pipeline.train import run_training
+    from logitcask.pipeline.train import run_training
 
     run_training(settings)
 
@@ -125,7 +125,7 @@ def train(settings: TrainSettings) -> None:
 @options_from(PlanSettings)
 def plan(settings: PlanSettings) -> None:
     """What a run will cost: bytes of the cache, hours of the teacher, memory of both stages. Nothing is run."""
-    from pipeline.plan import print_plan
+    from logitcask.pipeline.plan import print_plan
 
     print_plan(settings)
 
@@ -136,7 +136,7 @@ def plot(
     output: Annotated[Path, typer.Option(help="the picture, .png, .svg or .pdf")] = Path("curves.png"),
 ) -> None:
     """Draw the losses and perplexities of runs, of training and of the held-out examples, from their metrics.jsonl."""
-    from pipeline.curves import plot_runs
+    from logitcask.pipeline.curves import plot_runs
 
     typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
 
@@ -150,7 +150,7 @@ def evaluate(settings: EvaluateSettings) -> None:
 
     A cache gives perplexity, KL to the teacher at each temperature, top-1 agreement and calibration.
     """
-    from pipeline import evaluate as evaluating
+    from logitcask.pipeline import evaluate as evaluating
 
     found = evaluating.evaluate(settings)
     if settings.json_:
@@ -167,7 +167,7 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="draw the total losses to this .png, .svg or .pdf")] = None,
 ) -> None:
     """One table of several runs: what differs in their settings, what they cost, and what came of it."""
-    from pipeline.compare import compare as compare_runs
+    from logitcask.pipeline.compare import compare as compare_runs
 
     typer.echo(compare_runs(runs, output, plot, as_json=json))
 
@@ -176,7 +176,7 @@ def compare(
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:
     """Text from a student."""
-    from pipeline.generate import generate_text
+    from logitcask.pipeline.generate import generate_text
 
     for piece in generate_text(settings):
         typer.echo(piece, nl=False)  # flushed at once
@@ -192,9 +192,9 @@ def cache_info(
     ] = None,
 ) -> None:
     """What a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
-    from cache.errors import IncompleteCacheError
-    from cache.plot import plot_labels, require_plot
-    from cache.report import describe, render
+    from logitcask.cache.errors import IncompleteCacheError
+    from logitcask.cache.plot import plot_labels, require_plot
+    from logitcask.cache.report import describe, render
 
     if plot:
         require_plot(plot)
@@ -208,8 +208,8 @@ def cache_info(
 
 def _shards(path: str) -> int:
     """The shards of a cache, finished or not."""
-    from cache.reader import read_manifest
-    from cache.store import open_store
+    from logitcask.cache.reader import read_manifest
+    from logitcask.cache.store import open_store
 
     return read_manifest(open_store(path, read_only=True), path).shards.count
 
@@ -223,9 +223,9 @@ def cache_copy(
     ] = None,
 ) -> None:
     """Copy a cache, proving every object at both ends. Run it again to finish an interrupted copy."""
-    from cache.copy import copy_cache
-    from pipeline.progress import track
-    from pipeline.settings import shard_range
+    from logitcask.cache.copy import copy_cache
+    from logitcask.pipeline.progress import track
+    from logitcask.pipeline.settings import shard_range
 
     chosen = shard_range(shards) if shards else None
     with track("copying", chosen[1] - chosen[0] if chosen else _shards(source), "shards") as advance:
@@ -246,9 +246,9 @@ def cache_verify(
     from dataclasses import asdict
     from json import dumps
 
-    from cache import verify as verification
-    from cache.errors import CacheFormatError
-    from pipeline.progress import track
+    from logitcask.cache import verify as verification
+    from logitcask.cache.errors import CacheFormatError
+    from logitcask.pipeline.progress import track
 
     with track("verifying", _shards(path), "shards") as advance:
         found = verification.verify(path, advance)
@@ -265,7 +265,7 @@ def cache_verify(
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2 (typer makes an interrupt 130)."""
-    from cache.errors import LogitcaskError
+    from logitcask.cache.errors import LogitcaskError
 
     try:
         app()

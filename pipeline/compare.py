@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cache.errors import LogitcaskError
-from cache.plot import require_plot
-from pipeline.curves import draw_curves
-from pipeline.evaluation import rows as evaluation_rows
-from pipeline.run_folder import Run, curve, divergence_name, read_run, run_names
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.plot import require_plot
+from logitcask.pipeline.curves import draw_curves
+from logitcask.pipeline.evaluation import rows as evaluation_rows
+from logitcask.pipeline.run_folder import Run, curve, divergence_name, read_run, run_names
 
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # where a run lies and how often it was cut off
 LOSSES = {

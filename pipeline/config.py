@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cache.errors import LogitcaskError
-from pipeline.settings import S
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.settings import S
 
 
 def read_config(path: Path) -> dict[str, Any]:

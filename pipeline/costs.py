@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cache.errors import LogitcaskError
-from cache.fidelity import row_width
-from pipeline.fused import SLICE_LOGITS as LOSS_SLICE
-from pipeline.labelling import SLICE_LOGITS as LABEL_SLICE
-from pipeline.settings import PRESETS
-from pipeline.student import count_parameters, student_from_config
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.fidelity import row_width
+from logitcask.pipeline.fused import SLICE_LOGITS as LOSS_SLICE
+from logitcask.pipeline.labelling import SLICE_LOGITS as LABEL_SLICE
+from logitcask.pipeline.settings import PRESETS
+from logitcask.pipeline.student import count_parameters, student_from_config
 
 Preset = Literal["lean", "standard", "rich"]
 GB = 10**9

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cache.fidelity import row_width
-from cache.manifest import LabelSettings, Manifest
-from cache.shard import Example, Shard
-from cache.writer import CacheWriter
-from pipeline.allocator import share_one_heap
-from pipeline.settings import PrecomputeSettings
-from pipeline.shards import Work
-from pipeline.teachers.base import Teacher, TokenizedExample
-from pipeline.teachers.load import check_engine, load_engine
+from logitcask.cache.fidelity import row_width
+from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.shard import Example, Shard
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.allocator import share_one_heap
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.shards import Work
+from logitcask.pipeline.teachers.base import Teacher, TokenizedExample
+from logitcask.pipeline.teachers.load import check_engine, load_engine
 
 Advance = Callable[[int], None]
 

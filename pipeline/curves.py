@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cache.plot import require_plot
-from pipeline.run_folder import Line, curve, read_log, run_names
+from logitcask.cache.plot import require_plot
+from logitcask.pipeline.run_folder import Line, curve, read_log, run_names
 
 PANELS = {  # what is logged: what to call it
     "total_loss": "total loss: alpha hard + (1 - alpha) soft",

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.settings import Seed, Settings, Whole
+from logitcask.pipeline.settings import Seed, Settings, Whole
 
 Provider = Literal["source", "openai", "anthropic", "openai-compatible", "local"]
 PRICE_RULE = "must be MODEL=INPUT/OUTPUT, in dollars a million tokens, commas between models, such as some-model=0.25/2"

@@ -2,7 +2,7 @@
 
 import torch
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from cache.errors import LogitcaskError
-from cache.manifest import LabelSettings, Manifest
-from cache.writer import CacheWriter
-from pipeline.allocator import share_one_heap
-from pipeline.crew import Advance, label_shard, memory_remedy
-from pipeline.memory import memory_explained
-from pipeline.settings import PrecomputeSettings
-from pipeline.shards import Work
-from pipeline.teachers.base import Teacher, TeacherFacts, TokenizedExample
-from pipeline.teachers.load import check_engine, load_engine
-from pipeline.terminal import say
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.allocator import share_one_heap
+from logitcask.pipeline.crew import Advance, label_shard, memory_remedy
+from logitcask.pipeline.memory import memory_explained
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.shards import Work
+from logitcask.pipeline.teachers.base import Teacher, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.load import check_engine, load_engine
+from logitcask.pipeline.terminal import say
 
 RETRIES = 3  # of a shard whose worker died, and starts of a worker
 

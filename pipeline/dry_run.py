@@ -7,16 +7,25 @@ import numpy as np
 from pydantic import BaseModel
 from rich.table import Table
 
-from cache.fidelity import row_width
-from cache.report import LABEL_PARTS
-from pipeline.costs import CPU, GPUS, TEMPERATURES, Amount, Preset, shape_of_teacher, teacher_memory, teacher_seconds
-from pipeline.examples import Encoder, encode_source
-from pipeline.plan import plan_cache, size_text
-from pipeline.settings import PRESETS, PrecomputeSettings
-from pipeline.shards import cut_shards, shuffled
-from pipeline.terminal import results
-from pipeline.token_table import stage_tokens
-from pipeline.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.cache.fidelity import row_width
+from logitcask.cache.report import LABEL_PARTS
+from logitcask.pipeline.costs import (
+    CPU,
+    GPUS,
+    TEMPERATURES,
+    Amount,
+    Preset,
+    shape_of_teacher,
+    teacher_memory,
+    teacher_seconds,
+)
+from logitcask.pipeline.examples import Encoder, encode_source
+from logitcask.pipeline.plan import plan_cache, size_text
+from logitcask.pipeline.settings import PRESETS, PrecomputeSettings
+from logitcask.pipeline.shards import cut_shards, shuffled
+from logitcask.pipeline.terminal import results
+from logitcask.pipeline.token_table import stage_tokens
+from logitcask.pipeline.tokenizer import load_tokenizer, tokenizer_size
 
 SHARES = (0, 50, 90, 99, 100)  # of the examples, in percent
 

@@ -8,32 +8,32 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from cache.errors import LogitcaskError
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.shard import Example
-from cache.soft_labels import soft_labels
-from cache.targets import SparseTargets
-from pipeline.batches import Collator, TrainingExample
-from pipeline.devices import choose_device
-from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.evaluation import Divergence, Evaluation, OnCache, rows
-from pipeline.examples import Encoded
-from pipeline.fused import SLICE_LOGITS
-from pipeline.guards import require_finite
-from pipeline.harness import Tasks
-from pipeline.humaneval import humaneval, load_problems
-from pipeline.lm_head import LMHead, last_hidden_states, read_head
-from pipeline.losses import SparseLabels
-from pipeline.measures import BINS, Array, ClusterSums, calibration_bins, calibration_error, measure
-from pipeline.memory import memory_explained
-from pipeline.models import load_causal_lm
-from pipeline.progress import track
-from pipeline.sandbox import require_sandbox
-from pipeline.sources import require_tokenizer
-from pipeline.student import require_room
-from pipeline.terminal import results
-from pipeline.tokenizer import load_tokenizer
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.shard import Example
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.batches import Collator, TrainingExample
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.evaluate_settings import EvaluateSettings
+from logitcask.pipeline.evaluation import Divergence, Evaluation, OnCache, rows
+from logitcask.pipeline.examples import Encoded
+from logitcask.pipeline.fused import SLICE_LOGITS
+from logitcask.pipeline.guards import require_finite
+from logitcask.pipeline.harness import Tasks
+from logitcask.pipeline.humaneval import humaneval, load_problems
+from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.losses import SparseLabels
+from logitcask.pipeline.measures import BINS, Array, ClusterSums, calibration_bins, calibration_error, measure
+from logitcask.pipeline.memory import memory_explained
+from logitcask.pipeline.models import load_causal_lm
+from logitcask.pipeline.progress import track
+from logitcask.pipeline.sandbox import require_sandbox
+from logitcask.pipeline.sources import require_tokenizer
+from logitcask.pipeline.student import require_room
+from logitcask.pipeline.terminal import results
+from logitcask.pipeline.tokenizer import load_tokenizer
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.settings import Seed, Settings, Whole
+from logitcask.pipeline.settings import Seed, Settings, Whole
 
 
 def _parse_list(value: Any) -> Any:

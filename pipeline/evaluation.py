@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 EVALUATION_FILE = "evaluation.json"  # where logitcask compare looks for it in a run's folder
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from cache.errors import LogitcaskError
-from cache.targets import IntArray
-from pipeline.progress import track
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.progress import track
 
 KINDS = {"prompt": ("prompt", "response"), "messages": ("messages",), "text": ("text",)}
 OPTIONAL = {"category", "id", "language"}

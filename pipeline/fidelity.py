@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.fidelity import MOMENTS, SKETCH, VECTORS, Sums, row_width
-from cache.layout import decode_targets, encode_targets
-from cache.manifest import LabelSettings
-from cache.soft_labels import soft_labels
-from cache.targets import SparseTargets
+from logitcask.cache.fidelity import MOMENTS, SKETCH, VECTORS, Sums, row_width
+from logitcask.cache.layout import decode_targets, encode_targets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import SparseTargets
 
 
 class CountSketch:

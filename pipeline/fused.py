@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.lm_head import LMHead
-from pipeline.losses import LossSettings, LossSums, SparseLabels, outcome_divergence
+from logitcask.pipeline.lm_head import LMHead
+from logitcask.pipeline.losses import LossSettings, LossSums, SparseLabels, outcome_divergence
 
 SLICE_LOGITS = 1 << 24  # of one matrix product: enough rows for its speed, 64 MiB in float32
 CACHED_LOGITS = 1 << 19  # worked on at a time: what a processor's cache holds

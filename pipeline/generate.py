@@ -6,12 +6,12 @@ from threading import Thread
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
 
-from cache.errors import LogitcaskError
-from pipeline.devices import choose_device
-from pipeline.memory import memory_explained, ran_out
-from pipeline.models import load_causal_lm, max_positions, sampling
-from pipeline.settings import GenerateSettings
-from pipeline.tokenizer import as_chat, load_tokenizer
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.memory import memory_explained, ran_out
+from logitcask.pipeline.models import load_causal_lm, max_positions, sampling
+from logitcask.pipeline.settings import GenerateSettings
+from logitcask.pipeline.tokenizer import as_chat, load_tokenizer
 
 
 def generate_text(settings: GenerateSettings) -> Iterator[str]:

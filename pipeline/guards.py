@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from cache.errors import LogitcaskError
-from pipeline.batches import BatchSampler, Collator, TrainingExample
-from pipeline.checkpoints import latest_checkpoint
-from pipeline.settings import TrainSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.batches import BatchSampler, Collator, TrainingExample
+from logitcask.pipeline.checkpoints import latest_checkpoint
+from logitcask.pipeline.settings import TrainSettings
 
 IDS_SHOWN = 256
 SKIPPED_IN_A_ROW = 20  # fp16's loss scale begins at 2^16 and halves with each step it skips: by then it is below 1

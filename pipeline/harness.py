@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cache.errors import LogitcaskError
-from pipeline.evaluation import TaskMetric
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.evaluation import TaskMetric
 
 
 class Tasks:

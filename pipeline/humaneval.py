@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, set_seed
 
-from cache.errors import LogitcaskError
-from pipeline.evaluation import HumanEval, PassRate
-from pipeline.models import max_positions, sampling
-from pipeline.progress import track
-from pipeline.sandbox import Outcome, namespaces, run_program
-from pipeline.tokenizer import as_chat
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.evaluation import HumanEval, PassRate
+from logitcask.pipeline.models import max_positions, sampling
+from logitcask.pipeline.progress import track
+from logitcask.pipeline.sandbox import Outcome, namespaces, run_program
+from logitcask.pipeline.tokenizer import as_chat
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a function is over, as in the paper
 FENCE = "```"

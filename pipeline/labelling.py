@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.fidelity import Sums, row_width
-from cache.manifest import LabelSettings
-from cache.targets import IntArray, SparseTargets
-from pipeline.fidelity import Probe
-from pipeline.sparsify import sparsify
+from logitcask.cache.fidelity import Sums, row_width
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.targets import IntArray, SparseTargets
+from logitcask.pipeline.fidelity import Probe
+from logitcask.pipeline.sparsify import sparsify
 
 SLICE_LOGITS = 1 << 24  # logits in memory at a time, with copies of all: 64 MiB in float32, whatever the batch
 HOST_LOGITS = 1 << 25  # on a processor, which copies few of them: the more rows, the faster a product with the head

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from pipeline.run_folder import Line
+from logitcask.pipeline.run_folder import Line
 
 COLUMNS = {  # of the table: what is logged, and its form
     "total": ("total_loss", ".4g"),

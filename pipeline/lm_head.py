@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.losses import SparseLabels, bucket_divergence, hard_loss, sparse_forward_kl
+from logitcask.pipeline.losses import SparseLabels, bucket_divergence, hard_loss, sparse_forward_kl
 
 BINS = 15  # of the calibration error, of equal width
 Array = NDArray[np.float64]

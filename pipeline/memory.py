@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from pipeline.run_folder import LOG_FILE, Line, read_log
+from logitcask.pipeline.run_folder import LOG_FILE, Line, read_log
 
 
 class KeepMetrics(TrainerCallback):

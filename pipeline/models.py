@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 

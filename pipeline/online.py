@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.batches import Batch
-from pipeline.fused import TeacherRows
-from pipeline.lm_head import LMHead, keeps_apart, last_hidden_states, read_head
-from pipeline.models import load_causal_lm, weights_fingerprint
+from logitcask.pipeline.batches import Batch
+from logitcask.pipeline.fused import TeacherRows
+from logitcask.pipeline.lm_head import LMHead, keeps_apart, last_hidden_states, read_head
+from logitcask.pipeline.models import load_causal_lm, weights_fingerprint
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from pipeline.config import resolve
-from pipeline.settings import S
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.settings import S
 
 ALONE = {"--ray": "auto"}  # options that may stand without a value, and what they mean then
 

@@ -10,10 +10,10 @@ from pydantic import BaseModel
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from cache.errors import LogitcaskError
-from cache.integrity import CONSTANT_LEVEL
-from cache.report import LABEL_PARTS
-from pipeline.costs import (
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import CONSTANT_LEVEL
+from logitcask.cache.report import LABEL_PARTS
+from logitcask.pipeline.costs import (
     CPU,
     GB,
     GPUS,
@@ -33,12 +33,12 @@ from pipeline.costs import (
     teacher_memory,
     teacher_seconds,
 )
-from pipeline.examples import Encoded, Encoder, read_records
-from pipeline.progress import track
-from pipeline.settings import PlanSettings, PrecomputeSettings
-from pipeline.terminal import results
-from pipeline.token_table import stage_tokens
-from pipeline.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.pipeline.examples import Encoded, Encoder, read_records
+from logitcask.pipeline.progress import track
+from logitcask.pipeline.settings import PlanSettings, PrecomputeSettings
+from logitcask.pipeline.terminal import results
+from logitcask.pipeline.token_table import stage_tokens
+from logitcask.pipeline.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
 SAMPLE_BYTES = 8_000_000  # of a data file that are tokenized at most: a few seconds
 SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default

@@ -10,22 +10,22 @@ import numpy as np
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from cache.create import check_output, create_cache
-from cache.errors import LogitcaskError
-from cache.lock import explain_write_errors, sole_writer, watch_folder
-from cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
-from pipeline.crew import Alone, memory_remedy
-from pipeline.distributed import RayCrew
-from pipeline.examples import Encoder, encode_source
-from pipeline.memory import memory_explained
-from pipeline.progress import track
-from pipeline.settings import PrecomputeSettings
-from pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
-from pipeline.teachers.base import TeacherFacts
-from pipeline.teachers.load import choose_engine
-from pipeline.terminal import say
-from pipeline.token_table import stage_tokens
-from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.cache.create import check_output, create_cache
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.lock import explain_write_errors, sole_writer, watch_folder
+from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
+from logitcask.pipeline.crew import Alone, memory_remedy
+from logitcask.pipeline.distributed import RayCrew
+from logitcask.pipeline.examples import Encoder, encode_source
+from logitcask.pipeline.memory import memory_explained
+from logitcask.pipeline.progress import track
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.shards import Work, cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.teachers.base import TeacherFacts
+from logitcask.pipeline.teachers.load import choose_engine
+from logitcask.pipeline.terminal import say
+from logitcask.pipeline.token_table import stage_tokens
+from logitcask.pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
 AT_ONCE = {"vllm": 64, "vllm-topk": 64}  # batches given to vLLM at once, which schedules them itself
 

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from pipeline.terminal import notices
+from logitcask.pipeline.terminal import notices
 
 
 class _Rate(ProgressColumn):

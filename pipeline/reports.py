@@ -13,9 +13,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import TrainerState
 
-from cache.errors import LogitcaskError
-from pipeline.settings import TrainSettings
-from pipeline.terminal import say
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.terminal import say
 
 
 class _Trackio(TrackioCallback):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import LogitcaskError
-from pipeline.evaluation import EVALUATION_FILE, Evaluation, parse_evaluation
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.evaluation import EVALUATION_FILE, Evaluation, parse_evaluation
 
 LOG_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"

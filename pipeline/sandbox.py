@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from cache.errors import LogitcaskError
-from pipeline import sandboxed
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline import sandboxed
 
 CPU_SECONDS = 3  # HumanEval's own limit
 WALL_SECONDS = 15  # for programs that wait, and machines that are busy

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 
 def _parse_temperatures(value: Any) -> Any:

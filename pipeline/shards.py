@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.create import plan_digest
-from cache.layout import stride_for
-from cache.lock import Part
-from cache.manifest import LabelSettings, ShardPlan
-from cache.targets import IntArray
-from pipeline.teachers.base import TokenizedExample
-from pipeline.token_table import TokenTable
+from logitcask.cache.create import plan_digest
+from logitcask.cache.layout import stride_for
+from logitcask.cache.lock import Part
+from logitcask.cache.manifest import LabelSettings, ShardPlan
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.token_table import TokenTable
 
 
 @dataclass(frozen=True)

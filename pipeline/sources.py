@@ -7,23 +7,23 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from cache.errors import CacheMismatchError, LogitcaskError
-from cache.fidelity import BATCH, figures
-from cache.local_copies import LocalCopies
-from cache.manifest import sha256
-from cache.reader import CacheReader
-from cache.soft_labels import temperature_index
-from cache.statistics import fidelity_of
-from cache.targets import IntArray
-from pipeline.batches import CacheExamples, FileExamples
-from pipeline.costs import Amount
-from pipeline.devices import choose_device
-from pipeline.examples import Encoder, encode_source
-from pipeline.online import OnlineTeacher, load_online_teacher
-from pipeline.settings import TrainSettings
-from pipeline.terminal import say
-from pipeline.token_table import stage_tokens
-from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.fidelity import BATCH, figures
+from logitcask.cache.local_copies import LocalCopies
+from logitcask.cache.manifest import sha256
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.soft_labels import temperature_index
+from logitcask.cache.statistics import fidelity_of
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.batches import CacheExamples, FileExamples
+from logitcask.pipeline.costs import Amount
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.examples import Encoder, encode_source
+from logitcask.pipeline.online import OnlineTeacher, load_online_teacher
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.terminal import say
+from logitcask.pipeline.token_table import stage_tokens
+from logitcask.pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.targets import SparseTargets
+from logitcask.cache.targets import SparseTargets
 
 BLOCK = 128  # vocabulary entries a block of the two-level sum, and of the search for the largest
 LARGEST_POWER = 16  # taken by multiplications

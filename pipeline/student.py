@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from cache.errors import LogitcaskError
-from pipeline.models import load_causal_lm, max_positions
-from pipeline.settings import TrainSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.models import load_causal_lm, max_positions
+from logitcask.pipeline.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import LogitcaskError
-from cache.manifest import DataIdentity
-from cache.targets import IntArray
-from pipeline.examples import Encoded
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import DataIdentity
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.examples import Encoded
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from cache.errors import LogitcaskError
-from cache.manifest import TokenizerIdentity, sha256
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import TokenizerIdentity, sha256
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PLAIN_GPT2 = {"gpt-2", "gpt2", "default"}

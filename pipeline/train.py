@@ -9,27 +9,27 @@ import torch
 from rich.table import Table
 from transformers import TrainingArguments
 
-from cache.errors import LogitcaskError
-from pipeline.activations import keep_products_only
-from pipeline.allocator import free_at_once
-from pipeline.batches import BatchSampler, Collator, held_out
-from pipeline.budget import Extent, memory_watched, needed, summary
-from pipeline.checkpoints import KeepSettings, admit_output, saving, write_json
-from pipeline.costs import shape_of_model
-from pipeline.devices import choose_device
-from pipeline.guards import Watch, require_finite
-from pipeline.interrupts import Interrupts
-from pipeline.live import LiveTable
-from pipeline.lm_head import keeps_apart
-from pipeline.losses import LossSettings
-from pipeline.metrics import KeepMetrics
-from pipeline.reports import reporters
-from pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name
-from pipeline.settings import TrainSettings
-from pipeline.sources import Source, cache_source, file_source
-from pipeline.student import count_parameters, make_student
-from pipeline.terminal import notices, results, say
-from pipeline.trainer import DistillationTrainer, make_loss_forward
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.activations import keep_products_only
+from logitcask.pipeline.allocator import free_at_once
+from logitcask.pipeline.batches import BatchSampler, Collator, held_out
+from logitcask.pipeline.budget import Extent, memory_watched, needed, summary
+from logitcask.pipeline.checkpoints import KeepSettings, admit_output, saving, write_json
+from logitcask.pipeline.costs import shape_of_model
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.guards import Watch, require_finite
+from logitcask.pipeline.interrupts import Interrupts
+from logitcask.pipeline.live import LiveTable
+from logitcask.pipeline.lm_head import keeps_apart
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.metrics import KeepMetrics
+from logitcask.pipeline.reports import reporters
+from logitcask.pipeline.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.sources import Source, cache_source, file_source
+from logitcask.pipeline.student import count_parameters, make_student
+from logitcask.pipeline.terminal import notices, results, say
+from logitcask.pipeline.trainer import DistillationTrainer, make_loss_forward
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:

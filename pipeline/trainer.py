@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
-from pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
-from pipeline.checkpoints import saving
-from pipeline.fused import TeacherRows, fused_loss
-from pipeline.guards import Watch
-from pipeline.interrupts import ignore_interrupts
-from pipeline.lm_head import LMHead, last_hidden_states, read_head
-from pipeline.losses import LossSettings, LossSums, SparseLabels
+from logitcask.pipeline.batches import Batch, BatchSampler, Collator, TrainingExample
+from logitcask.pipeline.checkpoints import saving
+from logitcask.pipeline.fused import TeacherRows, fused_loss
+from logitcask.pipeline.guards import Watch
+from logitcask.pipeline.interrupts import ignore_interrupts
+from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.losses import LossSettings, LossSums, SparseLabels
 
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from zarr.storage import LocalStore
 
-from cache import claim, copy, remote, zip
-from cache.copy import copy_cache
-from cache.lock import sole_writer
+from logitcask.cache import claim, copy, remote, zip
+from logitcask.cache.copy import copy_cache
+from logitcask.cache.lock import sole_writer
 
 Write = Callable[..., Coroutine[Any, Any, None]]
 

@@ -9,9 +9,15 @@ from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from pipeline import cli
+from logitcask.pipeline import cli
 
-IMPORTED = ["pipeline.evaluate", "pipeline.generate", "pipeline.precompute", "pipeline.train", "torch._dynamo"]
+IMPORTED = [
+    "logitcask.pipeline.evaluate",
+    "logitcask.pipeline.generate",
+    "logitcask.pipeline.precompute",
+    "logitcask.pipeline.train",
+    "torch._dynamo",
+]
 
 
 def forks() -> ForkServerContext:

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from pipeline.cli import main
+from logitcask.pipeline.cli import main
 
 begin = AcceleratorState.__init__
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import resolve
-from pipeline.data_generation.run import generate_data
-from pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.data_generation.run import generate_data
+from logitcask.pipeline.data_settings import GenerateDataSettings
 
 STATUS = {"400": 400, "401": 401, "404": 404, "429": 429, "500": 500, "529": 529}
 INPUT_TOKENS, OUTPUT_TOKENS = 100, 50  # of every reply
@@ -216,4 +216,4 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def command(values: dict[str, Any]) -> list[str]:
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", "pipeline.cli", "generate-data", *words]
+    return [sys.executable, "-m", "logitcask", "generate-data", *words]

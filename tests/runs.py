@@ -7,8 +7,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.settings import TrainSettings
-from pipeline.train import run_training
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.train import run_training
 
 STUDENT: dict[str, object] = {
     "model_type": "llama",

@@ -1,7 +1,7 @@
 """The command with the label of example 13 spoiled; apart from the tests, for a launcher to start it."""
 
-from pipeline.batches import CacheExamples
-from pipeline.cli import main
+from logitcask.pipeline.batches import CacheExamples
+from logitcask.pipeline.cli import main
 from tests.test_guards import damaged_at
 
 if __name__ == "__main__":

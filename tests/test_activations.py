@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from pipeline.activations import _contexts, keep_products_only
-from pipeline.student import student_from_config
+from logitcask.pipeline.activations import _contexts, keep_products_only
+from logitcask.pipeline.student import student_from_config
 from tests.runs import STUDENT, write_config
 from tests.test_train import ARCHITECTURES
 

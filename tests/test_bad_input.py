@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.cli import main
+from logitcask.pipeline.cli import main
 from tests import runs
 from tests.runs import STUDENT, write_config
 from tests.tiny import RECORDS, make_cache, make_teacher
@@ -370,7 +370,7 @@ def test_a_mistyped_command_line_is_told_by_usage(
 
 def test_a_process_prints_nothing_else(stock: Path, tmp_path: Path) -> None:
     words = precompute(Place(stock, tmp_path), max_seq_length=129)  # the teacher is loaded before it is refused
-    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "logitcask", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

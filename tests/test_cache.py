@@ -13,9 +13,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.create import create_cache
-from cache.errors import CacheFormatError, IncompleteCacheError
-from cache.layout import (
+from logitcask.cache.create import create_cache
+from logitcask.cache.errors import CacheFormatError, IncompleteCacheError
+from logitcask.cache.layout import (
     GOLD_SCALE,
     HEAD_SCALE,
     ODDS_SCALE,
@@ -25,7 +25,7 @@ from cache.layout import (
     encode_targets,
     id_dtype,
 )
-from cache.manifest import (
+from logitcask.cache.manifest import (
     FORMAT_VERSION,
     DataIdentity,
     LabelSettings,
@@ -34,12 +34,12 @@ from cache.manifest import (
     TokenizerIdentity,
     sha256,
 )
-from cache.reader import CacheReader, is_complete
-from cache.report import describe, render
-from cache.shard import Example, Shard
-from cache.targets import SparseTargets
-from cache.writer import CacheWriter
-from pipeline.shards import plan_strides
+from logitcask.cache.reader import CacheReader, is_complete
+from logitcask.cache.report import describe, render
+from logitcask.cache.shard import Example, Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.shards import plan_strides
 from tests.tiny import RECORDS, make_cache
 
 FILES = {"tokenizer.json": b"{}", "chat_template.jinja": bytes(range(256))}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cache import claim
-from cache.copy import copy_cache
-from cache.errors import LogitcaskError
-from cache.lock import Part, sole_writer
-from cache.remote import RemoteStore, filesystem
-from cache.store import list_objects
-from pipeline.precompute import precompute
+from logitcask.cache import claim
+from logitcask.cache.copy import copy_cache
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.lock import Part, sole_writer
+from logitcask.cache.remote import RemoteStore, filesystem
+from logitcask.cache.store import list_objects
+from logitcask.pipeline.precompute import precompute
 from tests.dying import QUICK, hold
 from tests.servers import gs_environment, gs_server, s3_environment, s3_server, ssh_server
 from tests.tiny import folder_bytes, make_cache, precompute_settings

@@ -12,11 +12,11 @@ import pytest
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.cli import app, main
-from pipeline.config import resolve
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.examples import Encoder, read_records
-from pipeline.settings import PrecomputeSettings, Settings, TrainSettings
+from logitcask.pipeline.cli import app, main
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.examples import Encoder, read_records
+from logitcask.pipeline.settings import PrecomputeSettings, Settings, TrainSettings
 from tests.runs import STUDENT, write_config
 from tests.runs import train as train_run
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
@@ -84,7 +84,7 @@ def test_every_command_stands_in_the_readme(words: tuple[str, ...]) -> None:
 def test_help_imports_neither_torch_nor_transformers_nor_zarr(words: list[str]) -> None:
     look = (
         "import sys\n"
-        "from pipeline.cli import main\n"
+        "from logitcask.pipeline.cli import main\n"
         f"sys.argv = ['logitcask', *{words!r}, '--help']\n"
         "try:\n    main()\n"
         "except SystemExit as stopped:\n    assert not stopped.code\n"
@@ -118,7 +118,7 @@ def test_there_are_configs() -> None:
 
 def test_a_flag_overrides_the_config_file(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TrainSettings] = []
-    monkeypatch.setattr("pipeline.train.run_training", seen.append)
+    monkeypatch.setattr("logitcask.pipeline.train.run_training", seen.append)
     config = tmp_path / "run.yaml"
     config.write_text("alpha: 0.25\nbatch_size: 3\nuse_wandb: true\ncache: c\nstudent_config: s.json\n")
     assert run("train", "--config", config, "--batch-size", 5, "--no-use-wandb", "--output-dir", "o")[0] == 0

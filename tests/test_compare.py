@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.evaluate import evaluate
-from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.run_folder import read_log
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.evaluate import evaluate
+from logitcask.pipeline.evaluate_settings import EvaluateSettings
+from logitcask.pipeline.run_folder import read_log
 from tests.runs import STUDENT, metrics, train, write_config
 from tests.tiny import make_cache
 

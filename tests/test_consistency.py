@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.consistency import inconsistent
-from cache.layout import decode_targets, encode_targets
-from cache.manifest import LabelSettings
-from cache.shard import Shard
-from cache.targets import SparseTargets
-from cache.verify import verify
+from logitcask.cache.consistency import inconsistent
+from logitcask.cache.layout import decode_targets, encode_targets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.shard import Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.cache.verify import verify
 from tests.test_cache import label_settings, write
 from tests.tiny import sound_shards
 

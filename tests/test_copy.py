@@ -16,14 +16,14 @@ from zarr.core.buffer import Buffer
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from cache import remote
-from cache.copy import Copied, copy_cache
-from cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError
-from cache.integrity import commit_key, digest
-from cache.local_copies import LocalCopies
-from cache.reader import CacheReader
-from cache.report import describe
-from cache.verify import repair, verify
+from logitcask.cache import remote
+from logitcask.cache.copy import Copied, copy_cache
+from logitcask.cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, LogitcaskError
+from logitcask.cache.integrity import commit_key, digest
+from logitcask.cache.local_copies import LocalCopies
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report import describe
+from logitcask.cache.verify import repair, verify
 from tests.dying import copy_and_die, copy_and_die_packing
 from tests.needed import lacking
 from tests.runs import history, train
@@ -375,7 +375,7 @@ def flip(file: Path) -> None:
 
 
 def test_the_command_tells_what_it_did(cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "cache", "copy", str(cache), str(tmp_path / "copy")]
+    command = [sys.executable, "-m", "logitcask", "cache", "copy", str(cache), str(tmp_path / "copy")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{CacheReader(cache).manifest.shards.count} shards copied, 0 were there" in done.stdout
     wrong = subprocess.run([*command, "--shards", "1-3"], capture_output=True, text=True, check=False)

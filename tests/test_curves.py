@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.cli import main
-from pipeline.curves import draw_curves, plot_runs
-from pipeline.run_folder import Line, curve, run_names
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.curves import draw_curves, plot_runs
+from logitcask.pipeline.run_folder import Line, curve, run_names
 
 
 def write_run(folder: Path, *, soft: float = 2.0, steps: int = 3) -> Path:

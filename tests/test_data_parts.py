@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.errors import LogitcaskError
-from pipeline.data_generation.curate import Responses, curate, fault, is_python, python_blocks, share
-from pipeline.data_generation.journal import Answer, Journal
-from pipeline.data_generation.prompts import make_prompts, read_templates
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.data_generation.curate import Responses, curate, fault, is_python, python_blocks, share
+from logitcask.pipeline.data_generation.journal import Answer, Journal
+from logitcask.pipeline.data_generation.prompts import make_prompts, read_templates
 
 ROOT = Path(__file__).parents[1]
 PROMPT_FILES = sorted((ROOT / "configs" / "data").glob("*.yaml"))

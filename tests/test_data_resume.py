@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 from tests.model_server import PROVIDERS, ModelServer, command, generate, model_server_with_keys, options, records
 
 

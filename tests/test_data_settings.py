@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cache.errors import LogitcaskError
-from pipeline.config import resolve
-from pipeline.data_settings import GenerateDataSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.data_settings import GenerateDataSettings
 
 GOOD = {"output_dir": "o", "provider": "openai", "model": "m", "prompts": "p.yaml"}
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.errors import LogitcaskError
-from cache.lock import sole_writer, watch_folder
-from cache.shard import Shard
-from cache.writer import CacheWriter
-from pipeline.precompute import explain_limits, precompute
-from pipeline.shards import plan_strides
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.lock import sole_writer, watch_folder
+from logitcask.cache.shard import Shard
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.precompute import explain_limits, precompute
+from logitcask.pipeline.shards import plan_strides
 from tests.needed import as_root, lacking
 from tests.runs import STUDENT, train, write_config
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -188,7 +188,7 @@ def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path,
     settings = precompute_settings(tmp_path, output=cache, shard_positions=64)
     given = settings.model_dump(mode="json", exclude_defaults=True)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *options]
+    command = [sys.executable, "-m", "logitcask", "precompute-logits", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
         while not (".staging/mask" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):

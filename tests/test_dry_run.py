@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from cache.reader import CacheReader
-from pipeline.cli import main
-from pipeline.costs import Amount
-from pipeline.dry_run import DryRun, dry_run
-from pipeline.plan import plan_cache
-from pipeline.precompute import precompute
-from pipeline.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.costs import Amount
+from logitcask.pipeline.dry_run import DryRun, dry_run
+from logitcask.pipeline.plan import plan_cache
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.tokenizer import load_tokenizer, tokenizer_size
 from tests.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
 
 CUT = 20  # tokens: some examples are longer, and of some no target is left

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models import load_causal_lm
-from pipeline.student import student_from_config
-from pipeline.tokenizer import fingerprint, load_tokenizer
+from logitcask.pipeline.models import load_causal_lm
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.tokenizer import fingerprint, load_tokenizer
 from tests.benchmarks.capture import teacher_path
 from tests.runs import STUDENT, train, write_config
 from tests.tiny import RECORDS, make_cache, make_teacher, write_jsonl

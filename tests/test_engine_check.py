@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cache.errors import LogitcaskError
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader, is_complete
-from pipeline.precompute import precompute
-from pipeline.settings import PrecomputeSettings
-from pipeline.teachers.base import TokenizedExample
-from pipeline.teachers.load import check_engine, load_transformers
-from pipeline.teachers.transformers import TransformersTeacher
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader, is_complete
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.teachers.load import check_engine, load_transformers
+from logitcask.pipeline.teachers.transformers import TransformersTeacher
 from tests.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
 
 LABEL = LabelSettings(vocab_size=300, head_size=4, tail_draws=8, temperatures=[1.0, 2.0], seed=0, fidelity_positions=0)
@@ -95,7 +95,7 @@ def test_stage_1_stops_before_any_shard(
     settings: PrecomputeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = altered(settings, "model.norm.weight", slice(None), 1.1, tmp_path / "altered")
-    monkeypatch.setattr("pipeline.crew.load_engine", lambda asked: loaded(other, engine="vllm"))
+    monkeypatch.setattr("logitcask.pipeline.crew.load_engine", lambda asked: loaded(other, engine="vllm"))
     with pytest.raises(LogitcaskError, match="vllm and transformers disagree: gold_logprobs differs by"):
         precompute(settings)
     assert not is_complete(settings.output)

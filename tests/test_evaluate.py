@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from cache.reader import CacheReader
-from pipeline import evaluate as evaluating
-from pipeline.cli import main
-from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.evaluation import OnCache
-from pipeline.lm_head import LMHead
-from pipeline.measures import ClusterSums, calibration_bins, calibration_error
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline import evaluate as evaluating
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.evaluate_settings import EvaluateSettings
+from logitcask.pipeline.evaluation import OnCache
+from logitcask.pipeline.lm_head import LMHead
+from logitcask.pipeline.measures import ClusterSums, calibration_bins, calibration_error
 from tests.tiny import FloatArray64, dense_log_probs, make_cache, make_teacher
 
 

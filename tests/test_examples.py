@@ -19,14 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cache.errors import LogitcaskError
-from cache.layout import CHUNK
-from cache.reader import CacheReader
-from cache.targets import IntArray
-from pipeline.batches import BatchSampler, CacheExamples, Collator, held_out
-from pipeline.examples import Encoded, Encoder, read_records, record_kind
-from pipeline.shards import cut_shards, plan_batches, plan_strides, shuffled
-from pipeline.token_table import TokenTable, stage_tokens
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.layout import CHUNK
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, held_out
+from logitcask.pipeline.examples import Encoded, Encoder, read_records, record_kind
+from logitcask.pipeline.shards import cut_shards, plan_batches, plan_strides, shuffled
+from logitcask.pipeline.token_table import TokenTable, stage_tokens
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 VOCAB = 300

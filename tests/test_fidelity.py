@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from cache import fidelity
-from cache.errors import LogitcaskError
-from cache.fidelity import BATCH, figures, row_width, unsound
-from cache.layout import decode_targets, encode_targets
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.report import describe, render
-from cache.soft_labels import soft_labels
-from cache.statistics import fidelity_of
-from cache.targets import SparseTargets
-from cache.verify import verify
-from pipeline.fidelity import Probe
-from pipeline.sparsify import sparsify, uniform_draws
+from logitcask.cache import fidelity
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.fidelity import BATCH, figures, row_width, unsound
+from logitcask.cache.layout import decode_targets, encode_targets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report import describe, render
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.statistics import fidelity_of
+from logitcask.cache.targets import SparseTargets
+from logitcask.cache.verify import verify
+from logitcask.pipeline.fidelity import Probe
+from logitcask.pipeline.sparsify import sparsify, uniform_draws
 from tests.runs import train, train_settings
 from tests.tiny import FloatArray64, make_cache
 
@@ -71,7 +71,7 @@ def test_sums_and_figures_are_those_of_the_dense_gradients(
     head: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fidelity, "SKETCH", 4096)  # so that the sketch's own error is small
-    monkeypatch.setattr("pipeline.fidelity.SKETCH", 4096)
+    monkeypatch.setattr("logitcask.pipeline.fidelity.SKETCH", 4096)
     n, label = 300, settings(head, draws)
     logits, hidden, targets = problem(n, head, draws)
     sums = Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, label)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache.soft_labels import soft_labels
-from pipeline import fused
-from pipeline.fused import Target, TeacherRows, fused_loss
-from pipeline.lm_head import LMHead
-from pipeline.losses import LossSettings, LossSums, SparseLabels, distillation_loss
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.pipeline import fused
+from logitcask.pipeline.fused import Target, TeacherRows, fused_loss
+from logitcask.pipeline.lm_head import LMHead
+from logitcask.pipeline.losses import LossSettings, LossSums, SparseLabels, distillation_loss
 from tests.test_labels import TEMPERATURES, as_tensors, label, random_logits
 
 N, H, V, K, M = 37, 6, 29, 4, 5

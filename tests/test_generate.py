@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cache.errors import LogitcaskError
-from pipeline.cli import main
-from pipeline.generate import generate_text, stream
-from pipeline.settings import GenerateSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.generate import generate_text, stream
+from logitcask.pipeline.settings import GenerateSettings
 from tests.tiny import make_teacher
 
 PROMPT = "How many apples"

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cache.errors import LogitcaskError
-from pipeline.config import resolve
-from pipeline.data_generation import apis, asking
-from pipeline.data_generation.prompts import make_prompts, read_templates
-from pipeline.data_generation.run import generate_data
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.examples import Encoder, read_records
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.data_generation import apis, asking
+from logitcask.pipeline.data_generation.prompts import make_prompts, read_templates
+from logitcask.pipeline.data_generation.run import generate_data
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.examples import Encoder, read_records
 from tests.model_server import (
     KEY,
     OUTPUT_TOKENS,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import resolve
-from pipeline.settings import TrainSettings
-from pipeline.train import run_training
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.train import run_training
 from tests.runs import losses
 from tests.tiny import make_cache
 

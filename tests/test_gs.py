@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.copy import Copied, copy_cache
-from cache.errors import IncompleteCacheError, LogitcaskError
-from cache.integrity import digest
-from cache.reader import CacheReader
-from cache.remote import RemoteStore
-from cache.report import describe
-from cache.store import list_objects
-from cache.verify import verify
+from logitcask.cache.copy import Copied, copy_cache
+from logitcask.cache.errors import IncompleteCacheError, LogitcaskError
+from logitcask.cache.integrity import digest
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.remote import RemoteStore
+from logitcask.cache.report import describe
+from logitcask.cache.store import list_objects
+from logitcask.cache.verify import verify
 from tests.dying import copy_and_die
 from tests.runs import losses, train
 from tests.servers import Wire, gs_environment, gs_server

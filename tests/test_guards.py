@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cache.errors import LogitcaskError
-from cache.reader import CacheReader
-from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
-from pipeline.budget import needed, savings
-from pipeline.checkpoints import latest_checkpoint
-from pipeline.costs import shape_of_size
-from pipeline.guards import SKIPPED_IN_A_ROW, Watch
-from pipeline.settings import TrainSettings
-from pipeline.trainer import DistillationTrainer
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
+from logitcask.pipeline.budget import needed, savings
+from logitcask.pipeline.checkpoints import latest_checkpoint
+from logitcask.pipeline.costs import shape_of_size
+from logitcask.pipeline.guards import SKIPPED_IN_A_ROW, Watch
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.trainer import DistillationTrainer
 from tests.forked import limited
 from tests.runs import STUDENT, losses, train, train_settings, weights, write_config
 from tests.test_ranks import TORCHRUN, command
@@ -189,7 +189,7 @@ def test_fp16_needs_a_gpu(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "rate", "cause"),
     [
-        ("pipeline.cli", 1e30, "likely cause: --learning-rate 1e+30 is too high"),
+        ("logitcask", 1e30, "likely cause: --learning-rate 1e+30 is too high"),
         ("tests.spoiled_on_ranks", 1e-3, "likely cause: the label of example 13 is not finite"),  # one rank has it
     ],
 )

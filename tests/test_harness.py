@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.cli import main
+from logitcask.pipeline.cli import main
 from tests.tiny import WORDS, make_teacher, write_jsonl
 
 harness = pytest.mark.skipif(

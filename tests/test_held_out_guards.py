@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache.errors import LogitcaskError
-from cache.reader import CacheReader
-from pipeline.batches import CacheExamples, held_out
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import CacheExamples, held_out
 from tests.runs import STUDENT, train, write_config
 from tests.test_guards import damaged_at
 from tests.tiny import make_cache
@@ -33,7 +33,7 @@ def test_the_first_held_out_example_that_is_not_finite_is_named(
         with torch.no_grad():
             model.get_parameter("model.embed_tokens.weight")[alone] = torch.nan
 
-    monkeypatch.setattr("pipeline.train.require_finite", damage_after)
+    monkeypatch.setattr("logitcask.pipeline.train.require_finite", damage_after)
     with pytest.raises(LogitcaskError) as told:
         train(cache, tmp_path / "run", batch_size=2, eval_fraction=0.3, student_config=untied(tmp_path))
     assert str(told.value).startswith(

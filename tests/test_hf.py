@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cache.copy import copy_cache
+from logitcask.cache.copy import copy_cache
 from tests.dying import copy_and_die
 from tests.runs import train
 from tests.servers import Wire, hf_environment, hf_server
@@ -69,7 +69,7 @@ def reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], No
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *command], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", "logitcask", *command], capture_output=True, text=True, check=False, timeout=120
     )
 
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from cache.errors import LogitcaskError
-from cache.integrity import commit_key, constant_objects, shard_keys
-from cache.layout import array_specs
-from cache.reader import CacheReader
-from cache.report import describe
-from cache.verify import repair, verify
-from cache.zip import pack
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
+from logitcask.cache.layout import array_specs
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report import describe
+from logitcask.cache.verify import repair, verify
+from logitcask.cache.zip import pack
 from tests.test_cache import FILES, label_settings, write
 from tests.tiny import folder_bytes, sound_shards
 
@@ -309,9 +309,9 @@ def test_a_tokenizer_file_is_a_plain_name(good: Objects, name: str) -> None:
 
 CLAIMS = """
 import resource, sys
-from cache.errors import LogitcaskError
-from cache.reader import CacheReader
-import cache.verify
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+import logitcask.cache.verify
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), now + (1 << 30)))
 try:

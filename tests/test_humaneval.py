@@ -11,12 +11,22 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.cli import main
-from pipeline.evaluate import evaluate
-from pipeline.evaluate_settings import EvaluateSettings
-from pipeline.evaluation import HumanEval
-from pipeline.humaneval import FENCE, REQUEST, STOPS, Problem, check_program, cut, humaneval, load_problems, pass_at_k
-from pipeline.sandbox import run_program
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.evaluate import evaluate
+from logitcask.pipeline.evaluate_settings import EvaluateSettings
+from logitcask.pipeline.evaluation import HumanEval
+from logitcask.pipeline.humaneval import (
+    FENCE,
+    REQUEST,
+    STOPS,
+    Problem,
+    check_program,
+    cut,
+    humaneval,
+    load_problems,
+    pass_at_k,
+)
+from logitcask.pipeline.sandbox import run_program
 from tests.runs import STUDENT, train, write_config
 from tests.tiny import make_teacher, write_jsonl
 
@@ -118,7 +128,7 @@ def test_samples_depend_on_the_seed_only(student: Path, monkeypatch: pytest.Monk
         written.append(body)
         return check_program(problem, body)
 
-    monkeypatch.setattr("pipeline.humaneval.check_program", note)
+    monkeypatch.setattr("logitcask.pipeline.humaneval.check_program", note)
     options = {"samples": 12, "k": (1, 2, 12), "temperature": 1.0, "max_new_tokens": 100}
     results = [found(student, **options, seed=seed) for seed in (3, 3, 4)]
     one, again, other = written[:12], written[12:24], written[24:]

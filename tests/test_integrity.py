@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CacheFormatError, LogitcaskError
-from cache.reader import CacheReader, is_complete
-from cache.verify import repair, verify
-from pipeline.cli import main
-from pipeline.precompute import precompute
-from pipeline.settings import PrecomputeSettings
+from logitcask.cache.errors import CacheFormatError, LogitcaskError
+from logitcask.cache.reader import CacheReader, is_complete
+from logitcask.cache.verify import repair, verify
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.settings import PrecomputeSettings
 from tests.forked import forks
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 

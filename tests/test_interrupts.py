@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoints import latest_checkpoint
-from pipeline.run_folder import SETTINGS_FILE
-from pipeline.settings import TrainSettings
-from pipeline.train import run_training
-from pipeline.trainer import DistillationTrainer
+from logitcask.pipeline.checkpoints import latest_checkpoint
+from logitcask.pipeline.run_folder import SETTINGS_FILE
+from logitcask.pipeline.settings import TrainSettings
+from logitcask.pipeline.train import run_training
+from logitcask.pipeline.trainer import DistillationTrainer
 from tests.forked import forks
 from tests.runs import STUDENT, losses, metrics, train, train_settings, weights, write_config
 from tests.servers import free_port

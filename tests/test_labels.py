@@ -16,15 +16,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.errors import LogitcaskError
-from cache.layout import decode_targets, encode_targets
-from cache.manifest import LabelSettings
-from cache.soft_labels import SoftLabels, soft_labels
-from cache.targets import SparseTargets
-from pipeline.losses import LossSettings, SparseLabels, bucket_divergence, distillation_loss, sparse_forward_kl
-from pipeline.sparsify import _top, sparsify, uniform_draws
-from pipeline.teachers.base import TokenizedExample
-from pipeline.teachers.transformers import load_teacher
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.layout import decode_targets, encode_targets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.soft_labels import SoftLabels, soft_labels
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.losses import (
+    LossSettings,
+    SparseLabels,
+    bucket_divergence,
+    distillation_loss,
+    sparse_forward_kl,
+)
+from logitcask.pipeline.sparsify import _top, sparsify, uniform_draws
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.teachers.transformers import load_teacher
 from tests.tiny import FloatArray64, dense_kd_gradient, dense_log_probs, make_teacher
 
 TEMPERATURES = (1.0, 1.5, 2.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.losses import LossSettings, SparseLabels, distillation_loss
-from pipeline.student import student_from_config
-from pipeline.trainer import labels_of, make_loss_forward
+from logitcask.pipeline.losses import LossSettings, SparseLabels, distillation_loss
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.trainer import labels_of, make_loss_forward
 from tests.runs import write_config
 
 V, N, ROWS, HEAD, TAIL = 262_144, 192, 6, 8, 24

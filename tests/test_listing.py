@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from zarr.core.sync import sync
 
-from cache.integrity import committed_shards
-from cache.remote import RemoteStore
+from logitcask.cache.integrity import committed_shards
+from logitcask.cache.remote import RemoteStore
 from tests.servers import ssh_server
 from tests.tiny import folder_bytes
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cache.errors import LogitcaskError
-from pipeline.data_generation import run
-from pipeline.data_generation.local import answer_locally
-from pipeline.data_generation.prompts import Prompt
-from pipeline.data_settings import GenerateDataSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.data_generation import run
+from logitcask.pipeline.data_generation.local import answer_locally
+from logitcask.pipeline.data_generation.prompts import Prompt
+from logitcask.pipeline.data_settings import GenerateDataSettings
 from tests.benchmarks.capture import teacher_path
 from tests.runs import train as train_run
 from tests.tiny import CHATML, make_cache, make_teacher
@@ -102,7 +102,7 @@ def test_an_interrupted_run_is_finished(tmp_path: Path, monkeypatch: pytest.Monk
             if len(asked) == 4:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.data_generation.local.answer_locally", spy)
+    monkeypatch.setattr("logitcask.pipeline.data_generation.local.answer_locally", spy)
     with pytest.raises(KeyboardInterrupt):
         run.generate_data(settings(tmp_path, model))
     asked.append("")  # not again at four

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from pipeline.batches import BatchSampler, Collator, TrainingExample
-from pipeline.examples import Encoded
-from pipeline.guards import Watch
-from pipeline.losses import LossSettings
-from pipeline.student import student_from_config
-from pipeline.train import training_arguments
-from pipeline.trainer import DistillationTrainer, make_loss_forward
+from logitcask.pipeline.batches import BatchSampler, Collator, TrainingExample
+from logitcask.pipeline.examples import Encoded
+from logitcask.pipeline.guards import Watch
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.train import training_arguments
+from logitcask.pipeline.trainer import DistillationTrainer, make_loss_forward
 from tests.runs import STUDENT, train_settings, write_config
 from tests.tiny import make_tokenizer
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import LogitcaskError
-from pipeline.metrics import _written
-from pipeline.run_folder import curve, read_log
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.metrics import _written
+from logitcask.pipeline.run_folder import curve, read_log
 from tests.runs import history, metrics, train
 from tests.tiny import make_cache
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.verify import verify
+from logitcask.cache.verify import verify
 from tests.needed import lacking
 from tests.servers import SshServer, ssh_server, user
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, write_jsonl
@@ -40,7 +40,7 @@ def part(folder: Path, output: Path, which: str) -> "subprocess.Popen[bytes]":
     words = ["--teacher-model", folder / "teacher", "--train-data", folder / "train.jsonl", "--output", output,
              "--head-size=4", "--tail-draws=8", "--max-seq-length=64", "--batch-size=4", "--shard-positions=32",
              "--device=cpu", f"--shards={which}"]  # fmt: skip
-    return subprocess.Popen([sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, words)])
+    return subprocess.Popen([sys.executable, "-m", "logitcask", "precompute-logits", *map(str, words)])
 
 
 def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -> None:

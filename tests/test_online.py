@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 from tests.runs import history, losses, train
 from tests.test_train import dense
 from tests.tiny import make_cache, make_teacher

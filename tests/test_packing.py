@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.reader import CacheReader
-from pipeline.batches import GROUP, BatchSampler, CacheExamples, Collator, TrainingExample, place
-from pipeline.examples import Encoded
-from pipeline.lm_head import keeps_apart
-from pipeline.losses import LossSettings
-from pipeline.student import student_from_config
-from pipeline.trainer import make_loss_forward
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import GROUP, BatchSampler, CacheExamples, Collator, TrainingExample, place
+from logitcask.pipeline.examples import Encoded
+from logitcask.pipeline.lm_head import keeps_apart
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.trainer import make_loss_forward
 from tests.runs import history, train, write_config
 from tests.test_train import ARCHITECTURES
 from tests.tiny import make_cache

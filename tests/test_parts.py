@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import LogitcaskError
-from cache.lock import sole_writer
-from pipeline.precompute import precompute
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.lock import sole_writer
+from logitcask.pipeline.precompute import precompute
 from tests.tiny import folder_bytes, make_cache, make_teacher, precompute_settings
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from cache.report import describe
-from pipeline.cli import main
-from pipeline.costs import (
+from logitcask.cache.report import describe
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.costs import (
     CPU,
     GPUS,
     LABEL_BYTES,
@@ -28,9 +28,9 @@ from pipeline.costs import (
     teacher_memory,
     teacher_seconds,
 )
-from pipeline.examples import Encoder
-from pipeline.plan import Plan, count_data, make_plan, make_tables
-from pipeline.settings import PRESETS, PlanSettings
+from logitcask.pipeline.examples import Encoder
+from logitcask.pipeline.plan import Plan, count_data, make_plan, make_tables
+from logitcask.pipeline.settings import PRESETS, PlanSettings
 from tests.benchmarks.plan_check import compare, preset_of
 from tests.runs import STUDENT, write_config
 from tests.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
@@ -120,7 +120,7 @@ def test_a_large_file_is_counted_from_a_sample(tmp_path: Path, monkeypatch: pyte
     encoder = Encoder(make_tokenizer(), prompt_loss=False)
     whole, said = count_data(str(data), encoder, 64, False)
     assert said == []
-    monkeypatch.setattr("pipeline.plan.SAMPLE_BYTES", data.stat().st_size / 6.5)
+    monkeypatch.setattr("logitcask.pipeline.plan.SAMPLE_BYTES", data.stat().st_size / 6.5)
     sampled, said = count_data(str(data), encoder, 64, False)
     assert "one in 7 of the 1,000 examples" in said[0]
     assert sampled.examples == whole.examples

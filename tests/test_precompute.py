@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from cache.errors import CacheMismatchError, LogitcaskError
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.shard import Shard
-from cache.targets import SparseTargets
-from cache.writer import CacheWriter
-from pipeline import labelling
-from pipeline.precompute import precompute
-from pipeline.sparsify import sparsify
-from pipeline.teachers.base import Labelled, TokenizedExample
-from pipeline.teachers.transformers import TransformersTeacher
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.shard import Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline import labelling
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.sparsify import sparsify
+from logitcask.pipeline.teachers.base import Labelled, TokenizedExample
+from logitcask.pipeline.teachers.transformers import TransformersTeacher
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
 

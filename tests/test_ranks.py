@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from pipeline.run_folder import SETTINGS_FILE, curve, read_log
-from pipeline.student import student_from_config
+from logitcask.pipeline.run_folder import SETTINGS_FILE, curve, read_log
+from logitcask.pipeline.student import student_from_config
 from tests.runs import STUDENT, history, write_config
 from tests.servers import free_port
 from tests.tiny import make_cache
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(
-    folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "pipeline.cli", **options: object
+    folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "logitcask", **options: object
 ) -> list[str]:
     values = {**STEPS, "cache": folder / "cache", "student-config": folder / "student.json", "device": "cpu", **options}
     name, *rest = launcher or ("",)
@@ -172,6 +172,6 @@ def ranks_of(parent: int) -> list[int]:
             fields = place.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[1]) == parent and "pipeline.cli" in (place.parent / "cmdline").read_text():
+        if int(fields[1]) == parent and "logitcask" in (place.parent / "cmdline").read_text():
             found.append(int(place.parent.name))
     return sorted(found)

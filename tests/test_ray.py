@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from cache.copy import copy_cache
-from cache.errors import LogitcaskError
-from cache.integrity import committed_shards
-from cache.remote import filesystem
-from cache.store import open_store
-from cache.verify import verify
-from pipeline.distributed import default_workers, worker_options
-from pipeline.precompute import precompute
-from pipeline.settings import PrecomputeSettings
+from logitcask.cache.copy import copy_cache
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import committed_shards
+from logitcask.cache.remote import filesystem
+from logitcask.cache.store import open_store
+from logitcask.cache.verify import verify
+from logitcask.pipeline.distributed import default_workers, worker_options
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.settings import PrecomputeSettings
 from tests.needed import lacking
 from tests.servers import s3_environment, s3_server
 from tests.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -244,7 +244,7 @@ def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]"
 
 def command(folder: Path, output: Path | str, cluster: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given(folder, output, cluster).items()]
-    return [sys.executable, "-m", "pipeline.cli", "precompute-logits", *options]
+    return [sys.executable, "-m", "logitcask", "precompute-logits", *options]
 
 
 def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:

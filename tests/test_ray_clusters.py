@@ -13,10 +13,10 @@ import pytest
 import ray
 import typer
 
-from cache.errors import LogitcaskError
-from pipeline.cli import app
-from pipeline.distributed import RayCrew, default_workers, missing_resources, worker_options
-from pipeline.precompute import precompute
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.cli import app
+from logitcask.pipeline.distributed import RayCrew, default_workers, missing_resources, worker_options
+from logitcask.pipeline.precompute import precompute
 from tests.test_ray import HEAD, START, Machine, cluster, command, folder, machines, settings, wait_for_nodes
 from tests.tiny import folder_bytes, precompute_settings
 

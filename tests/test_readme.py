@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache.reader import CacheReader
-from cache.soft_labels import soft_labels
-from pipeline.cli import app, cache_app, main
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.pipeline.cli import app, cache_app, main
 from tests.tiny import make_cache
 
 README = Path(__file__).parent.parent / "README.md"

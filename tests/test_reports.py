@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.run_folder import curve, read_log
+from logitcask.pipeline.run_folder import curve, read_log
 from tests.runs import STUDENT, write_config
 from tests.tiny import make_cache
 
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
              "--device=cpu", "--max-steps=3", "--logging-steps=1", "--eval-steps=2", "--use-wandb", "--use-tensorboard",
              "--use-trackio", "--wandb-project=ours"]  # fmt: skip
     ran = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *words], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "logitcask", *words], capture_output=True, text=True, check=False,
         env={**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import LogitcaskError
-from pipeline import cli, precompute
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline import cli, precompute
 from tests.runs import train
 from tests.tiny import make_cache, make_teacher
 

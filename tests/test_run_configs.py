@@ -10,11 +10,11 @@ import pytest
 import typer
 import yaml
 
-from pipeline.cli import app
-from pipeline.config import resolve
-from pipeline.plan import make_plan
-from pipeline.settings import PlanSettings, TrainSettings
-from pipeline.train import run_training
+from logitcask.pipeline.cli import app
+from logitcask.pipeline.config import resolve
+from logitcask.pipeline.plan import make_plan
+from logitcask.pipeline.settings import PlanSettings, TrainSettings
+from logitcask.pipeline.train import run_training
 from tests.runs import STUDENT, losses, write_config
 from tests.tiny import make_cache
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import LogitcaskError
-from pipeline import sandbox
-from pipeline.sandbox import namespaces, run_program
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline import sandbox
+from logitcask.pipeline.sandbox import namespaces, run_program
 
 HARMLESS = """
 import collections, dataclasses, functools, hashlib, heapq, itertools, math, random, re, string, typing

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.lm_head import LMHead
-from pipeline.sparsify import _common_root, sparsify, uniform_draws
+from logitcask.pipeline.lm_head import LMHead
+from logitcask.pipeline.sparsify import _common_root, sparsify, uniform_draws
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,20 @@ from rich.console import Console
 from transformers import logging
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from cache.reader import CacheReader
-from pipeline.checkpoints import latest_checkpoint
-from pipeline.cli import main
-from pipeline.live import LiveTable
-from pipeline.run_folder import LOG_FILE, Line, read_log
-from pipeline.terminal import QUIET
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.checkpoints import latest_checkpoint
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.live import LiveTable
+from logitcask.pipeline.run_folder import LOG_FILE, Line, read_log
+from logitcask.pipeline.terminal import QUIET
 from tests.runs import STUDENT, write_config
 from tests.tiny import make_cache
 
-COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'logitcask'; from pipeline.cli import main; main()"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; sys.argv[0] = 'logitcask'; from logitcask.pipeline.cli import main; main()",
+]
 STYLE = re.compile(r"\x1b\[[0-9;:]*m")
 LINE: Line = {"total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301, "perplexity": 632.04,
               "learning_rate": 1.5e-3, "tokens_per_second": 1234.5, "peak_memory_mb": 987.6}  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache.reader import CacheReader
-from pipeline.batches import BatchSampler, held_out
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import BatchSampler, held_out
 from tests.runs import STUDENT, history, losses, metrics, train, weights, write_config
 from tests.tiny import make_cache
 
@@ -93,9 +93,10 @@ def test_evaluation_is_the_loss_of_training_on_the_same_examples(
 ) -> None:
     """Over unequal batches: a mean of means would differ."""
     nobody = np.zeros(0, dtype=np.int64)
-    monkeypatch.setattr("pipeline.train.held_out", lambda count, *_: np.arange(count))
+    monkeypatch.setattr("logitcask.pipeline.train.held_out", lambda count, *_: np.arange(count))
     monkeypatch.setattr(
-        "pipeline.train.BatchSampler", lambda starts, _, *rest, **named: BatchSampler(starts, nobody, *rest, **named)
+        "logitcask.pipeline.train.BatchSampler",
+        lambda starts, _, *rest, **named: BatchSampler(starts, nobody, *rest, **named),
     )
     run = train(cache, tmp_path / "run", batch_size=5, gradient_accumulation_steps=5, max_steps=1)
     before = metrics(run)["before"]

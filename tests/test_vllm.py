@@ -18,16 +18,16 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
 
-from cache.errors import LogitcaskError
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.verify import verify
-from pipeline.sparsify import uniform_draws
-from pipeline.teachers import vllm_worker
-from pipeline.teachers.base import Labelled, TokenizedExample
-from pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from pipeline.teachers.vllm import VllmTeacher, load_vllm_teacher
-from pipeline.teachers.vllm_worker import KEY, Capture
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.verify import verify
+from logitcask.pipeline.sparsify import uniform_draws
+from logitcask.pipeline.teachers import vllm_worker
+from logitcask.pipeline.teachers.base import Labelled, TokenizedExample
+from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from logitcask.pipeline.teachers.vllm import VllmTeacher, load_vllm_teacher
+from logitcask.pipeline.teachers.vllm_worker import KEY, Capture
 from tests.tiny import RECORDS, folder_bytes, make_teacher, write_jsonl
 
 LONGEST = 128
@@ -187,7 +187,7 @@ def test_stage_1_runs_on_it(tmp_path: Path, folder: Path) -> None:
     caches = {}
     for name, engine in (("first", "vllm"), ("second", "vllm"), ("plain", "transformers")):
         options = ["--teacher-model", folder, "--train-data", tmp_path / "train.jsonl", "--output", tmp_path / name]
-        command = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, options), "--engine", engine]
+        command = [sys.executable, "-m", "logitcask", "precompute-logits", *map(str, options), "--engine", engine]
         subprocess.run([*command, "--preset", "lean", "--max-seq-length", "64", "--shard-positions", "64"], check=True)
         caches[name] = CacheReader(tmp_path / name)
         assert verify(tmp_path / name).problems == []
@@ -206,7 +206,7 @@ def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Pat
     for engine in ("vllm-topk", "transformers"):
         options = ["--teacher-model", folder, "--train-data", tmp_path / "train.jsonl", "--output", tmp_path / engine,
                    "--head-size", 4, "--tail-draws", 0, "--temperatures", 1, "--fidelity-positions", 0]  # fmt: skip
-        words = [sys.executable, "-m", "pipeline.cli", "precompute-logits", *map(str, options), "--engine", engine]
+        words = [sys.executable, "-m", "logitcask", "precompute-logits", *map(str, options), "--engine", engine]
         words += ["--max-seq-length", "64", "--shard-positions", "64"]
         said[engine] = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         assert verify(tmp_path / engine).problems == []
@@ -297,7 +297,7 @@ def test_the_v2_step_takes_the_rows_of_each_request() -> None:
         )
         rows = torch.cat([torch.zeros(2, 16), hidden[start:end]])
         assert worker.compute_prompt_logprobs(None, rows, batch, tokens, None, lengths) == {}
-    from pipeline.labelling import label_rows
+    from logitcask.pipeline.labelling import label_rows
 
     targets = np.flatnonzero(example.target_mask)
     want, _ = label_rows(

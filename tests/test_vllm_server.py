@@ -18,8 +18,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM has its own environment: just setup-vllm && just test-vllm")
 
-from pipeline.data_generation.local import answer_locally
-from pipeline.data_generation.prompts import make_prompts, read_templates
+from logitcask.pipeline.data_generation.local import answer_locally
+from logitcask.pipeline.data_generation.prompts import make_prompts, read_templates
 from tests.servers import free_port
 from tests.tiny import make_teacher
 
@@ -87,7 +87,7 @@ def command(served: Served, folder: Path, **more: object) -> list[str]:
               "num_examples": PROMPTS, "max_new_tokens": NEW_TOKENS, "temperature": 0, "concurrency": CONCURRENCY,
               "output_dir": folder / "out", **more}  # fmt: skip
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", "pipeline.cli", "generate-data", *words]
+    return [sys.executable, "-m", "logitcask", "generate-data", *words]
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:

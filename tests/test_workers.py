@@ -9,11 +9,11 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from cache.errors import LogitcaskError
-from cache.reader import is_complete
-from cache.verify import verify
-from pipeline.precompute import precompute
-from pipeline.settings import PrecomputeSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import is_complete
+from logitcask.cache.verify import verify
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.settings import PrecomputeSettings
 from tests.forked import forks
 from tests.tiny import RECORDS, folder_bytes, make_teacher, precompute_settings, write_jsonl
 

@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cache.reader import CacheReader
-from pipeline.batches import Batch, CacheExamples, Collator
-from pipeline.losses import LossSettings
-from pipeline.student import student_from_config
-from pipeline.trainer import make_loss_forward
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import Batch, CacheExamples, Collator
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.trainer import make_loss_forward
 from tests.runs import STUDENT, write_config
 from tests.tiny import make_cache
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cache.manifest import LabelSettings
-from cache.shard import Example, Shard
-from cache.targets import SparseTargets
-from pipeline.precompute import precompute
-from pipeline.settings import PrecomputeSettings
-from pipeline.sparsify import sparsify
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.shard import Example, Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.precompute import precompute
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.sparsify import sparsify
 
 FloatArray64 = NDArray[np.float64]
 

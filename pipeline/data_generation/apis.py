@@ -13,8 +13,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from cache.errors import LogitcaskError, shown
-from pipeline.data_generation.asking import Ask, NoReplyError, Reply
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.data_generation.asking import Ask, NoReplyError, Reply
 
 # package, environment variable of the key
 PROVIDERS = {

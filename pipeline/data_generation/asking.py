@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.data_generation.prompts import Prompt
-from pipeline.progress import Advance
+from logitcask.pipeline.data_generation.prompts import Prompt
+from logitcask.pipeline.progress import Advance
 
 OVERHEAD = 256  # tokens that a chat template puts around a prompt, at most
 HOPELESS = 10  # prompts in a row without a reply after which the rest is not tried

@@ -14,7 +14,7 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 from markdown_it import MarkdownIt
 
-from pipeline.data_generation.journal import Answer
+from logitcask.pipeline.data_generation.journal import Answer
 
 HASHES = 128
 RUN = 5  # words of a shingle

@@ -12,7 +12,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 
 Count = Annotated[int, Field(ge=0)]
 

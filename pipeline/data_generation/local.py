@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from cache.errors import LogitcaskError
-from pipeline.data_generation.asking import Reply
-from pipeline.data_generation.prompts import Prompt
-from pipeline.devices import choose_device
-from pipeline.models import load_causal_lm, max_positions, sampling
-from pipeline.tokenizer import as_chat, load_tokenizer
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.data_generation.asking import Reply
+from logitcask.pipeline.data_generation.prompts import Prompt
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.models import load_causal_lm, max_positions, sampling
+from logitcask.pipeline.tokenizer import as_chat, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

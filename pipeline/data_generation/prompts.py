@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cache.errors import LogitcaskError, shown
-from pipeline.config import read_config
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.config import read_config
 
 FIELDS = {"language", "topic"}
 Text = Annotated[str, Field(min_length=1)]

@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cache.errors import LogitcaskError, shown
-from pipeline.data_generation.apis import PROVIDERS, open_api
-from pipeline.data_generation.asking import Outcome, Price, Purse, Reply, ask_all
-from pipeline.data_generation.journal import Answer, Journal
-from pipeline.data_generation.prompts import Prompt, digest, make_prompts, read_templates
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.progress import track
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.data_generation.apis import PROVIDERS, open_api
+from logitcask.pipeline.data_generation.asking import Outcome, Price, Purse, Reply, ask_all
+from logitcask.pipeline.data_generation.journal import Answer, Journal
+from logitcask.pipeline.data_generation.prompts import Prompt, digest, make_prompts, read_templates
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.progress import track
 
 KEPT = ("train", "validation")
 # what made the answers: it cannot change between a run and the one that goes on with its folder
@@ -30,7 +30,7 @@ FIXED = ("provider", "model", "max_new_tokens", "temperature", "seed")
 def generate_data(settings: GenerateDataSettings) -> str:
     """Write the examples; what was done, for the user. Raises LogitcaskError for the user's and the server's faults."""
     if settings.provider == "source":
-        from pipeline.data_generation.source import from_source
+        from logitcask.pipeline.data_generation.source import from_source
 
         written = from_source(settings)
         return f"{written.examples} examples -> {written.path}"
@@ -145,7 +145,7 @@ async def _ask_api(settings: GenerateDataSettings, missing: list[Prompt], journa
 
 
 def _ask_locally(settings: GenerateDataSettings, missing: list[Prompt], keep: Any) -> None:
-    from pipeline.data_generation.local import answer_locally
+    from logitcask.pipeline.data_generation.local import answer_locally
 
     replies = answer_locally(
         settings.model or "",
@@ -166,7 +166,7 @@ def _ask_locally(settings: GenerateDataSettings, missing: list[Prompt], keep: An
 
 def _write_examples(settings: GenerateDataSettings, answers: Iterable[Answer]) -> Counter[str]:
     """The data files, made anew, in the order of the prompts; how many answers met each fate."""
-    from pipeline.data_generation.curate import curate
+    from logitcask.pipeline.data_generation.curate import curate
 
     fates: Counter[str] = Counter()
     files = {name: settings.output_dir / f"{name}.jsonl" for name in KEPT}

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import LogitcaskError
-from pipeline.data_settings import GenerateDataSettings
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.data_settings import GenerateDataSettings
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
 LONGEST_DOCSTRING = 1200  # characters; longer ones are manuals, not instructions

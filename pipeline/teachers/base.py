@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.fidelity import Sums
-from cache.manifest import LabelSettings, TeacherIdentity
-from cache.targets import IntArray, SparseTargets
+from logitcask.cache.fidelity import Sums
+from logitcask.cache.manifest import LabelSettings, TeacherIdentity
+from logitcask.cache.targets import IntArray, SparseTargets
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from cache.errors import LogitcaskError
-from cache.manifest import LabelSettings
-from pipeline.settings import PrecomputeSettings
-from pipeline.teachers.base import Teacher, TokenizedExample
-from pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from pipeline.teachers.vllm import load_vllm_teacher
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.settings import PrecomputeSettings
+from logitcask.pipeline.teachers.base import Teacher, TokenizedExample
+from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 
 TOLERANCE = {"float32": 1e-3}  # nats, of log-partitions and of the next token's log-probability, at most
 HALF_TOLERANCE = 0.5  # for the 16-bit types: between their own rounding errors and those of a wrong model

@@ -13,14 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cache.manifest import LabelSettings, TeacherIdentity
-from pipeline.devices import choose_device
-from pipeline.fidelity import Probe
-from pipeline.labelling import label_rows, slice_rows, split_rows
-from pipeline.lm_head import last_hidden_states, read_head
-from pipeline.models import load_causal_lm, weights_fingerprint
-from pipeline.sparsify import uniform_draws
-from pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
+from logitcask.cache.manifest import LabelSettings, TeacherIdentity
+from logitcask.pipeline.devices import choose_device
+from logitcask.pipeline.fidelity import Probe
+from logitcask.pipeline.labelling import label_rows, slice_rows, split_rows
+from logitcask.pipeline.lm_head import last_hidden_states, read_head
+from logitcask.pipeline.models import load_causal_lm, weights_fingerprint
+from logitcask.pipeline.sparsify import uniform_draws
+from logitcask.pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load
 
-from cache.errors import LogitcaskError
-from cache.fidelity import row_width
-from cache.manifest import LabelSettings, TeacherIdentity
-from cache.targets import SparseTargets
-from pipeline.labelling import split_rows
-from pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
-from pipeline.teachers.vllm_worker import KEY, KNOWN
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.fidelity import row_width
+from logitcask.cache.manifest import LabelSettings, TeacherIdentity
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.labelling import split_rows
+from logitcask.pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.vllm_worker import KEY, KNOWN
 
 FIELDS = tuple(SparseTargets.__dataclass_fields__)
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM would take half of the machine's memory
@@ -166,7 +166,7 @@ def load_vllm_teacher(
         "max_model_len": max_seq_length + 1,
         "tensor_parallel_size": tensor_parallel_size,
         "trust_remote_code": trust_remote_code,
-        "worker_extension_cls": "pipeline.teachers.vllm_worker.LogitCapture",
+        "worker_extension_cls": "logitcask.pipeline.teachers.vllm_worker.LogitCapture",
         "enforce_eager": on_cpu,
         **({"kv_cache_memory_bytes": CPU_KV_CACHE} if on_cpu else {}),
         **({"max_logprobs": topk, "logprobs_mode": "raw_logprobs"} if topk else {}),

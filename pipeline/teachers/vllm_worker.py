@@ -17,13 +17,13 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from cache.fidelity import row_width
-from cache.manifest import LabelSettings
-from cache.targets import SparseTargets
-from pipeline.fidelity import Probe
-from pipeline.labelling import label_rows, slice_rows
-from pipeline.models import weights_fingerprint
-from pipeline.sparsify import uniform_draws
+from logitcask.cache.fidelity import row_width
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.fidelity import Probe
+from logitcask.pipeline.labelling import label_rows, slice_rows
+from logitcask.pipeline.models import weights_fingerprint
+from logitcask.pipeline.sparsify import uniform_draws
 
 KEY = "logitcask"  # in a request's extra_args
 KNOWN = "0.32"  # the version whose private attributes these are

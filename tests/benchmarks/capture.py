@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cache.manifest import LabelSettings
-from pipeline.models import load_causal_lm
-from pipeline.teachers.base import TokenizedExample
-from pipeline.teachers.transformers import load_teacher
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.models import load_causal_lm
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.teachers.transformers import load_teacher
 
 ROUNDS, BATCH, LENGTH = 5, 8, 256
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache.manifest import LabelSettings
-from pipeline.models import load_causal_lm
-from pipeline.teachers.base import Teacher, TokenizedExample
-from pipeline.teachers.transformers import load_teacher
-from pipeline.teachers.vllm import load_vllm_teacher
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.models import load_causal_lm
+from logitcask.pipeline.teachers.base import Teacher, TokenizedExample
+from logitcask.pipeline.teachers.transformers import load_teacher
+from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 from tests.benchmarks.capture import teacher_path
 
 STOCK_TOP = 64

@@ -20,14 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from cache.reader import CacheReader
-from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
-from pipeline.guards import Watch
-from pipeline.losses import LossSettings
-from pipeline.student import student_from_config
-from pipeline.tokenizer import tokenizer_from_files
-from pipeline.train import training_arguments
-from pipeline.trainer import DistillationTrainer, make_loss_forward
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
+from logitcask.pipeline.guards import Watch
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.tokenizer import tokenizer_from_files
+from logitcask.pipeline.train import training_arguments
+from logitcask.pipeline.trainer import DistillationTrainer, make_loss_forward
 from tests.runs import train_settings
 
 ROUNDS, BATCH = 5, 4

@@ -20,8 +20,8 @@ SIZES = (2_000, 20_000)
 
 def stage_1(folder: Path, examples: int) -> float:
     """Label so many examples of 24 words; returns seconds."""
-    from pipeline.precompute import precompute
-    from pipeline.settings import PrecomputeSettings
+    from logitcask.pipeline.precompute import precompute
+    from logitcask.pipeline.settings import PrecomputeSettings
     from tests.tiny import make_teacher
 
     data = folder / "data.jsonl"
@@ -44,8 +44,8 @@ def stage_1(folder: Path, examples: int) -> float:
 
 def stage_2(folder: Path, examples: int) -> float:
     """Train one pass over the cache of so many examples; returns seconds."""
-    from cache.reader import CacheReader
-    from pipeline.train import run_training
+    from logitcask.cache.reader import CacheReader
+    from logitcask.pipeline.train import run_training
     from tests.runs import train_settings
 
     assert len(CacheReader(folder / "cache")) == examples

@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.activations import keep_products_only
-from pipeline.allocator import free_at_once
-from pipeline.costs import MEASURED_VOCABULARY, shape_of_student, student_memory
-from pipeline.losses import LossSettings
-from pipeline.student import student_from_config
-from pipeline.trainer import make_loss_forward
+from logitcask.pipeline.activations import keep_products_only
+from logitcask.pipeline.allocator import free_at_once
+from logitcask.pipeline.costs import MEASURED_VOCABULARY, shape_of_student, student_memory
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.student import student_from_config
+from logitcask.pipeline.trainer import make_loss_forward
 
 # config, examples a batch, tokens an example, gradient checkpointing, mixed precision
 CASES = [

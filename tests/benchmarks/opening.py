@@ -11,14 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.create import create_cache
-from cache.integrity import commit_key
-from cache.layout import array_specs
-from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity, TokenizerIdentity
-from cache.reader import CacheReader
-from cache.shard import Shard
-from cache.targets import SparseTargets
-from pipeline.shards import plan_strides
+from logitcask.cache.create import create_cache
+from logitcask.cache.integrity import commit_key
+from logitcask.cache.layout import array_specs
+from logitcask.cache.manifest import (
+    FORMAT_VERSION,
+    DataIdentity,
+    LabelSettings,
+    Manifest,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.shard import Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.shards import plan_strides
 
 EXAMPLES = 100  # a shard
 LABEL = LabelSettings(vocab_size=300, head_size=1, tail_draws=0, temperatures=[1.0], seed=0)

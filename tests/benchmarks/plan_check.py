@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cache.manifest import LabelSettings
-from cache.reader import CacheReader
-from cache.report import describe
-from pipeline.costs import Amount, Preset
-from pipeline.examples import Encoder
-from pipeline.plan import count_data, plan_cache
-from pipeline.settings import PRESETS, PrecomputeSettings
-from pipeline.tokenizer import tokenizer_from_files
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report import describe
+from logitcask.pipeline.costs import Amount, Preset
+from logitcask.pipeline.examples import Encoder
+from logitcask.pipeline.plan import count_data, plan_cache
+from logitcask.pipeline.settings import PRESETS, PrecomputeSettings
+from logitcask.pipeline.tokenizer import tokenizer_from_files
 
 BOUND = 0.10
 Row = tuple[str, float, float]  # name, predicted, measured

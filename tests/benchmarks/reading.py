@@ -16,13 +16,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from cache.create import create_cache
-from cache.reader import CacheReader
-from cache.shard import Example, Shard
-from cache.targets import SparseTargets
-from pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample
-from pipeline.examples import Encoded
-from pipeline.shards import cut_shards
+from logitcask.cache.create import create_cache
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.shard import Example, Shard
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample
+from logitcask.pipeline.examples import Encoded
+from logitcask.pipeline.shards import cut_shards
 from tests.test_cache import FILES, label_settings, manifest_of, random_targets
 
 EXAMPLES, LENGTH, BATCH, ROUNDS, VOCABULARY = 1024, 128, 8, 5, 49_152

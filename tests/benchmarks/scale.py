@@ -15,13 +15,13 @@ from typing import TypeVar
 import numpy as np
 from zarr.storage import LocalStore
 
-from cache.integrity import commit_key, committed_shards
-from pipeline.data_generation.source import from_source
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.examples import Encoder, encode_source
-from pipeline.shards import cut_shards, plan_strides, shards_of, shuffled
-from pipeline.token_table import TokenTable, stage_tokens
-from pipeline.tokenizer import load_tokenizer
+from logitcask.cache.integrity import commit_key, committed_shards
+from logitcask.pipeline.data_generation.source import from_source
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.examples import Encoder, encode_source
+from logitcask.pipeline.shards import cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.tokenizer import load_tokenizer
 from tests.benchmarks.capture import teacher_path
 
 MEAN_LENGTH = 1000

@@ -21,23 +21,23 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from cache.create import create_cache
-from cache.layout import CHUNK, array_specs, decode_targets, encode_targets
-from cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
-from cache.report import describe
-from cache.shard import Example, Shard
-from cache.soft_labels import soft_labels
-from cache.targets import SparseTargets
-from pipeline.data_generation.source import from_source
-from pipeline.data_settings import GenerateDataSettings
-from pipeline.examples import Encoder, read_records
-from pipeline.lm_head import last_hidden_states, read_head
-from pipeline.models import load_causal_lm
-from pipeline.settings import PRESETS
-from pipeline.shards import plan_strides
-from pipeline.sparsify import sparsify, uniform_draws
-from pipeline.teachers.base import TokenizedExample
-from pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.cache.create import create_cache
+from logitcask.cache.layout import CHUNK, array_specs, decode_targets, encode_targets
+from logitcask.cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
+from logitcask.cache.report import describe
+from logitcask.cache.shard import Example, Shard
+from logitcask.cache.soft_labels import soft_labels
+from logitcask.cache.targets import SparseTargets
+from logitcask.pipeline.data_generation.source import from_source
+from logitcask.pipeline.data_settings import GenerateDataSettings
+from logitcask.pipeline.examples import Encoder, read_records
+from logitcask.pipeline.lm_head import last_hidden_states, read_head
+from logitcask.pipeline.models import load_causal_lm
+from logitcask.pipeline.settings import PRESETS
+from logitcask.pipeline.shards import plan_strides
+from logitcask.pipeline.sparsify import sparsify, uniform_draws
+from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study.report import RESULTS, machine
 

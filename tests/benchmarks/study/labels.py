@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache.manifest import LabelSettings
-from cache.soft_labels import SoftLabels, soft_labels
-from cache.targets import IntArray, SparseTargets
-from pipeline.losses import SparseLabels
-from pipeline.settings import PRESETS
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.soft_labels import SoftLabels, soft_labels
+from logitcask.cache.targets import IntArray, SparseTargets
+from logitcask.pipeline.losses import SparseLabels
+from logitcask.pipeline.settings import PRESETS
 from tests.benchmarks.study.corpus import LENGTH
 
 POSITIONS = LENGTH - 1  # of a window

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cache.targets import IntArray
-from pipeline.fused import Target, TeacherRows, fused_loss
-from pipeline.lm_head import LMHead, last_hidden_states, read_head
-from pipeline.losses import LossSettings
-from pipeline.measures import calibration_bins, calibration_error
+from logitcask.cache.targets import IntArray
+from logitcask.pipeline.fused import Target, TeacherRows, fused_loss
+from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.losses import LossSettings
+from logitcask.pipeline.measures import calibration_bins, calibration_error
 from tests.benchmarks.study import ideas
 from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
 
