@@ -29,7 +29,7 @@ setup-vllm:
 
 # the tests of the vLLM engine, of a vLLM server and of a student in vLLM, on a CPU
 test-vllm *args: setup-vllm
-    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py tests/test_vllm_student.py "$@"
+    HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/teachers/test_vllm.py tests/generate_data/test_vllm_server.py tests/models/test_vllm_student.py "$@"
 
 # format check, lint, strict types, import layers
 lint:
@@ -44,7 +44,7 @@ pytest *args:
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:
-    LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/test_hostile.py
+    LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/cache/test_hostile.py
 
 # set everything up, then: real teacher, real text, cache, student, generated text (3 to 6 minutes on 2 cores)
 demo folder="demo": setup

@@ -5,8 +5,10 @@ A shard's commit record is written last, so an interrupted copy is a cache that 
 
 import contextlib
 import hashlib
+import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
-from logitcask.cache.create import create_cache, plan_digest
 from logitcask.cache.errors import (
     CacheFormatError,
     CacheMismatchError,
@@ -34,12 +35,19 @@ from logitcask.cache.integrity import (
     shard_keys,
 )
 from logitcask.cache.layout import array_specs
-from logitcask.cache.lock import explain_write_errors, sole_writer
 from logitcask.cache.manifest import Manifest, PartIdentity, flatten
-from logitcask.cache.objects import read_bounded
 from logitcask.cache.reader import CacheReader, read_manifest
-from logitcask.cache.store import delete_objects, drop_partial_objects, is_empty, is_url, open_store, write_objects
-from logitcask.cache.zip import pack
+from logitcask.cache.storage.bounded import read_bounded
+from logitcask.cache.storage.open import (
+    delete_objects,
+    drop_partial_objects,
+    is_empty,
+    is_url,
+    open_store,
+    write_objects,
+)
+from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
+from logitcask.cache.writer import create_cache, plan_digest
 
 AT_ONCE = 8  # objects read or checked at the same time
 Objects = dict[str, tuple[str, bytes]]  # key at the destination: key at the source, digest
@@ -205,3 +213,23 @@ def _require_room(target: Store, place: str, wanted: Manifest) -> None:
     wrong = differences(flatten(dict(read_manifest(target, place))), flatten(dict(wanted)))
     if wrong:
         raise CacheMismatchError(f"{place}: holds another cache: {'; '.join(wrong)}; choose another destination")
+
+
+TIME = (1980, 1, 1, 0, 0, 0)
+
+
+def pack(folder: Path, destination: Path) -> None:
+    """Move a cache from a folder into a .zip file, which appears at once and whole; the folder is removed."""
+    partial = destination.with_name(f".{destination.name}.partial")
+    with partial.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"):
+                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), TIME)
+                entry.external_attr = 0o644 << 16
+                entry.file_size = path.stat().st_size
+                with path.open("rb") as source, archive.open(entry, "w") as target:
+                    shutil.copyfileobj(source, target)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(destination)
+    shutil.rmtree(folder)

@@ -17,9 +17,9 @@ from zarr.storage import LocalStore
 
 from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.layout import ArraySpec
-from logitcask.cache.objects import MAX_OBJECT, read_bounded
-from logitcask.cache.remote import RemoteStore
-from logitcask.cache.store import list_objects
+from logitcask.cache.storage.bounded import MAX_OBJECT, read_bounded
+from logitcask.cache.storage.open import list_objects
+from logitcask.cache.storage.remote import RemoteStore
 
 SEAL = "seal"
 CONSTANT_LEVEL = 9  # of zstd, for what is written once

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, TransposeCodec
 
 from logitcask.cache.fidelity import row_width
+from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, ShardPlan
-from logitcask.cache.targets import SparseTargets
 
 Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}

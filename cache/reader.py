@@ -11,17 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 
-from logitcask.cache.checks import unusable
 from logitcask.cache.errors import CacheFormatError, IncompleteCacheError
 from logitcask.cache.fidelity import Sums, unsound
 from logitcask.cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
+from logitcask.cache.invariants import unusable
+from logitcask.cache.labels import Example, IntArray, Shard
 from logitcask.cache.layout import ArraySpec, Axis, array_specs, decode_targets, zarr_layout
-from logitcask.cache.local_copies import LocalCopies
 from logitcask.cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
-from logitcask.cache.objects import Decoder, read_bounded, read_json
-from logitcask.cache.shard import Example, Shard
-from logitcask.cache.store import open_store
-from logitcask.cache.targets import IntArray
+from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
+from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.open import open_store
 
 SHARDS_KEPT = 2  # decoded shards held in memory: a batch may straddle two
 AT_ONCE = 4  # objects of a shard read at the same time

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from zarr.abc.store import Store
 
-from logitcask.cache.consistency import inconsistent
 from logitcask.cache.errors import CacheFormatError, LogitcaskError
 from logitcask.cache.integrity import (
     commit_key,
@@ -17,13 +16,14 @@ from logitcask.cache.integrity import (
     shard_damage,
     shard_keys,
 )
+from logitcask.cache.invariants import inconsistent
+from logitcask.cache.labels import IntArray
 from logitcask.cache.layout import array_specs
-from logitcask.cache.lock import sole_writer
 from logitcask.cache.manifest import Manifest
-from logitcask.cache.objects import require_inside
 from logitcask.cache.reader import CacheReader, read_manifest
-from logitcask.cache.store import delete_objects, is_url, open_store
-from logitcask.cache.targets import IntArray
+from logitcask.cache.storage.bounded import require_inside
+from logitcask.cache.storage.open import delete_objects, is_url, open_store
+from logitcask.cache.storage.ownership import sole_writer
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from logitcask.pipeline.data_settings import GenerateDataSettings
-from logitcask.pipeline.evaluate_settings import EvaluateSettings
-from logitcask.pipeline.options import Command, options_from
-from logitcask.pipeline.settings import GenerateSettings, PlanSettings, PrecomputeSettings, TrainSettings
+from logitcask.pipeline.settings.base import Command, options_from
+from logitcask.pipeline.settings.evaluate import EvaluateSettings
+from logitcask.pipeline.settings.generate import GenerateSettings
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+from logitcask.pipeline.settings.plan import PlanSettings
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.settings.train import TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
@@ -50,7 +53,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    from logitcask.pipeline.terminal import QUIET
+    from logitcask.pipeline.console import QUIET
 
     before = QUIET.set(quiet)
     context.call_on_close(lambda: QUIET.reset(before))
@@ -72,7 +75,7 @@ def _example(text: str) -> dict[str, Any]:
 @options_from(GenerateDataSettings)
 def generate_data(settings: GenerateDataSettings) -> None:
     """Write prompt/response examples to OUTPUT_DIR/train.jsonl. Run it again to go on: no answer is paid for twice."""
-    from logitcask.pipeline.data_generation import run
+    from logitcask.pipeline.generate_data import generate as run
 
     typer.echo(run.generate_data(settings))
 
@@ -89,11 +92,11 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
     With --dry-run tell what it would do.
     """
     if settings.dry_run:
-        from logitcask.pipeline.dry_run import print_dry_run
+        from logitcask.pipeline.plan.dry_run import print_dry_run
 
         print_dry_run(settings)
         return
-    from logitcask.pipeline.precompute import precompute
+    from logitcask.pipeline.precompute.precompute import precompute
 
     report = precompute(settings)
     data = report.manifest.data
@@ -114,7 +117,7 @@ def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, with no teacher in memory."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: huge pages for large tensors on a CPU
 
-    from logitcask.pipeline.train import run_training
+    from logitcask.pipeline.train.train import run_training
 
     run_training(settings)
 
@@ -125,7 +128,7 @@ def train(settings: TrainSettings) -> None:
 @options_from(PlanSettings)
 def plan(settings: PlanSettings) -> None:
     """What a run will cost: bytes of the cache, hours of the teacher, memory of both stages. Nothing is run."""
-    from logitcask.pipeline.plan import print_plan
+    from logitcask.pipeline.plan.plan import print_plan
 
     print_plan(settings)
 
@@ -136,7 +139,7 @@ def plot(
     output: Annotated[Path, typer.Option(help="the picture, .png, .svg or .pdf")] = Path("curves.png"),
 ) -> None:
     """Draw the losses and perplexities of runs, of training and of the held-out examples, from their metrics.jsonl."""
-    from logitcask.pipeline.curves import plot_runs
+    from logitcask.pipeline.runs.curves import plot_runs
 
     typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
 
@@ -150,7 +153,7 @@ def evaluate(settings: EvaluateSettings) -> None:
 
     A cache gives perplexity, KL to the teacher at each temperature, top-1 agreement and calibration.
     """
-    from logitcask.pipeline import evaluate as evaluating
+    from logitcask.pipeline.evaluate import evaluate as evaluating
 
     found = evaluating.evaluate(settings)
     if settings.json_:
@@ -167,7 +170,7 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="draw the total losses to this .png, .svg or .pdf")] = None,
 ) -> None:
     """One table of several runs: what differs in their settings, what they cost, and what came of it."""
-    from logitcask.pipeline.compare import compare as compare_runs
+    from logitcask.pipeline.runs.compare import compare as compare_runs
 
     typer.echo(compare_runs(runs, output, plot, as_json=json))
 
@@ -176,7 +179,7 @@ def compare(
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:
     """Text from a student."""
-    from logitcask.pipeline.generate import generate_text
+    from logitcask.pipeline.models.generate import generate_text
 
     for piece in generate_text(settings):
         typer.echo(piece, nl=False)  # flushed at once
@@ -193,8 +196,8 @@ def cache_info(
 ) -> None:
     """What a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
     from logitcask.cache.errors import IncompleteCacheError
-    from logitcask.cache.plot import plot_labels, require_plot
-    from logitcask.cache.report import describe, render
+    from logitcask.cache.report.info import describe, render
+    from logitcask.cache.report.plot import plot_labels, require_plot
 
     if plot:
         require_plot(plot)
@@ -209,7 +212,7 @@ def cache_info(
 def _shards(path: str) -> int:
     """The shards of a cache, finished or not."""
     from logitcask.cache.reader import read_manifest
-    from logitcask.cache.store import open_store
+    from logitcask.cache.storage.open import open_store
 
     return read_manifest(open_store(path, read_only=True), path).shards.count
 
@@ -224,8 +227,8 @@ def cache_copy(
 ) -> None:
     """Copy a cache, proving every object at both ends. Run it again to finish an interrupted copy."""
     from logitcask.cache.copy import copy_cache
-    from logitcask.pipeline.progress import track
-    from logitcask.pipeline.settings import shard_range
+    from logitcask.pipeline.console import track
+    from logitcask.pipeline.settings.base import shard_range
 
     chosen = shard_range(shards) if shards else None
     with track("copying", chosen[1] - chosen[0] if chosen else _shards(source), "shards") as advance:
@@ -248,7 +251,7 @@ def cache_verify(
 
     from logitcask.cache import verify as verification
     from logitcask.cache.errors import CacheFormatError
-    from logitcask.pipeline.progress import track
+    from logitcask.pipeline.console import track
 
     with track("verifying", _shards(path), "shards") as advance:
         found = verification.verify(path, advance)

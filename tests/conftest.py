@@ -14,7 +14,7 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so
 
 MANY_PROCESSES = (
     ("test_ray", "test_ray_clusters"),
-    ("test_ranks", "test_claim", "test_network_folder"),
+    ("test_ranks", "test_ownership", "test_network_folder"),
     ("test_integrity", "test_workers", "test_disk"),
 )
 

@@ -8,8 +8,8 @@ import torch
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.settings import PrecomputeSettings
-from logitcask.pipeline.teachers.base import Teacher, TokenizedExample
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
-from logitcask.pipeline.devices import choose_device
-from logitcask.pipeline.fidelity import Probe
-from logitcask.pipeline.labelling import label_rows, slice_rows, split_rows
-from logitcask.pipeline.lm_head import last_hidden_states, read_head
-from logitcask.pipeline.models import load_causal_lm, weights_fingerprint
-from logitcask.pipeline.sparsify import uniform_draws
-from logitcask.pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
+from logitcask.pipeline.machine import choose_device
+from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
+from logitcask.pipeline.teachers.fidelity_probe import Probe
+from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
+from logitcask.pipeline.teachers.sparsify import uniform_draws
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.fidelity import row_width
+from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.labelling import split_rows
-from logitcask.pipeline.teachers.base import Labelled, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.labelling import split_rows
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
 from logitcask.pipeline.teachers.vllm_worker import KEY, KNOWN
 
 FIELDS = tuple(SparseTargets.__dataclass_fields__)

@@ -18,12 +18,12 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from logitcask.cache.fidelity import row_width
+from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.fidelity import Probe
-from logitcask.pipeline.labelling import label_rows, slice_rows
-from logitcask.pipeline.models import weights_fingerprint
-from logitcask.pipeline.sparsify import uniform_draws
+from logitcask.pipeline.models.load import weights_fingerprint
+from logitcask.pipeline.teachers.fidelity_probe import Probe
+from logitcask.pipeline.teachers.labelling import label_rows, slice_rows
+from logitcask.pipeline.teachers.sparsify import uniform_draws
 
 KEY = "logitcask"  # in a request's extra_args
 KNOWN = "0.32"  # the version whose private attributes these are

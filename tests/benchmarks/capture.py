@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.teachers.base import TokenizedExample
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 
 ROUNDS, BATCH, LENGTH = 5, 8, 256

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.teachers.base import Teacher, TokenizedExample
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 from tests.benchmarks.capture import teacher_path

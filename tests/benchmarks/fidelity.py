@@ -21,18 +21,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from logitcask.cache.labels import SparseTargets, soft_labels
 from logitcask.cache.layout import array_specs, decode_targets, encode_targets, stride_for, zarr_layout
 from logitcask.cache.manifest import LabelSettings, ShardPlan
-from logitcask.cache.soft_labels import soft_labels
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.data_generation.source import from_source
-from logitcask.pipeline.data_settings import GenerateDataSettings
-from logitcask.pipeline.examples import Encoder, read_records
-from logitcask.pipeline.lm_head import last_hidden_states, read_head
-from logitcask.pipeline.losses import LossSettings, SparseLabels, distillation_loss
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.sparsify import sparsify, uniform_draws
-from logitcask.pipeline.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.pipeline.generate_data.python_source import from_source
+from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.models.losses import LossSettings, SparseLabels, distillation_loss
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
+from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 
 EXAMPLES, LENGTH, ROWS = 24, 256, 64

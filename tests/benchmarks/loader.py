@@ -21,14 +21,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
-from logitcask.pipeline.guards import Watch
-from logitcask.pipeline.losses import LossSettings
-from logitcask.pipeline.student import student_from_config
-from logitcask.pipeline.tokenizer import tokenizer_from_files
-from logitcask.pipeline.train import training_arguments
-from logitcask.pipeline.trainer import DistillationTrainer, make_loss_forward
-from tests.runs import train_settings
+from logitcask.pipeline.models.losses import LossSettings
+from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.text.tokenizer import tokenizer_from_files
+from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
+from logitcask.pipeline.train.callbacks.nonfinite import Watch
+from logitcask.pipeline.train.train import training_arguments
+from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
+from tests.support.runs import train_settings
 
 ROUNDS, BATCH = 5, 4
 STEPS = {"tiny": 8, "100m": 3}

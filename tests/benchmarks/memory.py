@@ -20,9 +20,9 @@ SIZES = (2_000, 20_000)
 
 def stage_1(folder: Path, examples: int) -> float:
     """Label so many examples of 24 words; returns seconds."""
-    from logitcask.pipeline.precompute import precompute
-    from logitcask.pipeline.settings import PrecomputeSettings
-    from tests.tiny import make_teacher
+    from logitcask.pipeline.precompute.precompute import precompute
+    from logitcask.pipeline.settings.precompute import PrecomputeSettings
+    from tests.support.tiny import make_teacher
 
     data = folder / "data.jsonl"
     with data.open("w") as lines:
@@ -45,8 +45,8 @@ def stage_1(folder: Path, examples: int) -> float:
 def stage_2(folder: Path, examples: int) -> float:
     """Train one pass over the cache of so many examples; returns seconds."""
     from logitcask.cache.reader import CacheReader
-    from logitcask.pipeline.train import run_training
-    from tests.runs import train_settings
+    from logitcask.pipeline.train.train import run_training
+    from tests.support.runs import train_settings
 
     assert len(CacheReader(folder / "cache")) == examples
     settings = train_settings(

@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from logitcask.pipeline.activations import keep_products_only
-from logitcask.pipeline.allocator import free_at_once
-from logitcask.pipeline.costs import MEASURED_VOCABULARY, shape_of_student, student_memory
-from logitcask.pipeline.losses import LossSettings
-from logitcask.pipeline.student import student_from_config
-from logitcask.pipeline.trainer import make_loss_forward
+from logitcask.pipeline.machine import free_at_once
+from logitcask.pipeline.models.losses import LossSettings
+from logitcask.pipeline.models.recompute import keep_products_only
+from logitcask.pipeline.models.shapes import shape_of_student
+from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.models.student_memory import student_memory
+from logitcask.pipeline.plan.estimates import MEASURED_VOCABULARY
+from logitcask.pipeline.train.trainer import make_loss_forward
 
 # config, examples a batch, tokens an example, gradient checkpointing, mixed precision
 CASES = [

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from logitcask.cache.create import create_cache
 from logitcask.cache.integrity import commit_key
+from logitcask.cache.labels import Shard, SparseTargets
 from logitcask.cache.layout import array_specs
 from logitcask.cache.manifest import (
     FORMAT_VERSION,
@@ -23,9 +23,8 @@ from logitcask.cache.manifest import (
     TokenizerIdentity,
 )
 from logitcask.cache.reader import CacheReader
-from logitcask.cache.shard import Shard
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.shards import plan_strides
+from logitcask.cache.writer import create_cache
+from logitcask.pipeline.precompute.sharding import plan_strides
 
 EXAMPLES = 100  # a shard
 LABEL = LabelSettings(vocab_size=300, head_size=1, tail_draws=0, temperatures=[1.0], seed=0)

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
-from logitcask.cache.report import describe
-from logitcask.pipeline.costs import Amount, Preset
-from logitcask.pipeline.examples import Encoder
-from logitcask.pipeline.plan import count_data, plan_cache
-from logitcask.pipeline.settings import PRESETS, PrecomputeSettings
-from logitcask.pipeline.tokenizer import tokenizer_from_files
+from logitcask.cache.report.info import describe
+from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.plan.estimates import Preset
+from logitcask.pipeline.plan.plan import count_data, plan_cache
+from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 
 BOUND = 0.10
 Row = tuple[str, float, float]  # name, predicted, measured

@@ -16,14 +16,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from logitcask.cache.create import create_cache
+from logitcask.cache.labels import Example, Shard, SparseTargets
 from logitcask.cache.reader import CacheReader
-from logitcask.cache.shard import Example, Shard
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.batches import BatchSampler, CacheExamples, Collator, TrainingExample
-from logitcask.pipeline.examples import Encoded
-from logitcask.pipeline.shards import cut_shards
-from tests.test_cache import FILES, label_settings, manifest_of, random_targets
+from logitcask.cache.writer import create_cache
+from logitcask.pipeline.precompute.sharding import cut_shards
+from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample
+from tests.cache.test_cache import FILES, label_settings, manifest_of, random_targets
 
 EXAMPLES, LENGTH, BATCH, ROUNDS, VOCABULARY = 1024, 128, 8, 5, 49_152
 SHARD_POSITIONS = 32_768

@@ -16,12 +16,12 @@ import numpy as np
 from zarr.storage import LocalStore
 
 from logitcask.cache.integrity import commit_key, committed_shards
-from logitcask.pipeline.data_generation.source import from_source
-from logitcask.pipeline.data_settings import GenerateDataSettings
-from logitcask.pipeline.examples import Encoder, encode_source
-from logitcask.pipeline.shards import cut_shards, plan_strides, shards_of, shuffled
-from logitcask.pipeline.token_table import TokenTable, stage_tokens
-from logitcask.pipeline.tokenizer import load_tokenizer
+from logitcask.pipeline.generate_data.python_source import from_source
+from logitcask.pipeline.precompute.sharding import cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+from logitcask.pipeline.text.examples import Encoder, encode_source
+from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.text.tokenizer import load_tokenizer
 from tests.benchmarks.capture import teacher_path
 
 MEAN_LENGTH = 1000

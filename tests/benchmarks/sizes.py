@@ -21,23 +21,21 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from logitcask.cache.create import create_cache
+from logitcask.cache.labels import Example, Shard, SparseTargets, soft_labels
 from logitcask.cache.layout import CHUNK, array_specs, decode_targets, encode_targets
 from logitcask.cache.manifest import FORMAT_VERSION, DataIdentity, LabelSettings, Manifest, TeacherIdentity
-from logitcask.cache.report import describe
-from logitcask.cache.shard import Example, Shard
-from logitcask.cache.soft_labels import soft_labels
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.data_generation.source import from_source
-from logitcask.pipeline.data_settings import GenerateDataSettings
-from logitcask.pipeline.examples import Encoder, read_records
-from logitcask.pipeline.lm_head import last_hidden_states, read_head
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.settings import PRESETS
-from logitcask.pipeline.shards import plan_strides
-from logitcask.pipeline.sparsify import sparsify, uniform_draws
-from logitcask.pipeline.teachers.base import TokenizedExample
-from logitcask.pipeline.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.cache.report.info import describe
+from logitcask.cache.writer import create_cache
+from logitcask.pipeline.generate_data.python_source import from_source
+from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.precompute.sharding import plan_strides
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+from logitcask.pipeline.settings.precompute import PRESETS
+from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
+from logitcask.pipeline.teachers.teacher import TokenizedExample
+from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study.report import RESULTS, machine
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from logitcask.pipeline.activations import keep_products_only
-from logitcask.pipeline.allocator import M_MMAP_THRESHOLD, free_at_once
-from logitcask.pipeline.fused import SLICE_LOGITS, TeacherRows, fused_loss
-from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.losses import LossSettings, SparseLabels
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.student import student_from_config
-from logitcask.pipeline.trainer import make_loss_forward
+from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_at_once
+from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, TeacherRows, fused_loss
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.models.losses import LossSettings, SparseLabels
+from logitcask.pipeline.models.recompute import keep_products_only
+from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.benchmarks.capture import teacher_path
 
 STUDENT, TEACHER = Path("configs/students/100m.json"), Path("configs/students/1b.json")

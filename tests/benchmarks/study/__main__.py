@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from logitcask.pipeline.lm_head import read_head
-from logitcask.pipeline.models import load_causal_lm
-from logitcask.pipeline.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.pipeline.models.head import read_head
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study import fidelity, second
 from tests.benchmarks.study.corpus import code_files, english, windows

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from logitcask.cache.targets import IntArray
+from logitcask.cache.labels import IntArray
 
 LENGTH = 256  # tokens a window: LENGTH - 1 target positions
 

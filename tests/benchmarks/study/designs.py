@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.pipeline.lm_head import LMHead
-from logitcask.pipeline.settings import PRESETS
+from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.ideas import sizes_by_need
 from tests.benchmarks.study.labels import DEFAULT, TeacherFolder
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcask.cache.soft_labels import temperature_index
-from logitcask.cache.targets import IntArray
-from logitcask.pipeline.fused import Target, TeacherRows, fused_loss
-from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.losses import LossSettings, SparseLabels
-from logitcask.pipeline.settings import PRESETS
+from logitcask.cache.labels import IntArray, temperature_index
+from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.losses import LossSettings, SparseLabels
+from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.fidelity import degrees, stored
 from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries, shorter
 from tests.benchmarks.study.students import CLIP, new_student, write_atomically

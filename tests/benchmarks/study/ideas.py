@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcask.cache.targets import SparseTargets
-from logitcask.pipeline.settings import PRESETS
+from logitcask.cache.labels import SparseTargets
+from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.labels import DEFAULT, Stored, Way
 
 SIZES = (12, 24, 48, 96)  # draws of a position whose tail is small, middling, large

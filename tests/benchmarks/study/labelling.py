@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.layout import array_specs, decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
-from logitcask.cache.targets import IntArray, SparseTargets
-from logitcask.pipeline.labelling import label_rows
-from logitcask.pipeline.lm_head import last_hidden_states, read_head
-from logitcask.pipeline.sparsify import uniform_draws
+from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.teachers.labelling import label_rows
+from logitcask.pipeline.teachers.sparsify import uniform_draws
 from tests.benchmarks.study import ideas
 from tests.benchmarks.study.labels import BLOCK, HIDDEN, POSITIONS, Stored, TeacherFolder
 

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from logitcask.cache.labels import IntArray, SoftLabels, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
-from logitcask.cache.soft_labels import SoftLabels, soft_labels
-from logitcask.cache.targets import IntArray, SparseTargets
-from logitcask.pipeline.losses import SparseLabels
-from logitcask.pipeline.settings import PRESETS
+from logitcask.pipeline.models.losses import SparseLabels
+from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.corpus import LENGTH
 
 POSITIONS = LENGTH - 1  # of a window

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from logitcask.pipeline.lm_head import read_head
+from logitcask.pipeline.models.head import read_head
 from tests.benchmarks.study import fidelity, ideas
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.labelling import label_windows

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from logitcask.cache.targets import IntArray
-from logitcask.pipeline.fused import Target, TeacherRows, fused_loss
-from logitcask.pipeline.lm_head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.losses import LossSettings
-from logitcask.pipeline.measures import calibration_bins, calibration_error
+from logitcask.cache.labels import IntArray
+from logitcask.pipeline.evaluate.on_cache import calibration_bins, calibration_error
+from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.losses import LossSettings
 from tests.benchmarks.study import ideas
 from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
 

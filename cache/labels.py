@@ -1,0 +1,174 @@
+"""SparseTargets: the soft labels of N target positions, the one record that both stages speak.
+
+Legend: N target positions, K head tokens, M tail draws, J temperatures. Log-probabilities l(v) are in nats, at T=1,
+normalised over the teacher's full vocabulary before anything is dropped.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.fidelity import Sums
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """Sparse soft labels of N positions, row by row.
+
+    Draws are kept as distinct ids with counts; a slot with count 0 is padding (id 0, log-probability 0). Ids and counts
+    may be of narrower integer types than int64, as a cache stores them.
+    """
+
+    head_ids: IntArray  # (N, K) the K most probable tokens, most probable first
+    head_logprobs: FloatArray  # (N, K) l(v)
+    tail_ids: IntArray  # (N, M) distinct tokens drawn outside the head, ascending, padding last
+    tail_logprobs: FloatArray  # (N, M) l(v)
+    tail_counts: IntArray  # (N, M) how often each was drawn; a row sums to M, or to 0 where there is no tail
+    log_partition: FloatArray  # (N, J) A(t) = log sum_v exp(l(v) / t)
+    log_tail_mass: FloatArray  # (N, J) log of the probability outside the head at t; -inf where there is none
+    gold_logprobs: FloatArray  # (N,) l of the token that really came next
+
+    def __len__(self) -> int:
+        return len(self.gold_logprobs)
+
+    def __getitem__(self, rows: slice | IntArray) -> "SparseTargets":
+        return SparseTargets(*(getattr(self, name)[rows] for name in NAMES))
+
+    @staticmethod
+    def concatenate(parts: Sequence["SparseTargets"]) -> "SparseTargets":
+        """The rows of all parts, in order."""
+        return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+
+
+NAMES = tuple(field.name for field in fields(SparseTargets))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example: L tokens, of which N are followed by a labelled target."""
+
+    input_ids: IntArray  # (L,)
+    target_mask: NDArray[np.bool_]  # (L,) true at t where the distribution of token t + 1 is stored
+    targets: SparseTargets  # N rows, in the order of the mask
+
+
+@dataclass(frozen=True)
+class Shard:
+    """E examples laid end to end."""
+
+    token_count: IntArray  # (E,)
+    position_count: IntArray  # (E,)
+    input_ids: IntArray  # (sum of token_count,)
+    target_mask: NDArray[np.bool_]  # (sum of token_count,)
+    targets: SparseTargets  # sum of position_count rows
+    fidelity: Sums | None = None  # the shard's row of the certificate; None where none was measured, or not read
+
+    def __len__(self) -> int:
+        return len(self.token_count)
+
+    @staticmethod
+    def of(examples: Sequence[Example], fidelity: Sums | None = None) -> "Shard":
+        """The shard of these examples, in order."""
+        return Shard(
+            token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),
+            position_count=np.array([len(example.targets) for example in examples], dtype=np.int64),
+            input_ids=np.concatenate([example.input_ids for example in examples]),
+            target_mask=np.concatenate([example.target_mask for example in examples]),
+            targets=SparseTargets.concatenate([example.targets for example in examples]),
+            fidelity=fidelity,
+        )
+
+    def example(self, index: int) -> Example:
+        """The example at a place in the shard."""
+        tokens, rows = (slice(starts[index], starts[index + 1]) for starts in self._starts)
+        return Example(self.input_ids[tokens], self.target_mask[tokens], self.targets[rows])
+
+    @functools.cached_property
+    def _starts(self) -> tuple[list[int], list[int]]:
+        """Where each example's tokens and its positions begin, and the last end."""
+        tokens, positions = (np.cumsum(counts).tolist() for counts in (self.token_count, self.position_count))
+        return [0, *tokens], [0, *positions]
+
+
+MASS_FLOOR = -64.0  # nats: a tail of exactly no mass counts as this much, so that reverse KL stays finite
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """Teacher probabilities at temperature T, sparse."""
+
+    ids: IntArray  # (N, S)
+    weights: FloatArray  # (N, S) sum_s weights * f(ids) estimates sum_v p_T(v) f(v); 0 is padding
+    log_probs: FloatArray  # (N, S) log p_T of each entry, 0 where the weight is 0
+    log_rest: FloatArray  # (N,) log of the mass outside the head at T
+    head_size: int  # the first entries of S
+
+
+def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
+    """T's place among the stored temperatures. Raises LogitcaskError, naming them, where it is none of them."""
+    for index, stored in enumerate(temperatures):
+        if abs(stored - temperature) < 1e-6:
+            return index
+    stored_names = ", ".join(f"{stored:g}" for stored in temperatures)
+    raise LogitcaskError(f"--temperature {temperature:g} is not stored in the cache: it holds {stored_names}")
+
+
+def soft_labels(targets: SparseTargets, temperatures: Sequence[float], temperature: float, tail: str) -> SoftLabels:
+    """Labels at one stored temperature.
+
+    ``sampled``: head weight p_T(v), tail weight (count / M) * p_T(v) / r(v), where r(v) = mean over stored t of
+    p_t(v) / (tail mass at t) is what the draws came from; unbiased for every f. ``bucket``: the head, weights p_T(v);
+    the rest is ``log_rest``. ``renormalize``: the head's weights made to sum to 1; ignores the rest, biased.
+    """
+    j, k = temperature_index(temperatures, temperature), targets.head_ids.shape[1]
+    n, m = targets.tail_ids.shape if tail == "sampled" else (len(targets), 0)
+    ids = np.empty((n, k + m), dtype=np.int64)
+    weights, log_probs = np.empty((n, k + m), dtype=np.float32), np.empty((n, k + m), dtype=np.float32)
+    ids[:, :k], log_probs[:, :k] = targets.head_ids, _log_probs(targets, targets.head_logprobs, temperatures, j)
+    np.exp(log_probs[:, :k], out=weights[:, :k])
+    if tail == "renormalize":
+        weights /= np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+        log_probs = np.log(np.maximum(weights, np.finfo(np.float32).tiny))
+    elif m:
+        ids[:, k:], log_probs[:, k:] = targets.tail_ids, _log_probs(targets, targets.tail_logprobs, temperatures, j)
+        weights[:, k:] = _tail_weights(targets, temperatures, j)
+    np.copyto(log_probs, 0, where=weights == 0)
+    return SoftLabels(
+        ids=ids,
+        weights=weights,
+        log_probs=log_probs,
+        log_rest=np.maximum(targets.log_tail_mass[:, j], np.float32(MASS_FLOOR)),
+        head_size=k,
+    )
+
+
+def _log_probs(targets: SparseTargets, logprobs: FloatArray, temperatures: Sequence[float], j: int) -> FloatArray:
+    """log p_t(v) = l(v) / t - A(t)."""
+    found: FloatArray = logprobs / np.float32(temperatures[j]) - targets.log_partition[:, j, None]
+    return found
+
+
+def _tail_weights(targets: SparseTargets, temperatures: Sequence[float], j: int) -> FloatArray:
+    """(count / M) * p_T / r, (N, M), as count / M * J / sum over t of p_t / (p_T * tail mass at t).
+
+    Ratios of probabilities neither cancel nor vanish, however small those are: tail masses may be 1e-30. Where one is
+    beyond float32 the weight is 0, as it is in truth, or there is no tail.
+    """
+    shape = targets.tail_logprobs.shape
+    level = targets.log_partition[:, j, None] - targets.log_partition - targets.log_tail_mass
+    with np.errstate(over="ignore"):
+        inverse = np.full(shape, np.exp(level[:, j, None]), order="F")
+        for i in (i for i in range(len(temperatures)) if i != j):
+            ratio = targets.tail_logprobs * np.float32(1 / temperatures[i] - 1 / temperatures[j])
+            ratio += level[:, i, None]
+            inverse += np.exp(ratio, out=ratio)
+    weights: FloatArray = targets.tail_counts * np.float32(len(temperatures) / shape[1])
+    weights /= inverse
+    return weights

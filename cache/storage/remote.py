@@ -1,0 +1,267 @@
+"""Caches on other machines: a Zarr store over fsspec whose operations are tried again over a new connection.
+
+Zarr's own FsspecStore neither reconnects nor, over SFTP, writes an object whole or not at all.
+"""
+
+import asyncio
+import importlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from zarr.abc.store import ByteRequest, RangeByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.sync import sync
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.storage.disk_cache import LocalCopies
+
+T = TypeVar("T")
+TRIES, FIRST_WAIT = 5, 0.5  # attempts at an operation; seconds before the second, doubled each time
+AT_ONCE = 8  # objects written at the same time
+LISTED_AT_ONCE = 32  # folders, over SFTP: each takes four round trips and little else
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+REFUSED = ("PermissionError", "PermissionDenied", "HostKeyNotVerifiable", "NoCredentialsError", "NoSuchBucket")
+# scheme: module and class of the file system, pip extra, its arguments
+_AWS = {
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}},
+    "use_listings_cache": False,
+}
+_SSH = {"known_hosts": (), "connect_timeout": 15, "keepalive_interval": 15}  # (): ~/.ssh/known_hosts decides
+SCHEMES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "s3": ("s3fs", "S3FileSystem", "s3", _AWS),
+    "gs": ("gcsfs.core", "GCSFileSystem", "gs", {"use_listings_cache": False}),  # gcsfs's own class tries gRPC first
+    "hf": ("huggingface_hub", "HfFileSystem", "", {"use_listings_cache": False}),
+    "ssh": ("sshfs", "SSHFileSystem", "ssh", _SSH),
+    "sftp": ("sshfs", "SSHFileSystem", "ssh", _SSH),
+}
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, newly connected, and the path in it. Raises LogitcaskError."""
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise LogitcaskError(f"{url}: {parts.scheme}:// is not known: give a folder, a .zip file or {known}")
+    module, name, extra, options = SCHEMES[parts.scheme]
+    if not parts.netloc:
+        raise LogitcaskError(f"{url}: names no bucket, repository or host: give {parts.scheme}://NAME/FOLDER")
+    try:
+        maker = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        wanted = f"logitcask[{extra}]" if extra else module
+        raise LogitcaskError(f"{url}: needs {module}, which is not installed: pip install '{wanted}'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises as well
+    path = f"{parts.netloc}{parts.path}"
+    if module == "sshfs":
+        given = {"host": parts.hostname, "username": parts.username, "password": parts.password, "port": parts.port}
+        options = {**options, **{key: value for key, value in given.items() if value is not None}}
+        path = unquote(parts.path)
+    return maker(**options, skip_instance_cache=True), path.rstrip("/")
+
+
+class RemoteStore(Store):
+    """The objects below a URL. A failed operation is tried again over a new connection, a few times."""
+
+    supports_writes = supports_deletes = supports_listing = True
+
+    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None, tries: int = 0) -> None:
+        """Nothing is connected before the first operation; ``kept`` holds objects that were proved once.
+
+        ``tries`` are the attempts at an operation, 0 for the usual.
+        """
+        super().__init__(read_only=read_only)
+        self.url, self.kept, self._tries = url.rstrip("/"), kept, tries or TRIES
+        self._connected: tuple[Any, str] | None = None
+        self._connecting = asyncio.Lock()
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemoteStore) and self.url == other.url
+
+    __hash__ = None  # type: ignore[assignment]
+
+    async def _try(self, operation: Callable[[Any, str], T]) -> T:
+        """The result of ``operation(file system, root)``. Raises LogitcaskError where it keeps failing."""
+        for attempt in range(self._tries):
+            connected = None
+            try:
+                async with self._connecting:
+                    if self._connected is None:
+                        self._connected = await asyncio.to_thread(filesystem, self.url)
+                    connected = self._connected
+                return await asyncio.to_thread(operation, *connected)
+            except (*GONE, LogitcaskError):
+                raise
+            except Exception as error:  # each library has its own for a connection that drops
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                if _is_refusal(error):
+                    raise LogitcaskError(
+                        f"{self.url}: refused: {reason}: check the address and the access rights"
+                    ) from error
+                if attempt + 1 == self._tries:
+                    raise LogitcaskError(
+                        f"{self.url}: no connection after {self._tries} tries: {reason}: run the same command again to "
+                        "go on"
+                    ) from error
+            if self._connected is connected:
+                self._connected = None
+            await asyncio.sleep(FIRST_WAIT * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        """The bytes of an object, None where there is none; a range must have both ends."""
+        assert byte_range is None or isinstance(byte_range, RangeByteRequest)
+
+        def read(fs: Any, root: str) -> bytes:
+            path = f"{root}/{key}"
+            if byte_range is None:
+                return bytes(fs.cat_file(path))
+            if _is_ssh(fs):  # reads whole files only
+                if fs.info(path)["size"] > byte_range.end:
+                    return bytes(byte_range.end - byte_range.start)
+                return bytes(fs.cat_file(path))[byte_range.start : byte_range.end]
+            try:
+                return bytes(fs.cat_file(path, start=byte_range.start, end=byte_range.end))
+            except Exception as error:
+                if "satisfiable" in str(error):  # an empty object
+                    return b""
+                raise
+
+        try:
+            return prototype.buffer.from_bytes(await self._try(read))
+        except GONE:
+            return None
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        """Several at once."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object, whole or not at all."""
+        self._check_writable()
+
+        def write(fs: Any, root: str) -> None:
+            path = f"{root}/{key}"
+            if not _is_ssh(fs):
+                fs.pipe_file(path, value.to_bytes())  # object stores show an object once it is whole
+                return
+            partial = f"{path}.partial"
+            fs.pipe_file(partial, value.to_bytes())
+            fs.mv(partial, path)
+
+        try:
+            await self._try(write)
+        except GONE as error:
+            raise LogitcaskError(f"{self.url}: cannot be written: {error}: make the bucket or folder first") from error
+
+    def set_all(self, objects: Mapping[str, bytes]) -> None:
+        """Write several objects: at the same time, or on the Hugging Face hub in one commit."""
+        make = default_buffer_prototype().buffer.from_bytes
+
+        async def write() -> None:
+            slots = asyncio.Semaphore(AT_ONCE)
+
+            async def one(key: str, data: bytes) -> None:
+                async with slots:
+                    await self.set(key, make(data))
+
+            await asyncio.gather(*(one(key, data) for key, data in objects.items()))
+
+        sync(self._try(lambda fs, root: _commit(fs, root, objects)) if self.url.startswith("hf:") else write())
+
+    async def delete(self, key: str) -> None:
+        """Remove an object; one already gone is passed over."""
+        self._check_writable()
+        try:
+            await self._try(lambda fs, root: fs.rm_file(f"{root}/{key}"))
+        except GONE:
+            return
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        return bool(await self._try(lambda fs, root: fs.exists(f"{root}/{key}")))
+
+    async def list(self) -> AsyncIterator[str]:
+        """Every key."""
+        async for key in self.list_prefix(""):
+            yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """Every key in a folder."""
+        for name in await self.sizes(prefix):
+            yield name
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Names right below a folder."""
+        try:
+            found = await self._try(lambda fs, root: fs.ls(f"{root}/{prefix}".rstrip("/"), detail=False))
+        except GONE:
+            return
+        for name in found:
+            yield str(name).rstrip("/").rsplit("/", 1)[-1]
+
+    async def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every object in a folder, by key, from one listing."""
+
+        def find(fs: Any, root: str) -> dict[str, int]:
+            folder = f"{root}/{prefix}".rstrip("/")
+            found = _find_by_level(fs, folder) if _is_ssh(fs) else fs.find(folder, detail=True)
+            return {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in found.items()}
+
+        try:
+            return await self._try(find)
+        except GONE:
+            return {}
+
+
+def _is_ssh(fs: Any) -> bool:
+    return type(fs).__module__.startswith("sshfs")
+
+
+def _find_by_level(fs: Any, folder: str) -> dict[str, Any]:
+    """What ``fs.find`` gives, but a level's folders are listed at the same time: there is one a shard and array."""
+    found: dict[str, Any] = {}
+    folders = [folder]
+    with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
+        while folders:
+            entries = [entry for listing in pool.map(lambda each: _listing(fs, each), folders) for entry in listing]
+            found |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+            folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
+    return found
+
+
+def _listing(fs: Any, folder: str) -> list[dict[str, Any]]:
+    try:
+        return list(fs.ls(folder, detail=True))
+    except GONE:
+        return []
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether it is of no use to try again; Google's 403 and 401, and the hub's, have no class of their own."""
+    known = (
+        type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
+    )
+    return known or getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+
+
+def _commit(fs: Any, root: str, objects: Mapping[str, bytes]) -> None:
+    """Several objects in one commit to the hub, which allows few commits an hour."""
+    from huggingface_hub import CommitOperationAdd
+
+    place = fs.resolve_path(root)
+    below = f"{place.path_in_repo}/" if place.path_in_repo else ""
+    fs._api.create_commit(
+        repo_id=place.repo_id,
+        repo_type=place.repo_type,
+        revision=place.revision,
+        operations=[CommitOperationAdd(f"{below}{key}", data) for key, data in objects.items()],
+        commit_message="Add logit cache objects",
+    )

@@ -1,0 +1,77 @@
+"""Runs programs that a model wrote, each in a process with limits. What that does not stop stands in the README."""
+
+import contextlib
+import functools
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.evaluate import sandbox_child as sandboxed
+
+CPU_SECONDS = 3  # HumanEval's own limit
+WALL_SECONDS = 15  # for programs that wait, and machines that are busy
+MEMORY = 2**30  # bytes of address space
+ENVIRONMENT = ("PATH",)  # all that a program sees of ours: no keys
+NAMESPACES = ("unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
+
+Outcome = Literal["passed", "failed", "stopped"]
+
+
+@functools.cache
+def namespaces() -> tuple[str, ...]:
+    """The command that takes network and other processes from a process; empty where the machine does not let us."""
+    try:
+        done = subprocess.run([*NAMESPACES, sys.executable, "-I", "-c", ""], capture_output=True, check=False)
+    except OSError:
+        return ()
+    return NAMESPACES if done.returncode == 0 else ()
+
+
+def require_sandbox() -> None:
+    """Raise LogitcaskError where not even an empty program comes to its end: every figure would be 0."""
+    if run_program("") != "passed":
+        raise LogitcaskError(
+            f"the sandbox cannot run {sys.executable} within {MEMORY:,} bytes and {WALL_SECONDS} s on this machine: "
+            "evaluate on another one"
+        )
+
+
+def run_program(program: str) -> Outcome:
+    """Run a Python program: passed to its end, failed by an exception, or stopped by a limit or its own exit."""
+    nonce = secrets.token_hex(16)
+    inside = [sys.executable, "-I", "-B", "-X", "utf8", sandboxed.__file__]
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, sandboxed.PROGRAM).write_text(program, encoding="utf-8", errors="replace")
+        with subprocess.Popen(
+            [*namespaces(), *inside, nonce, str(CPU_SECONDS), str(MEMORY)],
+            cwd=folder,
+            env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                process.wait(WALL_SECONDS)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+        return _outcome(Path(folder, sandboxed.RESULT), nonce)
+
+
+def _outcome(file: Path, nonce: str) -> Outcome:
+    with contextlib.suppress(OSError):
+        match file.read_text(errors="replace").split():
+            case [found, "passed"] if found == nonce:
+                return "passed"
+            case [found, "failed"] if found == nonce:
+                return "failed"
+    return "stopped"

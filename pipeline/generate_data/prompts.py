@@ -1,0 +1,93 @@
+"""Prompts: every template of every category with every language and topic, in an order by seed only."""
+
+import hashlib
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.settings.base import read_config
+
+FIELDS = {"language", "topic"}
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+
+
+class Templates(BaseModel):
+    """A prompt file: templates by category, and what to fill into ``{language}`` and ``{topic}``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    languages: Texts
+    topics: Texts
+    categories: Annotated[dict[Text, Texts], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked. ``id`` is a digest of the text: the same text is the same prompt in every run."""
+
+    id: str
+    text: str
+    category: str
+    language: str
+
+
+def read_templates(path: Path) -> Templates:
+    """The prompt file. Raises LogitcaskError naming the key, the rule and the value."""
+    try:
+        found = Templates.model_validate(read_config(path))
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, is {shown(e['input'])}" for e in error.errors()]
+        raise LogitcaskError(f"{path}: {'; '.join(wrong)}") from error
+    for category, templates in found.categories.items():
+        for template in templates:
+            _require_known_fields(f"{path}: categories.{category}", template)
+    return found
+
+
+def make_prompts(templates: Templates, count: int, seed: int) -> list[Prompt]:
+    """The first ``count`` prompts of the seed's order; categories take turns, so that any beginning is balanced.
+
+    A greater count begins with the prompts of a smaller one. Raises LogitcaskError where there are not as many.
+    """
+    ranked: dict[str, tuple[tuple[int, int], Prompt]] = {}
+    for place, (category, texts) in enumerate(templates.categories.items()):
+        combinations = [(t, lang, topic) for t in texts for lang in templates.languages for topic in templates.topics]
+        random.Random(f"{seed} {category}").shuffle(combinations)
+        filled = {prompt.id: prompt for prompt in (_fill(t, category, lang, topic) for t, lang, topic in combinations)}
+        fresh = [prompt for prompt_id, prompt in filled.items() if prompt_id not in ranked]
+        ranked |= {prompt.id: ((rank, place), prompt) for rank, prompt in enumerate(fresh)}
+    if count > len(ranked):
+        raise LogitcaskError(
+            f"--num-examples {count}: the prompt file gives {len(ranked)} different prompts: "
+            "ask for fewer, or add topics, languages or templates"
+        )
+    return [prompt for _, prompt in sorted(ranked.values(), key=lambda found: found[0])[:count]]
+
+
+def digest(text: str) -> str:
+    """Sixteen hexadecimal digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fill(template: str, category: str, language: str, topic: str) -> Prompt:
+    text = template.format(language=language, topic=topic).strip()
+    return Prompt(digest(text), text, category, language)
+
+
+def _require_known_fields(where: str, template: str) -> None:
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise LogitcaskError(f"{where}: {error} in {shown(template)}: write {{{{ and }}}} for braces") from error
+    for _, name, form, conversion in pieces:
+        if name is not None and (name not in FIELDS or form or conversion):
+            raise LogitcaskError(
+                f"{where}: {shown(template)} names {{{shown(name)}}}: only {{language}} and {{topic}} are filled in; "
+                "write {{ and }} for braces"
+            )

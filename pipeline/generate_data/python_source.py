@@ -1,0 +1,84 @@
+"""Training examples: from Python source code, every documented function a prompt and its code the response."""
+
+import ast
+import json
+import random
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
+LONGEST_DOCSTRING = 1200  # characters; longer ones are manuals, not instructions
+LONGEST_CODE = 4000
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where examples were written, and how many."""
+
+    path: Path
+    examples: int
+
+
+def from_source(settings: GenerateDataSettings) -> Written:
+    """Examples from a tree of Python files, in an order that depends on the seed only.
+
+    Raises LogitcaskError where the tree has no documented function or the output exists.
+    """
+    root = settings.source_dir or Path(sysconfig.get_path("stdlib"))
+    if not root.is_dir():
+        raise LogitcaskError(f"--source-dir {root}: no such folder")
+    target = settings.output_dir / "train.jsonl"
+    if target.exists():
+        raise LogitcaskError(f"{target}: exists already: choose another --output-dir or remove it")
+    found = list(dict.fromkeys(_documented_functions(root)))
+    if not found:
+        raise LogitcaskError(f"--source-dir {root}: holds no documented Python function")
+    random.Random(settings.seed).shuffle(found)
+    chosen = found[: settings.num_examples]
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    with partial.open("w") as out:
+        for prompt, response in chosen:
+            record = {
+                "prompt": prompt,
+                "response": response,
+                "category": "function_implementation",
+                "language": "python",
+            }
+            out.write(json.dumps(record) + "\n")
+    partial.replace(target)
+    return Written(target, len(chosen))
+
+
+def _documented_functions(root: Path) -> Iterator[tuple[str, str]]:
+    """Prompt and response of each function with a docstring and a body, files in the order of their names."""
+    for path in sorted(root.rglob("*.py")):
+        if SKIPPED & set(path.relative_to(root).parts):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError, ValueError):
+            continue  # deliberately broken files lie in every tree
+        lines = source.split("\n")  # as the parser counts them: not at form feeds
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
+                pair = _example(node, lines)
+                if pair:
+                    yield pair
+
+
+def _example(node: ast.FunctionDef, source: list[str]) -> tuple[str, str] | None:
+    docstring = ast.get_docstring(node)
+    code = textwrap.dedent("\n".join(source[node.lineno - 1 : node.end_lineno])).rstrip()
+    signature = "\n".join(code.split("\n")[: node.body[0].lineno - node.lineno])
+    if not docstring or not signature or len(docstring) > LONGEST_DOCSTRING or len(code) > LONGEST_CODE:
+        return None
+    quoted = textwrap.indent(f'"""{docstring}"""', "    ")
+    return f"Write a Python function that does what its docstring says.\n\n{signature}\n{quoted}", code + "\n"

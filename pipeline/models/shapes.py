@@ -1,0 +1,113 @@
+"""The sizes of a model that decide what it costs. No weights are loaded: parameters are counted on the meta device."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.models.student import count_parameters, student_from_config
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide what a decoder-only language model costs. Widths are in features a token."""
+
+    name: str
+    parameters: int
+    body: int  # parameters of the layers that one token meets: experts not chosen, embeddings and head left out
+    layers: int
+    hidden: int
+    inner: int  # of the feed-forward block; of all chosen experts together
+    attention: int  # queries of all heads
+    vocabulary: int
+
+
+# Millions of parameters: layers, hidden, inner, attention, vocabulary. Up to 1B configs/students with SmolLM2's
+# vocabulary, then Llama 3.2 3B, Llama 3 8B, Llama 2 13B, Code Llama 34B and Llama 3 70B with Llama 3's.
+KNOWN_SHAPES = {
+    11: (4, 192, 512, 192, 49_152),
+    100: (20, 576, 1536, 576, 49_152),
+    350: (32, 960, 2560, 960, 49_152),
+    1_000: (24, 1792, 4864, 1792, 49_152),
+    3_000: (28, 3072, 8192, 3072, 128_256),
+    7_000: (32, 4096, 14336, 4096, 128_256),
+    13_000: (40, 5120, 13824, 5120, 128_256),
+    34_000: (48, 8192, 22016, 8192, 128_256),
+    70_000: (80, 8192, 28672, 8192, 128_256),
+}
+TIED_BELOW = 2 * 10**9  # small models share the matrix of embeddings and head
+SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB])", re.IGNORECASE)
+
+
+def is_size(text: str) -> bool:
+    """Whether a text is a size such as ``7B`` or ``350M`` and no file or folder."""
+    return SIZE.fullmatch(text) is not None and not Path(text).exists()
+
+
+def shape_of_size(text: str) -> ModelShape:
+    """A model of that many parameters, shaped like the nearest known one. Raises LogitcaskError beyond 1M to 1000B."""
+    found = SIZE.fullmatch(text)
+    parameters = round(float(found[1]) * {"M": 10**6, "B": 10**9}[found[2].upper()]) if found else 0
+    if not 10**6 <= parameters <= 10**12:
+        raise LogitcaskError(f"a model's size must be from 1M to 1000B, such as 350M or 7B, is {text!r}")
+    nearest = min(KNOWN_SHAPES, key=lambda millions: abs(math.log(millions * 1e6 / parameters)))
+    layers, hidden, inner, attention, vocabulary = KNOWN_SHAPES[nearest]
+    matrices = hidden * vocabulary * (1 if parameters < TIED_BELOW else 2)
+    body = max(parameters - matrices, parameters // 10)
+    return ModelShape(text.upper(), parameters, body, layers, hidden, inner, attention, vocabulary)
+
+
+def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
+    """The shape of a hub id, a model's folder or a GGUF file. Raises LogitcaskError where its config cannot be had."""
+    path = Path(source)
+    try:
+        with torch.device("meta"):
+            if source.endswith(".gguf"):
+                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+            else:
+                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # no such place, no connection; each architecture refuses configs in its own way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LogitcaskError(
+            f"--teacher-model {source}: no model's config could be read: {reason}: give its size, such as 7B"
+        ) from error
+    return shape_of_model(model, path.name if path.exists() else source)
+
+
+def shape_of_student(path: Path, vocabulary: int) -> ModelShape:
+    """The shape of a config file. Raises LogitcaskError where no model can be made of it."""
+    with torch.device("meta"):
+        return shape_of_model(student_from_config(path, vocabulary), path.name)
+
+
+def shape_of_model(model: PreTrainedModel, name: str) -> ModelShape:
+    """The shape of a model."""
+    size, config = count_parameters(model), model.config.get_text_config()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    chosen, share = _experts(config)
+    inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    heads = config.num_attention_heads
+    return ModelShape(
+        name=name,
+        parameters=size.total,
+        body=size.without_embeddings - round(experts * (1 - share)),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=(inner or 4 * config.hidden_size) * chosen,
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        vocabulary=config.vocab_size,
+    )
+
+
+def _experts(config: Any) -> tuple[int, float]:
+    """Experts that a token meets, and their share of all; 1 and 1.0 where the model has none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    every = next((value for value in (getattr(config, name, None) for name in names) if value), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return (chosen, chosen / every) if every and chosen else (1, 1.0)

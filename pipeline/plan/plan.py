@@ -1,0 +1,232 @@
+"""What a run will cost before any of it is spent: bytes of the cache, hours of the teacher, memory of both stages."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from numcodecs import Zstd
+from pydantic import BaseModel
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import CONSTANT_LEVEL
+from logitcask.cache.report.info import LABEL_PARTS
+from logitcask.pipeline.console import results, track
+from logitcask.pipeline.models.shapes import ModelShape, is_size, shape_of_size, shape_of_student, shape_of_teacher
+from logitcask.pipeline.models.student_memory import Amount, student_memory
+from logitcask.pipeline.plan.estimates import (
+    CPU,
+    TOKENIZER_BYTES,
+    Device,
+    Preset,
+    cache_bytes,
+    find_device,
+    teacher_memory,
+    teacher_seconds,
+)
+from logitcask.pipeline.plan.tables import Tables, make_tables, render_tables
+from logitcask.pipeline.settings.plan import PlanSettings
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.text.examples import Encoded, Encoder, read_records
+from logitcask.pipeline.text.token_table import stage_tokens
+from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
+
+SAMPLE_BYTES = 8_000_000  # of a data file that are tokenized at most: a few seconds
+SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default
+
+
+class Plan(BaseModel):
+    """The figures of a plan. Memory is in bytes by what takes it, ``cost`` that of stage 1."""
+
+    examples: int
+    tokens: int
+    positions: int
+    shards: int
+    cache_bytes: int
+    cache_bytes_by_part: dict[str, int]
+    teacher_parameters: int
+    teacher_tokens_per_second: float
+    teacher_hours: float
+    cost: float | None
+    teacher_memory: dict[str, int]
+    teacher_fits: bool
+    student_parameters: int
+    student_memory: dict[str, int]
+    student_fits: bool
+    device: str
+    assumed: list[str]
+
+
+def print_plan(settings: PlanSettings) -> None:
+    """Print a plan, or the tables of common models. Raises LogitcaskError for anything the user can mend."""
+    found = make_tables() if settings.tables else make_plan(settings)
+    if settings.json_:
+        print(found.model_dump_json(indent=2))
+        return
+    console = results()
+    for table in render_tables(found) if isinstance(found, Tables) else [render_plan(found)]:
+        console.print(table)
+    for line in found.assumed if isinstance(found, Plan) else []:
+        console.print(f"- {line}", markup=False, highlight=False)
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """The figures of a run. Raises LogitcaskError where the data, a model or the device cannot be had."""
+    device = find_device(settings.device)
+    source = settings.teacher_model or ""
+    sized = is_size(source)
+    teacher = shape_of_size(source) if sized else shape_of_teacher(source)
+    tokenizer = None if sized else load_tokenizer(source)
+    amount, assumed = _amount(settings, tokenizer)
+    vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
+    student = _student(settings.student_config, vocabulary)
+    shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer)
+    batch_tokens = settings.batch_size * settings.max_seq_length
+    seconds = teacher_seconds(teacher, device, amount, batch_tokens)
+    if settings.teacher_tokens_per_second is not None:
+        seconds = amount.tokens / settings.teacher_tokens_per_second
+    first = teacher_memory(teacher, batch_tokens, device.weight_bytes)
+    second = student_memory(
+        student,
+        batch_tokens,
+        checkpointing=settings.use_gradient_checkpointing,
+        mixed=settings.use_mixed_precision,
+        on_cpu=device == CPU,
+    )
+    return Plan(
+        examples=amount.examples,
+        tokens=amount.tokens,
+        positions=amount.positions,
+        shards=shards,
+        cache_bytes=round(sum(parts.values())),
+        cache_bytes_by_part=_rounded(parts),
+        teacher_parameters=teacher.parameters,
+        teacher_tokens_per_second=amount.tokens / seconds,
+        teacher_hours=seconds / 3600,
+        cost=None if settings.price is None else settings.price * seconds / 3600,
+        teacher_memory=_rounded(first),
+        teacher_fits=device.holds(sum(first.values())),
+        student_parameters=student.parameters,
+        student_memory=_rounded(second),
+        student_fits=device.holds(sum(second.values())),
+        device=device.name,
+        assumed=[*assumed, *_assumptions(settings, device, sized)],
+    )
+
+
+def plan_cache(
+    preset: Preset,
+    amount: Amount,
+    vocabulary: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shards: int | None = None,
+) -> tuple[int, dict[str, float]]:
+    """Shards of a cache, and its bytes by array, of its metadata, and of the tokenizer, compressed as in a cache."""
+    shards, carried = shards or math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
+    if tokenizer is not None:
+        carried = sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
+    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": carried}
+
+
+def _student(source: str, vocabulary: int) -> ModelShape:
+    return shape_of_size(source) if is_size(source) else shape_of_student(Path(source), vocabulary)
+
+
+def _amount(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Amount, list[str]]:
+    """How much text there is, and how that was found."""
+    if settings.tokens is not None:
+        examples = math.ceil(settings.tokens / settings.max_seq_length)
+        told = f"every token is a target, every example {settings.max_seq_length:,} tokens long"
+        return Amount(examples, settings.tokens, settings.tokens), [told]
+    assert settings.train_data is not None
+    if tokenizer is None:
+        raise LogitcaskError(
+            f"--train-data needs the teacher's tokenizer, --teacher-model is only a size, {settings.teacher_model!r}: "
+            "give a model, or --tokens in place of --train-data"
+        )
+    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
+    return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss)
+
+
+def count_data(source: str, encoder: Encoder, max_seq_length: int, prompt_loss: bool) -> tuple[Amount, list[str]]:
+    """Examples, tokens and target positions after the cut, and how they were found.
+
+    They are exact, as stage 1 will count them; of a file above ``SAMPLE_BYTES`` every n-th example is tokenized.
+    """
+    path = Path(source)
+    every = math.ceil(path.stat().st_size / SAMPLE_BYTES) if path.is_file() else 1
+    read = 0
+
+    def sample() -> Iterator[Encoded]:
+        nonlocal read
+        with track(f"reading {source}", None, "examples") as advance:
+            for where, record in read_records(source):
+                if read % every == 0:
+                    yield encoder.encode(where, record)
+                read += 1
+                advance(1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = stage_tokens(
+            sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=source
+        ).identity
+    scale = read / math.ceil(read / every)
+    amount = Amount(*(round(count * scale) for count in (found.examples, found.tokens, found.positions)))
+    return amount, [f"one in {every} of the {read:,} examples of {source} was tokenized"] if every > 1 else []
+
+
+def _assumptions(settings: PlanSettings, device: Device, sized: bool) -> list[str]:
+    found = ["text compresses like the code and English that the sizes of labels were measured on"]
+    if sized or is_size(settings.student_config):
+        found.append("a model of which only the size is told has the shape of the nearest known model")
+    if settings.teacher_tokens_per_second is not None:
+        found.append("stage 1 is as fast as --teacher-tokens-per-second says")
+    elif device is CPU:
+        found.append("stage 1 is as fast as on the two cores it was measured on")
+    else:
+        share = f"stage 1 reaches {device.utilisation:.0%} of the {device.tflops:g} TFLOP/s of {device.name}"
+        found.append(f"{share}, not measured: override the speed with --teacher-tokens-per-second")
+    return found
+
+
+def _rounded(parts: dict[str, float]) -> dict[str, int]:
+    return {name: round(size) for name, size in parts.items()}
+
+
+def render_plan(plan: Plan) -> Table:
+    """A plan as a table of two columns."""
+    table = Table("", "", show_header=False)
+    table.add_row("data", f"{plan.examples:,} examples, {plan.tokens:,} tokens, {plan.positions:,} target positions")
+    each = f"{plan.cache_bytes / plan.positions:.1f} bytes a target position"
+    kinds = {"labels": 0, "text": 0, "metadata": 0, "tokenizer": 0}
+    for name, size in plan.cache_bytes_by_part.items():
+        label = name.startswith(LABEL_PARTS)
+        kinds[name if name in kinds else "labels" if label else "text"] += size
+    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
+    hours = plan.teacher_hours
+    time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    speed = f"{time} at {plan.teacher_tokens_per_second:,.0f} tokens/s on {plan.device}"
+    table.add_row("stage 1, time", speed)
+    if plan.cost is not None:
+        table.add_row("stage 1, cost", f"{plan.cost:,.2f}")
+    for stage, parts, fits, count in (
+        ("stage 1, memory", plan.teacher_memory, plan.teacher_fits, plan.teacher_parameters),
+        ("stage 2, memory", plan.student_memory, plan.student_fits, plan.student_parameters),
+    ):
+        verdict = f"{'fits' if fits else 'does not fit'} {plan.device}"
+        table.add_row(stage, f"{size_text(sum(parts.values()))}, {verdict}; {count:,} parameters\n{_parts(parts)}")
+    return table
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+
+
+def size_text(size: float) -> str:
+    """Bytes in a unit that suits them."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= one:
+            return f"{size / one:.2f} {unit}"
+    return f"{size:.0f} bytes"

@@ -1,0 +1,1 @@
+"""Stage 1: label every example once with the teacher."""

@@ -1,0 +1,137 @@
+"""Stage 1: label every example once with the teacher and write the cache, shard by shard."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
+from logitcask.cache.storage.ownership import explain_write_errors, sole_writer, watch_folder
+from logitcask.cache.writer import check_output, create_cache
+from logitcask.pipeline.console import say, track
+from logitcask.pipeline.machine import memory_explained
+from logitcask.pipeline.precompute.local import Alone, memory_remedy
+from logitcask.pipeline.precompute.ray import RayCrew
+from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.teachers.load import choose_engine
+from logitcask.pipeline.teachers.teacher import TeacherFacts
+from logitcask.pipeline.text.examples import Encoder, encode_source
+from logitcask.pipeline.text.token_table import stage_tokens
+from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+
+AT_ONCE = {"vllm": 64, "vllm-topk": 64}  # batches given to vLLM at once, which schedules them itself
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What a run of stage 1 did."""
+
+    manifest: Manifest
+    shards_written: int
+    shards_found: int
+
+
+def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
+    """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
+    with memory_explained(memory_remedy(settings)):
+        return _precompute(settings)
+
+
+def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
+    tokenizer = load_tokenizer(
+        settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
+    )
+    size = tokenizer_size(tokenizer)
+    if settings.head_size + settings.tail_draws > size:
+        asked = settings.head_size + settings.tail_draws
+        raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
+    with sole_writer(settings.output, settings.part, say) as staging:
+        require_folder = watch_folder(settings.output)
+        files = tokenizer_files(tokenizer)
+        work, parts = _plan(settings, tokenizer, files, staging)
+        alone = settings.part is None
+        # before a large teacher is loaded in vain
+        check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
+        with contextlib.closing(RayCrew(settings) if settings.ray else Alone(settings)) as crew:
+            check_teacher(crew.teacher, size, settings.max_seq_length)
+            with explain_limits():
+                manifest = Manifest.model_validate({**parts, "teacher": crew.teacher.identity})
+            mine = shards_of(settings.part or (1, 1), manifest.shards.count)
+            shards = None if alone else mine
+            with explain_write_errors(settings.output):
+                require_folder()  # loading a teacher takes long
+                writer = create_cache(
+                    settings.output, manifest, work.shard_examples, files, overwrite=settings.overwrite, shards=shards
+                )
+            missing = writer.missing_shards()
+            if missing and crew.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
+                crew.check_engine(work.batches(missing[0])[-1], work.label)
+            with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
+                crew.write_shards(work, missing, manifest, advance)
+    return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+
+
+def _plan(
+    settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes], staging: Path
+) -> tuple[Work, dict[str, Any]]:
+    """What there is to label, and all of the manifest but the teacher's part."""
+    table = stage_tokens(
+        encode_source(Encoder(tokenizer, prompt_loss=settings.prompt_loss), settings.train_data),
+        staging,
+        max_seq_length=settings.max_seq_length,
+        prompt_loss=settings.prompt_loss,
+        source=settings.train_data,
+    )
+    order = shuffled(len(table), settings.seed)
+    positions = table.positions[order].astype(np.int64)
+    shard_examples = cut_shards(positions, settings.shard_positions)
+    label = LabelSettings(
+        vocab_size=tokenizer_size(tokenizer),
+        head_size=settings.head_size,
+        tail_draws=settings.tail_draws,
+        temperatures=list(settings.temperatures),
+        seed=settings.seed,
+        fidelity_positions=settings.fidelity_positions,
+    )
+    with explain_limits():
+        parts = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": identify(tokenizer, files),
+            "data": table.identity,
+            "label": label,
+            "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+        }
+    at_once = AT_ONCE.get(choose_engine(settings.engine, settings.teacher_model), 1)
+    return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * at_once, label), parts
+
+
+@contextlib.contextmanager
+def explain_limits() -> Iterator[None]:
+    """Tell in one line that a cache of such shards would be refused by its readers."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise LogitcaskError(
+            f"no reader would take this cache: {place} {first['msg']}: lower --shard-positions"
+        ) from error
+
+
+def check_teacher(teacher: TeacherFacts, vocabulary: int, max_seq_length: int) -> None:
+    """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
+    if vocabulary > teacher.logits_width:
+        raise LogitcaskError(
+            f"the tokenizer has {vocabulary} tokens, its head {teacher.logits_width} rows: they do not fit"
+        )
+    if teacher.max_length is not None and max_seq_length > teacher.max_length:
+        raise LogitcaskError(
+            f"--max-seq-length {max_seq_length} is more than the teacher's {teacher.max_length}: lower it"
+        )

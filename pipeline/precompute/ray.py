@@ -1,0 +1,168 @@
+"""Stage 1 on Ray: each shard is a task, each worker an actor with a teacher of its own that writes whole shards.
+
+Ray places the actors (on nodes that its autoscaler adds, where it has one), starts one again that died, and gives its
+task to it again. What a shard holds depends on its number alone, so the cache is the same whatever the workers and
+their order.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.console import say
+from logitcask.pipeline.machine import memory_explained, share_one_heap
+from logitcask.pipeline.precompute.local import Advance, label_shard, memory_remedy
+from logitcask.pipeline.precompute.sharding import Work
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.teachers.load import check_engine, load_engine
+from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
+
+RETRIES = 3  # of a shard whose worker died, and starts of a worker
+
+
+class Labeller:
+    """An actor: a teacher, and the right to write shards of one cache."""
+
+    def __init__(self, settings: PrecomputeSettings) -> None:
+        share_one_heap()
+        self._settings = settings
+        self._writer: CacheWriter | None = None
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        """Loaded by the first task: of an error in a constructor Ray keeps only the words."""
+        return load_engine(self._settings)
+
+    def facts(self) -> TeacherFacts:
+        """What stage 1 asks of the teacher."""
+        return self._teacher.facts
+
+    def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
+        """Raise LogitcaskError where the engine's labels are not those of transformers."""
+        check_engine(self._teacher, self._settings, batch, label)
+
+    def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
+        """Label and write a shard; returns its target positions."""
+        self._writer = self._writer or CacheWriter(self._settings.output, manifest)
+        with memory_explained(memory_remedy(self._settings)):
+            shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
+            self._writer.write_shard(index, shard)
+        return len(shard.targets)
+
+
+class RayCrew:
+    """Workers on a Ray cluster, one an accelerator or as many as asked for."""
+
+    def __init__(self, settings: PrecomputeSettings) -> None:
+        """Connects or starts a cluster and loads every teacher. Raises LogitcaskError where that cannot be."""
+        try:
+            import ray
+        except ImportError as error:
+            raise LogitcaskError("--ray needs Ray: pip install 'logitcask[ray]'") from error
+        self._ray = ray
+        with contextlib.ExitStack() as undoing, _told():
+            undoing.callback(ray.shutdown)
+            _connect(str(settings.ray))
+            resources = ray.cluster_resources()
+            options = worker_options(settings, resources)
+            count = settings.workers or default_workers(settings, resources)
+            actor = ray.remote(**options, max_restarts=RETRIES, max_task_retries=RETRIES)(Labeller)
+            self._actors = [actor.remote(settings) for _ in range(count)]
+            if waiting := missing_resources(options, count, resources):
+                say(waiting)
+            facts = ray.get([each.facts.remote() for each in self._actors])
+            if any(each != facts[0] for each in facts):
+                raise LogitcaskError(
+                    f"--ray {settings.ray}: its nodes load different teachers: {facts}: install the same"
+                )
+            undoing.pop_all()
+        self.teacher: TeacherFacts = facts[0]
+
+    def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
+        """Raise LogitcaskError where the engine's labels are not those of transformers."""
+        with _told():
+            self._ray.get(self._actors[0].check_engine.remote(batch, label))
+
+    def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
+        """Hand out shards as workers become free, calling ``advance`` with the positions just written."""
+        from ray.util import ActorPool
+
+        shared = self._ray.put(manifest)
+        with _told():
+            pool = ActorPool(self._actors)
+            for written in pool.map_unordered(
+                lambda a, shard: a.write.remote(shard, work.batches(shard), shared), shards
+            ):
+                advance(written)
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        self._ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Raises LogitcaskError where no cluster answers; Ray itself would wait for minutes."""
+    import ray
+
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")  # "": the cluster that runs here, or else one is started
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address or None, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LogitcaskError(f"--ray {address}: no cluster answers there: {error}") from error
+
+
+def default_workers(settings: PrecomputeSettings, resources: dict[str, float]) -> int:
+    """One worker for each ``tensor_parallel_size`` accelerators that the cluster has now; one where there are none."""
+    return max(1, int(resources.get("GPU", 0)) // settings.tensor_parallel_size)
+
+
+def worker_options(settings: PrecomputeSettings, resources: dict[str, float]) -> dict[str, Any]:
+    """What Ray reserves for a worker: its accelerators, or an even share of the processors.
+
+    Accelerators where the cluster has some, and with ``--device cuda`` also where its autoscaler has yet to add them.
+    """
+    if settings.device.startswith("cuda") or (resources.get("GPU", 0) and settings.device != "cpu"):
+        return {"num_gpus": settings.tensor_parallel_size}
+    return {"num_cpus": max(1, int(resources.get("CPU", 1)) // (settings.workers or 1))}
+
+
+def missing_resources(options: dict[str, Any], count: int, resources: dict[str, float]) -> str:
+    """What to tell where the cluster cannot hold all workers as it is, "" where it can."""
+    ((option, each),) = options.items()
+    kind = {"num_gpus": "GPU", "num_cpus": "CPU"}[option]
+    have, wanted = resources.get(kind, 0), each * count
+    if have >= wanted:
+        return ""
+    return (
+        f"waiting for Ray's autoscaler, or for nodes that you add: {count} workers want {wanted} {kind}s, the cluster "
+        f"has {have:g}"
+    )
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """A worker's own complaint as it is; a worker that keeps dying in one line."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, LogitcaskError):
+            raise LogitcaskError(str(error.cause)) from error
+        raise
+    except RayActorError as error:
+        why = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
+        raise LogitcaskError(
+            f"a Ray worker died, after {RETRIES} new starts at most: {why} Committed shards are kept: mend that and "
+            "run the same command again to finish"
+        ) from error

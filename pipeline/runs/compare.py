@@ -1,0 +1,131 @@
+"""Several finished runs side by side, as one table of Markdown or as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.report.plot import require_plot
+from logitcask.pipeline.runs.curves import draw_curves
+from logitcask.pipeline.runs.evaluation import rows as evaluation_rows
+from logitcask.pipeline.runs.run_folder import Run, curve, divergence_name, read_run, run_names
+
+NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # where a run lies and how often it was cut off
+LOSSES = {
+    "total_loss": "total loss",
+    "hard_loss": "hard loss, nats",
+    "soft_loss": "soft loss, T² {}, nats",
+    "perplexity": "perplexity",
+}
+WIDEST = 40  # characters of a setting
+
+
+def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as_json: bool) -> str:
+    """Compare runs, draw their total losses to ``plot`` and write the Markdown to ``output``; returns what to print.
+
+    Raises LogitcaskError where a run is missing or damaged, or a file could not be written.
+    """
+    names = run_names(paths)
+    if plot is not None:
+        require_plot(plot)
+    if output is not None and not output.parent.is_dir():
+        raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: make it first")
+    runs = [read_run(path) for path in paths]
+    if plot is not None:
+        draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, plot, ("total_loss",))
+    text = markdown(names, runs)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(as_records(names, runs), indent=2) if as_json else text
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings that are not the same in all runs."""
+    known = sorted({name for run in runs for name in run.settings} - NOT_COMPARED)
+    return [name for name in known if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)]
+
+
+def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's figures, as JSON has them; losses in nats."""
+    keys = differing(runs)
+    return [
+        {
+            "run": name,
+            "path": str(run.path),
+            "settings": {key: run.settings.get(key) for key in keys},
+            **_effort(run),
+            "training": {key: _last(run, key) for key in LOSSES},
+            "before": run.before,
+            "after": run.after,
+            "evaluation": run.evaluation.model_dump(mode="json") if run.evaluation else None,
+        }
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def _last(run: Run, name: str) -> float | None:
+    """The last value that was logged of a quantity."""
+    values = curve(run.log, name)[1]
+    return values[-1] if values else None
+
+
+def _effort(run: Run) -> dict[str, float | None]:
+    """Steps, tokens trained on, seconds, speed of training alone, and MB at most."""
+    lines = [(line["tokens"], line.get("tokens_per_second")) for line in run.log if line.get("tokens") is not None]
+    spent = sum((tokens or 0) / speed for tokens, speed in lines if speed)
+    tokens = sum(tokens or 0 for tokens, _ in lines)
+    return {
+        "steps": max((line["step"] or 0 for line in run.log), default=0),
+        "tokens": tokens,
+        "seconds": _last(run, "seconds"),
+        "tokens_per_second": tokens / spent if spent else None,
+        "peak_memory_mb": max((line.get("peak_memory_mb") or 0 for line in run.log), default=None),
+    }
+
+
+def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """A table with a column a run; rows of which no run has anything are left out."""
+    soft = {divergence_name(run.settings) for run in runs}
+    names_of = {key: word.format(*soft if len(soft) == 1 else ["divergence"]) for key, word in LOSSES.items()}
+    columns = [_column(run, differing(runs), names_of) for run in runs]
+    known = list(dict.fromkeys(row for column in columns for row in column))
+    kept = [row for row in known if any(column.get(row) for column in columns)]
+    head = ["", *names]
+    body = [[row, *(column.get(row, "") for column in columns)] for row in kept]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dict[str, str]:
+    effort = _effort(run)
+    found = {f"`{name}`": _setting(run.settings.get(name)) for name in settings}
+    found |= {
+        "steps": f"{effort['steps']:,}",
+        "tokens": f"{effort['tokens']:,}",
+        "time, s": _number(effort["seconds"], ".1f"),
+        "tokens/s of training": _number(effort["tokens_per_second"], ".0f"),
+        "peak memory, MB": _number(effort["peak_memory_mb"], ".0f"),
+    }
+    found |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in losses.items()}
+    for key, word in losses.items():
+        ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
+        found[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
+    if run.evaluation:
+        if on_cache := run.evaluation.on_cache:
+            found["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"
+        found |= {f"evaluation: {name}": value for name, value in evaluation_rows(run.evaluation).items()}
+    return found
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:,{form}}"
+
+
+def _setting(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Every option of every command, one file per command. Needs no torch."""

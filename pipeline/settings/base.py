@@ -1,0 +1,151 @@
+"""Settings: each knob stands here once, with its type, its limits, its default and its help text.
+
+The command line is made from these models; a ``--config`` file sets the same names, a flag overrides it.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from logitcask.cache.errors import LogitcaskError
+
+Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=1, le=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Settings(BaseModel):
+    """A frozen, closed set of knobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def shard_range(text: str) -> tuple[int, int]:
+    """FIRST and STOP of ``FIRST:STOP``. Raises LogitcaskError where it is none."""
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if not found:
+        raise LogitcaskError(f"--shards: must be FIRST:STOP, such as 0:10, is {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Names and values of a YAML config file. Raises LogitcaskError where it is no mapping."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise LogitcaskError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
+    if not isinstance(found, dict):
+        raise LogitcaskError(f"{path}: a config must be a mapping of option names to values, is {type(found).__name__}")
+    return {str(key): value for key, value in found.items()}
+
+
+def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
+    """Validated settings from a config file and flags. Raises LogitcaskError naming the option, rule and value."""
+    given = {**(read_config(config) if config else {}), **flags}
+    unknown = sorted(given.keys() - model.model_fields.keys())
+    if unknown:
+        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}: known are {', '.join(model.model_fields)}")
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise LogitcaskError("; ".join(_explain(dict(item)) for item in error.errors())) from error
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One line for one broken rule."""
+    option = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
+    if item["type"] == "missing":
+        return f"{option} is required"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{option}: {message}, is {item['input']!r}" if option else message
+
+
+ALONE = {"--ray": "auto"}  # options that may stand without a value, and what they mean then
+
+
+class Command(TyperCommand):
+    """A command whose options of ``ALONE`` may stand without a value: typer knows no such options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give them their values, then parse."""
+        found = []
+        for word, following in zip(args, [*args[1:], "-"], strict=False):
+            found += [word, ALONE[word]] if word in ALONE and following.startswith("-") else [word]
+        return super().parse_args(ctx, found)
+
+
+def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
+    """Decorate ``f(settings)`` into a function whose signature is the model's fields plus ``--config``."""
+
+    def decorate(function: Callable[[S], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            config = given.pop("config")
+            flags = {name: value for name, value in given.items() if value is not None}
+            function(resolve(model, config, flags))
+
+        parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
+        parameters.append(
+            inspect.Parameter(
+                "config",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[Path | None, typer.Option(help="YAML file of these options; a flag overrides it")],
+            )
+        )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__doc__, command.__name__ = function.__doc__, function.__name__
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """One option. Everything but a switch is passed on as text: the settings model is the only judge of values."""
+    flag = "--" + name.rstrip("_").replace("_", "-")  # json_, since pydantic has a json of its own
+    switch = field.annotation is bool
+    help_text = field.description or ""
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    if choices:
+        help_text += f" ({', '.join(choices)})"
+    if field.is_required():
+        help_text += " [required]"
+    elif field.default is not None and not switch:
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_text += f" [default: {default}]"
+    option = (
+        typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
+        if switch
+        else typer.Option(
+            flag,
+            help=help_text,
+            show_default=False,
+            metavar=f"[{_metavar(field)}]" if flag in ALONE else _metavar(field),
+            autocompletion=(lambda: choices) if choices else None,
+        )
+    )
+    kind: Any = bool if switch else str
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _metavar(field: FieldInfo) -> str:
+    text = str(field.annotation)
+    for word, metavar in (("Literal", "NAME"), ("Path", "PATH"), ("tuple", "LIST"), ("float", "NUMBER"), ("int", "N")):
+        if word in text:
+            return metavar
+    return "TEXT"

@@ -1,0 +1,50 @@
+"""Settings of ``logitcask plan``."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitcask.pipeline.settings.base import Settings, Whole
+
+
+class PlanSettings(Settings):
+    """Knobs of ``logitcask plan``."""
+
+    train_data: str | None = Field(None, description="data file or dataset to count, large files by a sample")
+    tokens: Annotated[int, Field(ge=1, le=10**15)] | None = Field(
+        None, description="tokens in place of a data file; all are taken to be targets"
+    )
+    teacher_model: str | None = Field(
+        None, description="hub id, local folder or .gguf file, whose weights are not read; or a size such as 7B"
+    )
+    student_config: str = Field("100M", description="Hugging Face config JSON of a student, or a size such as 350M")
+    preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
+    prompt_loss: bool = Field(False, description="label prompts too, not only responses")
+    batch_size: Whole = Field(8, description="full-length sequences a forward pass, in both stages")
+    use_gradient_checkpointing: bool = Field(False, description="of the student")
+    use_mixed_precision: bool = Field(False, description="of the student, bfloat16")
+    device: str = Field("H100", description="a device that --tables names")
+    teacher_tokens_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="a speed of stage 1 that was measured, in place of the estimate"
+    )
+    price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="of an hour of the device, in any currency"
+    )
+    tables: bool = Field(
+        False, description="devices, and what common students and teachers need; goes with --json only"
+    )
+    json_: bool = Field(False, description="print JSON")
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> Self:
+        if self.tables:
+            others = sorted(self.model_fields_set - {"tables", "json_"})
+            if others:
+                raise ValueError(f"tables are of fixed cases and take no {', '.join(others)}: leave it out")
+            return self
+        if (self.train_data is None) == (self.tokens is None):
+            raise ValueError("give exactly one of train_data and tokens")
+        if self.teacher_model is None:
+            raise ValueError("--teacher-model is required: a model, or a size such as 7B")
+        return self

@@ -1,0 +1,140 @@
+"""Settings of ``logitcask precompute-logits``."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from logitcask.pipeline.settings.base import Seed, Settings, Temperature, Whole
+
+
+def _parse_temperatures(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _place(value: Any) -> Any:
+    return str(value) if "://" in str(value) else Path(value)
+
+
+Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
+PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, tail draws
+
+
+class PrecomputeSettings(Settings):
+    """Knobs of ``logitcask precompute-logits``."""
+
+    teacher_model: str = Field(description="hub id, local folder or .gguf file of a causal language model")
+    teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
+    train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
+    output: Annotated[Path | str, BeforeValidator(_place)] = Field(
+        description="folder of the cache, or its s3://, gs:// or ssh:// URL"
+    )
+    preset: Literal["lean", "standard", "rich"] = Field(
+        "standard", description="size of a label, head + tail: lean 4 + 8, standard 8 + 24, rich 32 + 64"
+    )
+    head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
+        8, description="most probable tokens kept exactly, K; overrides the preset's"
+    )
+    tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(
+        24, description="tokens drawn from the rest, M; overrides the preset's"
+    )
+    temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures students may train at")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
+    prompt_loss: bool = Field(False, description="label prompts too, not only responses")
+    batch_size: Whole = Field(8, description="full-length sequences a forward pass; shorter ones go in greater number")
+    shard_positions: Whole = Field(65536, description="target positions a shard: the unit of resuming")
+    fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        512, description="positions to measure the labels' fidelity on, against the full distribution; 0: none"
+    )
+    engine: Literal["auto", "transformers", "vllm", "vllm-topk"] = Field(
+        "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
+    )
+    tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with --engine vllm")
+    ray: str | None = Field(
+        None,
+        description="make each shard a task of the Ray cluster at this address; local: of one started here; auto, or "
+        "--ray alone: of one that runs here, else of one started here",
+    )
+    workers: Whole | None = Field(
+        None, description="teachers on the Ray cluster, which may have yet to grow; default: one an accelerator it has"
+    )
+    skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
+    overwrite: bool = Field(False, description="replace a cache that lies at the output")
+    dry_run: bool = Field(False, description="print counts, lengths, bytes and hours; load no weights, write nothing")
+    json_: bool = Field(False, description="print JSON; goes with --dry-run only")
+    shards: str | None = Field(
+        None, description="i/n: write only part i of n, from 1, beside other processes; the cache needs all parts"
+    )
+    seed: Seed = Field(0, description="seed of the shuffle and of the draws")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
+        head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
+        return {"head_size": head, "tail_draws": tail, **given}
+
+    @field_validator("shards")
+    @classmethod
+    def _shards_are_a_part(cls, value: str | None) -> str | None:
+        found = None if value is None else re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
+        if value is not None and not (found and 1 <= int(found[1]) <= int(found[2])):
+            raise ValueError("must be i/n with i from 1 to n, such as 1/8")
+        return value
+
+    @model_validator(mode="after")
+    def _a_part_keeps_the_others(self) -> Self:
+        if self.shards is not None and self.overwrite:
+            raise ValueError(
+                "overwrite does not go with shards: a part would wipe the others' work; remove the cache's folder first"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _json_is_of_a_dry_run(self) -> Self:
+        if self.json_ and not self.dry_run:
+            raise ValueError("--json goes with --dry-run: what a cache holds tells cache info --json")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_left_unused(self) -> Self:
+        if self.tensor_parallel_size > 1 and not self.engine.startswith("vllm"):
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} is vLLM's, engine is {self.engine}: add engine vllm"
+            )
+        if self.skip_engine_check and not self.engine.startswith("vllm"):
+            raise ValueError(f"skip_engine_check is of engine vllm, engine is {self.engine}: leave it out")
+        if self.workers is not None and self.ray is None:
+            raise ValueError(f"workers {self.workers} are of a Ray cluster: add ray, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _top_k_has_neither_tail_nor_temperatures(self) -> Self:
+        if self.engine == "vllm-topk" and (self.tail_draws, self.temperatures, self.fidelity_positions) != (
+            0,
+            (1.0,),
+            0,
+        ):
+            raise ValueError(
+                "engine vllm-topk gives the head at T=1 alone: add tail_draws 0, temperatures 1, fidelity_positions 0"
+            )
+        return self
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """Part i of n of the shards, None for all of them."""
+        if self.shards is None:
+            return None
+        index, count = self.shards.split("/")
+        return int(index), int(count)
+
+    @model_validator(mode="after")
+    def _label_is_not_empty(self) -> Self:
+        if self.head_size + self.tail_draws == 0:
+            raise ValueError("head_size + tail_draws must be at least 1, is 0: a label needs an entry")
+        if len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError(f"temperatures must differ from each other, are {list(self.temperatures)}")
+        return self

@@ -1,0 +1,122 @@
+"""Settings of ``logitcask train``."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitcask.pipeline.settings.base import Seed, Settings, Temperature, Whole
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class TrainSettings(Settings):
+    """Knobs of ``logitcask train``."""
+
+    distillation_type: Literal["output", "logit", "hybrid"] = Field(
+        "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
+    )
+    cache: str | None = Field(
+        None, description="the logit cache: a folder, a .zip file, or s3://, gs://, hf://, ssh://"
+    )
+    local_copies: Path = Field(
+        Path("~/.cache/logitcask"), description="folder for what was read of a cache on another machine"
+    )
+    local_copies_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        20.0, description="size of that folder at most, in GB of 10^9 bytes"
+    )
+    train_data: str | None = Field(
+        None, description="data file in place of a cache; soft losses then take a --teacher-model in memory"
+    )
+    student_config: Path | None = Field(None, description="Hugging Face config JSON of a new student")
+    student_model: str | None = Field(None, description="hub id or folder of a student to go on from")
+    init_from_teacher_layers: str | None = Field(
+        None, description="layers of a local --teacher-model to start from, as 0,9,19,29"
+    )
+    teacher_model: str | None = Field(
+        None, description="for its layers; without a cache for its tokenizer and, online, its exact soft labels"
+    )
+    output_dir: Path = Field(description="folder of the run: checkpoints and final/")
+    alpha: Fraction | None = Field(None, description="weight of the hard loss; hybrid: 0.1")
+    temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
+    min_fidelity: Fraction | None = Field(
+        None, description="refuse a cache whose gradient at the temperature has a smaller cosine to the exact one"
+    )
+    tail: Literal["sampled", "bucket", "renormalize"] | None = Field(
+        None, description="mass outside the head; sampled where the cache holds draws, else bucket"
+    )
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "forward-kl", description="reverse-kl and jsd need --tail bucket"
+    )
+    batch_size: Whole = Field(8, description="examples a device and forward pass")
+    gradient_accumulation_steps: Whole = Field(1, description="forward passes an optimizer step")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(5e-4, description="peak learning rate")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="steps of linear warm-up, before a cosine decay")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.01, description="AdamW's weight decay")
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="gradient clipping, 0: off"
+    )
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="passes over the data")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps; overrides epochs")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="for --train-data only")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of examples held out")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between evaluations; default: at the ends"
+    )
+    save_steps: Whole = Field(1000, description="steps between checkpoints")
+    save_total_limit: Whole = Field(3, description="checkpoints kept")
+    logging_steps: Whole = Field(10, description="steps between log lines")
+    resume_from_checkpoint: str | None = Field(None, description="a checkpoint folder, or latest")
+    use_gradient_checkpointing: bool = Field(False, description="less memory, slower")
+    use_mixed_precision: bool = Field(False, description="autocast to the dtype below")
+    mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="processes that read the cache ahead of a GPU"
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="auto takes an accelerator where there is one")
+    use_wandb: bool = Field(False, description="report to Weights & Biases")
+    wandb_project: str = Field("logitcask", description="project there, and in trackio")
+    wandb_run_name: str | None = Field(None, description="run name there, and in trackio")
+    use_tensorboard: bool = Field(False, description="write TensorBoard events to the run's folder")
+    use_trackio: bool = Field(False, description="report to trackio, on this machine")
+    seed: Seed = Field(0, description="seed of initial weights, held-out examples and order")
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> Self:
+        students = [self.student_config, self.student_model, self.init_from_teacher_layers]
+        if sum(choice is not None for choice in students) != 1:
+            raise ValueError("give exactly one of student_config, student_model, init_from_teacher_layers")
+        if self.init_from_teacher_layers is not None and self.teacher_model is None:
+            raise ValueError("init_from_teacher_layers needs teacher_model: the local model whose layers to take")
+        if (self.cache is None) == (self.train_data is None):
+            raise ValueError("give exactly one of cache and train_data")
+        if self.cache is None and self.distillation_type != "output":
+            if self.teacher_model is None:
+                raise ValueError(
+                    f"distillation_type {self.distillation_type} needs cache, where soft labels lie, or teacher_model, "
+                    "to make them in memory"
+                )
+            if self.tail is not None or self.divergence != "forward-kl":
+                raise ValueError("tail and divergence are of a cache: a teacher in memory gives the exact forward KL")
+        fixed = {"output": 1.0, "logit": 0.0}.get(self.distillation_type)
+        if fixed is not None and self.alpha not in (None, fixed):
+            raise ValueError(
+                f"alpha must be {fixed} for {self.distillation_type}, is {self.alpha}: use hybrid or leave it out"
+            )
+        if self.min_fidelity is not None and (
+            self.distillation_type == "output" or self.tail is not None or self.divergence != "forward-kl"
+        ):
+            raise ValueError(
+                "min_fidelity tells of the forward KL with the cache's own tail: leave out output, tail and divergence"
+            )
+        if self.min_fidelity is not None and self.cache is None:
+            raise ValueError("min_fidelity is of a cache: a teacher in memory gives the exact gradient, leave it out")
+        if self.divergence != "forward-kl" and self.tail != "bucket":
+            raise ValueError(f"divergence {self.divergence} is only defined with tail bucket, tail is {self.tail}")
+        return self
+
+    @property
+    def hard_weight(self) -> float:
+        """The weight of the hard loss, alpha."""
+        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}[self.distillation_type]
+        return fixed if self.alpha is None else self.alpha

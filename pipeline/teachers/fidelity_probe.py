@@ -1,0 +1,84 @@
+"""Measuring the fidelity certificate where the full distribution is at hand; see cache/fidelity.py for what it tells.
+
+Legend: n sampled positions, V vocabulary, H hidden width, K coordinates of the sketch, z logits, T temperature.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcask.cache.fidelity import MOMENTS, SKETCH, VECTORS, Sums, row_width
+from logitcask.cache.labels import SparseTargets, soft_labels
+from logitcask.cache.layout import decode_targets, encode_targets
+from logitcask.cache.manifest import LabelSettings
+
+
+class CountSketch:
+    """A hash and a sign for each coordinate; those of one hash are added up."""
+
+    def __init__(self, size: int, random: np.random.Generator, device: torch.device) -> None:
+        self._places = torch.from_numpy(random.integers(0, SKETCH, size)).to(device)
+        self._signs = torch.from_numpy(random.integers(0, 2, size, dtype=np.int8) * 2 - 1).to(device, torch.float32)
+
+    def __call__(self, values_nD: Tensor) -> Tensor:
+        """The Fourier transform of the sketch of each row, (n, K // 2 + 1)."""
+        sketch_nK = values_nD.new_zeros(len(values_nD), SKETCH).index_add_(1, self._places, values_nD * self._signs)
+        found: Tensor = torch.fft.rfft(sketch_nK)
+        return found
+
+
+class Probe:
+    """Sketches of gradients d h^T: TensorSketch (Pham and Pagh, KDD 2013), of one vocabulary and width.
+
+    Count sketches of d and of h, convolved, are one of their outer product; no matrix of signs is needed.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, device: torch.device) -> None:
+        random = np.random.Generator(np.random.Philox(key=0))
+        self._of_logits = CountSketch(vocab_size, random, device)
+        self._of_hidden = CountSketch(hidden_size, random, device)
+
+    def measure(self, logits_nV: Tensor, hidden_nH: Tensor, targets: SparseTargets, label: LabelSettings) -> Sums:
+        """A row of sums over n positions, from full logits, hidden states and the labels made of them."""
+        stored = decode_targets(encode_targets(targets), label)
+        z_nV, h_nH = logits_nV.float(), hidden_nH.float()
+        length_n = (h_nH**2).sum(1).double()
+        hidden_nF = self._of_hidden(h_nH)
+        table = np.zeros((len(label.temperatures), VECTORS, MOMENTS + SKETCH))
+        for j, t in enumerate(label.temperatures):
+            p_nV, q_nV = (z_nV / t).softmax(1), (z_nV / (2 * t)).softmax(1)
+            gradient_nV = q_nV - p_nV
+            exact_nK = None
+            for vector in range(VECTORS):
+                if vector == 0:
+                    d_nV = gradient_nV
+                else:
+                    estimate_nV = _estimate(stored, label, t, q_nV) if vector == 1 else _top_k(p_nV, label)
+                    d_nV = (estimate_nV.sum(1, keepdim=True) - 1.0) * q_nV + p_nV - estimate_nV
+                sketch_nK = torch.fft.irfft(self._of_logits(d_nV) * hidden_nF, n=SKETCH).double()
+                exact_nK = sketch_nK if exact_nK is None else exact_nK
+                square_n, cross_n = (d_nV**2).sum(1).double(), (d_nV * gradient_nV).sum(1).double()
+                moments = (square_n @ length_n, cross_n @ length_n, (sketch_nK**2).sum(), (sketch_nK * exact_nK).sum())
+                table[j, vector, :MOMENTS] = [float(moment) for moment in moments]
+                table[j, vector, MOMENTS:] = sketch_nK.sum(0).cpu().numpy()
+        row = np.concatenate([[float(len(z_nV))], table.reshape(-1)])
+        assert row.shape == (row_width(len(label.temperatures)),)
+        return row
+
+
+def _estimate(stored: SparseTargets, label: LabelSettings, t: float, q_nV: Tensor) -> Tensor:
+    """The label's estimate of p, (n, V): by draws or, where there are none, by the bucket, shared out as q does."""
+    soft = soft_labels(stored, label.temperatures, t, "sampled" if label.tail_draws else "bucket")
+    ids_nS = torch.from_numpy(soft.ids).to(q_nV.device)
+    found_nV = torch.zeros_like(q_nV).scatter_add_(1, ids_nS, torch.from_numpy(soft.weights).to(q_nV.device))
+    if label.tail_draws:
+        return found_nV
+    rest_nV = q_nV.scatter(1, ids_nS, 0.0)
+    mass_n1 = torch.from_numpy(soft.log_rest).to(q_nV.device).exp()[:, None]
+    return found_nV + mass_n1 * rest_nV / rest_nV.sum(1, keepdim=True).clamp_min(1e-30)
+
+
+def _top_k(p_nV: Tensor, label: LabelSettings) -> Tensor:
+    """As many most probable tokens as a label has entries, made to sum to 1, (n, V)."""
+    top = p_nV.topk(min(label.head_size + label.tail_draws, p_nV.shape[1]), dim=1)
+    return torch.zeros_like(p_nV).scatter_(1, top.indices, top.values / top.values.sum(1, keepdim=True))

@@ -1,0 +1,70 @@
+"""Hidden states to labels, in slices: what every engine does with the rows it has, wherever they lie.
+
+Legend: N target positions, V vocabulary, M tail draws.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcask.cache.fidelity import Sums, row_width
+from logitcask.cache.labels import IntArray, SparseTargets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.teachers.fidelity_probe import Probe
+from logitcask.pipeline.teachers.sparsify import sparsify
+
+SLICE_LOGITS = 1 << 24  # logits in memory at a time, with copies of all: 64 MiB in float32, whatever the batch
+HOST_LOGITS = 1 << 25  # on a processor, which copies few of them: the more rows, the faster a product with the head
+FRESH_LOGITS = 31 << 18  # where each slice is new memory: below 32 MiB the C library hands out again what was freed
+CACHED_LOGITS = 1 << 20  # of these, sparsified at a time on a processor: what its cache holds
+
+
+def slice_rows(vocab_size: int, device: torch.device, *, fresh: bool) -> int:
+    """Rows of logits to make at a time; ``fresh``: whether each slice comes in new memory."""
+    on_host = FRESH_LOGITS if fresh else HOST_LOGITS
+    return max(1, (on_host if device.type == "cpu" else SLICE_LOGITS) // vocab_size)
+
+
+def label_rows(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    gold_N: IntArray,
+    uniforms_NM: NDArray[np.float64],
+    measured_N: NDArray[np.bool_],
+    label: LabelSettings,
+    probe: Probe | None,
+    rows: int,
+) -> tuple[SparseTargets, Sums]:
+    """Labels of N positions from their hidden states, and the fidelity sums of those to be ``measured``.
+
+    The logits of ``rows`` positions are made at a time; those beyond the tokenizer's vocabulary (padding of the
+    embedding matrix) are dropped before normalising.
+    """
+    device = hidden_NH.device
+    few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
+    parts: list[SparseTargets] = []
+    sums = np.zeros(row_width(len(label.temperatures)))
+    for first in range(0, len(hidden_NH), rows):
+        cut = slice(first, first + rows)
+        logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
+        gold, uniforms = torch.from_numpy(gold_N[cut]).to(device), torch.from_numpy(uniforms_NM[cut]).to(device)
+        cuts = [slice(start, start + few) for start in range(0, len(logits_NV), few)]
+        found = SparseTargets.concatenate(
+            [sparsify(logits_NV[c], gold[c], uniforms[c], label.head_size, label.temperatures) for c in cuts]
+        )
+        parts.append(found)
+        chosen = np.flatnonzero(measured_N[cut])
+        if probe is not None and len(chosen):
+            at = torch.from_numpy(chosen).to(device)
+            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], found[chosen], label)
+        del logits_NV  # or the next slice would need room beside it
+    return SparseTargets.concatenate(parts), sums
+
+
+def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:
+    """Labels laid end to end, cut into those of each example."""
+    ends = np.cumsum(counts)
+    return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]

@@ -1,0 +1,1 @@
+"""What watches, logs and stops a run of stage 2."""

@@ -1,0 +1,69 @@
+"""Where a run of stage 2 is reported to, beside its own log: Weights & Biases, TensorBoard, trackio."""
+
+import atexit
+import contextlib
+import copy
+import io
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import TrainerState
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.console import say
+from logitcask.pipeline.settings.train import TrainSettings
+
+
+class _Trackio(TrackioCallback):
+    """Trackio's run, one notice in place of its own words on stdout; it ends with the process."""
+
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **named: Any) -> None:
+        """Begin the run, or go on with that of its name: the folder's, so that a resumed run does."""
+        args = copy.copy(args)
+        args.run_name = args.run_name or args.output_dir
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().setup(args, state, model, **named)
+        if state.is_world_process_zero:
+            atexit.register(_finish_trackio)
+            say(f"trackio: run {args.run_name}; see it with trackio show --project {args.project}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Keep the run open: the last evaluation is to come."""
+
+
+def _finish_trackio() -> None:
+    import trackio
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        trackio.finish()
+
+
+def reporters(settings: TrainSettings) -> list[TrainerCallback]:
+    """Callbacks for the reports asked for. Raises LogitcaskError where a package for one is not installed."""
+    asked = {"wandb": settings.use_wandb, "tensorboard": settings.use_tensorboard, "trackio": settings.use_trackio}
+    names = [name for name, on in asked.items() if on]
+    for name in names:
+        if find_spec(name) is None:
+            raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
+    makers: dict[str, Callable[[TrainSettings], TrainerCallback]] = {
+        "wandb": _wandb,
+        "tensorboard": _tensorboard,
+        "trackio": lambda _: _Trackio(),
+    }
+    return [makers[name](settings) for name in names]
+
+
+def _wandb(settings: TrainSettings) -> TrainerCallback:
+    os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+    return WandbCallback()
+
+
+def _tensorboard(settings: TrainSettings) -> TrainerCallback:
+    """All events in one folder: the Trainer's choice leaves those before and after training elsewhere."""
+    found = TensorBoardCallback()
+    found.logging_dir = str(settings.output_dir / "tensorboard")
+    return found

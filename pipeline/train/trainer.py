@@ -1,0 +1,212 @@
+"""transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerCallback
+
+from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.losses import LossSettings, LossSums, SparseLabels
+from logitcask.pipeline.train.batches import Batch, BatchSampler, Collator, TrainingExample
+from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
+from logitcask.pipeline.train.callbacks.nonfinite import Watch
+from logitcask.pipeline.train.checkpoints import saving
+
+SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
+
+
+def make_loss_forward(
+    model: PreTrainedModel,
+    settings: LossSettings,
+    head_size: int,
+    teacher: Callable[[Batch], TeacherRows] | None = None,
+) -> None:
+    """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
+
+    Called without ``target_index`` it is the forward it was. The head, too, makes its part of the loss in a call of
+    its own: only within it has FSDP gathered its weight. A ``teacher`` in memory takes the place of the batch's labels.
+    """
+    plain, head = model.forward, model.get_output_embeddings()
+    shape, plain_head = read_head(model), head.forward
+
+    def forward_head(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
+        if batch is None:
+            return plain_head(hidden)
+        current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
+        return fused_loss(hidden, current, batch["gold"], target or labels_of(batch, head_size), settings)
+
+    def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
+        if target_index is None:
+            return plain(*args, **inputs)
+        hidden = last_hidden_states(model, inputs["input_ids"], inputs.get("position_ids")).flatten(0, 1)[target_index]
+        return head(hidden, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
+
+    model.forward, head.forward = forward, forward_head
+
+
+def labels_of(batch: Batch, head_size: int) -> SparseLabels | None:
+    """The soft labels of a batch, None where it has none."""
+    if "label_ids" not in batch:
+        return None
+    return SparseLabels(
+        batch["label_ids"], batch["label_weights"], batch["label_log_probs"], batch["label_log_rest"], head_size
+    )
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose batches come from a cache and whose loss is a mean over the step's target positions."""
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        examples: Dataset[TrainingExample],
+        sampler: BatchSampler,
+        held_out: Sequence[int],
+        collator: Collator,
+        tokenizer: PreTrainedTokenizerBase,
+        watch: Watch,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            eval_dataset=Subset(examples, held_out),
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[watch, *callbacks],
+        )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate would round labels and losses to the half precision of the weights
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
+            )
+        self._watch = watch
+        self._sampler, self._held_out = sampler, list(held_out)
+        self.loss_is_scaled_for_ga = True
+        self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
+        self._slots: Tensor | None = None  # tokens, and the room they took, since then
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in the sampler's order."""
+        return self._loader(self._sampler)
+
+    def _loader(self, batches: Any) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
+            worker_init_fn=ignore_interrupts,
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # the sampler knows the ranks already: accelerate's own cut would repeat examples to fill the last step
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """The batches of one optimizer step and the number of their target positions over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count[None]).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This batch's share of the step's mean; ranks are averaged later, hence the factor."""
+        sums: LossSums = model(**inputs)
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
+        self._sums = row if self._sums is None else self._sums + row
+        self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
+        return sums.total * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, its loss watched."""
+        loss: Tensor = super().training_step(*arguments, **named)
+        self._watch.note_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor:
+        """Trainer's, watched: nothing public of the Trainer gives the norm of each step."""
+        norm: Tensor = super()._get_grad_norm(*arguments, **named)
+        self._watch.note_norm(norm)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's line with the parts of the loss in place of its own mean of means."""
+        if "loss" in logs and self._sums is not None:
+            logs = {key: value for key, value in logs.items() if key != "loss"}
+            assert self._slots is not None
+            tokens, room = self.accelerator.reduce(self._slots, "sum").tolist()
+            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / room, "tokens": tokens, **logs}
+            self._sums = self._slots = None
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Means over all target positions of the held-out examples, the same quantities as in training."""
+        size = self.args.per_device_eval_batch_size
+        ranks = self.args.world_size
+        batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
+        batches += [[]] * (-len(batches) % ranks)  # under FSDP each forward is a call of all ranks
+        self.model.eval()
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches[self.args.process_index :: ranks]:
+                sums += self._held_out_sums(batch)
+            metrics = self._means(sums.float().to(self.args.device), "eval_")
+            if not math.isfinite(metrics["eval_total_loss"]):  # of all ranks, which look for the first in one order
+                alone = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
+                self._watch.note_held_out(next(alone, None))
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_sums(self, batch: list[int]) -> Tensor:
+        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
+        found: LossSums = self.model(**inputs)
+        return torch.stack([*(getattr(found, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A whole ordinary model at the end of a run; checkpoints are as FSDP's settings have them."""
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = self.accelerator.get_state_dict(self.model)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # gathered, they no longer share memory
+        self._save(output_dir, state_dict={name: tensor for name, tensor in whole.items() if name not in tied})
+
+    def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        totals = self.accelerator.reduce(sums, "sum").tolist()
+        means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
+        found = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
+        found[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
+        found[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
+        found[f"{prefix}student_head_mass"] = means["student_mass"]
+        return found

@@ -1,0 +1,244 @@
+"""What people see: the live table on a real pseudo-terminal, --quiet, NO_COLOR, --version, shell completion."""
+
+import errno
+import fcntl
+import io
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import logging
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.console import QUIET
+from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
+from logitcask.pipeline.train.callbacks.live_table import LiveTable
+from logitcask.pipeline.train.checkpoints import latest_checkpoint
+from tests.support.runs import STUDENT, write_config
+from tests.support.tiny import make_cache
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; sys.argv[0] = 'logitcask'; from logitcask.pipeline.cli import main; main()",
+]
+STYLE = re.compile(r"\x1b\[[0-9;:]*m")
+LINE: Line = {"total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301, "perplexity": 632.04,
+              "learning_rate": 1.5e-3, "tokens_per_second": 1234.5, "peak_memory_mb": 987.6}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def train_words(cache: Path, output: Path, *more: str) -> list[str]:
+    student = write_config(output.with_suffix(".json"), STUDENT)
+    return ["train", f"--cache={cache}", f"--student-config={student}", f"--output-dir={output}", "--device=cpu",
+            "--batch-size=4", "--logging-steps=1", *more]  # fmt: skip
+
+
+def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **variables: str) -> tuple[int, str]:
+    """Exit code and output of the command on a terminal of 120 columns; what ``look`` gives is typed there."""
+    unset = {"TQDM_DISABLE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+
+    def begin() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that what is typed can interrupt
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored, as in background jobs
+
+    with subprocess.Popen(
+        [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=begin,  # noqa: PLW1509
+        env={**environment, "TERM": "xterm-256color", **variables},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        seen, deadline = bytearray(), time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                if not (part := os.read(ours, 65536)):
+                    break
+                seen += part
+            except BlockingIOError:
+                os.write(ours, look())
+                time.sleep(0.02)
+            except OSError as error:
+                if error.errno != errno.EIO:  # the last of those who had it open is gone
+                    raise
+                break
+        else:
+            process.kill()
+    os.close(ours)
+    return process.returncode, seen.decode()
+
+
+def shown(console: Console, *, rank_0: bool = True) -> str:
+    """A whole training of 88 steps that went on from step 22, as a console has it."""
+    table = LiveTable(console, lambda: "finishing this step")
+    state, control = TrainerState(max_steps=88, global_step=22, is_world_process_zero=rank_0), TrainerControl()
+    arguments: Any = None
+    table.show({"eval_total_loss": 7.022, "eval_hard_loss": 6.43, "peak_memory_mb": 1.0})
+    with table:
+        table.on_train_begin(arguments, state, control)
+        table.show(LINE)
+        for step in (33, 44):
+            time.sleep(0.01)
+            state.global_step = step
+            table.on_step_end(arguments, state, control)
+        table.on_train_end(arguments, state, control)
+    return console.export_text()
+
+
+def test_the_table_has_the_last_lines_and_the_progress() -> None:
+    text = shown(Console(record=True, force_terminal=True, width=100, file=io.StringIO()))
+    rows = [line.split() for line in text[text.rindex("total") :].splitlines()]
+    assert rows[0] == ["total", "hard", "soft", "perplexity", "rate", "tokens/s", "MB,", "peak"]
+    assert ["training", "7.375", "6.449", "8.301", "632.0", "1.50e-03", "1,234", "988"] in rows
+    assert ["held", "out", "7.022", "6.43"] in rows
+    assert re.search(r"━ 44/88 steps, 0:00:0\d gone, 0:00:0\d left\s+finishing this step", text)
+
+
+@pytest.mark.parametrize(
+    ("console", "rank_0"),
+    [
+        (Console(record=True, file=io.StringIO()), True),
+        (Console(record=True, force_terminal=True, quiet=True, file=io.StringIO()), True),
+        (Console(record=True, force_terminal=True, file=io.StringIO()), False),
+    ],
+    ids=["no terminal", "quiet", "rank 1"],
+)
+def test_there_is_no_table(console: Console, rank_0: bool) -> None:
+    assert shown(console, rank_0=rank_0) == ""
+
+
+def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keys = iter([b"\x03"])
+
+    def look() -> bytes:
+        if not (run / LOG_FILE).exists() or len(read_log(run)) < 5:
+            return b""
+        time.sleep(0.6)  # the table is drawn four times a second
+        return next(keys, b"")
+
+    words = train_words(cache, run, "--max-steps=1000000")
+    code, seen = on_a_terminal(words, look, NO_COLOR="1")
+    assert code == 130, seen[-2000:]
+    assert STYLE.findall(seen) == []
+    assert re.search(r"training +[\d.]+ +[\d.]+ +[\d.]+ +[\d,.]+ +[\d.e-]+ +[\d,]+ +[\d,]+", seen)
+    assert re.search(r"held out +[\d.]+", seen)
+    assert re.search(r" \d+/1000000 steps, 0:00:\d\d gone, [\d:]+ left", seen)
+    assert "it/s" not in seen
+    assert "'total_loss'" not in seen
+    assert "Traceback" not in seen
+    last = latest_checkpoint(run)
+    assert last is not None
+    step = int(last.name.rpartition("-")[2])
+    told = [line for line in seen.splitlines() if "interrupted" in line]
+    assert len(told) == 1
+    assert told[0].endswith(
+        f"interrupted: step {step} of 1000000 is saved: go on with the same command and --resume-from-checkpoint latest"
+    )
+    assert read_log(run)[-1]["step"] == step
+
+
+def test_colour_is_there_but_for_no_color(cache: Path) -> None:
+    for value, styled in (("", True), ("1", False)):
+        code, seen = on_a_terminal(["cache", "verify", str(cache)], NO_COLOR=value)
+        assert code == 0
+        assert "verifying" in seen
+        assert bool(STYLE.search(seen)) == styled
+
+
+def test_quiet_on_a_terminal_leaves_the_result(cache: Path) -> None:
+    assert on_a_terminal(["--quiet", "cache", "verify", str(cache)]) == (
+        0,
+        f"{cache}: all {CacheReader(cache).manifest.shards.count} shards are whole\r\n",
+    )
+
+
+def test_quiet_training_tells_its_result_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for quiet in (["--quiet"], []):
+        words = train_words(cache, tmp_path / f"run{len(quiet)}", "--max-steps=2")
+        monkeypatch.setattr(sys, "argv", ["logitcask", *quiet, *words])
+        (logging.set_verbosity_error if quiet else logging.set_verbosity_warning)()  # as TRANSFORMERS_VERBOSITY has it
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        out, err = capsys.readouterr()
+        assert "held out" in out
+        assert ("total_loss" in out) == (not quiet)
+        assert ("steps: 2" in err) == (not quiet)
+        assert not (quiet and err)
+        assert not QUIET.get()
+
+
+def test_quiet_tells_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["logitcask", "--quiet", "cache", "verify", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nowhere: ")
+
+
+def logitcask(*words: str, **variables: str) -> str:
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, check=True, env={**os.environ, **variables}
+    ).stdout
+
+
+def test_the_version_is_the_packages() -> None:
+    told = re.search(r'^version = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE)
+    assert told is not None
+    assert logitcask("--version") == f"logitcask {told[1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pre", ["precompute-logits"]),
+        ("cache v", ["verify"]),
+        ("train --use-t", ["--use-tensorboard", "--use-trackio"]),
+        ("train --distillation-type ", ["output", "logit", "hybrid"]),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: list[str]) -> None:
+    line = f"logitcask {typed}"
+    asked = {"_LOGITCASK_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    assert logitcask(**asked).split() == offered
+
+
+def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    shown = logitcask("--show-completion", "bash", **home)
+    assert "complete -o default -F _logitcask_completion logitcask" in shown
+    assert "installed" in logitcask("--install-completion", "bash", **home)
+    assert "logitcask" in (tmp_path / ".bashrc").read_text()
+
+
+def test_bars_of_a_cache_tell_how_much_is_left(cache: Path, tmp_path: Path) -> None:
+    """The number of shards is known from the beginning; without it there is no time left."""
+    shards = CacheReader(cache).manifest.shards.count
+    for words in (["verify", str(cache)], ["copy", str(cache), str(tmp_path / "copy")]):
+        code, seen = on_a_terminal(["cache", *words])
+        assert code == 0, seen
+        assert f"{shards}/{shards}" in STYLE.sub("", seen)
+    code, seen = on_a_terminal(["cache", "copy", str(cache), str(tmp_path / "part"), "--shards", "1:3"])
+    assert code == 0, seen
+    assert "2/2" in STYLE.sub("", seen)

@@ -1,0 +1,127 @@
+"""logitcask evaluate --tasks: a task of our own in lm-evaluation-harness, its score against plain forward passes.
+
+The harness pulls many packages and is not among those of the tests: ``pip install 'logitcask[lm-eval]'``.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcask.pipeline.cli import main
+from tests.support.tiny import WORDS, make_teacher, write_jsonl
+
+harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None and "CI" not in os.environ, reason="lm-eval is not installed"
+)
+
+DOCS: list[dict[str, object]] = [
+    {"prompt": f"How many {word} are {n}+2?", "choices": ["There are 4 apples", "bread and coffee"], "label": n % 2}
+    for n, word in enumerate(WORDS)
+]
+TASK = """
+task: fruit
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a task with its data."""
+    folder = tmp_path_factory.mktemp("harness")
+    make_teacher(folder / "model")
+    data = write_jsonl(folder / "data.jsonl", DOCS)
+    (folder / "fruit.yaml").write_text(TASK.format(data=data))
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; its exit code and what it printed."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        usual = ["logitcask", "evaluate", "--device", "cpu", "--model", str(place / "model")]
+        monkeypatch.setattr(sys, "argv", [*usual, *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def log_likelihood(model: torch.nn.Module, prompt: list[int], choice: list[int]) -> float:
+    ids = torch.tensor([prompt + choice])
+    with torch.inference_mode():
+        log_p = model(ids).logits[0].double().log_softmax(1)
+    return float(log_p[torch.arange(len(prompt) - 1, ids.shape[1] - 1), ids[0, len(prompt) :]].sum())
+
+
+@harness
+def test_a_task_of_our_own_scores_what_forward_passes_say(place: Path, run: Run) -> None:
+    model, tokenizer = (kind.from_pretrained(place / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    right = []
+    for doc in DOCS[:6]:
+        prompt, choices = tokenizer.encode(str(doc["prompt"])), [f" {c}" for c in doc["choices"]]  # type: ignore[attr-defined]
+        likely = [log_likelihood(model.eval(), prompt, tokenizer.encode(choice)) for choice in choices]
+        right.append(likely.index(max(likely)) == doc["label"])
+    code, out, _ = run("--tasks", place / "fruit.yaml", "--limit", 6, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["on_cache"], found["humaneval"]) == (None, None)
+    (score,) = found["tasks"]
+    assert (score["task"], score["metric"], score["examples"]) == ("fruit", "acc", 6)
+    assert score["value"] == pytest.approx(sum(right) / 6)
+    assert 0 < sum(right) < 6, "a score of nothing or everything proves little"
+    assert score["standard_error"] > 0
+    code, out, _ = run("--tasks", place / "fruit.yaml")
+    assert code == 0
+    assert "fruit, acc, 8 examples" in " ".join(out.split())
+
+
+@harness
+@pytest.mark.parametrize(
+    ("tasks", "told"),
+    [
+        ("fruit", "--tasks: no task fruit"),
+        ("{place}/none.yaml", "none.yaml: no such file"),
+        ("{place}/list.yaml", "list.yaml: lm-evaluation-harness cannot run it: ValueError: Expected YAML dict"),
+        ("{place}/unsafe.yaml", "fruit which is marked as unsafe"),
+        ("{place}/gone.yaml", "gone.yaml: lm-evaluation-harness cannot run it: FileNotFoundError"),
+    ],
+)
+def test_what_is_no_task_is_one_line(tasks: str, told: str, place: Path, run: Run) -> None:
+    (place / "list.yaml").write_text("- 1\n")
+    (place / "unsafe.yaml").write_text(f"{(place / 'fruit.yaml').read_text()}unsafe_code: true\n")
+    (place / "gone.yaml").write_text(TASK.format(data=place / "gone.jsonl"))
+    code, out, err = run("--tasks", tasks.format(place=place))
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert told in err
+
+
+def test_the_package_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    code, out, err = run("--tasks", "hellaswag")
+    assert (code, out) == (2, "")
+    assert err == "error: --tasks needs the package lm-eval: pip install 'logitcask[lm-eval]'\n"

@@ -1,0 +1,146 @@
+"""Data from a real vLLM server over loopback. Run by ``just test-vllm``."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has its own environment: just setup-vllm && just test-vllm")
+
+from logitcask.pipeline.generate_data.local_model import answer_locally
+from logitcask.pipeline.generate_data.prompts import make_prompts, read_templates
+from tests.support.servers import free_port
+from tests.support.tiny import make_teacher
+
+PROMPTS, NEW_TOKENS, CONCURRENCY = 60, 24, 4
+START = 240  # seconds the server may take to start
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server, and the folder of its model."""
+
+    url: str
+    model: Path
+
+    def requests(self) -> int:
+        """Chat completions that ended: whole, or given up because the client went away."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as page:
+            text = page.read().decode()
+        return int(sum(float(n) for n in re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.MULTILINE)))
+
+    def settled(self) -> int:
+        """The number of requests when none is under way any more."""
+        before, now = -1, self.requests()
+        while before != now:
+            time.sleep(1)
+            before, now = now, self.requests()
+        return now
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    model, port = make_teacher(folder / "teacher", chat=True, width=128, max_length=256), free_port()
+    options = ["--model", model, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port]
+    options += ["--dtype", "float32", "--max-model-len", 256, "--enforce-eager", "--max-num-seqs", 16]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, options)]
+    more = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env={**os.environ, **more}, stdout=out, stderr=out, start_new_session=True)
+    try:
+        found, deadline = Served(f"http://127.0.0.1:{port}", model), time.monotonic() + START
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{found.url}/health"):
+                break
+            time.sleep(0.5)
+        yield found
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def command(served: Served, folder: Path, **more: object) -> list[str]:
+    """The command that asks all the prompts."""
+    prompts = folder / "prompts.yaml"
+    topics = [f"{n} apples and {70 - n} eggs" for n in range(PROMPTS)]
+    prompts.write_text(f"languages: [python]\ntopics: {topics}\ncategories: {{x: ['How many are {{topic}}?']}}\n")
+    values = {"provider": "openai-compatible", "base_url": f"{served.url}/v1", "model": "tiny", "prompts": prompts,
+              "num_examples": PROMPTS, "max_new_tokens": NEW_TOKENS, "temperature": 0, "concurrency": CONCURRENCY,
+              "output_dir": folder / "out", **more}  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "logitcask", "generate-data", *words]
+
+
+def answers(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of the journal."""
+    return [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def test_replies_are_those_of_the_model(served: Served, tmp_path: Path) -> None:
+    """Character for character what transformers says, and the tokens it counts."""
+    before = served.settled()
+    subprocess.run(command(served, tmp_path), check=True)
+    assert served.settled() - before == PROMPTS
+    prompts = make_prompts(read_templates(tmp_path / "prompts.yaml"), PROMPTS, 0)
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "dtype": "float32", "device": "cpu"}
+    want = {p.id: r for b in answer_locally(str(served.model), prompts, batch_size=16, seed=0, **options) for p, r in b}
+    found = {answer["id"]: answer for answer in answers(tmp_path)}
+    assert found.keys() == want.keys()
+    assert all(found[i]["input_tokens"] == reply.input_tokens for i, reply in want.items())
+    for i, reply in want.items():
+        got = found[i]
+        assert (got["finish"], got["output_tokens"]) == (reply.finish, reply.output_tokens)
+        # vLLM keeps back the bytes of a character that is not whole at the end
+        assert got["response"] == reply.text.rstrip("\ufffd") or got["response"] == reply.text
+
+
+def test_a_killed_run_asks_only_for_what_is_missing(served: Served, tmp_path: Path) -> None:
+    before, journal = served.settled(), tmp_path / "out" / "answers.jsonl"
+    for goal in (10, 30):
+        with subprocess.Popen(command(served, tmp_path)) as process:
+            while not journal.exists() or len(journal.read_bytes().splitlines()) < goal:
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+    kept, asked = len(answers(tmp_path)), served.settled() - before
+    assert 30 <= kept < PROMPTS
+    assert asked - kept <= 2 * CONCURRENCY, "more was lost than was under way at two kills"
+    subprocess.run(command(served, tmp_path), check=True)
+    assert served.settled() - before - asked == PROMPTS - kept
+    assert len({answer["id"] for answer in answers(tmp_path)}) == len(answers(tmp_path)) == PROMPTS
+
+
+def test_a_prompt_that_the_server_refuses_is_told(served: Served, tmp_path: Path) -> None:
+    refused = subprocess.run(
+        command(served, tmp_path, max_new_tokens=4000, num_examples=2), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "2 prompts got no reply (the last: " in refused.stderr
+    assert "Error code: 400" in refused.stderr
+
+
+def test_a_wrong_model_is_told(served: Served, tmp_path: Path) -> None:
+    refused = subprocess.run(command(served, tmp_path, model="big"), capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "Error code: 404" in refused.stderr
+    assert "big" in refused.stderr

@@ -1,0 +1,121 @@
+"""logitcask generate: streamed, with and without a chat template, and never hanging."""
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.models.generate import generate_text, stream
+from logitcask.pipeline.settings.generate import GenerateSettings
+from tests.support.tiny import make_teacher
+
+PROMPT = "How many apples"
+
+
+def settings(model: Path, **changes: object) -> GenerateSettings:
+    return GenerateSettings.model_validate({"model": str(model), "prompt": PROMPT, "device": "cpu", **changes})
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_text_is_the_models_own(chat: bool, tmp_path: Path) -> None:
+    """Greedy, by plain forward passes of the whole text, which the chat template wraps where there is one."""
+    folder = make_teacher(tmp_path / "model", chat=chat)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    text = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n" if chat else PROMPT
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    begin = len(ids)
+    with torch.inference_mode():
+        while len(ids) < begin + 24 and (len(ids) == begin or ids[-1] != tokenizer.eos_token_id):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    want = tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    assert "".join(generate_text(settings(folder, max_new_tokens=24))) == want
+
+
+def test_the_first_piece_is_seen_before_the_last_is_made(tmp_path: Path) -> None:
+    """The model waits at its fortieth token until the first piece was read."""
+    folder = make_teacher(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    seen, calls, in_time = threading.Event(), list[int](), list[bool]()
+
+    def wait(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 40:
+            in_time.append(seen.wait(10))
+
+    model.register_forward_hook(wait)
+    torch.manual_seed(0)
+    pieces = stream(model, tokenizer, tokenizer(PROMPT, return_tensors="pt"), 60, 1.0)
+    first = next(piece for piece in pieces if piece)
+    seen.set()
+    rest = list(pieces)
+    assert in_time == [True]
+    assert len(calls) == 60
+    assert first
+    assert "".join(rest)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a weight that is not finite, so that nothing can be drawn from its logits."""
+    folder = make_teacher(tmp_path_factory.mktemp("broken") / "model")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_fails_while_it_writes_is_told(broken: Path) -> None:
+    """In a thread of its own, so that a reader that waits for ever fails this test instead of holding it."""
+    told = list[str]()
+
+    def read() -> None:
+        try:
+            list(generate_text(settings(broken, temperature=1.0)))
+        except LogitcaskError as error:
+            told.append(str(error))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(30)
+    assert not reader.is_alive(), "the reader waits for a writer that has failed"
+    assert len(told) == 1
+    assert "the model failed while it wrote: RuntimeError: probability tensor" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"temperature": 1.0}, "error: the model failed while it wrote: RuntimeError"),
+        ({"prompt": ""}, "error: --prompt: must hold a token at least, is empty"),
+        ({"prompt": "xyz " * 50}, "error: --prompt: must leave room in the model's 128 positions, has 2"),
+    ],
+)
+def test_a_failure_is_one_line(
+    changes: dict[str, object],
+    told: str,
+    broken: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"model": broken, "prompt": PROMPT, "device": "cpu", **changes}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    monkeypatch.setattr(sys, "argv", ["logitcask", "generate", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert told in err
+
+
+def test_new_tokens_end_with_the_models_positions(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "model", max_length=16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "".join(generate_text(settings(folder, max_new_tokens=500)))
+    assert 0 < len(tokenizer.encode(text)) <= 2 * (16 - len(tokenizer.encode(PROMPT)))

@@ -1,0 +1,110 @@
+"""precompute-logits --dry-run: its counts are those of the cache that is then made, and no weights are read."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.plan.dry_run import DryRun, dry_run
+from logitcask.pipeline.plan.plan import plan_cache
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
+from tests.support.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
+
+CUT = 20  # tokens: some examples are longer, and of some no target is left
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    make_teacher(tmp_path / "teacher")
+    no_target_left: dict[str, object] = {"prompt": "many more words " * 20, "response": "x"}
+    write_jsonl(tmp_path / "train.jsonl", [*RECORDS, no_target_left])
+    return tmp_path
+
+
+def test_the_counts_are_those_of_the_cache(place: Path) -> None:
+    settings = precompute_settings(place, max_seq_length=CUT)
+    found = dry_run(settings)
+    assert not (place / "cache").exists()
+    manifest = precompute(settings).manifest
+    for name in ("examples", "tokens", "positions", "truncated", "dropped"):
+        assert getattr(found, name) == getattr(manifest.data, name) > 0, name
+    assert found.shards == manifest.shards.count > 1
+    lengths = CacheReader(place / "cache").counts("token_count", range(manifest.shards.count))
+    assert found.lengths == {
+        0: lengths.min(),
+        50: np.sort(lengths)[(len(lengths) - 1) // 2],
+        90: np.sort(lengths)[int(np.ceil(0.9 * len(lengths))) - 1],
+        99: lengths.max(),
+        100: lengths.max(),
+    }
+
+
+def test_bytes_are_the_plans_and_scale_with_the_label(place: Path) -> None:
+    standard = dry_run(precompute_settings(place, head_size=8, tail_draws=24))
+    tokenizer = load_tokenizer(str(place / "teacher"))
+    amount = Amount(standard.examples, standard.tokens, standard.positions)
+    _, parts = plan_cache("standard", amount, tokenizer_size(tokenizer), tokenizer, standard.shards)
+    assert standard.cache_bytes == parts
+    other = dry_run(precompute_settings(place, head_size=16, tail_draws=12, temperatures=(1.0,), fidelity_positions=0))
+    for name, factor in {"head_ids": 2, "tail_ids": 0.5, "log_tail_odds": 1 / 3, "input_ids": 1, "fidelity": 0}.items():
+        assert other.cache_bytes[name] == pytest.approx(factor * parts[name]), name
+    assert "in proportion to those of preset standard" in other.assumed[0]
+    assert not any("proportion" in line for line in standard.assumed)
+
+
+def test_the_command_reads_no_weights_and_writes_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "teacher" / "model.safetensors").unlink()
+    before = sorted(place.rglob("*"))
+    words = ["--teacher-model", place / "teacher", "--train-data", place / "train.jsonl", "--output", place / "cache",
+             "--max-seq-length", CUT, "--dry-run"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["logitcask", "precompute-logits", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    out = capsys.readouterr().out
+    for word in ("24 examples", "examples at 20 tokens, 1 dropped", "bytes a target position", "H100 ", "2-core-CPU "):
+        assert word in out
+    assert sorted(place.rglob("*")) == before
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    found = dry_run(precompute_settings(place, max_seq_length=CUT, head_size=8, tail_draws=24, batch_size=8,
+                                        shard_positions=65536))  # fmt: skip
+    assert DryRun.model_validate_json(capsys.readouterr().out) == found
+    assert sorted(place.rglob("*")) == before
+
+
+def test_json_is_of_a_dry_run(place: Path) -> None:
+    with pytest.raises(ValidationError, match="--json goes with --dry-run"):
+        precompute_settings(place, json_=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"--teacher-model": "none"}, "no model's config"), ({"--train-data": "none.jsonl"}, "none.jsonl")],
+)
+def test_bad_input_is_one_line(
+    changes: dict[str, str],
+    told: str,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = {"--teacher-model": place / "teacher", "--train-data": place / "train.jsonl", "--output": place / "cache"}
+    words = [str(word) for pair in (usual | changes).items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["logitcask", "precompute-logits", *words, "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told in err
+    assert err.count("\n") == 1

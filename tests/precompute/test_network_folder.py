@@ -1,0 +1,67 @@
+"""Stage 1 on a folder over the network: one that two clients mount, each by itself, as machines do."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from logitcask.cache.verify import verify
+from tests.support.needed import lacking
+from tests.support.servers import SshServer, ssh_server, user
+from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, write_jsonl
+
+SMALL = {"shard_positions": 32}
+
+
+@contextlib.contextmanager
+def mounted(server: SshServer, folder: Path, place: Path) -> Iterator[Path]:
+    """A folder of the server at a place of ours, through a connection of its own."""
+    if shutil.which("sshfs") is None or not os.access("/dev/fuse", os.W_OK):
+        lacking("no sshfs or /dev/fuse here: apt-get install sshfs")
+    place.mkdir()
+    ssh = server.home / ".ssh"
+    options = [f"IdentityFile={ssh / 'id_ed25519'}", f"UserKnownHostsFile={ssh / 'known_hosts'}", f"port={server.port}"]
+    words = ["sshfs", f"{user()}@127.0.0.1:{folder}", str(place), *(word for each in options for word in ("-o", each))]
+    made = subprocess.run(words, capture_output=True, text=True, check=False)
+    if made.returncode:
+        lacking(f"this machine mounts nothing: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["fusermount3", "-u", "-z", str(place)], check=True)
+
+
+def part(folder: Path, output: Path, which: str) -> "subprocess.Popen[bytes]":
+    words = ["--teacher-model", folder / "teacher", "--train-data", folder / "train.jsonl", "--output", output,
+             "--head-size=4", "--tail-draws=8", "--max-seq-length=64", "--batch-size=4", "--shard-positions=32",
+             "--device=cpu", f"--shards={which}"]  # fmt: skip
+    return subprocess.Popen([sys.executable, "-m", "logitcask", "precompute-logits", *map(str, words)])
+
+
+def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -> None:
+    """Each labels a part through a mount of its own; one is killed in the middle, and run again."""
+    write_jsonl(tmp_path / "train.jsonl", RECORDS * 2)
+    make_cache(tmp_path, make_teacher(tmp_path / "teacher"), train_data=str(tmp_path / "train.jsonl"),
+               output=tmp_path / "want", **SMALL)  # fmt: skip
+    shared, commits = tmp_path / "shared", tmp_path / "shared/cache/commits/c"
+    shared.mkdir()
+    with (
+        ssh_server(tmp_path) as server,
+        mounted(server, shared, tmp_path / "one") as one,
+        mounted(server, shared, tmp_path / "two") as two,
+    ):
+        runs = [part(tmp_path, one / "cache", "1/2"), part(tmp_path, two / "cache", "2/2")]
+        while not (commits.exists() and len(list(commits.iterdir())) > 2):
+            assert all(run.poll() is None for run in runs), "one ended before any was to be killed"
+            time.sleep(0.005)
+        runs[0].send_signal(signal.SIGKILL)
+        assert runs[0].wait() == -signal.SIGKILL
+        assert runs[1].wait(timeout=400) == 0
+        assert part(tmp_path, one / "cache", "1/2").wait(timeout=400) == 0
+        assert verify(two / "cache").problems == []
+    assert folder_bytes(shared / "cache") == folder_bytes(tmp_path / "want")  # a client's listing may be an old one

@@ -1,0 +1,274 @@
+"""Stage 1 on a real local Ray cluster: the bytes of one process, whoever dies; a folder or an object store."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.cache.copy import copy_cache
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import committed_shards
+from logitcask.cache.storage.open import open_store
+from logitcask.cache.storage.remote import filesystem
+from logitcask.cache.verify import verify
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.ray import default_workers, worker_options
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from tests.support.needed import lacking
+from tests.support.servers import s3_environment, s3_server
+from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
+
+SMALL = {"shard_positions": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, data, and at ``want`` the cache that one process makes."""
+    place = tmp_path_factory.mktemp("ray")
+    write_jsonl(place / "train.jsonl", RECORDS * 2)
+    make_cache(
+        place, make_teacher(place / "teacher"), train_data=str(place / "train.jsonl"), output=place / "want", **SMALL
+    )
+    return place
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two nodes on this machine, with one processor each."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.add_node(num_cpus=1)
+    yield nodes.address
+    nodes.shutdown()
+
+
+def settings(folder: Path, output: Path | str, cluster: str) -> PrecomputeSettings:
+    return precompute_settings(folder, output=output, ray=cluster, workers=2, **SMALL)
+
+
+def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: str, tmp_path: Path) -> None:
+    report = precompute(settings(folder, tmp_path / "cache", cluster))
+    assert report.shards_written == report.manifest.shards.count > 4
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A network of its own, as another machine has; the disk is shared."""
+
+    name: str
+    address: str
+    token: Path  # the cluster's own: whatever token this machine's user has is left alone
+
+    def popen(
+        self, command: list[str], more: dict[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[bytes]":
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+            **(more or {}),
+        }
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=environment, **options)
+
+    def remove(self) -> None:
+        """End whatever still runs there, and the network; neither need be there."""
+        pids = subprocess.run(["ip", "netns", "pids", self.name], check=False, capture_output=True, text=True).stdout
+        for pid in map(int, pids.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
+
+    def network(self) -> int:
+        return os.stat(f"/run/netns/{self.name}").st_ino
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[list[Machine]]:
+    """Two networks joined by a wire, with nothing else in them."""
+    if os.getuid() != 0 or shutil.which("ip") is None:
+        lacking("networks need root and iproute2")
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    found = [Machine(f"logitcask-{os.getpid()}-{n}", f"10.213.77.{n}", token) for n in (1, 2)]
+    ends = [f"lc{os.getpid()}n{n}" for n in (1, 2)]
+    try:
+        for machine in found:
+            ip("netns", "add", machine.name)
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for machine, end, other in zip(found, ends, reversed(found), strict=True):
+            ip("link", "set", end, "netns", machine.name)
+            ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", end)
+            for name in (end, "lo"):
+                ip("-n", machine.name, "link", "set", name, "up")
+            ip("-n", machine.name, "route", "add", "default", "via", other.address)
+        yield found
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"this machine makes no networks: {error.stderr.strip()}")
+    finally:
+        for machine in found:
+            machine.remove()
+
+
+START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+HEAD = ["--head", "--port=6379", "--include-dashboard=false"]
+
+
+def wait_for_nodes(count: int, last: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(1_800):
+        if log.read_bytes().count(b"Ray runtime started") >= count:
+            return
+        assert last.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@contextlib.contextmanager
+def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
+    """A Ray node on each machine, started as README says."""
+    address = f"{machines[0].address}:6379"
+    roles = (HEAD, [f"--address={address}"])
+    with log.open("wb") as out, contextlib.ExitStack() as running:
+        for machine, role in zip(machines, roles, strict=True):
+            command = [*START, "--num-cpus=1", *role, f"--node-ip-address={machine.address}"]
+            node = running.enter_context(machine.popen(command, stdout=out, stderr=out))
+            running.callback(node.terminate)
+            wait_for_nodes(machines.index(machine) + 1, node, log)
+        yield address
+
+
+def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
+    """A worker in each network, none in this one."""
+    networks: set[int] = set()
+    with (
+        cluster_of(machines, tmp_path / "ray.log") as address,
+        machines[0].popen(command(folder, tmp_path / "cache", address), stderr=subprocess.PIPE) as run,
+        contextlib.ExitStack() as ending,
+    ):
+        ending.callback(run.kill)
+        while run.poll() is None:
+            networks |= {network for pid in labellers(address) if (network := network_of(pid))}
+            time.sleep(0.02)
+        assert run.stderr
+        assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
+    assert networks >= {machine.network() for machine in machines}
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+def network_of(process: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{process}/ns/net").st_ino
+    return None
+
+
+def test_a_killed_worker_is_started_again(folder: Path, cluster: str, tmp_path: Path) -> None:
+    """A worker is killed in the middle, and one again; the run itself goes on."""
+    run = start(folder, tmp_path / "cache", cluster)
+    for shards in (1, 3):
+        wait_for_shards(tmp_path / "cache", shards, run)
+        victims = labellers(cluster)
+        assert victims, "no worker was found to kill"
+        os.kill(victims[0], signal.SIGKILL)
+    assert run.wait(timeout=400) == 0
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+def test_a_killed_driver_is_followed_by_the_same_command(folder: Path, cluster: str, tmp_path: Path) -> None:
+    run = start(folder, tmp_path / "cache", cluster)
+    wait_for_shards(tmp_path / "cache", 2, run)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    report = precompute(settings(folder, tmp_path / "cache", cluster))
+    assert report.shards_found >= 2
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+def test_an_object_store_is_a_target(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cluster started for the run, whose workers have its environment.
+
+    Not in this process: Ray then asks for the new cluster's token from all that this process has to do with later.
+    """
+    with s3_server(tmp_path) as port:
+        for name, value in s3_environment(port).items():
+            monkeypatch.setenv(name, value)
+        filesystem("s3://bucket/cache")[0].mkdir("bucket")
+        subprocess.run(command(folder, "s3://bucket/cache", "local"), check=True)
+        assert verify("s3://bucket/cache").problems == []
+        copy_cache("s3://bucket/cache", str(tmp_path / "back"), None)
+        with pytest.raises(LogitcaskError, match="complete already"):
+            precompute(precompute_settings(folder, output="s3://bucket/cache", **SMALL))
+    assert folder_bytes(tmp_path / "back") == folder_bytes(folder / "want")
+
+
+def test_what_a_worker_complains_of_is_one_line(folder: Path, cluster: str, tmp_path: Path) -> None:
+    """The tokenizer is read here, the weights by the workers."""
+    shutil.copytree(folder / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    wrong = settings(folder, tmp_path / "cache", cluster).model_copy(
+        update={"teacher_model": str(tmp_path / "teacher")}
+    )
+    for _ in range(2):  # a run that failed has left the cluster
+        with pytest.raises(LogitcaskError) as told:
+            precompute(wrong)
+        assert str(told.value).startswith(f"{tmp_path / 'teacher'}: no causal language model could be loaded: ")
+    with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
+        precompute(settings(folder, tmp_path / "cache", "127.0.0.1:1"))
+
+
+def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
+    many = precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, engine="vllm", device="auto")
+    assert default_workers(many, {"GPU": 16.0, "CPU": 8.0}) == 4
+    assert worker_options(many, {"GPU": 16.0, "CPU": 8.0}) == {"num_gpus": 4}
+    assert default_workers(many, {"CPU": 8.0}) == 1
+    assert worker_options(many.model_copy(update={"workers": 4}), {"CPU": 8.0}) == {"num_cpus": 2}
+
+
+def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(command(folder, output, cluster))
+
+
+def command(folder: Path, output: Path | str, cluster: str) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given(folder, output, cluster).items()]
+    return [sys.executable, "-m", "logitcask", "precompute-logits", *options]
+
+
+def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:
+    found = settings(folder, output, cluster).model_dump(mode="json", exclude_defaults=True)
+    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") -> None:
+    for _ in range(60_000):
+        with contextlib.suppress(OSError):
+            if len(committed_shards(open_store(cache, read_only=False), 10_000)) >= shards:
+                return
+        assert run.poll() is None, "it ended before it was to be killed"
+        time.sleep(0.005)
+    raise AssertionError("no shard was written")
+
+
+def labellers(cluster: str) -> list[int]:
+    """Processes of a cluster's actors that are at work: Ray names them so. Another test may have a cluster too."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if place.read_bytes().startswith(b"ray::Labeller"):
+                parent = (place.parent / "stat").read_text().rpartition(")")[2].split()[1]
+                if cluster.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(place.parent.name))
+    return found

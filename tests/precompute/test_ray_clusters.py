@@ -1,0 +1,126 @@
+"""Which Ray cluster stage 1 runs on, and what it asks of it: the one there is, one started here, one that grows."""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import typer
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.cli import app
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.ray import RayCrew, default_workers, missing_resources, worker_options
+from tests.precompute.test_ray import HEAD, START, Machine, cluster, command, folder, machines, settings, wait_for_nodes
+from tests.support.tiny import folder_bytes, precompute_settings
+
+__all__ = ["cluster", "folder", "machines"]  # fixtures
+
+
+@contextlib.contextmanager
+def growing_cluster(machine: Machine, folder: Path) -> Iterator[str]:
+    """Ray's own autoscaler, over its provider of nodes on one machine: none but the head, which has no processor."""
+    kind = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100 << 20}, "node_config": {}, "max_workers": 2}
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    config = {
+        "cluster_name": "growing",
+        "max_workers": 2,
+        "provider": {"type": "fake_multinode", "launch_multiple": True, "worker_liveness_check": False},
+        "available_node_types": {"ray.head.default": head, "ray.worker.gpu": kind},
+        "head_node_type": "ray.head.default",
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1.0,
+        **{name: {} for name in ("auth", "file_mounts")},
+        **{name: [] for name in ("cluster_synced_files", "worker_setup_commands", "worker_start_ray_commands")},
+    }
+    (folder / "growing.json").write_text(json.dumps(config))
+    id_of_head = "f" * 51 + "00000"  # the provider's
+    more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_CLOUD_INSTANCE_ID": id_of_head,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_of_head}  # fmt: skip
+    options = ["--num-cpus=0", "--num-gpus=0", *HEAD, f"--node-ip-address={machine.address}"]
+    command = [*START, *options, f"--autoscaling-config={folder / 'growing.json'}"]
+    with (folder / "ray.log").open("wb") as out, machine.popen(command, more, stdout=out, stderr=out) as node:
+        try:
+            wait_for_nodes(1, node, folder / "ray.log")
+            yield f"{machine.address}:6379"
+        finally:
+            node.terminate()
+
+
+def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
+    """From no processor to two workers, then from no accelerator to one."""
+    machine = machines[0]
+    with growing_cluster(machine, tmp_path) as address:
+        words = command(folder, tmp_path / "cache", address)
+        with machine.popen(words, stderr=subprocess.PIPE) as run:
+            _, said = run.communicate(timeout=480)
+        assert run.returncode == 0, said.decode()
+        assert (
+            b"waiting for Ray's autoscaler, or for nodes that you add: 2 workers want 2 CPUs, the cluster has 0" in said
+        )
+        assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+        words = [*command(folder, tmp_path / "other", address), "--device=cuda"]
+        with machine.popen(words, stderr=subprocess.PIPE) as run:
+            _, said = run.communicate(timeout=480)
+        assert run.returncode == 2
+        assert said.splitlines()[-1] == b"error: --device cuda: no such device here: use auto or cpu", "of a worker"
+
+
+def test_accelerators_are_asked_for_where_the_device_says_so(folder: Path, tmp_path: Path) -> None:
+    """Of a cluster that has none yet, too."""
+    cuda = precompute_settings(
+        folder, output=tmp_path, device="cuda", ray="auto", workers=4, engine="vllm", tensor_parallel_size=2
+    )
+    assert worker_options(cuda, {"CPU": 8.0}) == {"num_gpus": 2}
+    assert default_workers(cuda, {"CPU": 8.0}) == 1
+    assert worker_options(cuda.model_copy(update={"device": "cpu"}), {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
+    told = "4 workers want 8 GPUs, the cluster has 2"
+    assert missing_resources({"num_gpus": 2}, 4, {"GPU": 2.0}).endswith(told)
+    assert missing_resources({"num_gpus": 2}, 4, {"GPU": 8.0}) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [
+        (["--ray"], "auto"),
+        (["--ray", "--workers", "2"], "auto"),
+        (["--ray", "10.0.0.1:6379", "--workers=2"], "10.0.0.1:6379"),
+        (["--ray=local"], "local"),
+        ([], None),
+    ],
+)
+def test_ray_may_stand_without_an_address(words: list[str], address: str | None) -> None:
+    command: Any = typer.main.get_command(app)
+    assert command.commands["precompute-logits"].make_context("precompute-logits", words).params["ray"] == address
+
+
+def test_alone_it_takes_the_cluster_there_is(
+    folder: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    write = RayCrew.write_shards
+
+    def spy(self: RayCrew, *arguments: Any) -> None:
+        seen.append(ray.get_runtime_context().gcs_address)
+        write(self, *arguments)
+
+    monkeypatch.setattr(RayCrew, "write_shards", spy)
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    precompute(settings(folder, tmp_path / "cache", "auto"))
+    assert seen == [cluster]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
+        precompute(settings(folder, tmp_path / "other", "auto"))
+
+
+def test_alone_it_starts_one_where_there_is_none(folder: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:  # of Ray's own notes; the names of sockets must be short
+        words = [word for word in command(folder, tmp_path / "cache", "auto") if not word.startswith("--ray=")]
+        subprocess.run([*words, "--ray"], check=True, env={**os.environ, "RAY_TMPDIR": place})
+    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")

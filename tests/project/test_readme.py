@@ -1,0 +1,91 @@
+"""What the README says is so: its decoding snippet, its commands."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcask.cache.labels import soft_labels
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.cli import app, cache_app, main
+from tests.support.tiny import make_cache
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_decoding_snippet_gives_the_weights_training_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert snippet is not None
+    found: dict[str, Any] = {}
+    exec(snippet.group(1), found)  # noqa: S102
+    reader = CacheReader(cache)
+    want = soft_labels(reader.shard(0).targets[:1], reader.manifest.label.temperatures, 2.0, "sampled")
+    used = want.weights[0] > 0
+    np.testing.assert_array_equal(found["ids"], want.ids[0][used])
+    np.testing.assert_allclose(found["weights"], want.weights[0][used], rtol=1e-4)
+
+
+def test_every_command_stands_in_the_readme() -> None:
+    text = README.read_text()
+    names = [command.name for command in app.registered_commands]
+    nested = [command.name for command in cache_app.registered_commands]
+    for name in [*names, *(f"cache {inner}" for inner in nested)]:
+        assert f"logitcask {name}" in text, name
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_the_plan_prints_what_the_readme_shows(
+    tables: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = dict(re.findall(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", README.read_text()))
+    (command,) = (command for command in shown if tables == ("--tables" in command))
+    monkeypatch.chdir(README.parent)
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown[command].splitlines()
+
+
+def source_texts() -> set[str]:
+    """Every text of the source, with an ellipsis for each part that varies."""
+    found = set()
+    for file in [*(README.parent / "cache").rglob("*.py"), *(README.parent / "pipeline").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.add(re.sub("…+", "…", "".join(parts)))
+    return found
+
+
+def test_the_messages_of_troubleshooting_are_the_programs() -> None:
+    _, section = README.read_text().split("\n## Troubleshooting\n")
+    rows = [line.split(" | ") for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    texts = source_texts()
+    assert len(rows) > 15
+    for _, message, _ in rows:
+        assert any(message.strip("`") in text for text in texts), message
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    script = (README.parent / ".ci" / "run").read_text()
+    for step in ("-m venv .venv", ".venv/bin/pip install", "rust-just", ".venv/bin/just test"):
+        assert step in script
+        assert step in README.read_text()
+
+
+def test_the_recipes_parse() -> None:
+    just = Path(sys.executable).parent / "just"
+    listed = subprocess.run([just, "--list"], cwd=README.parent, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0, listed.stderr
+    for recipe in ("setup", "demo", "sweep", "test", "lint", "precompute", "train", "cache-info", "bench", "clean"):
+        assert recipe in listed.stdout

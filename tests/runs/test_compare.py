@@ -1,0 +1,178 @@
+"""logitcask compare: two real runs side by side, and what is refused in one line."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.evaluate.evaluate import evaluate
+from logitcask.pipeline.runs.run_folder import read_log
+from logitcask.pipeline.settings.evaluate import EvaluateSettings
+from tests.support.runs import STUDENT, metrics, train, write_config
+from tests.support.tiny import make_cache
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A hybrid run that was evaluated, and one on the text alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache = make_cache(folder)
+    one = train(cache, folder / "one", max_steps=4, eval_steps=2, student_config=student(folder))
+    two = train(cache, folder / "two", max_steps=3, distillation_type="output", student_config=student(folder))
+    values = {"model": str(one / "final"), "cache": str(cache), "device": "cpu", "output": one / "evaluation.json"}
+    evaluate(EvaluateSettings.model_validate(values))
+    return one, two
+
+
+def held_out(evaluation: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+
+
+def student(folder: Path) -> Path:
+    return write_config(folder / "student.json", STUDENT)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; its exit code and what it printed."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["logitcask", "compare", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> None:
+    code, out, _ = run(*runs, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [one["run"] for one in found] == ["one", "two"]
+    assert [set(one["settings"]) for one in found] == [{"distillation_type", "eval_steps", "max_steps"}] * 2
+    assert found[1]["settings"] == {"distillation_type": "output", "eval_steps": None, "max_steps": 3}
+    for one, folder in zip(found, runs, strict=True):
+        log, ends = read_log(folder), metrics(folder)
+        training = [line for line in log if "tokens" in line]
+        assert one["before"] == held_out(ends["before"])
+        assert one["after"] == held_out(ends["after"])
+        assert one["steps"] == len(training)
+        assert one["tokens"] == sum(line["tokens"] or 0 for line in training)
+        assert one["seconds"] == log[-1]["seconds"]
+        assert one["peak_memory_mb"] == max(line["peak_memory_mb"] or 0 for line in log)
+        assert one["training"]["total_loss"] == training[-1]["total_loss"]
+        speeds = [line["tokens_per_second"] or 0 for line in training]
+        assert min(speeds) <= one["tokens_per_second"] <= max(speeds)
+    assert found[0]["evaluation"] == json.loads((runs[0] / "evaluation.json").read_text())
+    assert found[1]["evaluation"] is None
+
+
+def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    output, plot = tmp_path / "table.md", tmp_path / "curves.png"
+    code, out, _ = run(*runs, "--output", output, "--plot", plot)
+    assert code == 0
+    assert output.read_text() == out
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    lines = out.splitlines()
+    assert lines[0] == "|  | one | two |"
+    assert lines[1] == "| --- | --- | --- |"
+    assert all(line.count("|") == 4 for line in lines)
+    assert "| `distillation_type` | hybrid | output |" in lines
+    assert "| steps | 4 | 3 |" in lines
+    before, after = (f"{metrics(runs[0])[end]['eval_perplexity']:,.4g}" for end in ("before", "after"))
+    assert f"| held out: perplexity, before → after | {before} → {after} |" in out
+    assert any(line.startswith("| evaluation: KL to the teacher at T=2") and line.endswith("|  |") for line in lines)
+
+
+def test_the_soft_loss_is_called_what_it_is(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    settings = json.loads((other / "final" / "settings.json").read_text())
+    assert "held out: soft loss, T² KL, nats, before" in run(*runs)[1]
+    (other / "final" / "settings.json").write_text(json.dumps({**settings, "divergence": "jsd", "tail": "bucket"}))
+    assert "held out: soft loss, T² JSD (tail bucket), nats, before" in run(other)[1]
+    assert "held out: soft loss, T² divergence, nats, before" in run(runs[0], other)[1]
+
+
+def test_a_bar_in_a_setting_does_not_break_the_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    settings = json.loads((other / "final" / "settings.json").read_text())
+    (other / "final" / "settings.json").write_text(json.dumps({**settings, "wandb_run_name": "p|q"}))
+    assert "| `wandb_run_name` | null | p\\|q |" in run(runs[1], other)[1]
+
+
+def test_an_evaluation_without_a_cache_is_shown(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[1], tmp_path / "other")
+    found = {"problems": 164, "samples": 20, "temperature": 0.8, "prompting": "chat", "stopped": 2, "without_room": 0,
+             "pass_rates": [{"k": 10, "rate": 0.25, "standard_error": 0.034}], "isolation": "namespaces"}  # fmt: skip
+    task = {"task": "t", "metric": "acc", "value": 0.5, "standard_error": None, "examples": 1000}
+    evaluation = {"model": "m", "on_cache": None, "humaneval": found, "tasks": [task]}
+    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    lines = run(runs[1], other)[1].splitlines()
+    assert "| evaluation: HumanEval pass@10, 164 problems, 20 samples at T=0.8, chat |  | 0.2500 ± 0.0340 |" in lines
+    assert "| evaluation: HumanEval programs stopped by the sandbox |  | 2 |" in lines
+    assert "| evaluation: t, acc, 1,000 examples |  | 0.5000 |" in lines
+    assert not any("too long" in line or "evaluated on" in line for line in lines)
+
+
+def test_a_resumed_run_has_its_first_evaluation_from_its_log(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    other = shutil.copytree(runs[0], tmp_path / "resumed")
+    ends = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps({**ends, "before": None}))
+    assert json.loads(run(other, "--json")[1])[0]["before"] == held_out(ends["before"])
+
+
+def remove(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (shutil.rmtree, "metrics.jsonl: missing: not the folder of a run"),
+        (remove("metrics.jsonl"), "metrics.jsonl: missing"),
+        (remove("final/settings.json"), "settings.json: missing"),
+        (remove("metrics.json"), "metrics.json: missing"),
+        (write("final/settings.json", "[]"), "settings.json: damaged: must be a JSON object"),
+        (write("final/settings.json", "{"), "settings.json: damaged"),
+        (write("metrics.json", '{"before": null, "after": 3}'), "metrics.json: damaged"),
+        (write("metrics.json", '{"after": {"x": "y"}}'), "metrics.json: damaged"),
+        (write("metrics.jsonl", "x\n"), "metrics.jsonl: line 1 is damaged"),
+        (write("evaluation.json", '{"model": "m"}'), "evaluation.json: not an evaluation (Field required)"),
+        (write("evaluation.json", "{"), "evaluation.json: not an evaluation"),
+    ],
+)
+def test_a_damaged_run_is_one_line(
+    damage: Callable[[Path], Any], told: str, runs: tuple[Path, Path], tmp_path: Path, run: Run
+) -> None:
+    damaged = shutil.copytree(runs[0], tmp_path / "damaged")
+    damage(damaged)
+    code, _, err = run(runs[0], damaged)
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--plot", "x.doc"], "--plot must end in .png"), (["--output", "none/x.md"], "there is no folder none")],
+)
+def test_files_that_cannot_be_written_are_refused_first(
+    words: list[str], told: str, runs: tuple[Path, Path], run: Run
+) -> None:
+    code, out, err = run(*runs, *words)
+    assert (code, out) == (2, "")
+    assert told in err

@@ -1,0 +1,117 @@
+"""logitcask plot: which curves are drawn, and what is refused in one line."""
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.runs.curves import draw_curves, plot_runs
+from logitcask.pipeline.runs.run_folder import Line, curve, run_names
+
+
+def write_run(folder: Path, *, soft: float = 2.0, steps: int = 3) -> Path:
+    """A run's folder with nothing but a log."""
+    folder.mkdir(parents=True)
+    names = {"total_loss": 1.5, "hard_loss": 1.0, "soft_loss": soft, "perplexity": 2.7}
+    lines = [{"step": 0, **{f"eval_{name}": value + 1 if value else 0 for name, value in names.items()}}]
+    lines += [{"step": step, **{name: value / step for name, value in names.items()}} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    found: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *arguments: Any, **named: Any) -> None:
+        found.append(figure)
+        save(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return found
+
+
+def plot(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["logitcask", "plot", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_each_panel_has_training_and_held_out_of_each_run(
+    tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", soft=0.0)]
+    assert plot(monkeypatch, *runs, "--output", tmp_path / "x.png") == 0
+    assert capsys.readouterr().out == f"14 curves of 2 runs -> {tmp_path / 'x.png'}\n"
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    (figure,) = drawn
+    both = ["a, training", "a, held out", "b, training", "b, held out"]
+    assert [[line.get_label() for line in axes.lines] for axes in figure.axes] == [both, both, both[:2], both]
+    training = figure.axes[1].lines[2]
+    assert np.asarray(training.get_xdata()).tolist() == [1, 2, 3]
+    assert np.asarray(training.get_ydata()).tolist() == [1.0, 0.5, 1.0 / 3]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "linear", "log"]
+
+
+def test_of_several_lines_of_a_step_the_last_counts_and_null_is_none() -> None:
+    lines: list[Line] = [
+        {"step": 2, "x": 1.0},
+        {"step": 1, "x": 5.0},
+        {"step": 2, "x": 3.0},
+        {"step": 3, "x": None},
+        {"step": 4},
+    ]
+    assert curve(lines, "x") == ([1, 2], [5.0, 3.0])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    assert run_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
+    assert run_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+
+
+def test_a_run_without_a_line_gives_an_empty_picture(tmp_path: Path) -> None:
+    assert draw_curves({"a": []}, tmp_path / "a.png") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["{0}/none"], "none/metrics.jsonl: missing: not the folder of a run"),
+        (["{0}/a/metrics.jsonl"], "metrics.jsonl/metrics.jsonl: missing"),
+        (["{0}/damaged"], "line 1 is damaged"),
+        (["{0}/a", "{0}/a"], "given twice"),
+        (["{0}/a", "--output", "{0}/x.doc"], "--output must end in .png"),
+        (["{0}/a", "--output", "{0}/none/x.png"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a")
+    (write_run(tmp_path / "damaged") / "metrics.jsonl").write_text("nonsense\n")
+    assert plot(monkeypatch, *(word.format(tmp_path) for word in words)) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *arguments: Any, **named: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(Exception, match=r"--output needs matplotlib: pip install 'logitcask\[plot\]'"):
+        plot_runs([write_run(tmp_path / "a")], tmp_path / "a.png")

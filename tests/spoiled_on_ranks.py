@@ -1,9 +1,0 @@
-"""The command with the label of example 13 spoiled; apart from the tests, for a launcher to start it."""
-
-from logitcask.pipeline.batches import CacheExamples
-from logitcask.pipeline.cli import main
-from tests.test_guards import damaged_at
-
-if __name__ == "__main__":
-    CacheExamples.__getitem__ = damaged_at(13)  # type: ignore[method-assign]
-    main()

@@ -1,0 +1,78 @@
+"""A copy that is killed at a chosen write, a run that is killed while it writes.
+
+Apart from the tests, so that a new process starts quickly.
+"""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+from zarr.storage import LocalStore
+
+from logitcask.cache import copy
+from logitcask.cache.copy import copy_cache
+from logitcask.cache.storage import ownership as claim
+from logitcask.cache.storage import remote
+from logitcask.cache.storage.ownership import sole_writer
+
+Write = Callable[..., Coroutine[Any, Any, None]]
+
+
+def copy_and_die(source: str, destination: str, writes: int) -> None:
+    """Copy until ``writes`` objects are written, then SIGKILL."""
+    left = [writes]
+
+    def counted(write: Write) -> Write:
+        async def one(*arguments: Any, **named: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            await write(*arguments, **named)
+
+        return one
+
+    for store in (LocalStore, remote.RemoteStore):
+        store.set = counted(store.set)  # type: ignore[method-assign]
+    copy_cache(source, destination, None)
+
+
+def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
+    """Copy to a .zip and SIGKILL inside ``pack``: after ``steps`` of its steps.
+
+    These are an object each, the flush, and the removal of the folder, which comes after the file was renamed.
+    """
+    plain, left = copy.pack, [steps]
+
+    def counted(step: Callable[..., object]) -> Callable[..., object]:
+        def one(*arguments: Any, **named: Any) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **named)
+
+        return one
+
+    def pack(folder: Path, destination: Path) -> None:
+        for module, name in ((shutil, "copyfileobj"), (os, "fsync"), (shutil, "rmtree")):
+            setattr(module, name, counted(getattr(module, name)))
+        plain(folder, destination)
+
+    copy.pack = pack
+    copy_cache(source, destination, None)
+
+
+QUICK = {"RENEWED": 0.2, "LOST": 12.0}  # seconds
+
+
+def hold(url: str, begun: Event) -> None:
+    """Write a cache on another machine for as long as this process lives."""
+    for name, seconds in QUICK.items():
+        setattr(claim, name, seconds)
+    with sole_writer(url):
+        begun.set()
+        time.sleep(3600)

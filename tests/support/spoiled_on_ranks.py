@@ -1,0 +1,9 @@
+"""The command with the label of example 13 spoiled; apart from the tests, for a launcher to start it."""
+
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.train.batches import CacheExamples
+from tests.train.callbacks.test_nonfinite import damaged_at
+
+if __name__ == "__main__":
+    CacheExamples.__getitem__ = damaged_at(13)  # type: ignore[method-assign]
+    main()

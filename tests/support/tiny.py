@@ -1,0 +1,170 @@
+"""Tiny real models, tokenizers, data and caches for the tests, and the slow dense reference.
+
+Legend: N positions, V vocabulary, z logits, T temperature. The reference computes in float64.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from logitcask.cache.labels import Example, Shard, SparseTargets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.teachers.sparsify import sparsify
+
+FloatArray64 = NDArray[np.float64]
+
+WORDS = ("apples", "bread", "coffee", "dates", "eggs", "figs", "grapes", "honey")
+RECORDS: list[dict[str, object]] = [
+    {
+        "prompt": f"How many {word} are {2 + n}+{n}?\n",
+        "response": f"There are {2 + 2 * n} {word}" + " and more" * n + ".",
+    }
+    for n in range(3)
+    for word in WORDS
+]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(*, vocab_size: int = 300, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens; with ``chat`` a ChatML template."""
+    specials = ["<|endoftext|>", *(["<|im_start|>", "<|im_end|>"] if chat else [])]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"{r['prompt']}{r['response']}" for r in RECORDS], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>" if chat else "<|endoftext|>",
+        chat_template=CHATML if chat else None,
+    )
+
+
+def make_teacher(
+    folder: Path, *, vocab_size: int = 300, chat: bool = False, max_length: int = 128, seed: int = 0, width: int = 32
+) -> Path:
+    """A random two-layer Llama and its tokenizer, saved to ``folder``."""
+    tokenizer = make_tokenizer(vocab_size=vocab_size, chat=chat)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
+    """The records as lines of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def precompute_settings(folder: Path, **changes: object) -> PrecomputeSettings:
+    """Settings of stage 1 for the teacher ``folder/teacher``, the data ``folder/train.jsonl``, to ``folder/cache``."""
+    values: dict[str, object] = {
+        "teacher_model": str(folder / "teacher"),
+        "train_data": str(folder / "train.jsonl"),
+        "output": folder / "cache",
+        "head_size": 4,
+        "tail_draws": 8,
+        "max_seq_length": 64,
+        "batch_size": 4,
+        "shard_positions": 64,
+        "device": "cpu",
+    }
+    return PrecomputeSettings.model_validate({**values, **changes})
+
+
+def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> Path:
+    """A complete cache at ``folder/cache`` (or ``output``), from ``RECORDS`` unless ``train_data`` says otherwise."""
+    if "train_data" not in changes:
+        write_jsonl(folder / "train.jsonl", RECORDS)
+    if teacher is None and "teacher_model" not in changes:
+        teacher = make_teacher(folder / "teacher")
+    settings = precompute_settings(folder, **({"teacher_model": str(teacher)} if teacher else {}), **changes)
+    precompute(settings)
+    return Path(settings.output)
+
+
+def tiny_cache(tmp_path: Path, **changes: object) -> Path:
+    """A cache made by a new tiny teacher."""
+    return make_cache(tmp_path, None, **changes)
+
+
+def sound_shards(label: LabelSettings, sizes: Sequence[int], scale: float = 3.0) -> list[Shard]:
+    """Shards of so many examples, labelled from random logits of a standard deviation ``scale``.
+
+    The next token is by turns one of the head, one that was drawn, and any.
+    """
+    random = np.random.default_rng(0)
+
+    def example() -> Example:
+        length = int(random.integers(2, 12))
+        mask = random.random(length) < 0.7
+        mask[0], mask[-1] = True, False
+        at = np.flatnonzero(mask)
+        logits = torch.from_numpy(random.normal(0.0, scale, (len(at), label.vocab_size)).astype(np.float32))
+        uniforms = torch.from_numpy(random.random((len(at), label.tail_draws)))
+        gold = random.integers(0, label.vocab_size, len(at))
+
+        def made() -> SparseTargets:
+            return sparsify(logits, torch.from_numpy(gold), uniforms, label.head_size, label.temperatures)
+
+        first = made()
+        gold[::3] = first.head_ids[::3, 0] if label.head_size else gold[::3]
+        drawn = first.tail_counts[1::3].any(1)
+        gold[1::3][drawn] = first.tail_ids[1::3][drawn, 0] if label.tail_draws else gold[1::3][drawn]
+        ids = random.integers(0, label.vocab_size, length)
+        ids[at + 1] = gold
+        return Example(ids, mask, made())
+
+    return [Shard.of([example() for _ in range(count)]) for count in sizes]
+
+
+def dense_log_probs(z_NV: NDArray[np.floating], temperature: float = 1.0) -> FloatArray64:
+    """log softmax(z / T) in float64, (N, V)."""
+    z = z_NV.astype(np.float64) / temperature
+    z -= z.max(1, keepdims=True)
+    found: FloatArray64 = z - np.log(np.exp(z).sum(1, keepdims=True))
+    return found
+
+
+def dense_kd_gradient(teacher_NV: NDArray[np.floating], student_NV: NDArray[np.floating], t: float) -> FloatArray64:
+    """Gradient of T^2 KL(p_T || q_T) by the student's logits, (N, V): T (q_T - p_T)."""
+    found: FloatArray64 = t * (np.exp(dense_log_probs(student_NV, t)) - np.exp(dense_log_probs(teacher_NV, t)))
+    return found
+
+
+def folder_bytes(folder: Path, skip: Iterable[str] = ()) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    left_out = set(skip)
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {name: data for name, data in files.items() if name not in left_out}

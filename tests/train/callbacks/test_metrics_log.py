@@ -1,0 +1,92 @@
+"""metrics.jsonl: what stands in it, and that a run that was cut off and resumed leaves the same as one that was not."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.runs.run_folder import curve, read_log
+from logitcask.pipeline.train.callbacks.metrics_log import _written
+from tests.support.runs import history, metrics, train
+from tests.support.tiny import make_cache
+
+MEASURED = {"seconds", "tokens_per_second", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def learned(run: Path) -> list[dict[str, float | None]]:
+    """The lines without what a clock says."""
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(run)]
+
+
+def test_the_log_is_the_trainers(cache: Path, tmp_path: Path) -> None:
+    run = train(cache, tmp_path / "run", max_steps=5, eval_steps=2)
+    lines = read_log(run)
+    training = [line for line in lines if "total_loss" in line]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 5, 5]
+    for line, trainers in zip(training, history(run), strict=True):
+        assert trainers.items() <= line.items()
+        assert {"hard_loss", "soft_loss", "perplexity", "learning_rate", "padding", "epoch"} <= line.keys()
+        assert (line["tokens_per_second"] or 0) > 0
+    assert all(100 < (line["peak_memory_mb"] or 0) < 100_000 for line in lines)
+    seconds = [line["seconds"] or 0 for line in lines]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+    before, after = metrics(run)["before"], metrics(run)["after"]
+    assert before.items() <= lines[0].items()
+    assert after.items() <= lines[-1].items()
+
+
+def test_tokens_are_those_of_the_epochs_examples(cache: Path, tmp_path: Path) -> None:
+    """The steps that no log line was due for stand in the line of the last step."""
+    run = train(cache, tmp_path / "run", max_steps=None, epochs=2, logging_steps=4, eval_fraction=0)
+    manifest = json.loads((cache / "zarr.json").read_text())["attributes"]["logitcask"]
+    steps, tokens = curve(read_log(run), "tokens")
+    assert steps == [4, 6]
+    assert sum(tokens) == 2 * manifest["data"]["tokens"]
+
+
+def test_a_run_cut_off_and_resumed_leaves_the_log_of_one_that_was_not(cache: Path, tmp_path: Path) -> None:
+    whole = train(cache, tmp_path / "whole", max_steps=6, save_steps=3, logging_steps=2)
+    run = tmp_path / "run"
+    train(cache, run, max_steps=6, save_steps=3, logging_steps=2)
+    for folder in (run / "checkpoint-6", run / "final"):
+        folder.rename(tmp_path / f"lost {folder.name}")
+    before = read_log(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "total')  # killed while it wrote
+    train(cache, run, max_steps=6, save_steps=3, logging_steps=2, resume_from_checkpoint="latest")
+    assert learned(run) == learned(whole)
+    after = read_log(run)
+    assert after[:3] == before[:3]  # steps 0, 2, 3
+    assert after[2]["step"] == 3
+    assert (after[3]["seconds"] or 0) > (after[2]["seconds"] or 0)  # the time before counts
+
+
+def test_a_log_alone_does_not_block_a_new_run(cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 0, "eval_total_loss": 1.0}\n{"step": 1, "total_loss": 1.0}\n')
+    train(cache, run, max_steps=1, eval_fraction=0)
+    assert [line["step"] for line in read_log(run)] == [1]
+    assert "padding" in read_log(run)[0]
+    with pytest.raises(LogitcaskError, match="not an empty folder"):
+        train(cache, run, max_steps=1)
+
+
+def test_what_is_not_finite_is_null() -> None:
+    text = _written({"step": 1, "perplexity": math.inf, "total_loss": math.nan})
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "perplexity": None, "total_loss": None}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": 1.5}', '{"step": 1, "total_loss": "x"}', '{"step": true}'])
+def test_a_damaged_log_is_told(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(LogitcaskError, match=r"metrics\.jsonl: line 2 is damaged"):
+        read_log(tmp_path)

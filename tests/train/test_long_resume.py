@@ -1,0 +1,72 @@
+"""A run of a million examples goes on at step 100,000 within seconds: what was trained on is not read again."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import Dataset
+
+from logitcask.pipeline.models.losses import LossSettings
+from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample
+from logitcask.pipeline.train.callbacks.nonfinite import Watch
+from logitcask.pipeline.train.train import training_arguments
+from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
+from tests.support.runs import STUDENT, train_settings, write_config
+from tests.support.tiny import make_tokenizer
+
+EXAMPLES, SHARDS, BATCH = 1_000_000, 1_500, 8
+STARTS = np.linspace(0, EXAMPLES, SHARDS + 1).astype(np.int64)
+NOBODY = np.zeros(0, dtype=np.int64)
+
+
+class Counted(Dataset[TrainingExample]):
+    """Examples of eight tokens, each read of which is a line of a file: readers may be other processes."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        with self._log.open("a") as log:
+            log.write(f"{index}\n")
+        return TrainingExample(Encoded(np.full(8, index % 300), np.arange(8) < 7), None)
+
+
+def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> DistillationTrainer:
+    settings = train_settings(None, folder, train_data="x", teacher_model="t", distillation_type="output",
+                              max_steps=steps,
+                              num_workers=workers, gradient_accumulation_steps=accumulation)  # fmt: skip
+    model = student_from_config(write_config(folder / "student.json", STUDENT), 300)
+    make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"), 0)
+    examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
+    collator = Collator(0, (), 1.0, "bucket")
+    return DistillationTrainer(
+        model=model, args=training_arguments(settings), examples=examples, sampler=sampler, held_out=[],
+        collator=collator, tokenizer=make_tokenizer(), watch=Watch(settings, examples, sampler, collator), callbacks=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("done", "workers", "accumulation"), [(100_000, 0, 1), (100_000, 1, 1), (100_000, 0, 2)])
+def test_going_on_reads_only_what_comes_next(tmp_path: Path, done: int, workers: int, accumulation: int) -> None:
+    trainer(tmp_path, 1, 0, accumulation).train()
+    folder = (tmp_path / "checkpoint-1").rename(tmp_path / f"checkpoint-{done}")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").write_text(json.dumps({**state, "global_step": done}))
+    (tmp_path / "reads").unlink()
+    again = trainer(tmp_path, done + 2, workers, accumulation)
+    began, worked = time.perf_counter(), time.process_time()
+    again.train(resume_from_checkpoint=str(folder))
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
+    assert again.state.global_step == done + 2
+    reads = [int(line) for line in (tmp_path / "reads").read_text().split()]
+    next_ones = [i for step in range(done, done + 6) for i in again._sampler.step_examples(step)]
+    assert reads == next_ones[: len(reads)]
+    assert 2 * BATCH * accumulation <= len(reads) <= (2 * accumulation + 1 + 2 * workers) * BATCH
+    print(f"step {done}, {workers} workers, accumulation {accumulation}: {seconds:.2f} s, of the CPU {worked:.2f} s")
+    assert worked < 10  # seconds of this process alone, whatever else the machine does

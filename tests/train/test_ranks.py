@@ -1,0 +1,177 @@
+"""Stage 2 on two ranks over gloo, by torchrun and accelerate, replicated and sharded by FSDP: the losses and weights of
+one rank with the whole batch; a lost rank ends the run."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, set_seed
+
+from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, curve, read_log
+from tests.support.runs import STUDENT, history, write_config
+from tests.support.servers import free_port
+from tests.support.tiny import make_cache
+
+ROUNDING = 1e-4
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+FSDP = (
+    "accelerate.commands.launch",
+    f"--config_file={Path(__file__).parents[2] / 'configs/accelerate/fsdp.yaml'}",
+    "--num_processes=2",
+)
+STEPS = {"save-steps": 3, "logging-steps": 1, "learning-rate": 1e-3, "warmup-steps": 0, "eval-fraction": 0.1,
+         "alpha": 0.5}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache whose 22 examples for training fill no step of eight, at ``cache``."""
+    place = tmp_path_factory.mktemp("ranks")
+    make_cache(place, shard_positions=64)
+    write_config(place / "student.json", STUDENT)
+    return place
+
+
+def command(
+    folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "logitcask", **options: object
+) -> list[str]:
+    values = {**STEPS, "cache": folder / "cache", "student-config": folder / "student.json", "device": "cpu", **options}
+    name, *rest = launcher or ("",)
+    port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
+    launch = ["-m", name, *rest, f"{port}={free_port()}"] if launcher else []
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
+    return [sys.executable, *launch, "-m", module, "train", f"--output-dir={folder / output}", *flags]
+
+
+def run(folder: Path, output: str, launcher: tuple[str, ...], **options: Any) -> Path:
+    started = command(folder, output, launcher, **options)
+    found = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert ("on 2 ranks" in found.stderr) == bool(launcher)
+    return folder / output
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def assert_same(found: Path, want: Path) -> None:
+    for a, b in zip(history(found), history(want), strict=True):
+        assert a["total_loss"] == pytest.approx(b["total_loss"], rel=ROUNDING)
+        assert a["hard_loss"] == pytest.approx(b["hard_loss"], rel=ROUNDING)
+    start, ends, wanted = weights_at_start(want), weights(found), weights(want)
+    for name, tensor in wanted.items():
+        update, difference = tensor - start[name], ends[name] - tensor
+        assert difference.norm() <= ROUNDING * update.norm(), name
+        assert difference.abs().max() <= 10 * ROUNDING * update.abs().max(), name
+
+
+def weights_at_start(run: Path) -> dict[str, torch.Tensor]:
+    """Those of a run's student before its first step."""
+    settings = json.loads((run / "final" / SETTINGS_FILE).read_text())
+    set_seed(settings["seed"])
+    vocabulary = len(weights(run)["model.embed_tokens.weight"])
+    return dict(student_from_config(Path(settings["student_config"]), vocabulary).state_dict())
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Path:
+    """Two epochs of one rank."""
+    return run(folder, "one", (), batch_size=8, epochs=2)
+
+
+def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None:
+    """Gradients accumulated; the last step of an epoch has examples for one rank alone: each comes once."""
+    two = run(folder, "two", TORCHRUN, batch_size=2, gradient_accumulation_steps=2, epochs=2)
+    assert_same(two, one)
+    assert [line["step"] for line in read_log(two)] == [line["step"] for line in read_log(one)]  # one rank writes
+    assert curve(read_log(two), "tokens") == curve(read_log(one), "tokens")
+
+
+def test_accelerate_launches_the_same(folder: Path, one: Path) -> None:
+    assert_same(run(folder, "accelerated", ACCELERATE, batch_size=4, epochs=2), one)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) -> None:
+    """Gradients accumulated, an evaluation with examples for one rank alone, a whole model, and one run resumed."""
+    want, changes = one, {}
+    if not tied:
+        changes["student_config"] = write_config(folder / "untied.json", {**STUDENT, "tie_word_embeddings": False})
+        want = run(folder, "one untied", (), batch_size=8, epochs=2, **changes)
+    sharded: dict[str, Any] = {"module": "tests.support.fsdp_on_cpu", "batch_size": 2, "gradient_accumulation_steps": 2}
+    found = run(folder, f"sharded {tied}", FSDP, epochs=2, **sharded, **changes)
+    assert_same(found, want)
+    assert weights(found).keys() == weights(want).keys()
+    assert not (found / "checkpoint-3/model.safetensors").exists()
+    assert (found / "checkpoint-3/pytorch_model_fsdp_0/__1_0.distcp").stat().st_size > 0
+    assert_same_model(found, want)
+    if not tied:
+        return
+    for name in ("checkpoint-6", "final"):
+        shutil.rmtree(found / name)
+    assert_same(run(folder, found.name, FSDP, epochs=2, resume_from_checkpoint="latest", **sharded, **changes), want)
+
+
+def test_half_precision_under_fsdp_rounds_no_label(folder: Path) -> None:
+    half = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16", "epochs": 1}
+    want = run(folder, "half", (), batch_size=8, **half)
+    found = run(folder, "half sharded", FSDP, module="tests.support.fsdp_on_cpu", batch_size=4, **half)
+    for a, b in zip(history(found), history(want), strict=True):
+        assert a["total_loss"] == pytest.approx(b["total_loss"], rel=5e-4)
+        assert a["soft_loss"] == pytest.approx(b["soft_loss"], rel=5e-4)
+
+
+def assert_same_model(found: Path, want: Path) -> None:
+    ids = torch.arange(1, 9)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(place / "final")(ids).logits for place in (found, want)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
+
+
+def test_fsdp_that_would_be_left_out_is_refused(folder: Path) -> None:
+    started = command(folder, "refused", FSDP, batch_size=4, max_steps=1)
+    found = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
+    assert found.returncode != 0
+    line = "error: accelerate's FSDP must be of fsdp_version 2, over several accelerators; it is 2, over 2 ranks on cpu"
+    assert line in found.stderr
+    assert not (folder / "refused/final").exists()
+
+
+def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path) -> None:
+    with subprocess.Popen(command(folder, "lost", TORCHRUN, batch_size=4, epochs=2), stderr=subprocess.PIPE) as parent:
+        victim = None
+        for _ in range(6000):
+            if (folder / "lost/checkpoint-3" / SETTINGS_FILE).exists() and (victim := ranks_of(parent.pid)):
+                os.kill(victim[-1], signal.SIGKILL)
+                break
+            assert parent.poll() is None, "it ended before a rank was killed"
+            time.sleep(0.01)
+        assert victim
+        _, errors = parent.communicate(timeout=120)
+        assert parent.returncode != 0
+        assert b"SIGKILL" in errors or b"-9" in errors
+    assert_same(run(folder, "lost", TORCHRUN, batch_size=4, epochs=2, resume_from_checkpoint="latest"), one)
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Processes that torchrun started."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = place.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and "logitcask" in (place.parent / "cmdline").read_text():
+            found.append(int(place.parent.name))
+    return sorted(found)
