@@ -5,8 +5,9 @@ normalised over the teacher's full vocabulary before anything is dropped.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.fidelity import Sums
 
+A = TypeVar("A")
+B = TypeVar("B")
+Array = NDArray[Any]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
@@ -101,14 +105,34 @@ MASS_FLOOR = -64.0  # nats: a tail of exactly no mass counts as this much, so th
 
 
 @dataclass(frozen=True)
-class SoftLabels:
-    """Teacher probabilities at temperature T, sparse."""
+class SoftLabels(Generic[A]):
+    """Teacher probabilities at temperature T, sparse: the one record of a label between the cache and the loss.
 
-    ids: IntArray  # (N, S)
-    weights: FloatArray  # (N, S) sum_s weights * f(ids) estimates sum_v p_T(v) f(v); 0 is padding
-    log_probs: FloatArray  # (N, S) log p_T of each entry, 0 where the weight is 0
-    log_rest: FloatArray  # (N,) log of the mass outside the head at T
+    Numpy arrays as ``soft_labels`` makes them, tensors once they are in a batch (``map(torch.from_numpy)``). Not a
+    tuple, since Trainer rebuilds a tuple from a single generator; data loaders call ``to`` and ``pin_memory``.
+    """
+
+    ids: A  # (N, S)
+    weights: A  # (N, S) sum_s weights * f(ids) estimates sum_v p_T(v) f(v); 0 is padding
+    log_probs: A  # (N, S) log p_T of each entry, 0 where the weight is 0
+    log_rest: A  # (N,) log of the mass outside the head at T
     head_size: int  # the first entries of S
+
+    def map(self, function: Callable[[Any], B]) -> "SoftLabels[B]":
+        """The labels with a function applied to each of the four arrays."""
+        ids, weights, log_probs, log_rest = map(function, (self.ids, self.weights, self.log_probs, self.log_rest))
+        return SoftLabels(ids, weights, log_probs, log_rest, self.head_size)
+
+    def __getitem__(self, rows: slice) -> "SoftLabels[A]":
+        return self.map(lambda array: array[rows])
+
+    def to(self, device: Any, **options: Any) -> "SoftLabels[A]":
+        """Tensors on a device."""
+        return self.map(lambda tensor: tensor.to(device, **options))
+
+    def pin_memory(self, *device: Any) -> "SoftLabels[A]":
+        """Tensors in page-locked memory."""
+        return self.map(lambda tensor: tensor.pin_memory(*device))
 
 
 def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
@@ -120,7 +144,9 @@ def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
     raise LogitcaskError(f"--temperature {temperature:g} is not stored in the cache: it holds {stored_names}")
 
 
-def soft_labels(targets: SparseTargets, temperatures: Sequence[float], temperature: float, tail: str) -> SoftLabels:
+def soft_labels(
+    targets: SparseTargets, temperatures: Sequence[float], temperature: float, tail: str
+) -> SoftLabels[Array]:
     """Labels at one stored temperature.
 
     ``sampled``: head weight p_T(v), tail weight (count / M) * p_T(v) / r(v), where r(v) = mean over stored t of

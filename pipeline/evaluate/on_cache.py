@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from logitcask.cache.labels import Example, SparseTargets, soft_labels
+from logitcask.cache.labels import Example, SoftLabels, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.console import track
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.losses import SparseLabels, bucket_divergence, hard_loss, sparse_forward_kl
+from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, sparse_forward_kl
 from logitcask.pipeline.models.student import require_room
 from logitcask.pipeline.runs.evaluation import Divergence, OnCache
 from logitcask.pipeline.text.examples import Encoded
@@ -39,7 +39,9 @@ class Measures:
     confidence_n: Tensor  # its probability at T=1
 
 
-def measure(logits_nV: Tensor, gold_n: Tensor, labels: Sequence[tuple[float, SparseLabels]], tail: str) -> Measures:
+def measure(
+    logits_nV: Tensor, gold_n: Tensor, labels: Sequence[tuple[float, SoftLabels[Tensor]]], tail: str
+) -> Measures:
     """Measures of some rows of logits; ``labels`` has a temperature and the teacher's entries at it, J times.
 
     With tail ``sampled`` the KL is unbiased, and exact where the head is the whole vocabulary; with ``bucket`` all
@@ -147,7 +149,10 @@ class _Totals:
     def _add_slice(self, targets: SparseTargets, hidden_nH: torch.Tensor, head: LMHead, gold_n: torch.Tensor) -> Array:
         """Columns of the sums, (n, C), of rows whose logits fit in memory."""
         temperatures = self._label.temperatures
-        labels = [(t, self._entries(targets, t, hidden_nH.device)) for t in temperatures]
+        labels = [
+            (t, soft_labels(targets, temperatures, t, self._tail).map(torch.from_numpy).to(hidden_nH.device))
+            for t in temperatures
+        ]
         found = measure(head.logits(hidden_nH), gold_n.to(hidden_nH.device), labels, self._tail)
         top, gold = found.top_n.cpu().numpy(), gold_n.numpy()
         self._bins += calibration_bins(found.confidence_n.cpu().double().numpy(), top == gold)
@@ -157,13 +162,6 @@ class _Totals:
             self._teacher_bins += calibration_bins(_teacher_confidence(targets, temperatures), first == gold)
         each = [np.ones(len(gold)), found.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
         return np.concatenate([np.stack(each, axis=1), found.kl_nJ.cpu().double().numpy()], axis=1)
-
-    def _entries(self, targets: SparseTargets, temperature: float, device: torch.device) -> SparseLabels:
-        soft = soft_labels(targets, self._label.temperatures, temperature, self._tail)
-        ids, weights, log_probs, log_rest = (
-            torch.from_numpy(x).to(device) for x in (soft.ids, soft.weights, soft.log_probs, soft.log_rest)
-        )
-        return SparseLabels(ids, weights, log_probs, log_rest, soft.head_size)
 
     def on_cache(self, cache: str) -> OnCache:
         """The figures of everything added."""

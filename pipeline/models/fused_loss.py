@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.models.head import LMHead
-from logitcask.pipeline.models.losses import LossSettings, LossSums, SparseLabels, outcome_divergence
+from logitcask.pipeline.models.losses import LossSettings, LossSums, outcome_divergence
 
 SLICE_LOGITS = 1 << 24  # of one matrix product: enough rows for its speed, 64 MiB in float32
 CACHED_LOGITS = 1 << 19  # worked on at a time: what a processor's cache holds
@@ -39,7 +40,7 @@ class TeacherRows:
 # Whether a backward pass may come again; where torch does not tell, gradients are scaled in a copy.
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
-Target = SparseLabels | TeacherRows | None
+Target = SoftLabels[Tensor] | TeacherRows | None
 
 
 def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, settings: LossSettings) -> LossSums:
@@ -193,15 +194,15 @@ def _weigh(z: Tensor, of: _Masses, of_hard: Tensor, of_soft: Tensor, t: float, s
 
 
 def _soft(
-    log_q_nS: Tensor, log_q_rest_n1: Tensor, labels: SparseLabels, settings: LossSettings, whole: bool
+    log_q_nS: Tensor, log_q_rest_n1: Tensor, labels: SoftLabels[Tensor], settings: LossSettings, whole: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence (n,) and its derivatives with respect to log q_T of the entries (n, S) and of the rest (n, 1)."""
     if settings.tail != "bucket":
-        value = (labels.weights_NS * (labels.log_probs_NS - log_q_nS)).sum(1)
-        return value, -labels.weights_NS.to(log_q_nS.dtype), torch.zeros_like(log_q_rest_n1)
+        value = (labels.weights * (labels.log_probs - log_q_nS)).sum(1)
+        return value, -labels.weights.to(log_q_nS.dtype), torch.zeros_like(log_q_rest_n1)
     with torch.enable_grad():
         log_q = torch.cat([log_q_nS, log_q_rest_n1], dim=1).requires_grad_()
-        log_p = torch.cat([labels.log_probs_NS, labels.log_rest_N[:, None]], dim=1)
+        log_p = torch.cat([labels.log_probs, labels.log_rest[:, None]], dim=1)
         outcomes = labels.head_size + (0 if whole else 1)  # no rest where the head is the whole vocabulary
         value = outcome_divergence(log_q[:, :outcomes], log_p[:, :outcomes], settings.divergence)
         (g,) = torch.autograd.grad(value.sum(), log_q)
@@ -223,7 +224,7 @@ def _wide(x: Tensor) -> Tensor:
 def _piece(
     z: Tensor,
     gold: Tensor,
-    target: SparseLabels | Tensor | None,
+    target: SoftLabels[Tensor] | Tensor | None,
     settings: LossSettings,
     scratch: Tensor,
     differentiate: bool,
@@ -238,8 +239,8 @@ def _piece(
     alpha, t = settings.alpha, settings.temperature if target is not None else 1.0
     gold_1 = gold[:, None]
     z_gold = z.gather(1, gold_1)
-    labels = target if isinstance(target, SparseLabels) else None
-    ids = labels.ids_NS if labels is not None else gold_1[:, :0]
+    labels = target if isinstance(target, SoftLabels) else None
+    ids = labels.ids if labels is not None else gold_1[:, :0]
     z_ids = z.gather(1, ids)
     k = labels.head_size if labels is not None else 0
     dense = _dense(target, z, t) if isinstance(target, Tensor) else None
@@ -270,6 +271,6 @@ def _piece(
         z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
 
     hard_sum, soft_sum = hard.sum(), t * t * soft.sum()
-    teacher = -torch.expm1(labels.log_rest_N).sum() if labels is not None else masses.sum()
+    teacher = -torch.expm1(labels.log_rest).sum() if labels is not None else masses.sum()
     total = alpha * hard_sum + (1.0 - alpha) * soft_sum
     return torch.stack([total, hard_sum, soft_sum, teacher.to(total.dtype), masses.sum()])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from logitcask.cache.labels import SoftLabels
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -21,22 +23,6 @@ class LossSettings:
     temperature: float
     tail: str  # sampled, bucket, renormalize
     divergence: str  # forward-kl, reverse-kl, jsd
-
-
-@dataclass(frozen=True)
-class SparseLabels:
-    """Teacher entries at the temperature of training; see cache.soft_labels."""
-
-    ids_NS: Tensor
-    weights_NS: Tensor
-    log_probs_NS: Tensor
-    log_rest_N: Tensor
-    head_size: int
-
-    def __getitem__(self, rows: slice) -> "SparseLabels":
-        return SparseLabels(
-            self.ids_NS[rows], self.weights_NS[rows], self.log_probs_NS[rows], self.log_rest_N[rows], self.head_size
-        )
 
 
 class LossSums(NamedTuple):
@@ -57,20 +43,20 @@ def hard_loss(logits_NV: Tensor, gold_N: Tensor) -> Tensor:
     return functional.cross_entropy(logits_NV, gold_N, reduction="none")
 
 
-def sparse_forward_kl(log_q_NV: Tensor, labels: SparseLabels) -> Tensor:
+def sparse_forward_kl(log_q_NV: Tensor, labels: SoftLabels[Tensor]) -> Tensor:
     """sum_s w_s (log p_T(v_s) - log q_T(v_s)): unbiased for KL(p_T || q_T) with sampled weights."""
-    log_q_NS = log_q_NV.gather(1, labels.ids_NS)
-    return (labels.weights_NS * (labels.log_probs_NS - log_q_NS)).sum(1)
+    log_q_NS = log_q_NV.gather(1, labels.ids)
+    return (labels.weights * (labels.log_probs - log_q_NS)).sum(1)
 
 
-def bucket_divergence(log_q_NV: Tensor, labels: SparseLabels, divergence: str) -> Tensor:
+def bucket_divergence(log_q_NV: Tensor, labels: SoftLabels[Tensor], divergence: str) -> Tensor:
     """Divergence over K + 1 outcomes: the head's tokens, and everything else as one, with its true mass at T."""
-    ids_NK = labels.ids_NS[:, : labels.head_size]
-    log_q_NO, log_p_NO = log_q_NV.gather(1, ids_NK), labels.log_probs_NS[:, : labels.head_size]
+    ids_NK = labels.ids[:, : labels.head_size]
+    log_q_NO, log_p_NO = log_q_NV.gather(1, ids_NK), labels.log_probs[:, : labels.head_size]
     if labels.head_size < log_q_NV.shape[1]:
         rest_N1 = log_q_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1, keepdim=True)
         log_q_NO = torch.cat([log_q_NO, rest_N1], dim=1)
-        log_p_NO = torch.cat([log_p_NO, labels.log_rest_N[:, None]], dim=1)
+        log_p_NO = torch.cat([log_p_NO, labels.log_rest[:, None]], dim=1)
     return outcome_divergence(log_q_NO, log_p_NO, divergence)
 
 
@@ -88,7 +74,7 @@ def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> T
     return 0.5 * (sides[0] + sides[1])
 
 
-def soft_loss(log_q_NV: Tensor, labels: SparseLabels, settings: LossSettings) -> Tensor:
+def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor], settings: LossSettings) -> Tensor:
     """T^2 times the divergence at T (Hinton et al., 2015: keeps the gradient's size about equal over T)."""
     if settings.tail == "bucket":
         divergence_N = bucket_divergence(log_q_NV, labels, settings.divergence)
@@ -99,7 +85,7 @@ def soft_loss(log_q_NV: Tensor, labels: SparseLabels, settings: LossSettings) ->
 
 
 def distillation_loss(
-    logits_NV: Tensor, gold_N: Tensor, labels: SparseLabels | None, settings: LossSettings
+    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
 ) -> LossSums:
     """alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None where alpha is 1."""
     hard_N = hard_loss(logits_NV, gold_N)
@@ -108,12 +94,12 @@ def distillation_loss(
         return LossSums(settings.alpha * hard_N.sum(), hard_N.detach().sum(), zero, zero, zero)
     log_q_NV = functional.log_softmax(logits_NV / settings.temperature, dim=1)
     soft_N = soft_loss(log_q_NV, labels, settings)
-    head_NK = log_q_NV.detach().gather(1, labels.ids_NS[:, : labels.head_size]).exp()
+    head_NK = log_q_NV.detach().gather(1, labels.ids[:, : labels.head_size]).exp()
     total = settings.alpha * hard_N.sum() + (1.0 - settings.alpha) * soft_N.sum()
     return LossSums(
         total=total,
         hard=hard_N.detach().sum(),
         soft=soft_N.detach().sum(),
-        teacher_mass=(-torch.expm1(labels.log_rest_N)).sum(),
+        teacher_mass=(-torch.expm1(labels.log_rest)).sum(),
         student_mass=head_NK.sum(),
     )

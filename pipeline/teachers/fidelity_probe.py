@@ -69,12 +69,12 @@ class Probe:
 def _estimate(stored: SparseTargets, label: LabelSettings, t: float, q_nV: Tensor) -> Tensor:
     """The label's estimate of p, (n, V): by draws or, where there are none, by the bucket, shared out as q does."""
     soft = soft_labels(stored, label.temperatures, t, "sampled" if label.tail_draws else "bucket")
-    ids_nS = torch.from_numpy(soft.ids).to(q_nV.device)
-    found_nV = torch.zeros_like(q_nV).scatter_add_(1, ids_nS, torch.from_numpy(soft.weights).to(q_nV.device))
+    entries = soft.map(torch.from_numpy).to(q_nV.device)
+    found_nV = torch.zeros_like(q_nV).scatter_add_(1, entries.ids, entries.weights)
     if label.tail_draws:
         return found_nV
-    rest_nV = q_nV.scatter(1, ids_nS, 0.0)
-    mass_n1 = torch.from_numpy(soft.log_rest).to(q_nV.device).exp()[:, None]
+    rest_nV = q_nV.scatter(1, entries.ids, 0.0)
+    mass_n1 = entries.log_rest.exp()[:, None]
     return found_nV + mass_n1 * rest_nV / rest_nV.sum(1, keepdim=True).clamp_min(1e-30)
 
 

@@ -5,10 +5,10 @@ Legend: B examples a batch, R rows they lie in, L the rows' length, N target pos
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from logitcask.cache.labels import IntArray, SparseTargets, soft_labels
@@ -17,7 +17,7 @@ from logitcask.cache.storage.disk_cache import LocalCopies
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.text.token_table import TokenTable
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # of tensors, and SoftLabels of tensors
 GROUP = 64  # steps
 
 
@@ -180,8 +180,8 @@ class Collator:
     packed: bool = False  # several examples in a row, told apart by position_ids
 
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
-        """input_ids (R, L), padded at the right; target_index (N,) into the flattened batch; gold (N,); label tensors;
-        where examples share rows, position_ids (R, L), which begin at 0 with each of them.
+        """input_ids (R, L), padded at the right; target_index (N,) into the flattened batch; gold (N,); soft_labels
+        of N rows; where examples share rows, position_ids (R, L), which begin at 0 with each of them.
 
         There is no padding mask: attention is causal, so no real token sees the padding after it.
         """
@@ -196,7 +196,7 @@ class Collator:
             index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
         at = np.concatenate(index)
         slots = np.array([sum(lengths) if examples else 0, ids.size])  # tokens, and room for them
-        batch = {
+        batch: Batch = {
             "input_ids": torch.from_numpy(ids),
             "target_index": torch.from_numpy(at),
             "gold": torch.from_numpy(ids.reshape(-1)[at + 1]),
@@ -207,8 +207,5 @@ class Collator:
         parts = [example.targets for example in examples if example.targets is not None]
         if parts:
             soft = soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
-            batch["label_ids"] = torch.from_numpy(soft.ids)
-            batch["label_weights"] = torch.from_numpy(soft.weights)
-            batch["label_log_probs"] = torch.from_numpy(soft.log_probs)
-            batch["label_log_rest"] = torch.from_numpy(soft.log_rest)
+            batch["soft_labels"] = soft.map(torch.from_numpy)
         return batch

@@ -56,7 +56,6 @@ class Source:
     vocab_size: int
     longest: int  # tokens of the longest example
     temperatures: tuple[float, ...]
-    head_size: int
     tail: str
     shard_starts: IntArray
     identity: str  # of the cache's manifest, or of the data where there is none: tells runs apart
@@ -96,7 +95,6 @@ def cache_source(settings: TrainSettings) -> Source:
         vocab_size=label.vocab_size,
         longest=data.longest,
         temperatures=tuple(label.temperatures),
-        head_size=label.head_size,
         tail=tail,
         shard_starts=reader.shard_starts,
         identity=sha256(reader.manifest.model_dump_json().encode()),
@@ -150,7 +148,6 @@ def file_source(settings: TrainSettings, folder: Path) -> Source:
         vocab_size=tokenizer_size(tokenizer),
         longest=int(np.diff(table.starts).max()),
         temperatures=(),
-        head_size=0,
         tail="sampled",
         shard_starts=np.array([0, len(table)], dtype=np.int64),
         identity=table.identity.fingerprint + (teacher.fingerprint if teacher else ""),

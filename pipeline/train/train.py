@@ -72,7 +72,7 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
     with memory_watched(settings, shape, source.longest, device):
         loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
-        make_loss_forward(model, loss, source.head_size, source.teacher)
+        make_loss_forward(model, loss, source.teacher)
         pad = source.tokenizer.pad_token_id
         collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
         interrupts = Interrupts()

@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.losses import LossSettings, LossSums, SparseLabels
+from logitcask.pipeline.models.losses import LossSettings, LossSums
 from logitcask.pipeline.train.batches import Batch, BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
 from logitcask.pipeline.train.callbacks.nonfinite import Watch
@@ -29,7 +29,6 @@ SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 def make_loss_forward(
     model: PreTrainedModel,
     settings: LossSettings,
-    head_size: int,
     teacher: Callable[[Batch], TeacherRows] | None = None,
 ) -> None:
     """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
@@ -44,7 +43,7 @@ def make_loss_forward(
         if batch is None:
             return plain_head(hidden)
         current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
-        return fused_loss(hidden, current, batch["gold"], target or labels_of(batch, head_size), settings)
+        return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
 
     def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
@@ -53,15 +52,6 @@ def make_loss_forward(
         return head(hidden, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
 
     model.forward, head.forward = forward, forward_head
-
-
-def labels_of(batch: Batch, head_size: int) -> SparseLabels | None:
-    """The soft labels of a batch, None where it has none."""
-    if "label_ids" not in batch:
-        return None
-    return SparseLabels(
-        batch["label_ids"], batch["label_weights"], batch["label_log_probs"], batch["label_log_rest"], head_size
-    )
 
 
 class DistillationTrainer(Trainer):

@@ -27,7 +27,7 @@ from logitcask.cache.manifest import LabelSettings, ShardPlan
 from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
-from logitcask.pipeline.models.losses import LossSettings, SparseLabels, distillation_loss
+from logitcask.pipeline.models.losses import LossSettings, distillation_loss
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.text.examples import Encoder, read_records
@@ -111,13 +111,7 @@ def sparse_loss(targets: SparseTargets, head: int, temperature: float, tail: str
     settings = LossSettings(alpha=0.0, temperature=temperature, tail=tail, divergence="forward-kl")
 
     def loss(logits: Tensor, rows: slice) -> Tensor:
-        labels = SparseLabels(
-            ids_NS=torch.from_numpy(soft.ids[rows]),
-            weights_NS=torch.from_numpy(soft.weights[rows]),
-            log_probs_NS=torch.from_numpy(soft.log_probs[rows]),
-            log_rest_N=torch.from_numpy(soft.log_rest[rows]),
-            head_size=head,
-        )
+        labels = soft[rows].map(torch.from_numpy)
         gold = torch.zeros(len(logits), dtype=torch.long)
         return distillation_loss(logits, gold, labels, settings).total
 

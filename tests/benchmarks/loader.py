@@ -81,7 +81,7 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
     arguments = training_arguments(settings)
     arguments.save_strategy = SaveStrategy.NO
     model = student_from_config(config, label.vocab_size)
-    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"), label.head_size)
+    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"))
     examples = InMemory(cache) if kept else CacheExamples(cache, with_targets=True)
     sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
     plain = Collator(0, tuple(label.temperatures), 2.0, "sampled")

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.machine import free_at_once
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
@@ -53,7 +54,7 @@ def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: b
     torch.ones(64, 64).matmul(torch.ones(64, 64))
     before = resident()
     model = student_from_config(config_path(name), MEASURED_VOCABULARY)
-    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"), 8)
+    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"))
     if checkpointing:
         model.gradient_checkpointing_enable()
     else:
@@ -66,10 +67,13 @@ def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: b
             "input_ids": torch.randint(0, MEASURED_VOCABULARY, (examples, length)),
             "target_index": torch.arange(count),
             "gold": torch.randint(0, MEASURED_VOCABULARY, (count,)),
-            "label_ids": torch.randint(0, MEASURED_VOCABULARY, (count, ENTRIES)),
-            "label_weights": torch.full((count, ENTRIES), 1 / ENTRIES),
-            "label_log_probs": torch.full((count, ENTRIES), -4.0),
-            "label_log_rest": torch.full((count,), -2.0),
+            "soft_labels": SoftLabels(
+                torch.randint(0, MEASURED_VOCABULARY, (count, ENTRIES)),
+                torch.full((count, ENTRIES), 1 / ENTRIES),
+                torch.full((count, ENTRIES), -4.0),
+                torch.full((count,), -2.0),
+                8,
+            ),
         }
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
             loss = model(**batch).total / count

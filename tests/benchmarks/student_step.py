@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_at_once
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
-from logitcask.pipeline.models.losses import LossSettings, SparseLabels
+from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.train.trainer import make_loss_forward
@@ -47,18 +48,18 @@ GLIBC_LARGEST = 32 << 20  # of a block in the heap, where glibc's own adjusting 
 Way = Callable[[], None]
 
 
-def labels(n: int, vocab: int, entries: int = HEAD + DRAWS) -> SparseLabels:
+def labels(n: int, vocab: int, entries: int = HEAD + DRAWS) -> SoftLabels[Tensor]:
     """Labels of the standard preset's shape: what they say costs nothing, how many they are does."""
     ids = torch.stack([torch.randperm(vocab)[:entries] for _ in range(16)]).repeat(-(-n // 16), 1)[:n]
     weights = torch.rand(n, entries)
-    return SparseLabels(ids, weights / weights.sum(1, keepdim=True), torch.zeros(n, entries) - 3, -torch.ones(n), HEAD)
+    return SoftLabels(ids, weights / weights.sum(1, keepdim=True), torch.zeros(n, entries) - 3, -torch.ones(n), HEAD)
 
 
-def peers(logits: Tensor, gold: Tensor, top: SparseLabels, how: LossSettings) -> Tensor:
+def peers(logits: Tensor, gold: Tensor, top: SoftLabels[Tensor], how: LossSettings) -> Tensor:
     """The usual sparse loss: full logits, their log-softmax, gather; the top made to sum to 1."""
     hard = functional.cross_entropy(logits, gold, reduction="sum")
-    log_q = functional.log_softmax(logits / how.temperature, dim=1).gather(1, top.ids_NS)
-    soft = -(top.weights_NS * log_q).sum() * how.temperature**2
+    log_q = functional.log_softmax(logits / how.temperature, dim=1).gather(1, top.ids)
+    soft = -(top.weights * log_q).sum() * how.temperature**2
     return how.alpha * hard + (1 - how.alpha) * soft
 
 
@@ -128,12 +129,10 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: boo
 
     def ours(how: LossSettings) -> Callable[[PreTrainedModel], Callable[[], Tensor]]:
         sparse = labels(n, VOCAB)
-        batch = {"input_ids": ids, "target_index": at, "gold": gold, "label_ids": sparse.ids_NS}
-        batch |= {"label_weights": sparse.weights_NS, "label_log_probs": sparse.log_probs_NS}
-        batch["label_log_rest"] = sparse.log_rest_N
+        batch = {"input_ids": ids, "target_index": at, "gold": gold, "soft_labels": sparse}
 
         def make(student: PreTrainedModel) -> Callable[[], Tensor]:
-            make_loss_forward(student, how, HEAD)
+            make_loss_forward(student, how)
             return lambda: student(**batch).total / n
 
         return make

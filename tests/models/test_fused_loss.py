@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitcask.cache.labels import soft_labels
+from logitcask.cache.labels import SoftLabels, soft_labels
 from logitcask.pipeline.models import fused_loss as fused
 from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead
-from logitcask.pipeline.models.losses import LossSettings, LossSums, SparseLabels, distillation_loss
+from logitcask.pipeline.models.losses import LossSettings, LossSums, distillation_loss
 from tests.models.test_losses import TEMPERATURES, as_tensors, label, random_logits
 
 N, H, V, K, M = 37, 6, 29, 4, 5
@@ -39,7 +39,7 @@ def gold() -> Tensor:
     return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
 
-def labels(t: float, tail: str, head: int = K, draws: int = M, spread: float = 2.0) -> SparseLabels:
+def labels(t: float, tail: str, head: int = K, draws: int = M, spread: float = 2.0) -> SoftLabels[Tensor]:
     return as_tensors(soft_labels(label(random_logits(N, V, spread, 3), head, draws), TEMPERATURES, t, tail))
 
 
@@ -47,7 +47,7 @@ def head_of(tensors: list[Tensor], scale: float = 1.0, softcap: float | None = N
     return LMHead(tensors[1], tensors[2] if len(tensors) > 2 else None, scale, softcap)
 
 
-def plain(tensors: list[Tensor], head: LMHead, target: SparseLabels | None, how: LossSettings) -> LossSums:
+def plain(tensors: list[Tensor], head: LMHead, target: SoftLabels[Tensor] | None, how: LossSettings) -> LossSums:
     return distillation_loss(head.logits(tensors[0]), gold(), target, how)
 
 

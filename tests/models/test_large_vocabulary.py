@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from logitcask.pipeline.models.losses import LossSettings, SparseLabels, distillation_loss
+from logitcask.cache.labels import SoftLabels
+from logitcask.pipeline.models.losses import LossSettings, distillation_loss
 from logitcask.pipeline.models.student import student_from_config
-from logitcask.pipeline.train.trainer import labels_of, make_loss_forward
+from logitcask.pipeline.train.batches import Batch
+from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import write_config
 
 V, N, ROWS, HEAD, TAIL = 262_144, 192, 6, 8, 24
@@ -22,7 +24,7 @@ STUDENT: dict[str, object] = {
 }  # fmt: skip
 
 
-def batch(entries: int) -> dict[str, torch.Tensor]:
+def batch(entries: int) -> Batch:
     """Rows of N + ROWS tokens, all of them targets but the last of each row; labels from all over the vocabulary."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V, (ROWS, N // ROWS + 1), generator=random)
@@ -35,10 +37,9 @@ def batch(entries: int) -> dict[str, torch.Tensor]:
         "input_ids": ids,
         "target_index": index,
         "gold": ids.flatten()[index + 1],
-        "label_ids": label_ids[:, :entries],
-        "label_weights": log_probs[:, :entries].exp(),
-        "label_log_probs": log_probs[:, :entries],
-        "label_log_rest": rest,
+        "soft_labels": SoftLabels(
+            label_ids[:, :entries], log_probs[:, :entries].exp(), log_probs[:, :entries], rest, HEAD
+        ),
     }
 
 
@@ -64,7 +65,7 @@ def test_a_step_is_that_of_the_plain_loss_without_its_logits(tail: str, tmp_path
     model = student_from_config(write_config(tmp_path / "student.json", STUDENT), vocab_size=V).eval()
     given, head = batch(HEAD + TAIL if tail == "sampled" else HEAD), model.get_output_embeddings().weight
     plain_forward = model.forward
-    make_loss_forward(model, how, HEAD)
+    make_loss_forward(model, how)
     before = forget_peak()
     found = model(**given)
     torch.autograd.backward(found.total)
@@ -73,9 +74,7 @@ def test_a_step_is_that_of_the_plain_loss_without_its_logits(tail: str, tmp_path
     model.zero_grad(set_to_none=True)
     before = forget_peak()
     logits = plain_forward(input_ids=given["input_ids"]).logits.flatten(0, 1)[given["target_index"]]
-    labels = labels_of(given, HEAD)
-    assert isinstance(labels, SparseLabels)
-    wanted = distillation_loss(logits, given["gold"], labels, how)
+    wanted = distillation_loss(logits, given["gold"], given["soft_labels"], how)
     torch.autograd.backward(wanted.total)
     plain_took = peak() - before
     assert head.shape == (V, 32)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from logitcask.cache.layout import decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.losses import (
     LossSettings,
-    SparseLabels,
     bucket_divergence,
     distillation_loss,
     sparse_forward_kl,
@@ -48,28 +48,23 @@ def label(z_NV: FloatArray64, head: int, draws: int, *, seed: int = 0, gold: int
     return sparsify(torch.from_numpy(z_NV), torch.full((n,), gold), uniforms, head, TEMPERATURES)
 
 
-def as_tensors(soft: SoftLabels) -> SparseLabels:
-    return SparseLabels(
-        torch.from_numpy(soft.ids),
-        torch.from_numpy(soft.weights).double(),
-        torch.from_numpy(soft.log_probs).double(),
-        torch.from_numpy(soft.log_rest).double(),
-        soft.head_size,
-    )
+def as_tensors(soft: SoftLabels[Any]) -> SoftLabels[Tensor]:
+    """In float64, but for the ids."""
+    return soft.map(torch.from_numpy).map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def exact_labels(z_NV: FloatArray64, head: int, t: float) -> SparseLabels:
+def exact_labels(z_NV: FloatArray64, head: int, t: float) -> SoftLabels[Tensor]:
     """The label's head and rest at T in float64, from the dense distribution."""
     p_NV = dense_log_probs(z_NV, t)
     ids = np.argsort(-z_NV, axis=1, kind="stable")[:, :head]
     log_p = np.take_along_axis(p_NV, ids, axis=1)
     rest = np.maximum(1.0 - np.exp(log_p).sum(1), 1e-300)
     ids_NK, weights_NK, log_p_NK, log_rest_N = (torch.from_numpy(a) for a in (ids, np.exp(log_p), log_p, np.log(rest)))
-    return SparseLabels(ids_NK, weights_NK, log_p_NK, log_rest_N, head)
+    return SoftLabels(ids_NK, weights_NK, log_p_NK, log_rest_N, head)
 
 
 def kd_gradient(
-    student_NV: FloatArray64, labels: SparseLabels, t: float, tail: str, alpha: float = 0.0
+    student_NV: FloatArray64, labels: SoftLabels[Tensor], t: float, tail: str, alpha: float = 0.0
 ) -> FloatArray64:
     z = torch.from_numpy(student_NV).clone().requires_grad_()
     how = LossSettings(alpha=alpha, temperature=t, tail=tail, divergence="forward-kl")
@@ -141,9 +136,9 @@ def test_the_loss_of_sampled_labels_has_the_gradient_of_their_weights() -> None:
     teacher, student = random_logits(5, 60, 2.0, 1), random_logits(5, 60, 1.0, 2)
     labels = as_tensors(soft_labels(label(teacher, 4, 9), TEMPERATURES, 1.5, "sampled"))
     q = np.exp(dense_log_probs(student, 1.5))
-    want = q * labels.weights_NS.sum(1, keepdim=True).numpy()
+    want = q * labels.weights.sum(1, keepdim=True).numpy()
     for row in range(5):
-        np.subtract.at(want[row], labels.ids_NS[row].numpy(), labels.weights_NS[row].numpy())
+        np.subtract.at(want[row], labels.ids[row].numpy(), labels.weights[row].numpy())
     np.testing.assert_allclose(kd_gradient(student, labels, 1.5, "sampled"), 1.5 * want, rtol=1e-9, atol=1e-12)
 
 
@@ -212,7 +207,7 @@ def test_bucket_is_the_dense_divergence_over_one_more_outcome_than_the_head(dive
     teacher, student = random_logits(4, 30, 2.0, 8), random_logits(4, 30, 1.0, 9)
     labels = exact_labels(teacher, 5, t)
     log_q = torch.from_numpy(dense_log_probs(student, t))
-    p, q = (outcomes(dense_log_probs(z, t), labels.ids_NS) for z in (teacher, student))
+    p, q = (outcomes(dense_log_probs(z, t), labels.ids) for z in (teacher, student))
     m = (p + q) / 2
     want = {
         "forward-kl": (p * np.log(p / q)).sum(1),
@@ -237,9 +232,9 @@ def test_bucket_is_finite_for_a_teacher_without_a_tail(divergence: str) -> None:
 def test_bucket_labels_hold_the_true_remaining_mass(t: float) -> None:
     teacher = random_logits(6, 500, 3.0, 10)
     soft, exact = soft_labels(label(teacher, 6, 4), TEMPERATURES, t, "bucket"), exact_labels(teacher, 6, t)
-    np.testing.assert_array_equal(soft.ids, exact.ids_NS.numpy())
-    np.testing.assert_allclose(soft.log_rest, exact.log_rest_N.numpy(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(soft.log_probs, exact.log_probs_NS.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(soft.ids, exact.ids.numpy())
+    np.testing.assert_allclose(soft.log_rest, exact.log_rest.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(soft.log_probs, exact.log_probs.numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)

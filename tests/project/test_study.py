@@ -35,7 +35,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, t
 def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Tensor:
     """Weights by token, averaged over positions."""
     found = entries(where, EVERY_WAY[way], ROWS, temperature)
-    whole = torch.zeros(len(found.ids_NS), VOCAB).scatter_add(1, found.ids_NS, found.weights_NS)
+    whole = torch.zeros(len(found.ids), VOCAB).scatter_add(1, found.ids, found.weights)
     return whole.mean(0)
 
 
@@ -115,8 +115,8 @@ def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[Teache
     where.stored["top"] = STORED["top"]
     top = logits.softmax(0).sort(descending=True).values
     z = torch.cat([top[:64], top[64:].sum()[None]]).sqrt()
-    assert torch.allclose(found.log_probs_NS[0].exp(), (z / z.sum())[:64], atol=2e-2)
-    assert float(found.log_probs_NS[0].exp().sum() + found.log_rest_N[0].exp()) == pytest.approx(1.0, abs=1e-5)
+    assert torch.allclose(found.log_probs[0].exp(), (z / z.sum())[:64], atol=2e-2)
+    assert float(found.log_probs[0].exp().sum() + found.log_rest[0].exp()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_what_is_not_labelled_is_not_taken_for_labels(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def assert_batches_agree(cache: Path, leads: IntArray) -> None:
     for first in range(0, len(examples), 4):
         batch = collate([examples[i] for i in range(first, min(first + 4, len(examples)))])
         flat, index = batch["input_ids"].reshape(-1), batch["target_index"]
-        np.testing.assert_array_equal(batch["label_ids"][:, 0], leads[flat[index]])
+        np.testing.assert_array_equal(batch["soft_labels"].ids[:, 0], leads[flat[index]])
         assert torch.equal(batch["gold"], flat[index + 1])
 
 

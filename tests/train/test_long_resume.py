@@ -43,7 +43,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
                               max_steps=steps,
                               num_workers=workers, gradient_accumulation_steps=accumulation)  # fmt: skip
     model = student_from_config(write_config(folder / "student.json", STUDENT), 300)
-    make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"), 0)
+    make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"))
     examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
     collator = Collator(0, (), 1.0, "bucket")
     return DistillationTrainer(

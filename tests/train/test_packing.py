@@ -66,7 +66,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_lone_ones(name: str, cach
     alone = Collator(0, tuple(reader.manifest.label.temperatures), 2.0, "sampled")
     source = CacheExamples(str(cache), with_targets=True)
     examples = [shortened(source[i], i % 3) for i in range(12)]
-    make_loss_forward(model, HOW, reader.manifest.label.head_size)
+    make_loss_forward(model, HOW)
     found = []
     for collator in (alone, replace(alone, packed=True)):
         batch = collator(examples)

@@ -36,7 +36,7 @@ def student(cache: Path, tmp_path: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     label = CacheReader(cache).manifest.label
     model = student_from_config(write_config(tmp_path / "student.json", STUDENT), label.vocab_size)
-    make_loss_forward(model, HOW, label.head_size)
+    make_loss_forward(model, HOW)
     return model
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcask.cache.labels import IntArray, temperature_index
+from logitcask.cache.labels import IntArray, SoftLabels, temperature_index
 from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.losses import LossSettings, SparseLabels
+from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.fidelity import degrees, stored
 from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries, shorter
@@ -69,13 +69,13 @@ def stage(name: str, vocabulary: int, saved: Path | None) -> Stage:
     return Stage(name, student, mean, square, int(held[0]["step"]))
 
 
-def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> SparseLabels:
+def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> SoftLabels[Tensor]:
     """The usual tempering: the tail's mass at T=1 is raised to 1 / T as if it were one token's."""
     targets, how = where.targets("top", rows), where.stored["top"]
     log_tail = targets.log_tail_mass[:, temperature_index(how.temperatures, 1.0)]
     z = np.concatenate([targets.head_logprobs, log_tail[:, None]], axis=1) / temperature
     log_p = torch.log_softmax(torch.from_numpy(z).float(), dim=1)
-    return SparseLabels(torch.from_numpy(targets.head_ids), log_p[:, :-1].exp(), log_p[:, :-1], log_p[:, -1], how.head)
+    return SoftLabels(torch.from_numpy(targets.head_ids), log_p[:, :-1].exp(), log_p[:, :-1], log_p[:, -1], how.head)
 
 
 def target_of(way: str, where: TeacherFolder, head: LMHead, rows: IntArray, temperature: float) -> Target:

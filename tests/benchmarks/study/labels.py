@@ -12,10 +12,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from logitcask.cache.labels import IntArray, SoftLabels, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.models.losses import SparseLabels
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.corpus import LENGTH
 
@@ -144,7 +144,7 @@ def _shape(field: str, how: Stored, rows: int) -> tuple[tuple[int, ...], type[np
     return (rows, width), kind
 
 
-def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature: float) -> SparseLabels:
+def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature: float) -> SoftLabels[Tensor]:
     """What the loss needs of some rows. A label drawn at T=1 alone is carried to T by p_T / p_1, still unbiased."""
     how, targets = where.stored[way.stored], shorter(where.targets(way.stored, rows), way.head)
     if temperature in how.temperatures:
@@ -157,13 +157,7 @@ def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature:
         weights = targets.tail_counts / how.draws * np.exp(log_p - targets.tail_logprobs)
         none = np.zeros(len(targets), dtype=np.float32)
         found = SoftLabels(targets.tail_ids, weights.astype(np.float32), log_p.astype(np.float32), none, 0)
-    return SparseLabels(
-        ids_NS=torch.from_numpy(found.ids),
-        weights_NS=torch.from_numpy(found.weights),
-        log_probs_NS=torch.from_numpy(found.log_probs),
-        log_rest_N=torch.from_numpy(found.log_rest),
-        head_size=found.head_size,
-    )
+    return found.map(torch.from_numpy)
 
 
 def shorter(targets: SparseTargets, head: int | None) -> SparseTargets:
