@@ -16,11 +16,37 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcask.cache.manifest import LabelSettings
+
 SKETCH = 128
 BATCH = 1000  # positions of the batch whose gradient the figures tell of
 MOMENTS = 4
 VECTORS = 3  # the exact gradient, the label's error, that of top-k renormalised
-Sums = NDArray[np.float64]
+
+
+def row_width(temperatures: int) -> int:
+    """Numbers in a row of sums."""
+    return 1 + temperatures * VECTORS * (MOMENTS + SKETCH)
+
+
+@dataclass(frozen=True)
+class FidelitySums:
+    """A row of sums; rows of positions, batches and shards add up."""
+
+    row: NDArray[np.float64]
+
+    @staticmethod
+    def zeros(label: LabelSettings) -> "FidelitySums":
+        """The sums over no position."""
+        return FidelitySums(np.zeros(row_width(len(label.temperatures))))
+
+    @property
+    def positions(self) -> float:
+        """The number of positions measured."""
+        return float(self.row[0])
+
+    def __add__(self, other: "FidelitySums") -> "FidelitySums":
+        return FidelitySums(self.row + other.row)
 
 
 @dataclass(frozen=True)
@@ -37,19 +63,14 @@ class Fidelity:
     degrees: float  # the angle of that cosine
 
 
-def row_width(temperatures: int) -> int:
-    """Numbers in a row of sums."""
-    return 1 + temperatures * VECTORS * (MOMENTS + SKETCH)
-
-
-def figures(sums: Sums, temperatures: int) -> list[tuple[Fidelity, Fidelity]] | None:
+def figures(sums: FidelitySums, temperatures: int) -> list[tuple[Fidelity, Fidelity]] | None:
     """A temperature's figures: of the label, and of as many most probable tokens renormalised.
 
     Means over pairs of different positions are unbiased: (|sum s|^2 - sum |s|^2) / (n (n - 1)). None where the
     positions are too few to tell a mean gradient from nothing.
     """
-    n = float(sums[0])
-    table = sums[1:].astype(np.float64).reshape(temperatures, VECTORS, MOMENTS + SKETCH)
+    n = sums.positions
+    table = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)
     found = []
     for square, cross, sketch_square, sketch_cross, sketch in (
         (*(table[j, :, moment] for moment in range(MOMENTS)), table[j, :, MOMENTS:]) for j in range(temperatures)
@@ -86,11 +107,11 @@ def _fidelity(
     )
 
 
-def unsound(sums: Sums, temperatures: int, positions: int) -> str | None:
+def unsound(sums: FidelitySums, temperatures: int, positions: int) -> str | None:
     """What is wrong with a shard's row, None where nothing is."""
-    if sums.shape != (row_width(temperatures),) or not np.isfinite(sums).all():
+    if sums.row.shape != (row_width(temperatures),) or not np.isfinite(sums.row).all():
         return "fidelity: must be finite numbers"
-    if not 0 <= sums[0] <= positions:
-        return f"fidelity: of {sums[0]:g} positions, the shard has {positions}"
-    squares = sums[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)[:, :, (0, 2)]
+    if not 0 <= sums.positions <= positions:
+        return f"fidelity: of {sums.positions:g} positions, the shard has {positions}"
+    squares = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)[:, :, (0, 2)]
     return "fidelity: a sum of squares is negative" if squares.min() < 0 else None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.fidelity import Sums
+from logitcask.cache.fidelity import FidelitySums
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -72,13 +72,15 @@ class Shard:
     input_ids: IntArray  # (sum of token_count,)
     target_mask: NDArray[np.bool_]  # (sum of token_count,)
     targets: SparseTargets  # sum of position_count rows
-    fidelity: Sums | None = None  # the shard's row of the certificate; None where none was measured, or not read
+    fidelity: FidelitySums | None = (
+        None  # the shard's row of the certificate; None where none was measured, or not read
+    )
 
     def __len__(self) -> int:
         return len(self.token_count)
 
     @staticmethod
-    def of(examples: Sequence[Example], fidelity: Sums | None = None) -> "Shard":
+    def of(examples: Sequence[Example], fidelity: FidelitySums | None = None) -> "Shard":
         """The shard of these examples, in order."""
         return Shard(
             token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 
 from logitcask.cache.errors import CacheFormatError, IncompleteCacheError
-from logitcask.cache.fidelity import Sums, unsound
+from logitcask.cache.fidelity import FidelitySums, unsound
 from logitcask.cache.integrity import commit_record, committed_shards, constant_layout, read_proved, shard_keys
 from logitcask.cache.invariants import unusable
 from logitcask.cache.labels import Example, IntArray, Shard
@@ -109,14 +109,14 @@ class CacheReader:
             files[name] = data
         return files
 
-    def shard_fidelity(self, index: int) -> Sums:
+    def shard_fidelity(self, index: int) -> FidelitySums:
         """A shard's row of the fidelity certificate. Raises CacheFormatError where it is damaged or there is none."""
         names = [spec.name for spec in self._specs]
         if "fidelity" not in names:
             raise CacheFormatError(f"{self.path}: no fidelity was measured: see --fidelity-positions of stage 1")
         with self._told(index):
             record = commit_record(self._store, self._specs, index)
-            row: Sums = self._slots(names.index("fidelity"), index, record, 1)[0].astype(np.float64)
+            row = FidelitySums(self._slots(names.index("fidelity"), index, record, 1)[0].astype(np.float64))
             problem = unsound(row, len(self.manifest.label.temperatures), self.manifest.shards.positions)
             if problem:
                 raise CacheFormatError(problem)

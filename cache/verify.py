@@ -105,7 +105,7 @@ def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArr
     problems = inconsistent(shard, manifest.label)
     if manifest.label.fidelity_positions:
         try:
-            measured = reader.shard_fidelity(index)[0]
+            measured = reader.shard_fidelity(index).positions
             if measured > len(shard.targets):
                 problems.append(f"fidelity: of {measured:g} positions, the shard has {len(shard.targets)}")
         except CacheFormatError as error:

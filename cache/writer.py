@@ -59,7 +59,7 @@ class CacheWriter:
         }
         if self.manifest.label.fidelity_positions:
             assert shard.fidelity is not None, "the manifest promises a certificate"
-            values["fidelity"] = shard.fidelity[None]
+            values["fidelity"] = shard.fidelity.row[None]
         stride = strides(plan)
         keys = shard_keys(self._specs, index)
         with explain_write_errors(self.path):

@@ -71,7 +71,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
         positions=positions,
         bytes_per_position=total / positions if positions else None,
         labels=label_figures(reader, committed),
-        fidelity_positions=int(sums[0]),
+        fidelity_positions=int(sums.positions),
         fidelity=[
             FidelityFigures(temperature=t, label=label, top_k_renormalized=top)
             for t, (label, top) in zip(temperatures, figures(sums, len(temperatures)) or [], strict=False)

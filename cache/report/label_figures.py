@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from logitcask.cache.fidelity import Sums, row_width
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, Shard, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
@@ -114,9 +114,9 @@ def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SA
     )
 
 
-def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> Sums:
+def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> FidelitySums:
     """The sums of the fidelity certificate over some shards; of no position where none was measured."""
-    total = np.zeros(row_width(len(reader.manifest.label.temperatures)))
+    total = FidelitySums.zeros(reader.manifest.label)
     if reader.manifest.label.fidelity_positions:
         for index in shards:
             total += reader.shard_fidelity(index)

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from logitcask.cache.fidelity import row_width
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import Example, Shard
 from logitcask.cache.manifest import LabelSettings, Manifest
 from logitcask.cache.writer import CacheWriter
@@ -54,7 +52,7 @@ def label_shard(
 ) -> Shard:
     """A shard, labelled: its examples are in the batches in any order."""
     labelled: dict[int, Example] = {}
-    fidelity = np.zeros(row_width(len(label.temperatures)))
+    fidelity = FidelitySums.zeros(label)
     for batch in batches:
         found = teacher.label(batch, label)
         fidelity += found.fidelity

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.cache.fidelity import MOMENTS, SKETCH, VECTORS, Sums, row_width
+from logitcask.cache.fidelity import MOMENTS, SKETCH, VECTORS, FidelitySums, row_width
 from logitcask.cache.labels import SparseTargets, soft_labels
 from logitcask.cache.layout import decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
@@ -38,7 +38,9 @@ class Probe:
         self._of_logits = CountSketch(vocab_size, random, device)
         self._of_hidden = CountSketch(hidden_size, random, device)
 
-    def measure(self, logits_nV: Tensor, hidden_nH: Tensor, targets: SparseTargets, label: LabelSettings) -> Sums:
+    def measure(
+        self, logits_nV: Tensor, hidden_nH: Tensor, targets: SparseTargets, label: LabelSettings
+    ) -> FidelitySums:
         """A row of sums over n positions, from full logits, hidden states and the labels made of them."""
         stored = decode_targets(encode_targets(targets), label)
         z_nV, h_nH = logits_nV.float(), hidden_nH.float()
@@ -63,7 +65,7 @@ class Probe:
                 table[j, vector, MOMENTS:] = sketch_nK.sum(0).cpu().numpy()
         row = np.concatenate([[float(len(z_nV))], table.reshape(-1)])
         assert row.shape == (row_width(len(label.temperatures)),)
-        return row
+        return FidelitySums(row)
 
 
 def _estimate(stored: SparseTargets, label: LabelSettings, t: float, q_nV: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcask.cache.fidelity import Sums, row_width
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.teachers.fidelity_probe import Probe
@@ -37,7 +37,7 @@ def label_rows(
     label: LabelSettings,
     probe: Probe | None,
     rows: int,
-) -> tuple[SparseTargets, Sums]:
+) -> tuple[SparseTargets, FidelitySums]:
     """Labels of N positions from their hidden states, and the fidelity sums of those to be ``measured``.
 
     The logits of ``rows`` positions are made at a time; those beyond the tokenizer's vocabulary (padding of the
@@ -46,7 +46,7 @@ def label_rows(
     device = hidden_NH.device
     few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
-    sums = np.zeros(row_width(len(label.temperatures)))
+    sums = FidelitySums.zeros(label)
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]

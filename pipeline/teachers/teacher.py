@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcask.cache.fidelity import Sums
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 
@@ -30,7 +30,7 @@ class Labelled:
     """Labels of each example, and the sums of the fidelity certificate over all of them."""
 
     targets: list[SparseTargets]
-    fidelity: Sums
+    fidelity: FidelitySums
 
 
 @dataclass(frozen=True)

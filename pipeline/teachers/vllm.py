@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.fidelity import row_width
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 from logitcask.pipeline.teachers.labelling import split_rows
@@ -36,7 +36,7 @@ class VllmTeacher:
         if label != self._label:
             self._begin(label)
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
-        fidelity = np.zeros(row_width(len(label.temperatures)))
+        fidelity = FidelitySums.zeros(label)
         found: dict[int, SparseTargets] = {}
         for handed in self._llm.collective_rpc("logitcask_take"):
             if handed:
@@ -45,7 +45,7 @@ class VllmTeacher:
                 found |= dict(
                     zip(arrays["examples"].tolist(), split_rows(targets, arrays["counts"].tolist()), strict=True)
                 )
-                fidelity += arrays["fidelity"]
+                fidelity += FidelitySums(arrays["fidelity"])
         for example in batch:
             have = len(found[example.index]) if example.index in found else 0
             if have != example.target_mask.sum():
@@ -103,7 +103,7 @@ class TopKTeacher(VllmTeacher):
         prompts = [{"prompt_token_ids": example.input_ids.tolist()} for example in batch]
         results = self._llm.generate(prompts, params, use_tqdm=False)
         found = [_top_k(result.prompt_logprobs, e, label) for result, e in zip(results, batch, strict=True)]
-        return Labelled(found, np.zeros(row_width(len(label.temperatures))))
+        return Labelled(found, FidelitySums.zeros(label))
 
 
 def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> SparseTargets:

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from logitcask.cache.fidelity import row_width
+from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.load import weights_fingerprint
@@ -34,7 +34,7 @@ class _Rows:
     """What came of one request so far: its prefill may be cut into chunks, and begin again after a preemption."""
 
     parts: list[SparseTargets] = field(default_factory=list)
-    fidelity: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    fidelity: FidelitySums | None = None
     positions: int = 0
 
 
@@ -111,12 +111,12 @@ class Capture:
             return b""
         parts = [part for rows in done.values() for part in rows.parts]
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
-        fidelity = np.zeros(row_width(len(self._label.temperatures)))
+        fidelity = FidelitySums.zeros(self._label)
         for rows in done.values():
-            fidelity += 0 if rows.fidelity is None else rows.fidelity
+            fidelity += rows.fidelity or FidelitySums.zeros(self._label)
         counts = np.array([rows.positions for rows in done.values()], dtype=np.int64)
         return save(
-            {**arrays, "examples": np.array(list(done), dtype=np.int64), "counts": counts, "fidelity": fidelity}
+            {**arrays, "examples": np.array(list(done), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}
         )
 
 

@@ -110,7 +110,7 @@ def require_fidelity(reader: CacheReader, j: int, settings: TrainSettings) -> No
     found = figures(sums, len(temperatures))
     if found is None:
         raise LogitcaskError(
-            f"--min-fidelity {settings.min_fidelity}: {settings.cache} was measured on {sums[0]:g} positions, too few "
+            f"--min-fidelity {settings.min_fidelity}: {settings.cache} was measured on {sums.positions:g} positions, too few "
             "to tell: make it with more --fidelity-positions, or leave this option out"
         )
     if found[j][0].cosine < (settings.min_fidelity or 0):

@@ -10,7 +10,7 @@ import torch
 
 from logitcask.cache import fidelity
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.fidelity import BATCH, figures, row_width, unsound
+from logitcask.cache.fidelity import BATCH, FidelitySums, figures, row_width, unsound
 from logitcask.cache.labels import SparseTargets, soft_labels
 from logitcask.cache.layout import decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
@@ -78,7 +78,7 @@ def test_sums_and_figures_are_those_of_the_dense_gradients(
     assert found is not None
     for j, t in enumerate(T):
         gradient, *errors = dense(logits, hidden, targets, label, t)
-        table = sums[1:].reshape(len(T), 3, -1)[j]
+        table = sums.row[1:].reshape(len(T), 3, -1)[j]
         for vector, each in enumerate((gradient, *errors)):
             np.testing.assert_allclose(table[vector, :2], [(each**2).sum(), (each * gradient).sum()], rtol=1e-3)
         for which, error in enumerate(errors):
@@ -117,7 +117,8 @@ def test_sums_add_over_positions() -> None:
     first, second = (
         probe.measure(logits[cut], hidden[cut], targets[cut], label) for cut in (slice(0, 13), slice(13, 40))
     )
-    np.testing.assert_allclose(first + second, probe.measure(logits, hidden, targets, label), rtol=1e-5, atol=1e-4)
+    whole = probe.measure(logits, hidden, targets, label)
+    np.testing.assert_allclose((first + second).row, whole.row, rtol=1e-5, atol=1e-4)
 
 
 def test_a_biased_label_is_told_from_an_unbiased_one() -> None:
@@ -152,7 +153,7 @@ def test_the_bucket_is_measured_where_there_are_no_draws() -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_positions_are_said_to_be(n: int) -> None:
     logits, hidden, targets = problem(4, 2, 4)
-    sums = np.zeros(row_width(len(T)))
+    sums = FidelitySums.zeros(settings(2, 4))
     if n:
         sums += Probe(V, H, torch.device("cpu")).measure(logits[:n], hidden[:n], targets[:n], settings(2, 4))
     assert figures(sums, len(T)) is None
@@ -162,7 +163,7 @@ def test_every_shard_carries_its_share(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, shard_positions=64, fidelity_positions=50)
     reader = CacheReader(cache)
     count = reader.manifest.shards.count
-    assert {reader.shard_fidelity(index)[0] for index in range(count)} == {math.ceil(50 / count)}
+    assert {reader.shard_fidelity(index).positions for index in range(count)} == {math.ceil(50 / count)}
     every = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "every", shard_positions=64)
     info = describe(every)
     assert info.fidelity_positions == info.manifest.data.positions, "512 are more than there are"
@@ -172,7 +173,7 @@ def test_every_shard_carries_its_share(tmp_path: Path) -> None:
 def test_batches_do_not_change_the_certificate_but_for_rounding(tmp_path: Path) -> None:
     first = make_cache(tmp_path, shard_positions=10_000)
     second = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "b", shard_positions=10_000, batch_size=1)
-    rows = [CacheReader(cache).shard_fidelity(0) for cache in (first, second)]
+    rows = [CacheReader(cache).shard_fidelity(0).row for cache in (first, second)]
     assert rows[0][0] == rows[1][0] > 0
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2, atol=1e-3 * np.abs(rows[0]).max())
 
@@ -222,6 +223,6 @@ def test_it_is_not_asked_of_another_loss(tmp_path: Path, other: dict[str, object
 def test_a_row_that_cannot_be_is_refused(at: int, value: float, rule: str) -> None:
     row = np.ones(row_width(2))
     row[at] = value
-    assert rule in str(unsound(row, 2, 10))
-    assert unsound(np.ones(row_width(2)), 2, 10) is None
-    assert unsound(np.ones(3), 2, 10) is not None
+    assert rule in str(unsound(FidelitySums(row), 2, 10))
+    assert unsound(FidelitySums(np.ones(row_width(2))), 2, 10) is None
+    assert unsound(FidelitySums(np.ones(3)), 2, 10) is not None
