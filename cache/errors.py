@@ -19,14 +19,20 @@ class IncompleteCacheError(LogitcaskError):
     """Some shards of the cache are not committed."""
 
 
-def differences(found: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
-    """Every key whose values differ, as ``name: cache has X, this run has Y``."""
+def differences(found: Mapping[str, object], wanted: Mapping[str, object], there: str = "cache") -> list[str]:
+    """Every key whose values differ, as ``name: cache has X, this run has Y``; ``there`` names what was found."""
     keys = sorted(found.keys() | wanted.keys())
     return [
-        f"{key}: cache has {shown(found.get(key))}, this run has {shown(wanted.get(key))}"
+        f"{key}: {there} has {shown(found.get(key))}, this run has {shown(wanted.get(key))}"
         for key in keys
         if found.get(key) != wanted.get(key)
     ]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def shown(value: object, limit: int = 80) -> str:

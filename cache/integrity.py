@@ -86,15 +86,15 @@ def commit_record(store: Store, specs: list[ArraySpec], index: int) -> bytes:
 
 def read_proved(store: Store, key: str, wanted: bytes) -> bytes:
     """The bytes of an object whose digest is ``wanted``. Raises CacheFormatError where it is missing or differs."""
-    kept = store.kept if isinstance(store, RemoteStore) else None
-    copy = kept.get(wanted, MAX_OBJECT) if kept else None
+    disk_cache = store.disk_cache if isinstance(store, RemoteStore) else None
+    copy = disk_cache.get(wanted, MAX_OBJECT) if disk_cache else None
     if copy is not None and hashlib.sha256(copy).digest() == wanted:
         return copy
     data = read_bounded(store, key)
     if data is None or hashlib.sha256(data).digest() != wanted:
         raise CacheFormatError(f"{key}: {'missing' if data is None else 'bytes differ'}")
-    if kept:
-        kept.put(wanted, data)
+    if disk_cache:
+        disk_cache.put(wanted, data)
     return data
 
 

@@ -19,7 +19,7 @@ from logitcask.cache.labels import Example, IntArray, Shard
 from logitcask.cache.layout import ArraySpec, Axis, array_specs, decode_targets, zarr_layout
 from logitcask.cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
 from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
-from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.open import open_store
 
 SHARDS_KEPT = 2  # decoded shards held in memory: a batch may straddle two
@@ -58,13 +58,15 @@ class CacheReader:
     ``manifest`` says what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard.
     """
 
-    def __init__(self, place: str | Path | Store, *, partial: bool = False, kept: LocalCopies | None = None) -> None:
-        """Open a cache in a folder, a .zip file, at a URL (what is read stays in ``kept``) or in a Zarr store.
+    def __init__(
+        self, place: str | Path | Store, *, partial: bool = False, disk_cache: DiskCache | None = None
+    ) -> None:
+        """Open a cache in a folder, a .zip file, at a URL (what is read stays in ``disk_cache``) or in a Zarr store.
 
         Raises CacheFormatError where it is none, IncompleteCacheError where shards are missing, unless ``partial``.
         """
         self.path = str(place)
-        self._store = place if isinstance(place, Store) else open_store(place, read_only=True, kept=kept)
+        self._store = place if isinstance(place, Store) else open_store(place, read_only=True, disk_cache=disk_cache)
         self.manifest = read_manifest(self._store, self.path)
         count = self.manifest.shards.count
         done = committed_shards(self._store, count)

@@ -181,7 +181,14 @@ def generate(settings: GenerateSettings) -> None:
     """Text from a student."""
     from logitcask.pipeline.models.generate import generate_text
 
-    for piece in generate_text(settings):
+    for piece in generate_text(
+        settings.model,
+        settings.prompt,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        device=settings.device,
+        seed=settings.seed,
+    ):
         typer.echo(piece, nl=False)  # flushed at once
     typer.echo()
 

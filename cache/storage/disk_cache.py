@@ -11,7 +11,7 @@ _putting = threading.Lock()  # a shard's objects come at the same time, and room
 
 
 @dataclass(frozen=True)
-class LocalCopies:
+class DiskCache:
     """Objects named by their SHA-256, ``limit`` bytes in all at most: those used least recently go first.
 
     Whoever takes an object proves it by its digest, so nothing in the folder is trusted. Processes may share it.

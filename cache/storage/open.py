@@ -13,7 +13,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, ZipStore
 
 from logitcask.cache.errors import CacheFormatError, LogitcaskError
-from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.remote import RemoteStore
 
 REASON = 200  # characters of zipfile's, which quotes names from the file, of up to 64 kB
@@ -25,15 +25,15 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and "://" in path
 
 
-def open_store(path: str | Path, *, read_only: bool, kept: LocalCopies | None = None) -> Store:
-    """The Zarr store in a folder, in a .zip file (read only) or at a URL, whose objects ``kept`` may hold.
+def open_store(path: str | Path, *, read_only: bool, disk_cache: DiskCache | None = None) -> Store:
+    """The Zarr store in a folder, in a .zip file (read only) or at a URL, whose objects ``disk_cache`` may hold.
 
     Raises CacheFormatError where a cache should be read and there is none.
     """
     if is_url(path):
         if str(path).endswith(".zip"):
             raise LogitcaskError(f"{path}: a .zip file is read from this machine only: fetch it first")
-        return RemoteStore(str(path), read_only=read_only, kept=kept)
+        return RemoteStore(str(path), read_only=read_only, disk_cache=disk_cache)
     folder = Path(path)
     if read_only and not folder.exists():
         raise CacheFormatError(f"{path}: no such cache; make one with logitcask precompute-logits")

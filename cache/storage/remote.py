@@ -16,7 +16,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.disk_cache import DiskCache
 
 T = TypeVar("T")
 TRIES, FIRST_WAIT = 5, 0.5  # attempts at an operation; seconds before the second, doubled each time
@@ -67,13 +67,13 @@ class RemoteStore(Store):
 
     supports_writes = supports_deletes = supports_listing = True
 
-    def __init__(self, url: str, *, read_only: bool, kept: LocalCopies | None = None, tries: int = 0) -> None:
-        """Nothing is connected before the first operation; ``kept`` holds objects that were proved once.
+    def __init__(self, url: str, *, read_only: bool, disk_cache: DiskCache | None = None, tries: int = 0) -> None:
+        """Nothing is connected before the first operation; ``disk_cache`` holds objects that were proved once.
 
         ``tries`` are the attempts at an operation, 0 for the usual.
         """
         super().__init__(read_only=read_only)
-        self.url, self.kept, self._tries = url.rstrip("/"), kept, tries or TRIES
+        self.url, self.disk_cache, self._tries = url.rstrip("/"), disk_cache, tries or TRIES
         self._connected: tuple[Any, str] | None = None
         self._connecting = asyncio.Lock()
 

@@ -12,12 +12,11 @@ from logitcask.pipeline.evaluate.humaneval import humaneval, load_problems
 from logitcask.pipeline.evaluate.lm_eval import Tasks
 from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
 from logitcask.pipeline.evaluate.sandbox import require_sandbox
-from logitcask.pipeline.machine import choose_device, memory_explained
-from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.machine import choose_device, explain_out_of_memory
+from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.runs.evaluation import Evaluation, rows
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer
-from logitcask.pipeline.train.callbacks.nonfinite import require_finite
 from logitcask.pipeline.train.source import require_tokenizer
 
 
@@ -26,7 +25,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
     Raises LogitcaskError where model and cache do not fit, one of them or a package cannot be had, or memory runs out.
     """
-    with memory_explained(f"lower --batch-size from {settings.batch_size}, or take a smaller model"):
+    with explain_out_of_memory(f"lower --batch-size from {settings.batch_size}, or take a smaller model"):
         return _evaluate(settings)
 
 

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.cache.errors import LogitcaskError, differences
 from logitcask.pipeline.console import track
 from logitcask.pipeline.generate_data.client import Outcome, Price, Purse, Reply, ask_all
 from logitcask.pipeline.generate_data.journal import Answer, Journal
 from logitcask.pipeline.generate_data.prompts import Prompt, digest, make_prompts, read_templates
 from logitcask.pipeline.generate_data.providers import PROVIDERS, open_api
+from logitcask.pipeline.runs.run_folder import write_json
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
 KEPT = ("train", "validation")
@@ -32,7 +33,7 @@ def generate_data(settings: GenerateDataSettings) -> str:
     if settings.provider == "source":
         from logitcask.pipeline.generate_data.python_source import from_source
 
-        written = from_source(settings)
+        written = from_source(settings.source_dir, settings.output_dir, settings.num_examples, settings.seed)
         return f"{written.examples} examples -> {written.path}"
     _require_packages(settings.provider)
     assert settings.prompts is not None, "the settings see to it"
@@ -46,11 +47,11 @@ def generate_data(settings: GenerateDataSettings) -> str:
         journal = held.enter_context(Journal(folder / "answers.jsonl"))
         manifest = folder / "manifest.json"
         if not manifest.exists():
-            _write_json(manifest, {"made_by": identity, "counts": None})
+            write_json(manifest, {"made_by": identity, "counts": None})
         outcome = _ask_missing(settings, prompts, journal)
         fates = _write_examples(settings, (journal[p.id] for p in prompts if p.id in journal))
         report = _report(settings, identity, fates, outcome, prompts, journal)
-        _write_json(manifest, report)
+        write_json(manifest, report)
     if outcome.failed:
         raise LogitcaskError(
             f"{outcome.failed} prompts got no reply (the last: {outcome.reason}); {len(prompts) - sum(fates.values())} "
@@ -80,11 +81,7 @@ def _require_same_run(folder: Path, identity: dict[str, Any]) -> None:
         found = dict(json.loads(path.read_bytes())["made_by"])
     except (ValueError, KeyError, TypeError) as error:
         raise LogitcaskError(f"{path}: is no manifest of generated data: choose another --output-dir") from error
-    wrong = [
-        f"{name}: folder has {shown(found.get(name))}, this run has {shown(identity.get(name))}"
-        for name in sorted(found.keys() | identity.keys())
-        if found.get(name) != identity.get(name)
-    ]
+    wrong = differences(found, identity, "folder")
     if wrong:
         raise LogitcaskError(
             f"{folder}: holds answers to other settings: {'; '.join(wrong)}: choose another --output-dir"
@@ -243,9 +240,3 @@ def _summary(settings: GenerateDataSettings, report: dict[str, Any]) -> str:
             "the next might cost more than is left: raise it and run the same command again to go on"
         )
     return "\n".join(lines)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
 LONGEST_DOCSTRING = 1200  # characters; longer ones are manuals, not instructions
@@ -25,23 +24,23 @@ class Written:
     examples: int
 
 
-def from_source(settings: GenerateDataSettings) -> Written:
-    """Examples from a tree of Python files, in an order that depends on the seed only.
+def from_source(source_dir: Path | None, output_dir: Path, num_examples: int, seed: int) -> Written:
+    """Examples from a tree of Python files, the standard library by default, in an order that depends on the seed only.
 
-    Raises LogitcaskError where the tree has no documented function or the output exists.
+    Raises LogitcaskError if the tree has no documented function or the output exists.
     """
-    root = settings.source_dir or Path(sysconfig.get_path("stdlib"))
+    root = source_dir or Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise LogitcaskError(f"--source-dir {root}: no such folder")
-    target = settings.output_dir / "train.jsonl"
+    target = output_dir / "train.jsonl"
     if target.exists():
         raise LogitcaskError(f"{target}: exists already: choose another --output-dir or remove it")
     found = list(dict.fromkeys(_documented_functions(root)))
     if not found:
         raise LogitcaskError(f"--source-dir {root}: holds no documented Python function")
-    random.Random(settings.seed).shuffle(found)
-    chosen = found[: settings.num_examples]
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    random.Random(seed).shuffle(found)
+    chosen = found[:num_examples]
+    output_dir.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     with partial.open("w") as out:
         for prompt, response in chosen:

@@ -6,7 +6,7 @@ products a row, as many as plain training has, and nothing of the size [position
 scales; where no gradient is wanted, none is made. What is computed is ``losses.distillation_loss``; the formulas are
 beside the code.
 
-Legend: N target positions, n rows at work, H width, V vocabulary, S entries of a sparse label, K of them head.
+Legend: N target positions, n rows being worked on, H width, V vocabulary, S entries of a sparse label, K of them head.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TeacherRows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Logits (n, vocab_size) of some rows, in float32 at least."""
-        return _wide(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
+        return _upcast(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
 # Whether a backward pass may come again; where torch does not tell, gradients are scaled in a copy.
@@ -55,14 +55,14 @@ def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, 
         dtype = torch.get_autocast_dtype(device)
         hidden_NH, weight = hidden_NH.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    work = _Work(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
+    inputs = _LossInputs(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
-        total, parts = _FusedLoss.apply(hidden_NH, weight, bias, work)  # type: ignore[no-untyped-call]
+        total, parts = _FusedLoss.apply(hidden_NH, weight, bias, inputs)  # type: ignore[no-untyped-call]
     return LossSums(total, *parts)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _LossInputs:
     scale: float
     softcap: float | None
     gold_N: Tensor
@@ -73,17 +73,19 @@ class _Work:
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, Tensor]:
-        wanted = [work.differentiate and needed for needed in ctx.needs_input_grad[:3]]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: _LossInputs
+    ) -> tuple[Tensor, Tensor]:
+        wanted = [inputs.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        wide = _wide(hidden[:0]).dtype
+        wide = _upcast(hidden[:0]).dtype
         grads = [
             torch.zeros_like(x, dtype=wide) if x is not None and want else None
             for x, want in zip((hidden, weight, bias), wanted, strict=True)
         ]
         rows = max(16, SLICE_LOGITS // len(weight) // 16 * 16)
-        scaled = hidden * work.scale if work.scale != 1.0 else hidden
-        b = bias * work.scale if bias is not None and work.scale != 1.0 else bias
+        scaled = hidden * inputs.scale if inputs.scale != 1.0 else hidden
+        b = bias * inputs.scale if bias is not None and inputs.scale != 1.0 else bias
         logits = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
         at_once = max(1, CACHED_LOGITS // len(weight)) if weight.device.type == "cpu" else len(logits)
         scratch = torch.empty(at_once, len(weight), dtype=wide, device=weight.device)
@@ -92,10 +94,10 @@ class _FusedLoss(torch.autograd.Function):
             part = slice(first, min(first + rows, len(hidden)))
             h, out = scaled[part], logits[: part.stop - first]
             torch.mm(h, weight.t(), out=out) if b is None else torch.addmm(b, h, weight.t(), out=out)
-            dz = _wide(out)
-            sums += _losses(dz, part, work, scratch, any(wanted))
+            dz = _upcast(out)
+            sums += _losses(dz, part, inputs, scratch, any(wanted))
             if any(wanted):
-                _accumulate(grads, dz.to(weight.dtype), part, h, weight, work.scale)
+                _accumulate(grads, dz.to(weight.dtype), part, h, weight, inputs.scale)
         ctx.grads = grads
         return sums[0], sums[1:]
 
@@ -127,19 +129,19 @@ def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, 
         for_bias.add_(dz.sum(0, dtype=for_bias.dtype), alpha=scale)
 
 
-def _losses(logits_nV: Tensor, part: slice, work: _Work, scratch: Tensor, differentiate: bool) -> Tensor:
+def _losses(logits_nV: Tensor, part: slice, inputs: _LossInputs, scratch: Tensor, differentiate: bool) -> Tensor:
     """Sums of total and the four of LossSums, a piece at a time; logits become d total / d logits where asked."""
-    rows, found, target = len(scratch), [], work.target[part] if work.target is not None else None
+    rows, found, target = len(scratch), [], inputs.target[part] if inputs.target is not None else None
     for first in range(0, len(logits_nV), rows):
         here = slice(first, first + rows)
-        z, gold = logits_nV[here], work.gold_N[part][here]
+        z, gold = logits_nV[here], inputs.gold_N[part][here]
         labels = None if target is None else target[here]
-        if work.softcap is None:
-            found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)], differentiate))
+        if inputs.softcap is None:
+            found.append(_slice_loss_and_grad_(z, gold, labels, inputs.settings, scratch[: len(z)], differentiate))
             continue
-        t = torch.tanh(z / work.softcap)
-        torch.mul(t, work.softcap, out=z)
-        found.append(_piece(z, gold, labels, work.settings, scratch[: len(z)], differentiate))
+        t = torch.tanh(z / inputs.softcap)
+        torch.mul(t, inputs.softcap, out=z)
+        found.append(_slice_loss_and_grad_(z, gold, labels, inputs.settings, scratch[: len(z)], differentiate))
         if differentiate:
             z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
     return torch.stack(found).sum(0)
@@ -183,14 +185,14 @@ def _masses(z: Tensor, z_head: Tensor, t: float, scratch: Tensor) -> _Masses:
     return _Masses(m, e1, e, rest, log_rest, lse, lse_1)
 
 
-def _weigh(z: Tensor, of: _Masses, of_hard: Tensor, of_soft: Tensor, t: float, scratch: Tensor) -> None:
+def _softmax_grad_(z: Tensor, mass: _Masses, of_hard: Tensor, of_soft: Tensor, t: float, scratch: Tensor) -> None:
     """Overwrite z with of_hard * exp(z - m) + of_soft * exp((z - m) / T)."""
     if t == 1.0:
         z.mul_(of_hard + of_soft)
-    elif of.e1 is None:
-        z.mul_(torch.mul(of.e, of_hard, out=scratch).add_(of_soft))
+    elif mass.e1 is None:
+        z.mul_(torch.mul(mass.e, of_hard, out=scratch).add_(of_soft))
     else:
-        of.e1.mul_(of_hard).add_(of.e.mul_(of_soft))
+        mass.e1.mul_(of_hard).add_(mass.e.mul_(of_soft))
 
 
 def _soft(
@@ -216,12 +218,12 @@ def _dense(teacher: Tensor, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return p, (p * (log_p - z[:, : p.shape[1]] / t)).sum(1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _upcast(x: Tensor) -> Tensor:
     """In float32 at least; the tensor itself where it is already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _piece(
+def _slice_loss_and_grad_(
     z: Tensor,
     gold: Tensor,
     target: SoftLabels[Tensor] | Tensor | None,
@@ -245,25 +247,25 @@ def _piece(
     k = labels.head_size if labels is not None else 0
     dense = _dense(target, z, t) if isinstance(target, Tensor) else None
     z.scatter_(1, ids[:, :k], -torch.inf)
-    of = _masses(z, z_ids[:, :k], t, scratch)
-    hard = of.lse_1 - z_gold
+    mass = _masses(z, z_ids[:, :k], t, scratch)
+    hard = mass.lse_1 - z_gold
 
-    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(of.m), torch.zeros_like(of.m)
+    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(mass.m), torch.zeros_like(mass.m)
     soft = masses = torch.zeros_like(z_gold[:, 0])
     if labels is not None:
-        soft, g, g_rest = _soft(z_ids / t - of.lse, of.log_rest - of.lse, labels, settings, k == z.shape[1])
+        soft, g, g_rest = _soft(z_ids / t - mass.lse, mass.log_rest - mass.lse, labels, settings, k == z.shape[1])
         g_sum = g.sum(1, keepdim=True) + g_rest
-        masses = (z_ids[:, :k] / t - of.lse).exp().sum(1)
+        masses = (z_ids[:, :k] / t - mass.lse).exp().sum(1)
     elif dense is not None:
-        soft = dense[1] + of.lse[:, 0]
-        g_sum = -torch.ones_like(of.m)
+        soft = dense[1] + mass.lse[:, 0]
+        g_sum = -torch.ones_like(mass.m)
         masses = torch.ones_like(soft)
 
     if differentiate:
         factor = (1.0 - alpha) * t
-        of_soft = g_rest / of.rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (of.m / t - of.lse).exp()
-        _weigh(z, of, alpha * (of.m - of.lse_1).exp(), factor * of_soft, t, scratch)
-        heads = alpha * (z_ids[:, :k] - of.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - of.lse).exp()
+        of_soft = g_rest / mass.rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (mass.m / t - mass.lse).exp()
+        _softmax_grad_(z, mass, alpha * (mass.m - mass.lse_1).exp(), factor * of_soft, t, scratch)
+        heads = alpha * (z_ids[:, :k] - mass.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - mass.lse).exp()
         z.scatter_(1, ids[:, :k], heads)
         z.scatter_add_(1, ids, factor * g)
         if dense is not None:

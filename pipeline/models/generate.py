@@ -7,36 +7,35 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.machine import choose_device, memory_explained, ran_out
+from logitcask.pipeline.machine import choose_device, explain_out_of_memory, out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, max_positions, sampling
-from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer
 
 
-def generate_text(settings: GenerateSettings) -> Iterator[str]:
+def generate_text(
+    model: str, prompt: str, *, max_new_tokens: int, temperature: float, device: str, seed: int
+) -> Iterator[str]:
     """Pieces of the answer as they are made.
 
-    Raises LogitcaskError where the model cannot be loaded, has no room for the prompt, or fails while it writes.
+    Raises LogitcaskError if the model cannot be loaded, has no room for the prompt, or fails while it writes.
     """
-    with memory_explained(
-        f"take a shorter --prompt, a lower --max-new-tokens than {settings.max_new_tokens}, or a smaller model"
+    with explain_out_of_memory(
+        f"take a shorter --prompt, a lower --max-new-tokens than {max_new_tokens}, or a smaller model"
     ):
-        yield from _generate(settings)
-
-
-def _generate(settings: GenerateSettings) -> Iterator[str]:
-    tokenizer = load_tokenizer(settings.model)
-    model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
-    text = as_chat(tokenizer, settings.prompt)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-    used, limit = inputs["input_ids"].shape[1], max_positions(model)
-    if used == 0:
-        raise LogitcaskError("--prompt: must hold a token at least, is empty: give the beginning of a text")
-    if limit is not None and used >= limit:
-        raise LogitcaskError(f"--prompt: must leave room in the model's {limit} positions, has {used} tokens: cut it")
-    longest = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - used)
-    set_seed(settings.seed)
-    yield from stream(model, tokenizer, inputs, longest, settings.temperature)
+        tokenizer = load_tokenizer(model)
+        loaded = load_causal_lm(model, dtype=torch.float32).to(choose_device(device)).eval()
+        text = as_chat(tokenizer, prompt)
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+        used, limit = inputs["input_ids"].shape[1], max_positions(loaded)
+        if used == 0:
+            raise LogitcaskError("--prompt: must hold at least one token, is empty: give the beginning of a text")
+        if limit is not None and used >= limit:
+            raise LogitcaskError(
+                f"--prompt: must leave room in the model's {limit} positions, has {used} tokens: cut it"
+            )
+        longest = max_new_tokens if limit is None else min(max_new_tokens, limit - used)
+        set_seed(seed)
+        yield from stream(loaded, tokenizer, inputs, longest, temperature)
 
 
 def stream(
@@ -65,7 +64,7 @@ def stream(
     thread.start()
     yield from streamer
     thread.join()
-    if failed and ran_out(failed[0]):
+    if failed and out_of_memory(failed[0]):
         raise failed[0]
     if failed:
         raise LogitcaskError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 
@@ -28,10 +28,20 @@ def load_causal_lm(
                 source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
     found: PreTrainedModel = model
     return found
+
+
+def require_finite(model: torch.nn.Module, where: str) -> None:
+    """Raise LogitcaskError if a parameter is not finite, naming the first and their number."""
+    names = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
+    if names:
+        raise LogitcaskError(
+            f"{where}: {len(names)} parameters are already not finite, the first is {names[0]}: start from another "
+            "student or an older checkpoint"
+        )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.models.student import count_parameters, student_from_config
 
 
@@ -73,7 +73,7 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
                 config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # no such place, no connection; each architecture refuses configs in its own way
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise LogitcaskError(
             f"--teacher-model {source}: no model's config could be read: {reason}: give its size, such as 7B"
         ) from error

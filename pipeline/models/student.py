@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.load import load_causal_lm, max_positions
-from logitcask.pipeline.settings.train import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -22,30 +21,38 @@ class Size:
 
 
 def make_student(
-    settings: TrainSettings, vocab_size: int, longest: int, tokenizer: PreTrainedTokenizerBase
+    *,
+    config: Path | None,
+    model: str | None,
+    teacher: str | None,
+    teacher_layers: str | None,
+    seed: int,
+    vocab_size: int,
+    longest: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
     """The student of a run, in float32, its special tokens those of the tokenizer.
 
-    Raises LogitcaskError where it cannot be made, its vocabulary is smaller than ``vocab_size``, or it takes fewer
-    tokens than the ``longest`` example has.
+    New from a ``config`` file, continued from a ``model``, or made of some ``teacher_layers``, as ``"0,9,19"``, of a
+    ``teacher``. Raises LogitcaskError if it cannot be made, its vocabulary is smaller than ``vocab_size``, or it takes
+    fewer tokens than the ``longest`` example has.
     """
-    set_seed(settings.seed)
-    if settings.student_config is not None:
-        model = student_from_config(settings.student_config, vocab_size)
-    elif settings.student_model is not None:
-        model = load_causal_lm(settings.student_model, dtype=torch.float32)
+    set_seed(seed)
+    if config is not None:
+        student = student_from_config(config, vocab_size)
+    elif model is not None:
+        student = load_causal_lm(model, dtype=torch.float32)
     else:
-        assert settings.teacher_model is not None
-        assert settings.init_from_teacher_layers is not None
-        whole = load_causal_lm(settings.teacher_model, dtype=torch.float32)
-        model = keep_layers(whole, settings.init_from_teacher_layers)
-    require_room(model, vocab_size, longest)
+        assert teacher is not None
+        assert teacher_layers is not None
+        student = keep_layers(load_causal_lm(teacher, dtype=torch.float32), teacher_layers)
+    require_room(student, vocab_size, longest)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(tokenizer, name)
-        setattr(model.config, name, value)
-        if model.generation_config is not None:
-            setattr(model.generation_config, name, value)
-    return model
+        setattr(student.config, name, value)
+        if student.generation_config is not None:
+            setattr(student.generation_config, name, value)
+    return student
 
 
 def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:

@@ -15,12 +15,12 @@ from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer, watch_folder
 from logitcask.cache.writer import check_output, create_cache
 from logitcask.pipeline.console import say, track
-from logitcask.pipeline.machine import memory_explained
-from logitcask.pipeline.precompute.local import Alone, memory_remedy
-from logitcask.pipeline.precompute.ray import RayCrew
+from logitcask.pipeline.machine import explain_out_of_memory
+from logitcask.pipeline.precompute.local import LocalExecutor
+from logitcask.pipeline.precompute.ray import RayExecutor
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.teachers.load import choose_engine
+from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts
 from logitcask.pipeline.text.examples import Encoder, encode_source
 from logitcask.pipeline.text.token_table import stage_tokens
@@ -40,7 +40,7 @@ class PrecomputeReport:
 
 def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
-    with memory_explained(memory_remedy(settings)):
+    with explain_out_of_memory(memory_remedy(settings)):
         return _precompute(settings)
 
 
@@ -59,10 +59,10 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         alone = settings.part is None
         # before a large teacher is loaded in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
-        with contextlib.closing(RayCrew(settings) if settings.ray else Alone(settings)) as crew:
-            check_teacher(crew.teacher, size, settings.max_seq_length)
+        with contextlib.closing(_executor(settings)) as executor:
+            check_teacher(executor.teacher, size, settings.max_seq_length)
             with explain_limits():
-                manifest = Manifest.model_validate({**parts, "teacher": crew.teacher.identity})
+                manifest = Manifest.model_validate({**parts, "teacher": executor.teacher.identity})
             mine = shards_of(settings.part or (1, 1), manifest.shards.count)
             shards = None if alone else mine
             with explain_write_errors(settings.output):
@@ -71,11 +71,44 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     settings.output, manifest, work.shard_examples, files, overwrite=settings.overwrite, shards=shards
                 )
             missing = writer.missing_shards()
-            if missing and crew.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
-                crew.check_engine(work.batches(missing[0])[-1], work.label)
+            if missing and executor.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
+                executor.check_engine(work.batches(missing[0])[-1], work.label)
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
-                crew.write_shards(work, missing, manifest, advance)
+                executor.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+
+
+def memory_remedy(settings: PrecomputeSettings) -> str:
+    """What lowers the memory of stage 1, with the present values, most first."""
+    return (
+        f"lower --batch-size from {settings.batch_size}, --max-seq-length from {settings.max_seq_length} or "
+        f"--shard-positions from {settings.shard_positions} (the last two make another cache), or take a smaller "
+        f"teacher or --dtype than {settings.dtype}; committed shards are kept"
+    )
+
+
+def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
+    """What a worker must know to load the teacher."""
+    return TeacherSpec(
+        model=settings.teacher_model,
+        revision=settings.teacher_revision,
+        engine=settings.engine,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_seq_length=settings.max_seq_length,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        trust_remote_code=settings.trust_remote_code,
+        head_size=settings.head_size,
+    )
+
+
+def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
+    spec = teacher_spec(settings)
+    if settings.ray is None:
+        return LocalExecutor(spec, settings.output)
+    return RayExecutor(
+        spec, settings.output, address=settings.ray, workers=settings.workers, memory_remedy=memory_remedy(settings)
+    )
 
 
 def _plan(

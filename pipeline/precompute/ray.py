@@ -10,17 +10,17 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings, Manifest
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
-from logitcask.pipeline.machine import memory_explained, share_one_heap
-from logitcask.pipeline.precompute.local import Advance, label_shard, memory_remedy
+from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
+from logitcask.pipeline.precompute.local import Advance, label_shard
 from logitcask.pipeline.precompute.sharding import Work
-from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.teachers.load import check_engine, load_engine
+from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
 from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
 
 RETRIES = 3  # of a shard whose worker died, and starts of a worker
@@ -29,15 +29,15 @@ RETRIES = 3  # of a shard whose worker died, and starts of a worker
 class Labeller:
     """An actor: a teacher, and the right to write shards of one cache."""
 
-    def __init__(self, settings: PrecomputeSettings) -> None:
+    def __init__(self, spec: TeacherSpec, output: Path | str, memory_remedy: str) -> None:
         share_one_heap()
-        self._settings = settings
+        self._spec, self._output, self._memory_remedy = spec, output, memory_remedy
         self._writer: CacheWriter | None = None
 
     @cached_property
     def _teacher(self) -> Teacher:
         """Loaded by the first task: of an error in a constructor Ray keeps only the words."""
-        return load_engine(self._settings)
+        return load_engine(self._spec)
 
     def facts(self) -> TeacherFacts:
         """What stage 1 asks of the teacher."""
@@ -45,22 +45,24 @@ class Labeller:
 
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
         """Raise LogitcaskError where the engine's labels are not those of transformers."""
-        check_engine(self._teacher, self._settings, batch, label)
+        check_engine(self._teacher, self._spec, batch, label)
 
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
         """Label and write a shard; returns its target positions."""
-        self._writer = self._writer or CacheWriter(self._settings.output, manifest)
-        with memory_explained(memory_remedy(self._settings)):
+        self._writer = self._writer or CacheWriter(self._output, manifest)
+        with explain_out_of_memory(self._memory_remedy):
             shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
             self._writer.write_shard(index, shard)
         return len(shard.targets)
 
 
-class RayCrew:
-    """Workers on a Ray cluster, one an accelerator or as many as asked for."""
+class RayExecutor:
+    """Workers on a Ray cluster, one per accelerator or as many as asked for."""
 
-    def __init__(self, settings: PrecomputeSettings) -> None:
-        """Connects or starts a cluster and loads every teacher. Raises LogitcaskError where that cannot be."""
+    def __init__(
+        self, spec: TeacherSpec, output: Path | str, *, address: str, workers: int | None, memory_remedy: str
+    ) -> None:
+        """Connect to or start a cluster and load every teacher. Raises LogitcaskError if that fails."""
         try:
             import ray
         except ImportError as error:
@@ -68,19 +70,17 @@ class RayCrew:
         self._ray = ray
         with contextlib.ExitStack() as undoing, _told():
             undoing.callback(ray.shutdown)
-            _connect(str(settings.ray))
+            _connect(address)
             resources = ray.cluster_resources()
-            options = worker_options(settings, resources)
-            count = settings.workers or default_workers(settings, resources)
+            options = worker_options(spec, workers, resources)
+            count = workers or default_workers(spec.tensor_parallel_size, resources)
             actor = ray.remote(**options, max_restarts=RETRIES, max_task_retries=RETRIES)(Labeller)
-            self._actors = [actor.remote(settings) for _ in range(count)]
+            self._actors = [actor.remote(spec, output, memory_remedy) for _ in range(count)]
             if waiting := missing_resources(options, count, resources):
                 say(waiting)
             facts = ray.get([each.facts.remote() for each in self._actors])
             if any(each != facts[0] for each in facts):
-                raise LogitcaskError(
-                    f"--ray {settings.ray}: its nodes load different teachers: {facts}: install the same"
-                )
+                raise LogitcaskError(f"--ray {address}: its nodes load different teachers: {facts}: install the same")
             undoing.pop_all()
         self.teacher: TeacherFacts = facts[0]
 
@@ -121,19 +121,19 @@ def _connect(address: str) -> None:
         raise LogitcaskError(f"--ray {address}: no cluster answers there: {error}") from error
 
 
-def default_workers(settings: PrecomputeSettings, resources: dict[str, float]) -> int:
-    """One worker for each ``tensor_parallel_size`` accelerators that the cluster has now; one where there are none."""
-    return max(1, int(resources.get("GPU", 0)) // settings.tensor_parallel_size)
+def default_workers(tensor_parallel_size: int, resources: dict[str, float]) -> int:
+    """One worker for each ``tensor_parallel_size`` accelerators that the cluster has now; one if there are none."""
+    return max(1, int(resources.get("GPU", 0)) // tensor_parallel_size)
 
 
-def worker_options(settings: PrecomputeSettings, resources: dict[str, float]) -> dict[str, Any]:
+def worker_options(spec: TeacherSpec, workers: int | None, resources: dict[str, float]) -> dict[str, Any]:
     """What Ray reserves for a worker: its accelerators, or an even share of the processors.
 
     Accelerators where the cluster has some, and with ``--device cuda`` also where its autoscaler has yet to add them.
     """
-    if settings.device.startswith("cuda") or (resources.get("GPU", 0) and settings.device != "cpu"):
-        return {"num_gpus": settings.tensor_parallel_size}
-    return {"num_cpus": max(1, int(resources.get("CPU", 1)) // (settings.workers or 1))}
+    if spec.device.startswith("cuda") or (resources.get("GPU", 0) and spec.device != "cpu"):
+        return {"num_gpus": spec.tensor_parallel_size}
+    return {"num_cpus": max(1, int(resources.get("CPU", 1)) // (workers or 1))}
 
 
 def missing_resources(options: dict[str, Any], count: int, resources: dict[str, float]) -> str:

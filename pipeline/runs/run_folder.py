@@ -1,6 +1,7 @@
 """What the folder of a run of stage 2 tells: its log, its settings, its evaluations. Knows no torch."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,22 @@ FINAL = "final"
 
 Line = dict[str, float | None]
 DIVERGENCES = {"forward-kl": "KL", "reverse-kl": "reverse KL", "jsd": "JSD"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file, keys in order: whole or not at all, even if the power fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the most steps in a run's folder, None if there is none."""
+    complete = [folder for folder in run.glob("checkpoint-*") if (folder / SETTINGS_FILE).is_file()]
+    return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
 
 
 def divergence_name(settings: Mapping[str, Any]) -> str:

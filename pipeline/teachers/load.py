@@ -1,6 +1,7 @@
 """Which engine runs the teacher, and the proof that it gives what transformers gives."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
@@ -18,50 +18,63 @@ HALF_TOLERANCE = 0.5  # for the 16-bit types: between their own rounding errors 
 CHECKED = 4  # examples
 
 
-def load_engine(settings: PrecomputeSettings) -> Teacher:
-    """The teacher in the engine asked for. Raises LogitcaskError where the model or the engine cannot be had."""
-    if choose_engine(settings.engine, settings.teacher_model) == "transformers":
-        return load_transformers(settings, settings.dtype, settings.device)
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Which teacher to load, and how: all that a worker needs to know of it."""
+
+    model: str
+    revision: str | None
+    engine: str
+    dtype: str
+    device: str
+    max_seq_length: int
+    tensor_parallel_size: int
+    trust_remote_code: bool
+    head_size: int  # what the engine vllm-topk asks vLLM for
+
+
+def load_engine(spec: TeacherSpec) -> Teacher:
+    """The teacher in the engine asked for. Raises LogitcaskError if the model or the engine cannot be loaded."""
+    if choose_engine(spec.engine, spec.model) == "transformers":
+        return load_transformers(spec, spec.dtype, spec.device)
     return load_vllm_teacher(
-        settings.teacher_model,
-        revision=settings.teacher_revision,
-        dtype=settings.dtype,
-        max_seq_length=settings.max_seq_length,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        trust_remote_code=settings.trust_remote_code,
-        topk=settings.head_size if settings.engine == "vllm-topk" else None,
+        spec.model,
+        revision=spec.revision,
+        dtype=spec.dtype,
+        max_seq_length=spec.max_seq_length,
+        tensor_parallel_size=spec.tensor_parallel_size,
+        trust_remote_code=spec.trust_remote_code,
+        topk=spec.head_size if spec.engine == "vllm-topk" else None,
     )
 
 
 def choose_engine(engine: str, teacher: str) -> str:
-    """``auto``: vLLM where it is installed and an accelerator is present, for what it can read."""
+    """``auto``: vLLM if it is installed and an accelerator is present, for what it can read."""
     if engine != "auto":
         return engine
-    found = find_spec("vllm") is not None and torch.accelerator.is_available() and not teacher.endswith(".gguf")
-    return "vllm" if found else "transformers"
+    vllm = find_spec("vllm") is not None and torch.accelerator.is_available() and not teacher.endswith(".gguf")
+    return "vllm" if vllm else "transformers"
 
 
-def load_transformers(settings: PrecomputeSettings, dtype: str, device: str) -> TransformersTeacher:
+def load_transformers(spec: TeacherSpec, dtype: str, device: str) -> TransformersTeacher:
     """The teacher in plain PyTorch."""
     return load_teacher(
-        settings.teacher_model,
-        revision=settings.teacher_revision,
+        spec.model,
+        revision=spec.revision,
         dtype=dtype,
         device=device,
-        trust_remote_code=settings.trust_remote_code,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 
-def check_engine(
-    teacher: Teacher, settings: PrecomputeSettings, batch: Sequence[TokenizedExample], label: LabelSettings
-) -> None:
-    """Compare a few labels with those of transformers in float32. Raises LogitcaskError where they differ.
+def check_engine(teacher: Teacher, spec: TeacherSpec, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
+    """Compare a few labels with those of transformers in float32. Raises LogitcaskError if they differ.
 
-    On the processor: the engine has filled the accelerator.
+    On the CPU: the engine has filled the accelerator.
     """
     examples, made_by = batch[-CHECKED:], teacher.facts.identity  # the shortest
     found = teacher.label(examples, label)
-    wanted = load_transformers(settings, "float32", "cpu").label(examples, label)
+    wanted = load_transformers(spec, "float32", "cpu").label(examples, label)
     limit = TOLERANCE.get(made_by.dtype, HALF_TOLERANCE)
     for name in ("gold_logprobs", "log_partition"):
         differences = [

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
@@ -175,7 +175,7 @@ def load_vllm_teacher(
     try:
         llm = vllm.LLM(**options)
     except (ValueError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise LogitcaskError(f"{source}: vLLM cannot load this teacher: {reason}") from error
     config = llm.llm_engine.model_config
     identity = TeacherIdentity(

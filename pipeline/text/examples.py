@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.console import track
 
@@ -81,7 +81,7 @@ def _parquet_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # files of strangers fail in any of these
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise LogitcaskError(f"{source}: damaged or no Parquet file after row {number}: {reason}") from error
 
 
@@ -93,7 +93,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, record in enumerate(found, start=1):
             yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise LogitcaskError(f"{source}: neither a file nor a dataset that could be loaded: {reason}") from error
 
 

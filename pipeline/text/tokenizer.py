@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.cache.manifest import TokenizerIdentity, sha256
 
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -45,7 +45,7 @@ def load_tokenizer(
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise LogitcaskError(f"{source}: no tokenizer could be loaded: {_first_line(error)}") from error
+        raise LogitcaskError(f"{source}: no tokenizer could be loaded: {first_line(error)}") from error
     return tokenizer
 
 
@@ -132,7 +132,3 @@ def tokenizer_from_files(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

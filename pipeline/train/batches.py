@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from logitcask.cache.labels import IntArray, SparseTargets, soft_labels
 from logitcask.cache.reader import CacheReader
-from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.text.token_table import TokenTable
 
@@ -32,15 +32,15 @@ class TrainingExample:
 class CacheExamples(Dataset[TrainingExample]):
     """The examples of a cache, opened lazily so that worker processes open it for themselves."""
 
-    def __init__(self, path: str, *, with_targets: bool, kept: LocalCopies | None = None) -> None:
-        self._path, self._with_targets, self._kept = path, with_targets, kept
+    def __init__(self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None) -> None:
+        self._path, self._with_targets, self._disk_cache = path, with_targets, disk_cache
         self._reader: CacheReader | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The open cache."""
         if self._reader is None:
-            self._reader = CacheReader(self._path, kept=self._kept)
+            self._reader = CacheReader(self._path, disk_cache=self._disk_cache)
         return self._reader
 
     def __len__(self) -> int:
@@ -53,7 +53,12 @@ class CacheExamples(Dataset[TrainingExample]):
         )
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_path": self._path, "_with_targets": self._with_targets, "_kept": self._kept, "_reader": None}
+        return {
+            "_path": self._path,
+            "_with_targets": self._with_targets,
+            "_disk_cache": self._disk_cache,
+            "_reader": None,
+        }
 
 
 class FileExamples(Dataset[TrainingExample]):
@@ -156,7 +161,7 @@ class BatchSampler(Sampler[list[int]]):
         return order
 
 
-def place(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
     """Row and start of each example in rows of ``room`` tokens: longest first, each in the first row it fits."""
     used: list[int] = []
     rows, starts = [0] * len(lengths), [0] * len(lengths)
@@ -186,7 +191,11 @@ class Collator:
         There is no padding mask: attention is causal, so no real token sees the padding after it.
         """
         lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row of no targets
-        rows, starts = place(lengths, max(lengths)) if self.packed else (list(range(len(lengths))), [0] * len(lengths))
+        rows, starts = (
+            pack_first_fit_decreasing(lengths, max(lengths))
+            if self.packed
+            else (list(range(len(lengths))), [0] * len(lengths))
+        )
         ids = np.full((max(rows) + 1, max(lengths)), self.pad_id, dtype=np.int64)
         positions = np.zeros_like(ids)
         index = [np.zeros(0, dtype=np.int64)]
@@ -209,3 +218,10 @@ class Collator:
             soft = soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
             batch["soft_labels"] = soft.map(torch.from_numpy)
         return batch
+
+
+def labels_are_finite(batch: Batch) -> bool:
+    """Whether every number of a batch's labels is finite; true of a batch without labels."""
+    labels = batch.get("soft_labels")
+    parts = [] if labels is None else [labels.weights, labels.log_probs, labels.log_rest]
+    return all(bool(part.isfinite().all()) for part in parts)

@@ -1,114 +1,120 @@
-"""What a run of stage 2 takes: its figures before it starts, and what to change where memory runs out."""
+"""What a run of stage 2 will take, printed before it starts, and what to change if memory runs out."""
 
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.machine import ran_out
+from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.shapes import ModelShape
 from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
-from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.batches import BatchSampler
-from logitcask.pipeline.train.checkpoints import latest_checkpoint
+from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, mostly by a system that ran out of memory
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How much a run trains on: the data it has, of it held out, and its steps."""
+class RunSize:
+    """How much a run trains on."""
 
     data: Amount
     held_out: int  # examples
-    sampler: BatchSampler
+    batches: int  # per rank and epoch
     ranks: int
+    accumulation: int
+    epochs: float
+    max_steps: int | None  # overrides epochs
 
-    def steps(self, settings: TrainSettings) -> tuple[int, float]:
-        """Optimizer steps of the run, and the epochs they are; a ``max_steps`` overrides ``epochs``."""
-        an_epoch = -(-len(self.sampler) // settings.gradient_accumulation_steps)
-        steps = settings.max_steps or math.ceil(settings.epochs * an_epoch)
-        return steps, steps / an_epoch
+    def steps(self) -> tuple[int, float]:
+        """Optimizer steps of the run, and the epochs they are."""
+        per_epoch = -(-self.batches // self.accumulation)
+        steps = self.max_steps or math.ceil(self.epochs * per_epoch)
+        return steps, steps / per_epoch
 
 
-def summary(settings: TrainSettings, extent: Extent, device: str, memory: float) -> list[str]:
-    """What the run will do, for its log; ``memory`` is the estimate in bytes."""
-    steps, epochs = extent.steps(settings)
-    data, kept = extent.data, extent.held_out
-    step = settings.batch_size * settings.gradient_accumulation_steps * extent.ranks
+@dataclass(frozen=True)
+class StepSize:
+    """What decides the memory of an optimizer step, on one device."""
+
+    student: ModelShape
+    longest: int  # tokens of the longest example
+    on_cpu: bool
+    batch_size: int
+    accumulation: int
+    checkpointing: bool
+    mixed: bool
+    from_cache: bool
+
+    def memory(self) -> float:
+        """Bytes that a step takes at most, by estimate."""
+        parts = student_memory(
+            self.student,
+            self.batch_size * self.longest,
+            checkpointing=self.checkpointing,
+            mixed=self.mixed,
+            on_cpu=self.on_cpu,
+        )
+        return sum(parts.values())
+
+    def savings(self) -> list[str]:
+        """What lowers the memory of a step, with the present value and the GB it saves by estimate, most first."""
+        now = self.memory()
+        length = "--max-seq-length in stage 1" if self.from_cache else "--max-seq-length"
+        fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed)
+        smaller = f"a student smaller than {self.student.parameters:,} parameters, half"
+        options = [(sum(fixed.values()) / 2, smaller)]
+        if self.batch_size > 1:
+            halved = (
+                f"halve --batch-size from {self.batch_size} and double --gradient-accumulation-steps from "
+                f"{self.accumulation}"
+            )
+            options.append((now - replace(self, batch_size=self.batch_size // 2).memory(), halved))
+        if self.longest > 2:
+            shorter = f"a smaller {length}, the longest example has {self.longest} tokens, half"
+            options.append((now - replace(self, longest=self.longest // 2).memory(), shorter))
+        if not self.checkpointing:
+            options.append((now - replace(self, checkpointing=True).memory(), "--use-gradient-checkpointing"))
+        if not self.mixed and not self.on_cpu:
+            options.append((now - replace(self, mixed=True).memory(), "--use-mixed-precision"))
+        useful = sorted((option for option in options if option[0] > 0), reverse=True)
+        return [f"{words} (-{saved / GB:.2f} GB)" for saved, words in useful]
+
+
+def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[str]:
+    """What the run will do, for its log."""
+    steps, epochs = run.steps()
+    data = run.data
+    examples = step.batch_size * step.accumulation * run.ranks
     positions = data.positions / data.examples
-    precision = f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else "float32"
+    trained = min(examples, data.examples - run.held_out)
     return [
         f"steps: {steps:,}, {epochs:,.2f} epochs",
         f"data: {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions; "
-        f"held out: {kept:,} examples, about {kept * positions:,.0f} target positions",
-        f"a step: {step:,} examples (batch {settings.batch_size} x accumulation {settings.gradient_accumulation_steps} "
-        f"x ranks {extent.ranks}), about {min(step, data.examples - kept) * positions:,.0f} target positions",
-        f"device: {device}, {precision}; about {memory / GB:.1f} GB by estimate",
+        f"held out: {run.held_out:,} examples, about {run.held_out * positions:,.0f} target positions",
+        f"a step: {examples:,} examples (batch {step.batch_size} x accumulation {step.accumulation} x ranks "
+        f"{run.ranks}), about {trained * positions:,.0f} target positions",
+        f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB by estimate",
     ]
 
 
 @contextlib.contextmanager
-def memory_watched(settings: TrainSettings, student: ModelShape, longest: int, device: str) -> Iterator[None]:
-    """Tell of memory that runs out within as LogitcaskError, which names the settings that take the most.
-
-    ``longest`` is the tokens of the longest example, ``device`` the kind of device.
-    """
+def explain_memory(step: StepSize, output: Path, num_workers: int) -> Iterator[None]:
+    """Turn out-of-memory errors into a LogitcaskError that names the settings that take the most."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = ran_out(error)
         if WORKER_ENDED in str(error):
-            told = str(error).strip().splitlines()[0].strip()
-            what = f"a process that reads batches was ended, as systems do where memory runs out ({told})"
-            first = f"fewer --num-workers than {settings.num_workers}, each holds a shard; "
-        elif told is not None:
-            what, first = f"memory ran out ({told})", ""
+            what = f"a process that reads batches was killed, as systems do if memory runs out ({first_line(error)})"
+            first = f"fewer --num-workers than {num_workers}, each holds a shard; "
+        elif out_of_memory(error):
+            what, first = f"memory ran out ({first_line(error)})", ""
         else:
             raise
-        advice = first + "; ".join(savings(settings, student, longest, device))
-        found = latest_checkpoint(settings.output_dir)
-        then = f"then go on with --resume-from-checkpoint {found}" if found else "then run the same command again"
+        checkpoint = latest_checkpoint(output)
+        then = f"then resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "then run the command again"
         raise LogitcaskError(
-            f"{what}: a step takes about {needed(settings, student, longest, device) / GB:.2f} GB by "
-            f"estimate; what lowers it, most first: {advice}; {then}"
+            f"{what}: a step takes about {step.memory() / GB:.2f} GB by estimate; what lowers it, most first: "
+            f"{first}{'; '.join(step.savings())}; {then}"
         ) from error
-
-
-def needed(settings: TrainSettings, student: ModelShape, longest: int, device: str, **changes: Any) -> float:
-    """Bytes that a step takes at most on a kind of device, by estimate, with some settings changed."""
-    changed = settings.model_copy(update=changes)
-    parts = student_memory(
-        student,
-        changed.batch_size * longest,
-        checkpointing=changed.use_gradient_checkpointing,
-        mixed=changed.use_mixed_precision,
-        on_cpu=device == "cpu",
-    )
-    return sum(parts.values())
-
-
-def savings(settings: TrainSettings, student: ModelShape, longest: int, device: str) -> list[str]:
-    """What lowers the memory of a step, with the present value and the GB it saves by estimate, most first."""
-    now = needed(settings, student, longest, device)
-    batch, accumulation = settings.batch_size, settings.gradient_accumulation_steps
-    length = "--max-seq-length" if settings.cache is None else "--max-seq-length in stage 1"
-    fixed = student_memory(student, 0, checkpointing=False, mixed=settings.use_mixed_precision)
-    found = [(sum(fixed.values()) / 2, f"a student smaller than {student.parameters:,} parameters, half")]
-    if batch > 1:
-        words = f"halve --batch-size from {batch} and double --gradient-accumulation-steps from {accumulation}"
-        found.append((now - needed(settings, student, longest, device, batch_size=batch // 2), words))
-    if longest > 2:
-        words = f"a smaller {length}, the longest example has {longest} tokens, half"
-        found.append((now - needed(settings, student, longest // 2, device), words))
-    if not settings.use_gradient_checkpointing:
-        less = now - needed(settings, student, longest, device, use_gradient_checkpointing=True)
-        found.append((less, "--use-gradient-checkpointing"))
-    if not settings.use_mixed_precision and device != "cpu":
-        found.append(
-            (now - needed(settings, student, longest, device, use_mixed_precision=True), "--use-mixed-precision")
-        )
-    helps = sorted((pair for pair in found if pair[0] > 0), reverse=True)
-    return [f"{words} (-{less / GB:.2f} GB)" for less, words in helps]

@@ -1,4 +1,16 @@
-"""Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory."""
+"""Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory.
+
+What happens in an optimizer step, in order, and the file that owns it:
+
+1. the sampler picks the step's examples, the same for any number of ranks       batches.BatchSampler
+2. their tokens and labels are read from the cache                               batches.CacheExamples
+3. labels are brought to the temperature, examples packed into rows              batches.Collator
+4. the student's layers run, and the fused loss on their last hidden states      trainer.make_loss_forward
+5. the loss is divided by the target positions of the whole step                 trainer.DistillationTrainer
+6. Trainer takes the optimizer step
+7. a loss or gradient that is not finite stops the run                           callbacks/nonfinite
+8. the log line, the live table, the checkpoint, an interrupt                    callbacks/, checkpoints
+"""
 
 import os
 import tempfile
@@ -7,99 +19,193 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import TrainingArguments
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.console import notices, results, say
-from logitcask.pipeline.machine import choose_device, free_at_once
+from logitcask.pipeline.machine import choose_device, free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
+from logitcask.pipeline.models.load import require_finite
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import shape_of_model
 from logitcask.pipeline.models.student import count_parameters, make_student
-from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name
+from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name, write_json
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.batches import BatchSampler, Collator, held_out
-from logitcask.pipeline.train.callbacks.interrupt import Interrupts
+from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
+from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
-from logitcask.pipeline.train.callbacks.metrics_log import KeepMetrics
-from logitcask.pipeline.train.callbacks.nonfinite import Watch, require_finite
-from logitcask.pipeline.train.callbacks.trackers import reporters
-from logitcask.pipeline.train.checkpoints import KeepSettings, admit_output, saving, write_json
-from logitcask.pipeline.train.memory_advice import Extent, memory_watched, needed, summary
+from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
+from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.callbacks.trackers import trackers
+from logitcask.pipeline.train.checkpoints import CompleteCheckpoint, choose_checkpoint, explain_save_errors
+from logitcask.pipeline.train.memory_advice import RunSize, StepSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
 from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
-    """Train and save a student; returns the last evaluation. Raises LogitcaskError for anything the user can mend."""
+    """Train and save a student; returns the last evaluation. Raises LogitcaskError for anything the user can fix."""
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
-        source = cache_source(settings) if settings.cache else file_source(settings, Path(folder))
+        source = _open_source(settings, Path(folder))
         record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
-        checkpoint = admit_output(settings, record)
+        checkpoint = choose_checkpoint(settings.output_dir, settings.resume_from_checkpoint, record)
         return _train(settings, source, record, checkpoint)
 
 
+def _open_source(settings: TrainSettings, folder: Path) -> Source:
+    soft = settings.hard_weight < 1.0
+    if settings.cache is None:
+        assert settings.train_data is not None
+        return file_source(
+            settings.train_data,
+            folder,
+            student_model=settings.student_model,
+            teacher_model=settings.teacher_model,
+            online=soft,
+            max_seq_length=settings.max_seq_length,
+            device=settings.device,
+        )
+    return cache_source(
+        settings.cache,
+        DiskCache(settings.local_copies.expanduser(), int(settings.local_copies_gb * 1e9)),
+        soft=soft,
+        temperature=settings.temperature,
+        tail=settings.tail,
+        min_fidelity=settings.min_fidelity,
+        same_tokenizer=[str(model) for model in {settings.student_model, settings.teacher_model} - {None}],
+    )
+
+
 def _train(settings: TrainSettings, source: Source, record: dict[str, Any], checkpoint: str | None) -> dict[str, float]:
-    arguments, reports = training_arguments(settings), reporters(settings)
-    model = make_student(settings, source.vocab_size, source.longest, source.tokenizer)
-    size = count_parameters(model)
-    ranks = arguments.process_index, arguments.world_size
-    where = f", on {ranks[1]} ranks" if ranks[1] > 1 else ""
-    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
-    require_finite(model, "the student")
-    kept = held_out(len(source.examples), settings.eval_fraction, settings.seed)
+    arguments, reports = training_arguments(settings), _trackers(settings)
+    model = _make_student(settings, source, arguments.world_size)
+    held = held_out(len(source.examples), settings.eval_fraction, settings.seed)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
-    lengths = None if packed else source.lengths()
     sampler = BatchSampler(
         source.shard_starts,
-        kept,
+        held,
         settings.batch_size,
         settings.seed,
-        *ranks,
-        lengths=lengths,
+        arguments.process_index,
+        arguments.world_size,
+        lengths=None if packed else source.lengths(),
         accumulation=settings.gradient_accumulation_steps,
     )
-    shape, device = shape_of_model(model, "student"), arguments.device.type
-    if device == "cpu":
-        free_at_once()
-        if not settings.use_gradient_checkpointing:
+    step = _step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    if step.on_cpu:
+        free_large_blocks()
+        if not step.checkpointing:
             keep_products_only(model)
     if arguments.process_index == 0:
-        extent = Extent(source.amount, len(kept), sampler, arguments.world_size)
-        for line in summary(settings, extent, str(arguments.device), needed(settings, shape, source.longest, device)):
+        run = _run_size(settings, source.amount, len(held), len(sampler), arguments.world_size)
+        for line in summary(run, step, str(arguments.device), _precision(settings)):
             say(line)
-        say("rows: several examples share one where they fit" if packed else "rows: one example each, of like lengths")
-    with memory_watched(settings, shape, source.longest, device):
+        say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
+    with explain_memory(step, settings.output_dir, settings.num_workers):
         loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
         make_loss_forward(model, loss, source.teacher)
         pad = source.tokenizer.pad_token_id
         collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
-        interrupts = Interrupts()
-        table = LiveTable(notices(), interrupts.note)
+        interrupt = SaveOnInterrupt()
+        table = LiveTable(notices(), interrupt.note)
         trainer = DistillationTrainer(
             model=model,
             args=arguments,
             examples=source.examples,
             sampler=sampler,
-            held_out=kept.tolist(),
+            held_out=held.tolist(),
             collator=collator,
             tokenizer=source.tokenizer,
-            watch=Watch(settings, source.examples, sampler, collator),
-            callbacks=[interrupts, table, KeepMetrics(settings.output_dir, table.show), KeepSettings(record), *reports],
+            nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
+            callbacks=[
+                interrupt,
+                table,
+                MetricsLog(settings.output_dir, table.show),
+                CompleteCheckpoint(record),
+                *reports,
+            ],
         )
         require_fsdp(trainer)
         table.replace_bar(trainer)
-        before = trainer.evaluate() if len(kept) and checkpoint is None else None
-        with table, interrupts:
+        before = trainer.evaluate() if len(held) and checkpoint is None else None
+        with table, interrupt:
             trainer.train(resume_from_checkpoint=checkpoint)
-        interrupts.raise_if_stopped(settings.resume_from_checkpoint)
-        after = trainer.evaluate() if len(kept) else {}
-    _keep_final(settings, trainer, record, before, after)
+        interrupt.raise_if_stopped(settings.resume_from_checkpoint)
+        after = trainer.evaluate() if len(held) else {}
+    _save_final(settings, trainer, record, before, after)
     return after
 
 
-def _keep_final(
+def _trackers(settings: TrainSettings) -> list[TrainerCallback]:
+    return trackers(
+        settings.output_dir,
+        settings.wandb_project,
+        wandb=settings.use_wandb,
+        tensorboard=settings.use_tensorboard,
+        trackio=settings.use_trackio,
+    )
+
+
+def _make_student(settings: TrainSettings, source: Source, ranks: int) -> PreTrainedModel:
+    model = make_student(
+        config=settings.student_config,
+        model=settings.student_model,
+        teacher=settings.teacher_model,
+        teacher_layers=settings.init_from_teacher_layers,
+        seed=settings.seed,
+        vocab_size=source.vocab_size,
+        longest=source.longest,
+        tokenizer=source.tokenizer,
+    )
+    size = count_parameters(model)
+    where = f", on {ranks} ranks" if ranks > 1 else ""
+    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
+    require_finite(model, "the student")
+    return model
+
+
+def _step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool) -> StepSize:
+    return StepSize(
+        student=shape_of_model(model, "student"),
+        longest=longest,
+        on_cpu=on_cpu,
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        checkpointing=settings.use_gradient_checkpointing,
+        mixed=settings.use_mixed_precision,
+        from_cache=settings.cache is not None,
+    )
+
+
+def _run_size(settings: TrainSettings, data: Amount, held: int, batches: int, ranks: int) -> RunSize:
+    accumulation = settings.gradient_accumulation_steps
+    return RunSize(data, held, batches, ranks, accumulation, settings.epochs, settings.max_steps)
+
+
+def _precision(settings: TrainSettings) -> str:
+    return f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else "float32"
+
+
+def _stop_on_nonfinite(
+    settings: TrainSettings, examples: Dataset[TrainingExample], sampler: BatchSampler, collator: Collator
+) -> StopOnNonFinite:
+    return StopOnNonFinite(
+        settings.output_dir,
+        step_examples=sampler.step_examples,
+        held_out=sampler.left_out,
+        label_is_finite=lambda index: labels_are_finite(collator([examples[index]])),
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        fp16=settings.use_mixed_precision and settings.mixed_precision_dtype == "fp16",
+        resumed_from=settings.resume_from_checkpoint,
+    )
+
+
+def _save_final(
     settings: TrainSettings,
     trainer: DistillationTrainer,
     record: dict[str, Any],
@@ -107,7 +213,7 @@ def _keep_final(
     after: dict[str, float],
 ) -> None:
     final = settings.output_dir / FINAL
-    with saving(settings.output_dir):
+    with explain_save_errors(settings.output_dir):
         trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one

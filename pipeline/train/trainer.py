@@ -20,8 +20,8 @@ from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import LossSettings, LossSums
 from logitcask.pipeline.train.batches import Batch, BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
-from logitcask.pipeline.train.callbacks.nonfinite import Watch
-from logitcask.pipeline.train.checkpoints import saving
+from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.checkpoints import explain_save_errors
 
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 
@@ -67,7 +67,7 @@ class DistillationTrainer(Trainer):
         held_out: Sequence[int],
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
-        watch: Watch,
+        nonfinite: StopOnNonFinite,
         callbacks: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -77,7 +77,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=Subset(examples, held_out),
             data_collator=collator,
             processing_class=tokenizer,
-            callbacks=[watch, *callbacks],
+            callbacks=[nonfinite, *callbacks],
         )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
@@ -85,14 +85,14 @@ class DistillationTrainer(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
-        self._watch = watch
+        self._nonfinite = nonfinite
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
         self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
         self._slots: Tensor | None = None  # tokens, and the room they took, since then
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with saving(Path(self.args.output_dir)):
+        with explain_save_errors(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -140,13 +140,13 @@ class DistillationTrainer(Trainer):
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         """Trainer's, its loss watched."""
         loss: Tensor = super().training_step(*arguments, **named)
-        self._watch.note_loss(loss)
+        self._nonfinite.note_loss(loss)
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor:
         """Trainer's, watched: nothing public of the Trainer gives the norm of each step."""
         norm: Tensor = super()._get_grad_norm(*arguments, **named)
-        self._watch.note_norm(norm)
+        self._nonfinite.note_norm(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
             metrics = self._means(sums.float().to(self.args.device), "eval_")
             if not math.isfinite(metrics["eval_total_loss"]):  # of all ranks, which look for the first in one order
                 alone = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
-                self._watch.note_held_out(next(alone, None))
+                self._nonfinite.note_held_out(next(alone, None))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -28,7 +28,6 @@ from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
-from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.text.examples import Encoder, read_records
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
@@ -57,7 +56,7 @@ def real_positions() -> Positions:
     """Python functions of the standard library, as the teacher sees them."""
     tokenizer = load_tokenizer(teacher_path())
     with tempfile.TemporaryDirectory() as folder:
-        written = from_source(GenerateDataSettings.model_validate({"output_dir": folder, "num_examples": EXAMPLES}))
+        written = from_source(None, Path(folder), EXAMPLES, seed=0)
         encoder = Encoder(tokenizer, prompt_loss=False)
         found = [encoder.encode(where, record) for where, record in read_records(str(written.path))]
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()

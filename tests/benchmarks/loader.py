@@ -25,7 +25,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
-from logitcask.pipeline.train.callbacks.nonfinite import Watch
+from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.train import training_arguments
 from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
 from tests.support.runs import train_settings
@@ -90,10 +90,12 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
         for batch in list(sampler)[: STEPS[name] + 1]:
             collator([examples[index] for index in batch])
     timed = Timed()
+    nonfinite = StopOnNonFinite(Path(folder), step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
+                                label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
     trainer = DistillationTrainer(
         model=model, args=arguments, examples=examples, sampler=sampler, held_out=[],
         collator=collator, tokenizer=tokenizer_from_files(reader.tokenizer_files()),
-        watch=Watch(settings, examples, sampler, plain), callbacks=[timed],
+        nonfinite=nonfinite, callbacks=[timed],
     )  # fmt: skip
     return trainer, timed
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from logitcask.cache.labels import SoftLabels
-from logitcask.pipeline.machine import free_at_once
+from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import shape_of_student
@@ -50,7 +50,7 @@ def resident() -> int:
 def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: bool) -> int:
     """Bytes by which two steps raise this process's peak."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the command does
-    free_at_once()
+    free_large_blocks()
     torch.ones(64, 64).matmul(torch.ones(64, 64))
     before = resident()
     model = student_from_config(config_path(name), MEASURED_VOCABULARY)

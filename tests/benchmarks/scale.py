@@ -18,7 +18,6 @@ from zarr.storage import LocalStore
 from logitcask.cache.integrity import commit_key, committed_shards
 from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.precompute.sharding import cut_shards, plan_strides, shards_of, shuffled
-from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.text.examples import Encoder, encode_source
 from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer
@@ -42,8 +41,7 @@ def timed(what: str, work: Callable[[], T]) -> T:
 
 def tokenizing(folder: Path) -> None:
     """Print the speed of what stage 1 does first: read, encode and stage all examples."""
-    settings = GenerateDataSettings.model_validate({"output_dir": folder / "data", "num_examples": EXAMPLES})
-    source = str(from_source(settings).path)
+    source = str(from_source(None, folder / "data", EXAMPLES, seed=0).path)
     encoder = Encoder(load_tokenizer(teacher_path()), prompt_loss=False)
 
     def stage() -> TokenTable:

@@ -30,7 +30,6 @@ from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.precompute.sharding import plan_strides
-from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.teachers.teacher import TokenizedExample
@@ -48,8 +47,8 @@ Codec = Callable[[NDArray[Any]], bytes]
 def code(encoder: Encoder) -> Iterator[TokenizedExample]:
     """Functions of the standard library as documentation and code."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = GenerateDataSettings.model_validate({"output_dir": folder, "num_examples": 100_000})
-        for index, (where, record) in enumerate(read_records(str(from_source(settings).path))):
+        written = from_source(None, Path(folder), 100_000, seed=0)
+        for index, (where, record) in enumerate(read_records(str(written.path))):
             found = encoder.encode(where, record)
             mask = found.target_mask[:LENGTH].copy()
             mask[-1] = False

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from logitcask.cache.labels import SoftLabels
-from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_at_once
+from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_large_blocks
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
@@ -115,7 +115,7 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: boo
 
         def step() -> None:
             if thrifty:
-                free_at_once()
+                free_large_blocks()
             elif not alone:  # another way has had this process give all back
                 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GLIBC_LARGEST)
             torch.autograd.backward(loss())

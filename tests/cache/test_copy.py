@@ -22,7 +22,7 @@ from logitcask.cache.integrity import commit_key, digest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
 from logitcask.cache.storage import remote
-from logitcask.cache.storage.disk_cache import LocalCopies
+from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.verify import repair, verify
 from tests.support.killed import copy_and_die, copy_and_die_packing
 from tests.support.needed import lacking
@@ -340,8 +340,8 @@ def test_local_copies_are_bounded_and_never_trusted(cache: Path, s3: str, tmp_pa
     sizes = [len(data) for key, data in folder_bytes(cache).items() if "/c/" in key and key[0] in "hit"]
     limit = max(sizes) + min(sizes)
     assert sum(sizes) > 2 * limit, "something must be dropped"
-    kept = LocalCopies(tmp_path / "kept", limit)
-    reader, near = CacheReader(f"{s3}/cache", kept=kept), CacheReader(cache)
+    kept = DiskCache(tmp_path / "kept", limit)
+    reader, near = CacheReader(f"{s3}/cache", disk_cache=kept), CacheReader(cache)
     for _ in range(2):
         for index in range(len(near)):
             np.testing.assert_array_equal(reader.example(index).targets.tail_ids, near.example(index).targets.tail_ids)
@@ -353,7 +353,7 @@ def test_local_copies_are_bounded_and_never_trusted(cache: Path, s3: str, tmp_pa
 def test_a_folder_for_local_copies_that_cannot_be_written_stops_nobody(cache: Path, s3: str, tmp_path: Path) -> None:
     copy(cache, f"{s3}/cache")
     (tmp_path / "file").write_text("no folder")
-    reader = CacheReader(f"{s3}/cache", kept=LocalCopies(tmp_path / "file", 10**9))
+    reader = CacheReader(f"{s3}/cache", disk_cache=DiskCache(tmp_path / "file", 10**9))
     assert len(reader.shard(0)) > 0
 
 

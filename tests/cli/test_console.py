@@ -23,9 +23,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.console import QUIET
-from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
+from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, latest_checkpoint, read_log
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
-from logitcask.pipeline.train.checkpoints import latest_checkpoint
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache
 

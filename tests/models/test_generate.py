@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.models.generate import generate_text, stream
-from logitcask.pipeline.settings.generate import GenerateSettings
 from tests.support.tiny import make_teacher
 
 PROMPT = "How many apples"
 
 
-def settings(model: Path, **changes: object) -> GenerateSettings:
-    return GenerateSettings.model_validate({"model": str(model), "prompt": PROMPT, "device": "cpu", **changes})
+def pieces(model: Path, **changes: Any) -> Iterator[str]:
+    options = {"max_new_tokens": 128, "temperature": 0.0, "device": "cpu", "seed": 0, **changes}
+    return generate_text(str(model), PROMPT, **options)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -34,7 +35,7 @@ def test_the_text_is_the_models_own(chat: bool, tmp_path: Path) -> None:
         while len(ids) < begin + 24 and (len(ids) == begin or ids[-1] != tokenizer.eos_token_id):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     want = tokenizer.decode(ids[begin:], skip_special_tokens=True)
-    assert "".join(generate_text(settings(folder, max_new_tokens=24))) == want
+    assert "".join(pieces(folder, max_new_tokens=24)) == want
 
 
 def test_the_first_piece_is_seen_before_the_last_is_made(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_a_model_that_fails_while_it_writes_is_told(broken: Path) -> None:
 
     def read() -> None:
         try:
-            list(generate_text(settings(broken, temperature=1.0)))
+            list(pieces(broken, temperature=1.0))
         except LogitcaskError as error:
             told.append(str(error))
 
@@ -117,5 +118,5 @@ def test_a_failure_is_one_line(
 def test_new_tokens_end_with_the_models_positions(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "model", max_length=16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "".join(generate_text(settings(folder, max_new_tokens=500)))
+    text = "".join(pieces(folder, max_new_tokens=500))
     assert 0 < len(tokenizer.encode(text)) <= 2 * (16 - len(tokenizer.encode(PROMPT)))

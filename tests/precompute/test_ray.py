@@ -21,7 +21,7 @@ from logitcask.cache.integrity import committed_shards
 from logitcask.cache.storage.open import open_store
 from logitcask.cache.storage.remote import filesystem
 from logitcask.cache.verify import verify
-from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
 from logitcask.pipeline.precompute.ray import default_workers, worker_options
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from tests.support.needed import lacking
@@ -231,11 +231,13 @@ def test_what_a_worker_complains_of_is_one_line(folder: Path, cluster: str, tmp_
 
 
 def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
-    many = precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, engine="vllm", device="auto")
-    assert default_workers(many, {"GPU": 16.0, "CPU": 8.0}) == 4
-    assert worker_options(many, {"GPU": 16.0, "CPU": 8.0}) == {"num_gpus": 4}
-    assert default_workers(many, {"CPU": 8.0}) == 1
-    assert worker_options(many.model_copy(update={"workers": 4}), {"CPU": 8.0}) == {"num_cpus": 2}
+    many = teacher_spec(
+        precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, engine="vllm", device="auto")
+    )
+    assert default_workers(4, {"GPU": 16.0, "CPU": 8.0}) == 4
+    assert worker_options(many, None, {"GPU": 16.0, "CPU": 8.0}) == {"num_gpus": 4}
+    assert default_workers(4, {"CPU": 8.0}) == 1
+    assert worker_options(many, 4, {"CPU": 8.0}) == {"num_cpus": 2}
 
 
 def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]":

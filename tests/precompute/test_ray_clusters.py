@@ -6,6 +6,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import typer
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.cli import app
-from logitcask.pipeline.precompute.precompute import precompute
-from logitcask.pipeline.precompute.ray import RayCrew, default_workers, missing_resources, worker_options
+from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
+from logitcask.pipeline.precompute.ray import RayExecutor, default_workers, missing_resources, worker_options
 from tests.precompute.test_ray import HEAD, START, Machine, cluster, command, folder, machines, settings, wait_for_nodes
 from tests.support.tiny import folder_bytes, precompute_settings
 
@@ -74,12 +75,12 @@ def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine
 
 def test_accelerators_are_asked_for_where_the_device_says_so(folder: Path, tmp_path: Path) -> None:
     """Of a cluster that has none yet, too."""
-    cuda = precompute_settings(
-        folder, output=tmp_path, device="cuda", ray="auto", workers=4, engine="vllm", tensor_parallel_size=2
+    cuda = teacher_spec(
+        precompute_settings(folder, output=tmp_path, device="cuda", engine="vllm", tensor_parallel_size=2)
     )
-    assert worker_options(cuda, {"CPU": 8.0}) == {"num_gpus": 2}
-    assert default_workers(cuda, {"CPU": 8.0}) == 1
-    assert worker_options(cuda.model_copy(update={"device": "cpu"}), {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
+    assert worker_options(cuda, 4, {"CPU": 8.0}) == {"num_gpus": 2}
+    assert default_workers(2, {"CPU": 8.0}) == 1
+    assert worker_options(replace(cuda, device="cpu"), 4, {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
     told = "4 workers want 8 GPUs, the cluster has 2"
     assert missing_resources({"num_gpus": 2}, 4, {"GPU": 2.0}).endswith(told)
     assert missing_resources({"num_gpus": 2}, 4, {"GPU": 8.0}) == ""
@@ -104,13 +105,13 @@ def test_alone_it_takes_the_cluster_there_is(
     folder: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    write = RayCrew.write_shards
+    write = RayExecutor.write_shards
 
-    def spy(self: RayCrew, *arguments: Any) -> None:
+    def spy(self: RayExecutor, *arguments: Any) -> None:
         seen.append(ray.get_runtime_context().gcs_address)
         write(self, *arguments)
 
-    monkeypatch.setattr(RayCrew, "write_shards", spy)
+    monkeypatch.setattr(RayExecutor, "write_shards", spy)
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     precompute(settings(folder, tmp_path / "cache", "auto"))
     assert seen == [cluster]

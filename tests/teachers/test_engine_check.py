@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader, is_complete
-from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import check_engine, load_transformers
 from logitcask.pipeline.teachers.teacher import TokenizedExample
@@ -46,7 +46,7 @@ def batch() -> list[TokenizedExample]:
 
 def loaded(settings: PrecomputeSettings, dtype: str = "float32", engine: str = ENGINE) -> TransformersTeacher:
     """A teacher that goes by the name of another engine."""
-    teacher = load_transformers(settings, dtype, "cpu")
+    teacher = load_transformers(teacher_spec(settings), dtype, "cpu")
     teacher.facts = replace(teacher.facts, identity=teacher.facts.identity.model_copy(update={"engine": engine}))
     return teacher
 
@@ -62,7 +62,7 @@ def altered(settings: PrecomputeSettings, name: str, row: int | slice, factor: f
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_that_gives_the_same_passes(settings: PrecomputeSettings, dtype: str) -> None:
-    check_engine(loaded(settings, dtype), settings, batch(), LABEL)
+    check_engine(loaded(settings, dtype), teacher_spec(settings), batch(), LABEL)
 
 
 @pytest.mark.parametrize(("dtype", "factor", "limit"), [("float32", 1.01, "0.001"), ("bfloat16", 3.0, "0.5")])
@@ -72,7 +72,7 @@ def test_an_engine_with_other_weights_is_told(
 ) -> None:
     other = altered(settings, name, slice(None), factor, tmp_path / "altered")
     with pytest.raises(LogitcaskError) as told:
-        check_engine(loaded(other, dtype), settings, batch(), LABEL)
+        check_engine(loaded(other, dtype), teacher_spec(settings), batch(), LABEL)
     before, _, after = str(told.value).partition(" nats, ")
     start, _, difference = before.partition(" differs by ")
     assert start == f"{ENGINE} and transformers disagree: gold_logprobs"
@@ -88,14 +88,14 @@ def test_one_wrong_example_is_enough(settings: PrecomputeSettings, tmp_path: Pat
     for factor in (2.0, np.nan):
         other = altered(settings, "model.embed_tokens.weight", RARE, factor, tmp_path / str(factor))
         with pytest.raises(LogitcaskError, match="disagree"):
-            check_engine(loaded(other), settings, batch(), LABEL)
+            check_engine(loaded(other), teacher_spec(settings), batch(), LABEL)
 
 
 def test_stage_1_stops_before_any_shard(
     settings: PrecomputeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = altered(settings, "model.norm.weight", slice(None), 1.1, tmp_path / "altered")
-    monkeypatch.setattr("logitcask.pipeline.precompute.local.load_engine", lambda asked: loaded(other, engine="vllm"))
+    monkeypatch.setattr("logitcask.pipeline.precompute.local.load_engine", lambda spec: loaded(other, engine="vllm"))
     with pytest.raises(LogitcaskError, match="vllm and transformers disagree: gold_logprobs differs by"):
         precompute(settings)
     assert not is_complete(settings.output)

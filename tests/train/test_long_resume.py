@@ -12,7 +12,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample
-from logitcask.pipeline.train.callbacks.nonfinite import Watch
+from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.train import training_arguments
 from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
 from tests.support.runs import STUDENT, train_settings, write_config
@@ -46,9 +46,11 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
     make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"))
     examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
     collator = Collator(0, (), 1.0, "bucket")
+    nonfinite = StopOnNonFinite(folder, step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
+                                label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
     return DistillationTrainer(
         model=model, args=training_arguments(settings), examples=examples, sampler=sampler, held_out=[],
-        collator=collator, tokenizer=make_tokenizer(), watch=Watch(settings, examples, sampler, collator), callbacks=[],
+        collator=collator, tokenizer=make_tokenizer(), nonfinite=nonfinite, callbacks=[],
     )  # fmt: skip
 
 

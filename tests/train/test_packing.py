@@ -14,7 +14,14 @@ from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.examples import Encoded
-from logitcask.pipeline.train.batches import GROUP, BatchSampler, CacheExamples, Collator, TrainingExample, place
+from logitcask.pipeline.train.batches import (
+    GROUP,
+    BatchSampler,
+    CacheExamples,
+    Collator,
+    TrainingExample,
+    pack_first_fit_decreasing,
+)
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import history, train, write_config
 from tests.support.tiny import make_cache
@@ -42,7 +49,7 @@ def shortened(example: TrainingExample, targets: int) -> TrainingExample:
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
 def test_every_example_has_its_own_place(lengths: list[int]) -> None:
-    rows, starts = place(lengths, max(lengths))
+    rows, starts = pack_first_fit_decreasing(lengths, max(lengths))
     taken = np.zeros((max(rows) + 1, max(lengths)), dtype=int)
     for length, row, start in zip(lengths, rows, starts, strict=True):
         assert start + length <= max(lengths)
@@ -88,7 +95,7 @@ def test_the_log_tells_the_share_of_padding(cache: Path, tmp_path: Path) -> None
     run = train(cache, tmp_path / "run", batch_size=24, max_steps=1, eval_fraction=0.0)
     source = CacheExamples(str(cache), with_targets=False)
     lengths = [len(source[i].encoded.input_ids) for i in range(24)]
-    room = (max(place(lengths, max(lengths))[0]) + 1) * max(lengths)
+    room = (max(pack_first_fit_decreasing(lengths, max(lengths))[0]) + 1) * max(lengths)
     (found,) = (line["padding"] for line in history(run) if "padding" in line)
     assert found == pytest.approx(1 - sum(lengths) / room)
     assert found > 0

@@ -19,7 +19,7 @@ def ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class Interrupts(TrainerCallback):
+class SaveOnInterrupt(TrainerCallback):
     """Within its context the first SIGINT or SIGTERM asks the Trainer to save and stop; the next acts as ever.
 
     A signal that is ignored, as in background jobs, stays so. All ranks stop after the same step, one step later than a

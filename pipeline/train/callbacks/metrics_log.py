@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
 
 
-class KeepMetrics(TrainerCallback):
+class MetricsLog(TrainerCallback):
     """Writes ``metrics.jsonl`` into the run's folder, on rank 0: what the Trainer logs of training and evaluations.
 
     Each line has ``step``, ``epoch``, ``seconds`` (of the run; what a resumed run had done before counts) and

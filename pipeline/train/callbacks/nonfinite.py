@@ -1,46 +1,48 @@
-"""What stops a run of stage 2 whose numbers are not finite any more, before they are saved."""
+"""What stops a run of stage 2 whose numbers are no longer finite, before they are saved."""
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample
-from logitcask.pipeline.train.checkpoints import latest_checkpoint
+from logitcask.pipeline.models.load import require_finite
+from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
 IDS_SHOWN = 256
 SKIPPED_IN_A_ROW = 20  # fp16's loss scale begins at 2^16 and halves with each step it skips: by then it is below 1
 
 
-def require_finite(model: nn.Module, where: str) -> None:
-    """Raise LogitcaskError where a parameter is not finite, naming the first and their number."""
-    names = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
-    if names:
-        raise LogitcaskError(
-            f"{where}: {len(names)} parameters are already not finite, the first is {names[0]}: begin from another "
-            "student or an older checkpoint"
-        )
+class StopOnNonFinite(TrainerCallback):
+    """Stops a run whose loss or gradient is no longer finite, before anything of that step is saved.
 
-
-class Watch(TrainerCallback):
-    """Stops a run whose loss or gradient is not finite any more, before anything of that step is saved.
-
-    The numbers of steps stay on their device until they are looked at: on a CPU at each step, elsewhere where the
+    The numbers of steps stay on their device until they are looked at: on a CPU at each step, elsewhere when the
     Trainer waits for the device anyway, to log, evaluate, save or end.
     """
 
     def __init__(
-        self, settings: TrainSettings, examples: Dataset[TrainingExample], sampler: BatchSampler, collator: Collator
+        self,
+        output_dir: Path,
+        *,
+        step_examples: Callable[[int], list[int]],
+        held_out: Sequence[int],
+        label_is_finite: Callable[[int], bool],
+        learning_rate: float,
+        warmup_steps: int,
+        fp16: bool,
+        resumed_from: str | None = None,
     ) -> None:
-        self._settings, self._examples, self._sampler, self._collator = settings, examples, sampler, collator
+        """``step_examples`` gives the examples of an optimizer step, ``held_out`` are those never trained on."""
+        self._output, self._resumed_from = output_dir, resumed_from
+        self._step_examples, self._held_out, self._label_is_finite = step_examples, held_out, label_is_finite
+        self._learning_rate, self._warmup_steps, self._fp16 = learning_rate, warmup_steps, fp16
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
         self._rows: list[Tensor] = []  # loss and gradient norm, (2,), of each step not looked at yet
@@ -63,7 +65,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         """Raise LogitcaskError where a checkpoint's parameters are not finite."""
-        require_finite(model, self._settings.resume_from_checkpoint or "the student")
+        require_finite(model, self._resumed_from or "the student")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any
@@ -89,7 +91,7 @@ class Watch(TrainerCallback):
             first = (
                 "that of none alone" if self._bad is None else f"the first is example {self._bad} of the cache or data"
             )
-            advice = self._advice(self._sampler.left_out if self._bad is None else [self._bad])
+            advice = self._advice(list(self._held_out) if self._bad is None else [self._bad])
             raise LogitcaskError(
                 f"step {state.global_step}: the loss of the held-out examples is {loss}, {first}; {advice}"
             )
@@ -105,37 +107,30 @@ class Watch(TrainerCallback):
         step = state.global_step - count + 1 + place
         rank = int(bad[:, place].sum(1).argmax())  # the norm is of all ranks, the loss its own
         loss, norm = rows[rank, place].tolist()
-        examples = self._sampler.step_examples(step - 1)
+        examples = self._step_examples(step - 1)
         shown = ", ".join(map(str, examples[:IDS_SHOWN])) + (", ..." if len(examples) > IDS_SHOWN else "")
         raise LogitcaskError(
-            f"step {step}: not finite any more: loss {loss:g}, gradient norm {norm:g}; the step's {len(examples)} "
+            f"step {step}: non-finite: loss {loss:g}, gradient norm {norm:g}; the step's {len(examples)} "
             f"examples of the cache or data are {shown}; {self._advice(examples)}"
         )
 
     def _advice(self, examples: list[int]) -> str:
         """The likely cause, and what to do."""
-        found, settings = latest_checkpoint(self._settings.output_dir), self._settings
-        again = f"go on with --resume-from-checkpoint {found}" if found else "begin again, there is no checkpoint yet"
-        wrong = [index for index in examples if not self._sound(index)]
-        if wrong:
+        checkpoint = latest_checkpoint(self._output)
+        again = f"resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "start over, no checkpoint yet"
+        damaged = next((index for index in examples if not self._label_is_finite(index)), None)
+        if damaged is not None:
             return (
-                f"likely cause: the label of example {wrong[0]} is not finite: check the data with logitcask cache "
+                f"likely cause: the label of example {damaged} is not finite: check the data with logitcask cache "
                 f"verify, then {again}"
             )
-        if settings.use_mixed_precision and settings.mixed_precision_dtype == "fp16":
+        if self._fp16:
             return (
                 "likely cause: numbers above 65,504, the most that fp16 holds: use --mixed-precision-dtype bf16 and "
                 f"{again}"
             )
-        start = f"--student-model {found} in another --output-dir" if found else "the same student"
+        start = f"--student-model {checkpoint} in another --output-dir" if checkpoint else "the same student"
         return (
-            f"likely cause: --learning-rate {settings.learning_rate:g} is too high: begin from {start} with "
-            f"--learning-rate {settings.learning_rate / 10:g}, or with more --warmup-steps than {settings.warmup_steps}"
-        )
-
-    def _sound(self, index: int) -> bool:
-        batch = self._collator([self._examples[index]])
-        labels = batch.get("soft_labels")
-        return labels is None or all(
-            bool(x.isfinite().all()) for x in (labels.weights, labels.log_probs, labels.log_rest)
+            f"likely cause: --learning-rate {self._learning_rate:g} is too high: start from {start} with "
+            f"--learning-rate {self._learning_rate / 10:g}, or with more --warmup-steps than {self._warmup_steps}"
         )

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
@@ -15,7 +16,6 @@ from transformers.trainer_callback import TrainerState
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.console import say
-from logitcask.pipeline.settings.train import TrainSettings
 
 
 class _Trackio(TrackioCallback):
@@ -42,28 +42,27 @@ def _finish_trackio() -> None:
         trackio.finish()
 
 
-def reporters(settings: TrainSettings) -> list[TrainerCallback]:
-    """Callbacks for the reports asked for. Raises LogitcaskError where a package for one is not installed."""
-    asked = {"wandb": settings.use_wandb, "tensorboard": settings.use_tensorboard, "trackio": settings.use_trackio}
-    names = [name for name, on in asked.items() if on]
-    for name in names:
+def trackers(output_dir: Path, project: str, *, wandb: bool, tensorboard: bool, trackio: bool) -> list[TrainerCallback]:
+    """Callbacks for the trackers asked for. Raises LogitcaskError if a package for one is not installed."""
+    asked: dict[str, tuple[bool, Callable[[], TrainerCallback]]] = {
+        "wandb": (wandb, lambda: _wandb(project)),
+        "tensorboard": (tensorboard, lambda: _tensorboard(output_dir)),
+        "trackio": (trackio, _Trackio),
+    }
+    wanted = {name: make for name, (on, make) in asked.items() if on}
+    for name in wanted:
         if find_spec(name) is None:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
-    makers: dict[str, Callable[[TrainSettings], TrainerCallback]] = {
-        "wandb": _wandb,
-        "tensorboard": _tensorboard,
-        "trackio": lambda _: _Trackio(),
-    }
-    return [makers[name](settings) for name in names]
+    return [make() for make in wanted.values()]
 
 
-def _wandb(settings: TrainSettings) -> TrainerCallback:
-    os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+def _wandb(project: str) -> TrainerCallback:
+    os.environ.setdefault("WANDB_PROJECT", project)
     return WandbCallback()
 
 
-def _tensorboard(settings: TrainSettings) -> TrainerCallback:
+def _tensorboard(output_dir: Path) -> TrainerCallback:
     """All events in one folder: the Trainer's choice leaves those before and after training elsewhere."""
-    found = TensorBoardCallback()
-    found.logging_dir = str(settings.output_dir / "tensorboard")
-    return found
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(output_dir / "tensorboard")
+    return callback

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from logitcask.pipeline.runs.run_folder import SETTINGS_FILE
+from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.checkpoints import latest_checkpoint
 from logitcask.pipeline.train.train import run_training
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.forked import forks

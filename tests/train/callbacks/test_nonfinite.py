@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.models.shapes import shape_of_size
-from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
-from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, Watch
-from logitcask.pipeline.train.checkpoints import latest_checkpoint
-from logitcask.pipeline.train.memory_advice import needed, savings
+from logitcask.pipeline.runs.run_folder import latest_checkpoint
+from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, TrainingExample, held_out
+from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, StopOnNonFinite
+from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.forked import limited
-from tests.support.runs import STUDENT, losses, train, train_settings, weights, write_config
+from tests.support.runs import STUDENT, losses, train, weights, write_config
 from tests.support.tiny import make_cache
 from tests.train.test_ranks import TORCHRUN, command
 
@@ -134,14 +134,23 @@ def damaged_at(bad: int) -> Callable[[CacheExamples, int], TrainingExample]:
     return damaged
 
 
-def watched(cache: Path, output: Path, **changes: object) -> tuple[Watch, TrainSettings]:
-    settings = train_settings(cache, output, **changes)
-    examples = CacheExamples(str(cache), with_targets=False)
-    sampler = BatchSampler(examples.reader.shard_starts, np.zeros(0, dtype=np.int64), 8, 0)
-    return Watch(settings, examples, sampler, Collator(0, (1.0,), 1.0, "bucket")), settings
+def stopper(cache: Path, output: Path, learning_rate: float) -> StopOnNonFinite:
+    reader = CacheReader(cache)
+    sampler = BatchSampler(reader.shard_starts, np.zeros(0, dtype=np.int64), 8, 0)
+    return StopOnNonFinite(
+        output,
+        step_examples=sampler.step_examples,
+        held_out=[],
+        label_is_finite=lambda index: True,
+        learning_rate=learning_rate,
+        warmup_steps=0,
+        fp16=False,
+    )
 
 
-def steps(watch: Watch, rows: list[tuple[float, float, bool]], look: list[bool], device: str) -> Iterator[int]:
+def steps(
+    watch: StopOnNonFinite, rows: list[tuple[float, float, bool]], look: list[bool], device: str
+) -> Iterator[int]:
     """Feed a watch the loss, the norm and whether the step was skipped, and whether the Trainer logs at the step."""
     arguments: Any = SimpleNamespace(device=torch.device(device), gradient_accumulation_steps=1)
     for number, ((loss, norm, skipped), logs) in enumerate(zip(rows, look, strict=True), start=1):
@@ -158,13 +167,13 @@ def steps(watch: Watch, rows: list[tuple[float, float, bool]], look: list[bool],
 def test_on_an_accelerator_steps_are_looked_at_when_the_trainer_logs_and_the_first_is_named(
     cache: Path, tmp_path: Path
 ) -> None:
-    watch, _ = watched(cache, tmp_path / "run")
+    watch = stopper(cache, tmp_path / "run", 5e-4)
     rows = [(1.0, 1.0, False), (2.0, np.inf, False), (np.nan, np.nan, False), (np.nan, np.nan, False)]
     done: list[int] = []
     with pytest.raises(LogitcaskError, match="step 2: not finite any more: loss 2, gradient norm inf"):
         done.extend(steps(watch, rows, [False, False, False, True], "cuda"))
     assert done == [1, 2, 3]
-    watch, _ = watched(cache, tmp_path / "run")
+    watch = stopper(cache, tmp_path / "run", 5e-4)
     done = []
     with pytest.raises(LogitcaskError, match="step 2: "):
         done.extend(steps(watch, rows, [False] * 4, "cpu"))
@@ -172,7 +181,7 @@ def test_on_an_accelerator_steps_are_looked_at_when_the_trainer_logs_and_the_fir
 
 
 def test_fp16_may_skip_steps_but_not_all(cache: Path, tmp_path: Path) -> None:
-    watch, _ = watched(cache, tmp_path / "run", use_mixed_precision=True, mixed_precision_dtype="fp16")
+    watch = stopper(cache, tmp_path / "run", 1e-3)
     skipped = (1.0, np.inf, True)
     count = SKIPPED_IN_A_ROW - 1
     rows = [*[skipped] * count, (1.0, 1.0, False), *[skipped] * count]
@@ -258,19 +267,21 @@ def test_a_worker_ended_from_outside_is_one_line_with_what_to_change(
 
 
 def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
-    settings = train_settings(None, tmp_path / "run", train_data="x", teacher_model="t", batch_size=8,
-                              distillation_type="output")  # fmt: skip
     shape = shape_of_size("100M")
-    found = savings(settings, shape, 1024, "cuda")
+    step = StepSize(
+        student=shape, longest=1024, on_cpu=False, batch_size=8, accumulation=1, checkpointing=False, mixed=False,
+        from_cache=False,
+    )  # fmt: skip
+    found = step.savings()
     assert {words.rpartition(" (")[0] for words in found} == {
         "halve --batch-size from 8 and double --gradient-accumulation-steps from 1",
         "a smaller --max-seq-length, the longest example has 1024 tokens, half",
         "--use-gradient-checkpointing", "--use-mixed-precision", "a student smaller than 100,000,000 parameters, half",
     }  # fmt: skip
-    less = needed(settings, shape, 1024, "cuda") - needed(settings, shape, 1024, "cuda", batch_size=4)
+    less = step.memory() - replace(step, batch_size=4).memory()
     assert any(words.startswith("halve") and f"(-{less / 1e9:.2f} GB)" in words for words in found)
-    one = settings.model_copy(update={"batch_size": 1, "use_gradient_checkpointing": True})
-    assert not any("batch" in words or "checkpointing" in words for words in savings(one, shape, 1024, "cpu"))
+    one = replace(step, batch_size=1, checkpointing=True, on_cpu=True)
+    assert not any("batch" in words or "checkpointing" in words for words in one.savings())
 
 
 @pytest.mark.parametrize(
