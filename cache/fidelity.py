@@ -11,12 +11,11 @@ adds up over positions and shards: n, then for each temperature and each of G, E
 sum of squares, of products with G, both again of the sketches, and the summed sketch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from logitcask.cache.manifest import LabelSettings
 
 SKETCH = 128
 BATCH = 1000  # positions of the batch whose gradient the figures tell of
@@ -36,9 +35,9 @@ class FidelitySums:
     row: NDArray[np.float64]
 
     @staticmethod
-    def zeros(label: LabelSettings) -> "FidelitySums":
+    def zeros(temperatures: Sequence[float]) -> "FidelitySums":
         """The sums over no position."""
-        return FidelitySums(np.zeros(row_width(len(label.temperatures))))
+        return FidelitySums(np.zeros(row_width(len(temperatures))))
 
     @property
     def positions(self) -> float:

@@ -116,7 +116,7 @@ def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SA
 
 def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> FidelitySums:
     """The sums of the fidelity certificate over some shards; of no position where none was measured."""
-    total = FidelitySums.zeros(reader.manifest.label)
+    total = FidelitySums.zeros(reader.manifest.label.temperatures)
     if reader.manifest.label.fidelity_positions:
         for index in shards:
             total += reader.shard_fidelity(index)

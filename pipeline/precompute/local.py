@@ -1,18 +1,15 @@
 """Stage 1 in this process, with one teacher; the other executor is ``ray``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from logitcask.cache.fidelity import FidelitySums
-from logitcask.cache.labels import Example, Shard
 from logitcask.cache.manifest import LabelSettings, Manifest
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
 from logitcask.pipeline.precompute.sharding import Work
+from logitcask.pipeline.teachers.labelling import Advance, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
-from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
-
-Advance = Callable[[int], None]
+from logitcask.pipeline.teachers.teacher import TokenizedExample
 
 
 class LocalExecutor:
@@ -36,18 +33,3 @@ class LocalExecutor:
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def label_shard(
-    teacher: Teacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, advance: Advance
-) -> Shard:
-    """A shard, labelled: its examples are in the batches in any order."""
-    labelled: dict[int, Example] = {}
-    fidelity = FidelitySums.zeros(label)
-    for batch in batches:
-        labels = teacher.label(batch, label)
-        fidelity += labels.fidelity
-        for example, targets in zip(batch, labels.targets, strict=True):
-            labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
-            advance(len(targets))
-    return Shard.of([labelled[place] for place in sorted(labelled)], fidelity)

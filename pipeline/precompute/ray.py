@@ -18,8 +18,8 @@ from logitcask.cache.manifest import LabelSettings, Manifest
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
-from logitcask.pipeline.precompute.local import Advance, label_shard
 from logitcask.pipeline.precompute.sharding import Work
+from logitcask.pipeline.teachers.labelling import Advance, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
 from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
 

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcask.cache.fidelity import FidelitySums
-from logitcask.cache.labels import IntArray, SparseTargets
+from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
+from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
+
+Advance = Callable[[int], None]  # called with the positions just labelled
 
 SLICE_LOGITS = 1 << 24  # logits in memory at a time, with copies of all: 64 MiB in float32, whatever the batch
 HOST_LOGITS = 1 << 25  # on a processor, which copies few of them: the more rows, the faster a product with the head
@@ -46,7 +49,7 @@ def label_rows(
     device = hidden_NH.device
     few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
-    sums = FidelitySums.zeros(label)
+    sums = FidelitySums.zeros(label.temperatures)
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
@@ -68,3 +71,18 @@ def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTarg
     """Labels laid end to end, cut into those of each example."""
     ends = np.cumsum(counts)
     return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
+
+
+def label_shard(
+    teacher: Teacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, advance: Advance
+) -> Shard:
+    """A shard, labelled: its examples are in the batches in any order."""
+    labelled: dict[int, Example] = {}
+    fidelity = FidelitySums.zeros(label.temperatures)
+    for batch in batches:
+        labels = teacher.label(batch, label)
+        fidelity += labels.fidelity
+        for example, targets in zip(batch, labels.targets, strict=True):
+            labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
+            advance(len(targets))
+    return Shard.of([labelled[place] for place in sorted(labelled)], fidelity)

@@ -18,8 +18,9 @@ from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 from logitcask.pipeline.teachers.labelling import split_rows
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
-from logitcask.pipeline.teachers.vllm_worker import KEY, KNOWN
 
+KEY = "logitcask"  # in a request's extra_args
+KNOWN = "0.32"  # the version whose private attributes the worker uses
 FIELDS = tuple(SparseTargets.__dataclass_fields__)
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM would take half of the machine's memory
 
@@ -36,7 +37,7 @@ class VllmTeacher:
         if label != self._label:
             self._begin(label)
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
-        fidelity = FidelitySums.zeros(label)
+        fidelity = FidelitySums.zeros(label.temperatures)
         found: dict[int, SparseTargets] = {}
         for handed in self._llm.collective_rpc("logitcask_take"):
             if handed:
@@ -103,7 +104,7 @@ class TopKTeacher(VllmTeacher):
         prompts = [{"prompt_token_ids": example.input_ids.tolist()} for example in batch]
         results = self._llm.generate(prompts, params, use_tqdm=False)
         found = [_top_k(result.prompt_logprobs, e, label) for result, e in zip(results, batch, strict=True)]
-        return Labelled(found, FidelitySums.zeros(label))
+        return Labelled(found, FidelitySums.zeros(label.temperatures))
 
 
 def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> SparseTargets:

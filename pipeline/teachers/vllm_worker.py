@@ -24,9 +24,7 @@ from logitcask.pipeline.models.load import weights_fingerprint
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
-
-KEY = "logitcask"  # in a request's extra_args
-KNOWN = "0.32"  # the version whose private attributes these are
+from logitcask.pipeline.teachers.vllm import KEY
 
 
 @dataclass
@@ -111,9 +109,9 @@ class Capture:
             return b""
         parts = [part for rows in done.values() for part in rows.parts]
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
-        fidelity = FidelitySums.zeros(self._label)
+        fidelity = FidelitySums.zeros(self._label.temperatures)
         for rows in done.values():
-            fidelity += rows.fidelity or FidelitySums.zeros(self._label)
+            fidelity += rows.fidelity or FidelitySums.zeros(self._label.temperatures)
         counts = np.array([rows.positions for rows in done.values()], dtype=np.int64)
         return save(
             {**arrays, "examples": np.array(list(done), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}

@@ -153,7 +153,7 @@ def test_the_bucket_is_measured_where_there_are_no_draws() -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_positions_are_said_to_be(n: int) -> None:
     logits, hidden, targets = problem(4, 2, 4)
-    sums = FidelitySums.zeros(settings(2, 4))
+    sums = FidelitySums.zeros(settings(2, 4).temperatures)
     if n:
         sums += Probe(V, H, torch.device("cpu")).measure(logits[:n], hidden[:n], targets[:n], settings(2, 4))
     assert figures(sums, len(T)) is None

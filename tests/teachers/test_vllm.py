@@ -26,8 +26,8 @@ from logitcask.pipeline.teachers import vllm_worker
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from logitcask.pipeline.teachers.vllm import VllmTeacher, load_vllm_teacher
-from logitcask.pipeline.teachers.vllm_worker import KEY, Capture
+from logitcask.pipeline.teachers.vllm import KEY, VllmTeacher, load_vllm_teacher
+from logitcask.pipeline.teachers.vllm_worker import Capture
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, write_jsonl
 
 LONGEST = 128
