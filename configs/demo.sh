@@ -20,7 +20,7 @@ say "3 of 5: what the cache holds"
 run logitcask cache info "$out/cache"
 
 say "4 of 5: stage 2, a small student from the cache; the teacher is not in memory"
-run logitcask train --distillation-type hybrid --cache "$out/cache" --student-config configs/students/tiny.json \
+run logitcask train --distillation-type hybrid --cache "$out/cache" --student-config tiny \
     --output-dir "$out/run" --epochs 4 --learning-rate 3e-3 --batch-size 8 --logging-steps 20
 
 say "5 of 5: the student writes"
@@ -33,8 +33,8 @@ def __len__(self):
 say "done in $((SECONDS - began)) s"
 cat <<EOF
 A student this small, trained this briefly, has learned the look of Python and little else. Try next:
-  logitcask train --cache $out/cache --student-config configs/students/tiny.json --output-dir $out/logit --distillation-type logit --epochs 10
-  logitcask train --cache $out/cache --student-config configs/students/100m.json --output-dir $out/100m
+  logitcask train --cache $out/cache --student-config tiny --output-dir $out/logit --distillation-type logit --epochs 10
+  logitcask train --cache $out/cache --student-config 100m --output-dir $out/100m
   logitcask precompute-logits --help
 Copy $out/cache anywhere: it is one folder, carries its tokenizer, and needs no teacher.
 EOF

@@ -20,7 +20,7 @@ train() { # NAME TYPE ALPHA TEMPERATURE [options]
     fi
     printf '== %s: %s\n' "$run" "${resume:-from the start}"
     # shellcheck disable=SC2086  # two words or none
-    logitcask train --config configs/runs/hybrid-tiny.yaml --cache "$cache" --output-dir "$run" --save-steps 20 \
+    logitcask train --config hybrid-tiny --cache "$cache" --output-dir "$run" --save-steps 20 \
         --distillation-type "$type" --alpha "$alpha" --temperature "$temperature" $resume "$@"
 }
 

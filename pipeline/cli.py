@@ -68,7 +68,7 @@ def _example(text: str) -> dict[str, Any]:
 @app.command(
     "generate-data",
     **_example(
-        "generate-data --provider openai --model gpt-5-mini --prompts configs/data/code.yaml --num-examples 500 "
+        "generate-data --provider openai --model gpt-5-mini --prompts code --num-examples 500 "
         "--prices gpt-5-mini=0.25/2 --max-cost 3 --output-dir data"
     ),
 )
@@ -109,9 +109,7 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
         typer.echo("labels are vLLM's own: the head at T=1 alone, no draws, no other temperature")
 
 
-@app.command(
-    "train", **_example("train --cache data/cache --student-config configs/students/tiny.json --output-dir runs/a")
-)
+@app.command("train", **_example("train --cache data/cache --student-config tiny --output-dir runs/a"))
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, with no teacher in memory."""

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcask.cache.errors import LogitcaskError, shown
-from logitcask.pipeline.settings.base import read_config
+from logitcask.pipeline.settings.base import config_file, read_config
 
 FIELDS = {"language", "topic"}
 Text = Annotated[str, Field(min_length=1)]
@@ -40,7 +40,7 @@ class Prompt:
 def read_templates(path: Path) -> Templates:
     """The prompt file. Raises LogitcaskError naming the key, the rule and the value."""
     try:
-        found = Templates.model_validate(read_config(path))
+        found = Templates.model_validate(read_config(config_file("data", path)))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, is {shown(e['input'])}" for e in error.errors()]
         raise LogitcaskError(f"{path}: {'; '.join(wrong)}") from error

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.load import load_causal_lm, max_positions
+from logitcask.pipeline.settings.base import config_file
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:
 def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
     """A new model in float32. Raises LogitcaskError where the file is no config of a causal language model."""
     try:
+        path = config_file("students", path)
         values: Any = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise LogitcaskError(f"--student-config {path}: no such file") from error

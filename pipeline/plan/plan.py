@@ -27,6 +27,7 @@ from logitcask.pipeline.plan.estimates import (
     teacher_seconds,
 )
 from logitcask.pipeline.plan.tables import Tables, make_tables, render_tables
+from logitcask.pipeline.settings.base import shipped_configs
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.examples import Encoded, Encoder, read_records
@@ -131,7 +132,8 @@ def plan_cache(
 
 
 def _student(source: str, vocabulary: int) -> ModelShape:
-    return shape_of_size(source) if is_size(source) else shape_of_student(Path(source), vocabulary)
+    sized = is_size(source) and source not in shipped_configs("students")  # 350m is a file, 350M a size
+    return shape_of_size(source) if sized else shape_of_student(Path(source), vocabulary)
 
 
 def _amount(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Amount, list[str]]:

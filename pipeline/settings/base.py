@@ -29,6 +29,7 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
 
 
 def shard_range(text: str) -> tuple[int, int]:
@@ -39,8 +40,27 @@ def shard_range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def shipped_configs(kind: str) -> dict[str, Path]:
+    """The files of ``configs/kind`` that come with the package, by name without the ending."""
+    return {file.stem: file for file in (Path(__file__).parents[2] / "configs" / kind).iterdir()}
+
+
+def config_file(kind: str, name: str | Path) -> Path:
+    """The file that a user names: a path, or a file of ``configs/kind`` by its name without the ending.
+
+    Raises LogitcaskError, listing the known names, if it is neither.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    known = shipped_configs(kind)
+    if path.name not in known:
+        raise LogitcaskError(f"{name}: neither a file nor a known name: known are {', '.join(sorted(known))}")
+    return known[path.name]
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """Names and values of a YAML config file. Raises LogitcaskError where it is no mapping."""
+    """Names and values of a YAML config file. Raises LogitcaskError if it is no mapping."""
     try:
         found = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -55,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
     """Validated settings from a config file and flags. Raises LogitcaskError naming the option, rule and value."""
-    given = {**(read_config(config) if config else {}), **flags}
+    given = {**(read_config(config_file("runs", config)) if config else {}), **flags}
     unknown = sorted(given.keys() - model.model_fields.keys())
     if unknown:
         raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}: known are {', '.join(model.model_fields)}")
@@ -103,7 +123,7 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
                 "config",
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[Path | None, typer.Option(help="YAML file of these options; a flag overrides it")],
+                annotation=Annotated[Path | None, typer.Option(help=CONFIG_HELP)],
             )
         )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -65,7 +65,7 @@ class GenerateDataSettings(Settings):
     base_url: str | None = Field(
         None, description="URL of an openai-compatible server, such as http://localhost:8000/v1"
     )
-    prompts: Path | None = Field(None, description="YAML file of categories, languages and topics, as in configs/data")
+    prompts: Path | None = Field(None, description="YAML file of categories, languages and topics, or code")
     max_new_tokens: Whole = Field(1024, description="tokens of a response at most; longer ones are dropped")
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="of sampling, 0: the likeliest token; default: the model's own"

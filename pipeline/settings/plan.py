@@ -17,7 +17,9 @@ class PlanSettings(Settings):
     teacher_model: str | None = Field(
         None, description="hub id, local folder or .gguf file, whose weights are not read; or a size such as 7B"
     )
-    student_config: str = Field("100M", description="Hugging Face config JSON of a student, or a size such as 350M")
+    student_config: str = Field(
+        "100M", description="Hugging Face config JSON of a student, a name such as tiny, or a size such as 350M"
+    )
     preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")

@@ -28,7 +28,9 @@ class TrainSettings(Settings):
     train_data: str | None = Field(
         None, description="data file in place of a cache; soft losses then take a --teacher-model in memory"
     )
-    student_config: Path | None = Field(None, description="Hugging Face config JSON of a new student")
+    student_config: Path | None = Field(
+        None, description="Hugging Face config JSON of a new student, or a name: tiny, 100m, 350m, 1b"
+    )
     student_model: str | None = Field(None, description="hub id or folder of a student to go on from")
     init_from_teacher_layers: str | None = Field(
         None, description="layers of a local --teacher-model to start from, as 0,9,19,29"

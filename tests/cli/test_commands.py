@@ -13,7 +13,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitcask.pipeline.cli import app, main
-from logitcask.pipeline.settings.base import Settings, resolve
+from logitcask.pipeline.settings.base import Settings, config_file, resolve
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
@@ -109,7 +109,7 @@ def test_student_configs_load(path: Path) -> None:
 def test_run_configs_load(path: Path) -> None:
     found = resolve(TrainSettings, path, {"cache": "c", "output_dir": "o"})
     assert found.student_config is not None
-    assert (ROOT / found.student_config).is_file()
+    assert config_file("students", found.student_config).is_file()
 
 
 def test_there_are_configs() -> None:

@@ -32,7 +32,7 @@ def test_every_file_is_settings_of_a_student_whose_memory_it_tells(file: Path, t
     same = found.model_dump(include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"})
     device = "2-core-CPU" if found.device == "cpu" else "L4"
     fixed = {"tokens": 1_000_000, "teacher_model": "135M", "device": device}
-    plan = make_plan(PlanSettings.model_validate({**same, **fixed, "student_config": str(ROOT / found.student_config)}))
+    plan = make_plan(PlanSettings.model_validate({**same, **fixed, "student_config": str(found.student_config)}))
     told = re.search(r"([\d.]+) GB by\n# `logitcask plan ", file.read_text())
     assert (told is None) == (file.stem == "hybrid-tiny")
     if told is not None:
