@@ -1,6 +1,8 @@
-"""Moving a cache: every object is proved by its digest where it is read, and again where it was written.
+"""Copying a cache between folders, .zip files and URLs.
 
-A shard's commit record is written last, so an interrupted copy is a cache that lacks shards, and the same copy goes on.
+Every object is checked against its digest when it is read, and again after it was written. A shard's commit record is
+written last, so an interrupted copy is a cache that lacks shards, and the same copy resumes. A .zip file is copied to a
+folder beside it first and packed at the end.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ from logitcask.cache.integrity import (
     committed_shards,
     constant_objects,
     digest,
-    read_proved,
+    read_verified,
     shard_keys,
 )
 from logitcask.cache.layout import array_specs
@@ -49,43 +51,61 @@ from logitcask.cache.storage.open import (
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
 from logitcask.cache.writer import create_cache, plan_digest
 
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal caches give equal files
 AT_ONCE = 8  # objects read or checked at the same time
 Objects = dict[str, tuple[str, bytes]]  # key at the destination: key at the source, digest
 
 
 @dataclass(frozen=True)
 class Copied:
-    """Shards that are whole at the destination: those brought now and those found there."""
+    """The shards at the destination: those copied now (``brought``) and those already there (``found``)."""
 
     brought: int
     found: int
-    bytes: int  # written now
+    bytes: int  # written by this copy
 
 
 def copy_cache(
     source: str, destination: str, shards: tuple[int, int] | None, advance: Callable[[int], None] = lambda shards: None
 ) -> Copied:
-    """Copy a cache, or shards FIRST to STOP of it as a cache of their own, calling ``advance(1)`` after each shard.
+    """Copy a cache, or its shards FIRST to STOP as a separate cache, calling ``advance(1)`` after each shard.
 
-    Either side is a folder, a .zip file or a URL. Raises IncompleteCacheError where the source lacks shards,
-    CacheFormatError where it is damaged, CacheMismatchError where another cache lies at the destination.
+    Either side is a folder, a .zip file or a URL. Raises IncompleteCacheError if the source lacks shards,
+    CacheFormatError if it is damaged, CacheMismatchError if another cache is at the destination.
     """
     store = open_store(source, read_only=True)
     manifest = read_manifest(store, source)
     chosen = _chosen_shards(store, source, manifest.shards.count, shards)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         constants = store
         if len(chosen) < manifest.shards.count:
-            folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-"))) / "part"
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-"))) / "part"
             manifest = _write_part_constants(source, chosen, folder)
             constants = open_store(folder, read_only=True)
         job = _Copy(store, constants, manifest, chosen, destination, advance)
         if is_url(destination):
             return job.run(open_store(destination, read_only=False))
-        held.enter_context(sole_writer(destination))
-        held.enter_context(explain_write_errors(destination))
+        stack.enter_context(sole_writer(destination))
+        stack.enter_context(explain_write_errors(destination))
         copy = _copy_to_zip if destination.endswith(".zip") else _copy_to_folder
         return copy(job, Path(destination))
+
+
+def pack(folder: Path, destination: Path) -> None:
+    """Move a cache from a folder into a .zip file, which appears only when it is complete; remove the folder."""
+    partial = destination.with_name(f".{destination.name}.partial")
+    with partial.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"):
+                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), ZIP_DATE)
+                entry.external_attr = 0o644 << 16
+                entry.file_size = path.stat().st_size
+                with path.open("rb") as source, archive.open(entry, "w") as target:
+                    shutil.copyfileobj(source, target)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(destination)
+    shutil.rmtree(folder)
 
 
 def _copy_to_folder(job: "_Copy", folder: Path) -> Copied:
@@ -95,7 +115,7 @@ def _copy_to_folder(job: "_Copy", folder: Path) -> Copied:
 
 
 def _copy_to_zip(job: "_Copy", destination: Path) -> Copied:
-    """Into a folder beside the file, which an interrupted copy leaves for the next; the file appears whole."""
+    """Copy to a folder beside the file, where an interrupted copy resumes, then pack the folder."""
     parts = destination.with_name(f".{destination.name}.parts")
     if destination.exists():
         copied = job.run(open_store(destination, read_only=True))
@@ -109,22 +129,22 @@ def _copy_to_zip(job: "_Copy", destination: Path) -> Copied:
 def _chosen_shards(store: Store, source: str, count: int, shards: tuple[int, int] | None) -> range:
     first, stop = shards or (0, count)
     if not 0 <= first < stop <= count:
-        raise LogitcaskError(f"--shards {first}:{stop}: {source} has shards 0:{count}: take FIRST:STOP within")
+        raise LogitcaskError(f"--shards {first}:{stop}: must be FIRST:STOP within 0:{count}, the shards of {source}")
     missing = sorted(set(range(first, stop)) - committed_shards(store, count))
     if missing:
         raise IncompleteCacheError(
             f"{source}: {len(missing)} of the shards {first}:{stop} are not committed, the first is {missing[0]}: "
-            "finish the cache, or take a part of it with --shards FIRST:STOP"
+            "finish the cache, or copy a part of it with --shards FIRST:STOP"
         )
     return range(first, stop)
 
 
 def _write_part_constants(source: str, chosen: range, folder: Path) -> Manifest:
-    """Write what belongs to no shard of a cache of some shards of another; returns its manifest."""
+    """Write the objects outside the shards for a cache of the ``chosen`` shards of ``source``; return its manifest."""
     reader = CacheReader(source, partial=True)
     whole = reader.manifest
     examples = np.diff(reader.shard_starts)[chosen.start : chosen.stop]
-    held = {
+    totals = {
         "examples": int(examples.sum()),
         "tokens": int(reader.counts("token_count", chosen).sum()),
         "positions": int(reader.counts("position_count", chosen).sum()),
@@ -133,7 +153,7 @@ def _write_part_constants(source: str, chosen: range, folder: Path) -> Manifest:
     manifest = whole.model_copy(
         update={
             "part": PartIdentity(first=before.first + chosen.start, of=before.of),
-            "data": whole.data.model_copy(update=held),
+            "data": whole.data.model_copy(update=totals),
             "shards": whole.shards.model_copy(update={"count": len(chosen), "digest": plan_digest(examples)}),
         }
     )
@@ -143,7 +163,7 @@ def _write_part_constants(source: str, chosen: range, folder: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A copy of the ``chosen`` shards of ``source``; the objects of no shard come from ``constants``."""
+    """A copy of the ``chosen`` shards of ``source``; objects that belong to no shard come from ``constants``."""
 
     source: Store
     constants: Store
@@ -153,10 +173,10 @@ class _Copy:
     advance: Callable[[int], None]
 
     def run(self, target: Store) -> Copied:
-        """Copy into a store what it lacks; into one that is read only, nothing may lack."""
-        _require_room(target, self.place, self.manifest)
+        """Copy what a store lacks into it; a read-only one must lack nothing."""
+        _require_same_cache(target, self.place, self.manifest)
         specs = array_specs(self.manifest.label)
-        found = written = 0
+        already_there = written = 0
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for step in self._constant_steps():
                 written += self._bring(pool, self.constants, target, step)
@@ -166,70 +186,55 @@ class _Copy:
                 keys = zip(shard_keys(specs, index), shard_keys(specs, origin), _digests(record), strict=True)
                 if not target.read_only and digest(target, commit[0]) != commit[1][1]:
                     delete_objects(target, [commit[0]])
-                brought = self._bring(pool, self.source, target, {key: (at, proof) for key, at, proof in keys})
+                brought = self._bring(
+                    pool, self.source, target, {key: (origin_key, proof) for key, origin_key, proof in keys}
+                )
                 brought += self._bring(pool, self.source, target, dict([commit]))
-                found += not brought
+                already_there += not brought
                 written += brought
                 self.advance(1)
-        return Copied(len(self.chosen) - found, found, written)
+        return Copied(len(self.chosen) - already_there, already_there, written)
 
     def _constant_steps(self) -> list[Objects]:
-        """The manifest, so that an interrupted copy is known for what it is; what it tells of; the seal on them."""
+        """Return the objects outside the shards in the order to write them.
+
+        The manifest comes first, since it identifies an interrupted copy; then what it describes; then the seal.
+        """
         objects = constant_objects(array_specs(self.manifest.label), list(self.manifest.tokenizer.files))
         sealed = read_bounded(self.constants, SEAL_OBJECTS[1], 32 * len(objects)) or b""
         if len(sealed) != 32 * len(objects):
-            raise CacheFormatError(f"{SEAL_OBJECTS[1]}: missing or cut")
+            raise CacheFormatError(f"{SEAL_OBJECTS[1]}: missing or truncated")
         proofs = {key: (key, proof) for key, proof in zip(objects, _digests(sealed), strict=True)}
         manifest = {"zarr.json": proofs.pop("zarr.json")}
         return [manifest, proofs, {SEAL_OBJECTS[1]: (SEAL_OBJECTS[1], hashlib.sha256(sealed).digest())}]
 
     def _bring(self, pool: Executor, source: Store, target: Store, objects: Objects) -> int:
-        """Write the objects that the target lacks and prove them there; returns their bytes."""
+        """Write the objects that the target lacks and check them there; return the bytes written."""
 
         def lacking() -> list[str]:
-            have = pool.map(lambda key: digest(target, key), objects)
-            return [key for (key, (_, proof)), found in zip(objects.items(), have, strict=True) if found != proof]
+            digests = pool.map(lambda key: digest(target, key), objects)
+            return [key for (key, (_, proof)), have in zip(objects.items(), digests, strict=True) if have != proof]
 
         wanted = lacking()
         if not wanted:
             return 0
         if target.read_only:
             raise CacheMismatchError(f"{self.place}: {wanted[0]} differs from the source's: remove it and copy again")
-        data = list(pool.map(lambda key: read_proved(source, *objects[key]), wanted))
+        data = list(pool.map(lambda key: read_verified(source, *objects[key]), wanted))
         write_objects(target, dict(zip(wanted, data, strict=True)))
         if wanted := lacking():
             raise CacheFormatError(f"{self.place}: {wanted[0]}: bytes differ after they were written: copy again")
-        return sum(len(each) for each in data)
+        return sum(map(len, data))
 
 
 def _digests(joined: bytes) -> list[bytes]:
     return [joined[i : i + 32] for i in range(0, len(joined), 32)]
 
 
-def _require_room(target: Store, place: str, wanted: Manifest) -> None:
-    """Raise CacheFormatError or CacheMismatchError where anything but the beginning of this copy lies there."""
+def _require_same_cache(target: Store, place: str, wanted: Manifest) -> None:
+    """Raise CacheFormatError or CacheMismatchError if anything but (part of) this copy is there."""
     if is_empty(target):
         return
-    wrong = differences(flatten(dict(read_manifest(target, place))), flatten(dict(wanted)))
-    if wrong:
-        raise CacheMismatchError(f"{place}: holds another cache: {'; '.join(wrong)}; choose another destination")
-
-
-TIME = (1980, 1, 1, 0, 0, 0)
-
-
-def pack(folder: Path, destination: Path) -> None:
-    """Move a cache from a folder into a .zip file, which appears at once and whole; the folder is removed."""
-    partial = destination.with_name(f".{destination.name}.partial")
-    with partial.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"):
-                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), TIME)
-                entry.external_attr = 0o644 << 16
-                entry.file_size = path.stat().st_size
-                with path.open("rb") as source, archive.open(entry, "w") as target:
-                    shutil.copyfileobj(source, target)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(destination)
-    shutil.rmtree(folder)
+    mismatches = differences(flatten(dict(read_manifest(target, place))), flatten(dict(wanted)))
+    if mismatches:
+        raise CacheMismatchError(f"{place}: holds another cache: {'; '.join(mismatches)}; choose another destination")

@@ -3,12 +3,13 @@
 Legend: n sampled positions, J temperatures, K coordinates of a sketch, h a hidden state of the teacher, p its
 distribution at T, q that of the probe student, p' the stored label's estimate of p.
 
-The probe student is a linear output head on h, half trained: it predicts q = softmax(z / 2T) where the teacher has
-p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) h^T, that of the label
-(w q - p') h^T with w = sum p' (for draws it is 1 on average only), which is G + E, E = ((w - 1) q + p - p') h^T. Of
-gradients a sketch of K coordinates is kept whose inner products are unbiased (``pipeline.fidelity``). A row of figures
-adds up over positions and shards: n, then for each temperature and each of G, E of the label, E of top-k renormalised:
-sum of squares, of products with G, both again of the sketches, and the summed sketch.
+The probe student is a half-trained linear output head on h: it predicts q = softmax(z / 2T) where the teacher has
+p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) h^T. The label's gradient is
+(w q - p') h^T with w = sum p' (1 only on average if the tail is drawn), that is G + E with
+E = ((w - 1) q + p - p') h^T. Gradients are reduced to sketches of K coordinates with unbiased inner products
+(``pipeline.teachers.fidelity_probe``). Rows of sums add up over positions and shards. A row holds n, then for each
+temperature and each of G, E of the label and E of top-k renormalised: the sum of squares, the sum of products with G,
+the same two sums of the sketches, and the summed sketch.
 """
 
 from collections.abc import Sequence
@@ -18,25 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 SKETCH = 128
-BATCH = 1000  # positions of the batch whose gradient the figures tell of
+BATCH = 1000  # positions in the batch whose gradient the figures describe
 MOMENTS = 4
-VECTORS = 3  # the exact gradient, the label's error, that of top-k renormalised
+VECTORS = 3  # the exact gradient, the error of the label, the error of top-k renormalised
 
 
 def row_width(temperatures: int) -> int:
-    """Numbers in a row of sums."""
+    """Return the length of a row of sums."""
     return 1 + temperatures * VECTORS * (MOMENTS + SKETCH)
 
 
 @dataclass(frozen=True)
 class FidelitySums:
-    """A row of sums; rows of positions, batches and shards add up."""
+    """A row of sums; rows add up over positions, batches and shards."""
 
     row: NDArray[np.float64]
 
     @staticmethod
     def zeros(temperatures: Sequence[float]) -> "FidelitySums":
-        """The sums over no position."""
+        """Return the sums over no positions."""
         return FidelitySums(np.zeros(row_width(len(temperatures))))
 
     @property
@@ -50,27 +51,28 @@ class FidelitySums:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A label's gradient of the probe student beside the exact one, both over ``BATCH`` positions; norms by the exact.
+    """Error of the probe student's gradient from labels over ``BATCH`` positions, relative to the exact one's norm.
 
-    ``bias`` is what no batch averages out, told only down to ``bias_floor``; ``noise`` the rest at this batch.
+    ``bias`` averages out in no batch and is measurable only above ``bias_floor``; ``noise`` is the rest, at this batch
+    size.
     """
 
     bias: float
     bias_floor: float
     noise: float
     cosine: float
-    degrees: float  # the angle of that cosine
+    degrees: float  # the angle with that cosine
 
 
 def figures(sums: FidelitySums, temperatures: int) -> list[tuple[Fidelity, Fidelity]] | None:
-    """A temperature's figures: of the label, and of as many most probable tokens renormalised.
+    """Return the figures per temperature: of the label, and of as many most probable tokens renormalised.
 
-    Means over pairs of different positions are unbiased: (|sum s|^2 - sum |s|^2) / (n (n - 1)). None where the
-    positions are too few to tell a mean gradient from nothing.
+    Means over pairs of different positions are unbiased: (|sum s|^2 - sum |s|^2) / (n (n - 1)). None if the positions
+    are too few to distinguish the mean gradient from zero.
     """
     n = sums.positions
     table = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)
-    found = []
+    rows = []
     for square, cross, sketch_square, sketch_cross, sketch in (
         (*(table[j, :, moment] for moment in range(MOMENTS)), table[j, :, MOMENTS:]) for j in range(temperatures)
     ):
@@ -82,13 +84,13 @@ def figures(sums: FidelitySums, temperatures: int) -> list[tuple[Fidelity, Fidel
             return None
         in_batch = np.maximum(mean_square, 0.0) * (1 - 1 / BATCH) + square / n / BATCH
         with_exact = mean_cross * (1 - 1 / BATCH) + cross / n / BATCH
-        found.append(
+        rows.append(
             tuple(
                 _fidelity(mean_square[v], square[v] / n, in_batch[v], with_exact[v], mean_square[0], in_batch[0], n)
                 for v in (1, 2)
             )
         )
-    return found  # type: ignore[return-value]
+    return rows  # type: ignore[return-value]
 
 
 def _fidelity(
@@ -107,10 +109,10 @@ def _fidelity(
 
 
 def unsound(sums: FidelitySums, temperatures: int, positions: int) -> str | None:
-    """What is wrong with a shard's row, None where nothing is."""
+    """Return what is wrong with a shard's row, or None."""
     if sums.row.shape != (row_width(temperatures),) or not np.isfinite(sums.row).all():
         return "fidelity: must be finite numbers"
     if not 0 <= sums.positions <= positions:
-        return f"fidelity: of {sums.positions:g} positions, the shard has {positions}"
+        return f"fidelity: measured on {sums.positions:g} positions, but the shard has {positions}"
     squares = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)[:, :, (0, 2)]
     return "fidelity: a sum of squares is negative" if squares.min() < 0 else None

@@ -1,7 +1,7 @@
 """Digests: of each object of a shard in its commit record, of every other object in the array ``seal``.
 
-Any changed, cut or missing byte of a cache shows as a digest that differs. SHA-256 of the stored bytes, so that a copy
-can be checked without decoding it.
+Any changed, truncated or missing object of a cache has a digest that differs. Digests are SHA-256 of the stored bytes,
+so that a copy can be checked without decoding it.
 """
 
 import hashlib
@@ -22,38 +22,38 @@ from logitcask.cache.storage.open import list_objects
 from logitcask.cache.storage.remote import RemoteStore
 
 SEAL = "seal"
-CONSTANT_LEVEL = 9  # of zstd, for what is written once
+CONSTANT_LEVEL = 9  # of zstd, for arrays written once
 SEAL_OBJECTS = (f"{SEAL}/zarr.json", f"{SEAL}/c/0/0")
 
 
 def shard_keys(specs: list[ArraySpec], index: int) -> list[str]:
-    """The objects that hold shard ``index``, one an array."""
+    """Return the keys of the objects that hold shard ``index``, one per array."""
     return [f"{spec.name}/c/{index}" + ("/0" if spec.width else "") for spec in specs]
 
 
 def commit_key(index: int) -> str:
-    """The object that holds the commit record of shard ``index``."""
+    """Return the key of the object that holds the commit record of shard ``index``."""
     return f"commits/c/{index}/0"
 
 
 def digest(store: Store, key: str) -> bytes | None:
-    """SHA-256 of an object's bytes, None where it is missing. Raises CacheFormatError where it is no plain file."""
+    """Return the SHA-256 of an object, None if it is missing. Raises CacheFormatError if it is not a plain file."""
     data = read_bounded(store, key)
     return None if data is None else hashlib.sha256(data).digest()
 
 
 def digests(store: Store, keys: list[str]) -> NDArray[np.uint8]:
-    """The digests of objects that were just written, (len(keys), 32)."""
-    found = [digest(store, key) for key in keys]
-    missing = [key for key, value in zip(keys, found, strict=True) if value is None]
+    """Return the digests of objects that were just written, (len(keys), 32)."""
+    hashes = [digest(store, key) for key in keys]
+    missing = [key for key, value in zip(keys, hashes, strict=True) if value is None]
     assert not missing, f"vanished right after they were written: {missing}"
-    return np.frombuffer(b"".join(value for value in found if value is not None), dtype=np.uint8).reshape(-1, 32)
+    return np.frombuffer(b"".join(value for value in hashes if value is not None), dtype=np.uint8).reshape(-1, 32)
 
 
 def damage(store: Store, keys: list[str], wanted: bytes) -> list[str]:
-    """What differs from the wanted digests, laid end to end: ``key: missing`` or ``key: bytes differ``."""
+    """Return a line per object that differs from the wanted digests (concatenated): missing, or bytes differ."""
     if len(wanted) != 32 * len(keys):
-        return [f"{key}: no digest to check it by" for key in keys]
+        return [f"{key}: no digest to check it against" for key in keys]
     wrong = []
     for i, key in enumerate(keys):
         try:
@@ -67,7 +67,7 @@ def damage(store: Store, keys: list[str], wanted: bytes) -> list[str]:
 
 
 def shard_damage(store: Store, specs: list[ArraySpec], index: int) -> list[str]:
-    """What is wrong with the objects of a committed shard; empty where all is well."""
+    """Return what is wrong with the objects of a committed shard; empty if nothing is."""
     try:
         return damage(store, shard_keys(specs, index), commit_record(store, specs, index))
     except CacheFormatError as error:
@@ -75,17 +75,17 @@ def shard_damage(store: Store, specs: list[ArraySpec], index: int) -> list[str]:
 
 
 def commit_record(store: Store, specs: list[ArraySpec], index: int) -> bytes:
-    """The digests of a shard's objects, laid end to end. Raises CacheFormatError where the shard has none."""
+    """Return the concatenated digests of a shard's objects. Raises CacheFormatError if the shard is not committed."""
     record = read_bounded(store, commit_key(index), 32 * len(specs))
     if record is None:
         raise CacheFormatError(f"{commit_key(index)}: missing: the shard is not committed")
     if len(record) != 32 * len(specs):
-        raise CacheFormatError(f"{commit_key(index)}: cut: not a digest an object")
+        raise CacheFormatError(f"{commit_key(index)}: truncated: must be {32 * len(specs)} bytes, got {len(record)}")
     return record
 
 
-def read_proved(store: Store, key: str, wanted: bytes) -> bytes:
-    """The bytes of an object whose digest is ``wanted``. Raises CacheFormatError where it is missing or differs."""
+def read_verified(store: Store, key: str, wanted: bytes) -> bytes:
+    """Return an object whose digest must be ``wanted``. Raises CacheFormatError if it is missing or differs."""
     disk_cache = store.disk_cache if isinstance(store, RemoteStore) else None
     copy = disk_cache.get(wanted, MAX_OBJECT) if disk_cache else None
     if copy is not None and hashlib.sha256(copy).digest() == wanted:
@@ -99,7 +99,7 @@ def read_proved(store: Store, key: str, wanted: bytes) -> bytes:
 
 
 def constant_objects(specs: list[ArraySpec], tokenizer_files: list[str]) -> list[str]:
-    """Every object that belongs to no shard, but for the seal's own content."""
+    """Return the keys of all objects that belong to no shard, except the seal's own content."""
     arrays = [*(spec.name for spec in specs), "commits", "shard_examples", *(f"tokenizer/{f}" for f in tokenizer_files)]
     groups = ["zarr.json", *(["tokenizer/zarr.json"] if tokenizer_files else [])]
     metadata = [*groups, *(f"{name}/zarr.json" for name in arrays), SEAL_OBJECTS[0]]
@@ -107,7 +107,7 @@ def constant_objects(specs: list[ArraySpec], tokenizer_files: list[str]) -> list
 
 
 def constant_layout(length: int, dtype: str) -> dict[str, Any]:
-    """Arguments of ``create_array`` for a small array that is written once, whole, in one object."""
+    """Return the arguments of ``create_array`` for a small array that is written once, in one object."""
     return {
         "shape": (length,),
         "chunks": (max(1, length),),
@@ -117,7 +117,7 @@ def constant_layout(length: int, dtype: str) -> dict[str, Any]:
 
 
 def write_seal(root: zarr.Group, objects: list[str]) -> None:
-    """Write the digests of the constant objects; the seal's own metadata is one of them."""
+    """Write the digests of the objects outside the shards, which include the seal's own metadata."""
     if SEAL not in root:
         root.create_array(
             SEAL,
@@ -135,7 +135,7 @@ def write_seal(root: zarr.Group, objects: list[str]) -> None:
 
 
 def constant_damage(store: Store, objects: list[str]) -> list[str]:
-    """What is wrong with the objects outside the shards."""
+    """Return what is wrong with the objects outside the shards; empty if nothing is."""
     try:
         sealed = read_bounded(store, SEAL_OBJECTS[1], 32 * len(objects))
     except CacheFormatError as error:
@@ -146,12 +146,12 @@ def constant_damage(store: Store, objects: list[str]) -> list[str]:
 
 
 def committed_shards(store: Store, count: int) -> set[int]:
-    """Those of ``count`` shards that have a commit record."""
-    if isinstance(store, LocalStore):  # listing whole paths takes a second for 10,000 shards, this a tenth
+    """Return those of ``count`` shards that have a commit record."""
+    if isinstance(store, LocalStore):  # for 10,000 shards listing all keys takes a second, this a tenth of one
         folder = store.root / "commits" / "c"
         names = [name for name in os.listdir(folder) if os.path.isfile(f"{folder}/{name}/0")] if folder.is_dir() else []
     else:
         keys = (key.split("/") for key in list_objects(store, "commits/c/"))
         names = [key[2] for key in keys if len(key) == 4 and key[3] == "0"]
-    found = {int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name[:8]))}
-    return {index for index in found if index < count}
+    indices = {int(name) for name in names if name.isascii() and name.isdecimal() and name == str(int(name[:8]))}
+    return {index for index in indices if index < count}

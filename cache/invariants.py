@@ -1,4 +1,10 @@
-"""What the numbers of a shard must satisfy, whatever their digests say, before a student may see them."""
+"""Invariants of a shard's numbers. Digests do not replace them: a stranger's may match and the labels still be wrong.
+
+``unusable`` finds what would crash a student or spoil its loss, on every read. ``inconsistent`` finds labels that no
+teacher can have given, in ``cache.verify``.
+
+Legend: N target positions, K head tokens, M tail draws, V vocabulary. l is a log-probability in nats, at T=1.
+"""
 
 from collections.abc import Iterator
 
@@ -9,11 +15,15 @@ from logitcask.cache.labels import FloatArray, IntArray, Shard, SparseTargets
 from logitcask.cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
 from logitcask.cache.manifest import LabelSettings, Manifest
 
+ROUNDING = 1e-3  # nats: the rounding of float32
+HALF_STEP = np.float32(np.exp(0.5 / TAIL_STEPS))  # half a code of a drawn token, as a factor on d + TAIL_UNIT
+Flags = NDArray[np.bool_]
+
 
 def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
-    """What would crash a student or spoil its loss: ids no embedding has, a mask that fits no label, no finite number.
+    """Yield what would crash a student or spoil its loss: ids without an embedding, a wrong mask, non-finite numbers.
 
-    Cheap enough for every read; ``cache.verify`` looks deeper.
+    Cheap enough for every read; ``inconsistent`` looks deeper.
     """
     targets, vocab = shard.targets, manifest.label.vocab_size
     for name, ids in (("input_ids", shard.input_ids), ("head_ids", targets.head_ids), ("tail_ids", targets.tail_ids)):
@@ -28,7 +38,7 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
     if not np.array_equal(labelled, shard.position_count):
         yield "target_mask and position_count disagree"
     if shard.target_mask[ends - 1].any():
-        yield "target_mask: the last token of an example has no next one"
+        yield "target_mask: the last token of an example has no next token"
     if not np.isfinite(targets.log_partition).all():
         yield "log_partition: must be finite"
     if not np.isfinite(targets.tail_logprobs).all():
@@ -38,14 +48,9 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: must be numbers"
 
 
-ROUNDING = 1e-3  # of float32, nats
-HALF_STEP = np.float32(np.exp(0.5 / TAIL_STEPS))  # of the code of a drawn token: a factor on d + TAIL_UNIT
-Flags = NDArray[np.bool_]
-
-
 def inconsistent(shard: Shard, label: LabelSettings) -> list[str]:
-    """What no teacher can have said: ids twice, masses that do not fit each other, a next token that does not."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # of minus infinities, which compare as they should
+    """Return what no teacher can have given: repeated ids, masses or next tokens that contradict the label."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # minus infinities compare as they should
         return list(_problems(shard, label))
 
 
@@ -58,64 +63,68 @@ def _problems(shard: Shard, label: LabelSettings) -> Iterator[str]:
         yield "tail_counts: padding must come last"
     if (targets.head_logprobs[:, 1:] > targets.head_logprobs[:, :-1]).any():
         yield "head_logprobs: the most probable token must come first"
-    yield from _ids_twice(targets)
+    yield from _repeated_ids(targets)
     drawn = _drawn_range(targets)
     yield from _masses(targets, drawn[0], label)
     yield from _next_tokens(targets, drawn, shard.input_ids[np.flatnonzero(shard.target_mask) + 1])
 
 
-def _ids_twice(targets: SparseTargets) -> Iterator[str]:
+def _repeated_ids(targets: SparseTargets) -> Iterator[str]:
     padding = -1 - np.arange(targets.tail_ids.shape[1], dtype=np.int32)  # distinct, and no token's
     tail = np.where(targets.tail_counts > 0, targets.tail_ids, padding).astype(np.int32)
     head = targets.head_ids.astype(np.int32)
-    if not _repeats(np.concatenate([head, tail], axis=1)):
+    if not _rows_with_repeats(np.concatenate([head, tail], axis=1)):
         return
-    of_head, of_tail = _repeats(head), _repeats(tail)
-    if of_head:
-        yield f"head_ids: an id stands twice in {of_head} rows"
-    if of_tail:
-        yield f"tail_ids: an id stands twice in {of_tail} rows"
-    if not (of_head or of_tail):
-        yield "tail_ids: a drawn id stands in the head"
+    in_head, in_tail = _rows_with_repeats(head), _rows_with_repeats(tail)
+    if in_head:
+        yield f"head_ids: an id is repeated in {in_head} rows"
+    if in_tail:
+        yield f"tail_ids: an id is repeated in {in_tail} rows"
+    if not (in_head or in_tail):
+        yield "tail_ids: a drawn id is in the head too"
 
 
-def _repeats(ids: NDArray[np.int32]) -> int:
-    """Rows that have an id more than once."""
+def _rows_with_repeats(ids: NDArray[np.int32]) -> int:
+    """Return the number of rows that contain an id more than once."""
     ordered = np.sort(ids, axis=1)
     return int((ordered[:, 1:] == ordered[:, :-1]).any(1).sum())
 
 
 def _masses(targets: SparseTargets, lowest: FloatArray, label: LabelSettings) -> Iterator[str]:
-    """Head and tail sum to 1; the tail has at most V - K tokens as likely as the head's last, at least the drawn."""
+    """Yield contradictions between masses.
+
+    Head and tail must sum to 1. The tail's mass is at least that of its drawn tokens, and at most that of V - K tokens
+    as probable as the last of the head.
+    """
     outside = label.vocab_size - label.head_size
     most_tokens = np.log(np.float32(outside))
     head = _log_sum(targets.head_logprobs) if label.head_size else np.zeros(len(targets), np.float32)
     if (head > HEAD_SCALE).any():
-        yield f"head_logprobs: the head's mass must be at most 1, is {np.exp(head.max()):.3g}"
+        yield f"head_logprobs: the head's mass must be at most 1, got {np.exp(head.max()):.3g}"
     for j, temperature in enumerate(label.temperatures):
         partition, tail = targets.log_partition[:, j], targets.log_tail_mass[:, j]
         slack = ODDS_SCALE + 2 * HEAD_SCALE / temperature + ROUNDING
         if temperature == 1.0 and (np.abs(partition) > HEAD_SCALE + ODDS_SCALE).any():
             worst = float(np.exp(partition[np.abs(partition).argmax()]))
-            yield f"head and tail mass must sum to 1, sum to {worst:.3g}"
+            yield f"head and tail mass must sum to 1, got {worst:.3g}"
         most = most_tokens + targets.head_logprobs[:, -1] / temperature - partition if label.head_size else 0.0
         if (tail > most + slack).any():
-            yield f"log_tail_odds: at T={temperature:g} more than {outside} tokens below the head can have"
+            yield f"log_tail_odds: at T={temperature:g} more mass than {outside} tokens below the head can have"
         if label.tail_draws:
             drawn = _log_sum(lowest / np.float32(temperature)) - partition
             if (drawn > tail + slack).any():
-                yield f"log_tail_odds: at T={temperature:g} less than the drawn tokens alone have"
+                yield f"log_tail_odds: at T={temperature:g} less mass than the drawn tokens alone have"
 
 
 def _log_sum(logs: FloatArray) -> FloatArray:
-    """log sum exp of each row; -inf where every entry is."""
+    """Return log sum exp of each row; -inf if every entry is."""
     most = np.maximum(logs.max(1, keepdims=True), np.finfo(np.float32).min)
-    found: FloatArray = most[:, 0] + np.log(np.exp(logs - most).sum(1))
-    return found
+    sums: FloatArray = most[:, 0] + np.log(np.exp(logs - most).sum(1))
+    return sums
 
 
 def _drawn_range(targets: SparseTargets) -> tuple[FloatArray, FloatArray]:
-    """The least and the greatest l that the code of each drawn token stands for, (N, M); -inf where it is padding."""
+    """Return the least and the greatest l that the code of each drawn token stands for, (N, M); -inf for padding."""
     last = targets.head_logprobs[:, -1:] if targets.head_logprobs.shape[1] else np.zeros((len(targets), 1), np.float32)
     last = np.where(np.isneginf(last), np.float32(0.0), last)
     below = last - targets.tail_logprobs + np.float32(TAIL_UNIT)
@@ -124,23 +133,24 @@ def _drawn_range(targets: SparseTargets) -> tuple[FloatArray, FloatArray]:
     return np.where(unused, -np.inf, low), np.where(unused, -np.inf, high)
 
 
-def _next_tokens(targets: SparseTargets, drawn: tuple[FloatArray, FloatArray], gold: IntArray) -> Iterator[str]:
-    """l of the token that came next is the head's or the drawn one's where it is there, else below the head's."""
-    found, ids = targets.gold_logprobs, gold[:, None]
+def _next_tokens(targets: SparseTargets, drawn: tuple[FloatArray, FloatArray], next_ids: IntArray) -> Iterator[str]:
+    """Yield contradictions of gold_logprobs: l of a next token in the head or drawn is known, else below the head's."""
+    gold, ids = targets.gold_logprobs, next_ids[:, None]
     slack = (HEAD_SCALE + GOLD_SCALE) / 2 + ROUNDING
     in_head = targets.head_ids == ids
-    held = in_head.any(1)
-    if (_off(found, np.where(in_head, targets.head_logprobs, -np.inf).max(1, initial=-np.inf), slack) & held).any():
-        yield "gold_logprobs: not the head's where the next token of input_ids is in the head"
-    if targets.head_ids.shape[1] and (~held & (found > targets.head_logprobs[:, -1] + slack)).any():
+    any_head = in_head.any(1)
+    head = np.where(in_head, targets.head_logprobs, -np.inf).max(1, initial=-np.inf)
+    if (_differ(gold, head, slack) & any_head).any():
+        yield "gold_logprobs: differs from the head's where the next token of input_ids is in the head"
+    if targets.head_ids.shape[1] and (~any_head & (gold > targets.head_logprobs[:, -1] + slack)).any():
         yield "gold_logprobs: above the head's last where the next token of input_ids is not in the head"
     in_tail = (targets.tail_ids == ids) & (targets.tail_counts > 0)
     low, high = (np.where(in_tail, each, -np.inf).max(1, initial=-np.inf) for each in drawn)
-    if (in_tail.any(1) & ((found < low - slack) | (found > high + slack))).any():
-        yield "gold_logprobs: not the drawn one's where the next token of input_ids was drawn"
+    if (in_tail.any(1) & ((gold < low - slack) | (gold > high + slack))).any():
+        yield "gold_logprobs: differs from the drawn token's where the next token of input_ids was drawn"
 
 
-def _off(found: FloatArray, wanted: FloatArray, slack: float) -> Flags:
-    """Where two log-probabilities differ; no probability at all equals itself."""
-    differs: Flags = (found != wanted) & ~(np.abs(found - wanted) <= slack)
-    return differs
+def _differ(these: FloatArray, those: FloatArray, slack: float) -> Flags:
+    """Return where two log-probabilities differ; -inf equals itself."""
+    flags: Flags = (these != those) & ~(np.abs(these - those) <= slack)
+    return flags

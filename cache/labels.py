@@ -1,7 +1,11 @@
-"""SparseTargets: the soft labels of N target positions, the one record that both stages speak.
+"""Soft labels in memory: as the cache stores them, and as weights at one temperature, which the loss takes.
 
-Legend: N target positions, K head tokens, M tail draws, J temperatures. Log-probabilities l(v) are in nats, at T=1,
-normalised over the teacher's full vocabulary before anything is dropped.
+Stage 1 makes ``SparseTargets``, grouped into an ``Example`` and a ``Shard``; the cache stores those. ``soft_labels``
+turns them into ``SoftLabels`` for training and evaluation.
+
+Legend: N target positions, K head tokens, M tail draws, J stored temperatures, S label entries (K, or K + M),
+E examples of a shard, L tokens of an example. Log-probabilities l(v) are in nats, at T=1, normalised over the teacher's
+full vocabulary before anything is dropped.
 """
 
 import functools
@@ -20,24 +24,25 @@ B = TypeVar("B")
 Array = NDArray[Any]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+MASS_FLOOR = -64.0  # nats: the log mass given to a tail of no mass, so that reverse KL stays finite
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """Sparse soft labels of N positions, row by row.
+    """Sparse soft labels of N positions, one row each.
 
-    Draws are kept as distinct ids with counts; a slot with count 0 is padding (id 0, log-probability 0). Ids and counts
-    may be of narrower integer types than int64, as a cache stores them.
+    Draws are distinct ids with counts; a slot with count 0 is padding (id 0, log-probability 0). Integer types may be
+    narrower than int64, as in the cache.
     """
 
     head_ids: IntArray  # (N, K) the K most probable tokens, most probable first
     head_logprobs: FloatArray  # (N, K) l(v)
     tail_ids: IntArray  # (N, M) distinct tokens drawn outside the head, ascending, padding last
     tail_logprobs: FloatArray  # (N, M) l(v)
-    tail_counts: IntArray  # (N, M) how often each was drawn; a row sums to M, or to 0 where there is no tail
+    tail_counts: IntArray  # (N, M) how often each was drawn; a row sums to M, or to 0 if there is no tail
     log_partition: FloatArray  # (N, J) A(t) = log sum_v exp(l(v) / t)
-    log_tail_mass: FloatArray  # (N, J) log of the probability outside the head at t; -inf where there is none
-    gold_logprobs: FloatArray  # (N,) l of the token that really came next
+    log_tail_mass: FloatArray  # (N, J) log of the probability outside the head at t; -inf if there is none
+    gold_logprobs: FloatArray  # (N,) l of the next token in the text
 
     def __len__(self) -> int:
         return len(self.gold_logprobs)
@@ -47,7 +52,7 @@ class SparseTargets:
 
     @staticmethod
     def concatenate(parts: Sequence["SparseTargets"]) -> "SparseTargets":
-        """The rows of all parts, in order."""
+        """Return the rows of all parts, in order."""
         return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
 
 
@@ -56,7 +61,7 @@ NAMES = tuple(field.name for field in fields(SparseTargets))
 
 @dataclass(frozen=True)
 class Example:
-    """One example: L tokens, of which N are followed by a labelled target."""
+    """One example: L tokens, N of which are followed by a labelled target."""
 
     input_ids: IntArray  # (L,)
     target_mask: NDArray[np.bool_]  # (L,) true at t where the distribution of token t + 1 is stored
@@ -65,23 +70,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Shard:
-    """E examples laid end to end."""
+    """E examples, concatenated."""
 
     token_count: IntArray  # (E,)
     position_count: IntArray  # (E,)
     input_ids: IntArray  # (sum of token_count,)
     target_mask: NDArray[np.bool_]  # (sum of token_count,)
     targets: SparseTargets  # sum of position_count rows
-    fidelity: FidelitySums | None = (
-        None  # the shard's row of the certificate; None where none was measured, or not read
-    )
+    fidelity: FidelitySums | None = None  # the shard's row of the certificate; None if not measured, or not read
 
     def __len__(self) -> int:
         return len(self.token_count)
 
     @staticmethod
     def of(examples: Sequence[Example], fidelity: FidelitySums | None = None) -> "Shard":
-        """The shard of these examples, in order."""
+        """Return the shard of these examples, in order."""
         return Shard(
             token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),
             position_count=np.array([len(example.targets) for example in examples], dtype=np.int64),
@@ -92,36 +95,33 @@ class Shard:
         )
 
     def example(self, index: int) -> Example:
-        """The example at a place in the shard."""
+        """Return the example at an index of the shard."""
         tokens, rows = (slice(starts[index], starts[index + 1]) for starts in self._starts)
         return Example(self.input_ids[tokens], self.target_mask[tokens], self.targets[rows])
 
     @functools.cached_property
     def _starts(self) -> tuple[list[int], list[int]]:
-        """Where each example's tokens and its positions begin, and the last end."""
+        """Offsets of each example's tokens and positions, followed by their totals."""
         tokens, positions = (np.cumsum(counts).tolist() for counts in (self.token_count, self.position_count))
         return [0, *tokens], [0, *positions]
 
 
-MASS_FLOOR = -64.0  # nats: a tail of exactly no mass counts as this much, so that reverse KL stays finite
-
-
 @dataclass(frozen=True)
 class SoftLabels(Generic[A]):
-    """Teacher probabilities at temperature T, sparse: the one record of a label between the cache and the loss.
+    """Sparse teacher probabilities at one temperature T, from the cache to the loss.
 
-    Numpy arrays as ``soft_labels`` makes them, tensors once they are in a batch (``map(torch.from_numpy)``). Not a
-    tuple, since Trainer rebuilds a tuple from a single generator; data loaders call ``to`` and ``pin_memory``.
+    ``soft_labels`` makes numpy arrays; a batch holds tensors (``map(torch.from_numpy)``). Not a tuple, because Trainer
+    rebuilds tuples from a single generator; data loaders call ``to`` and ``pin_memory``.
     """
 
     ids: A  # (N, S)
     weights: A  # (N, S) sum_s weights * f(ids) estimates sum_v p_T(v) f(v); 0 is padding
     log_probs: A  # (N, S) log p_T of each entry, 0 where the weight is 0
     log_rest: A  # (N,) log of the mass outside the head at T
-    head_size: int  # the first entries of S
+    head_size: int  # how many of the S entries, the first, are the head's
 
     def map(self, function: Callable[[Any], B]) -> "SoftLabels[B]":
-        """The labels with a function applied to each of the four arrays."""
+        """Apply a function to each of the four arrays."""
         ids, weights, log_probs, log_rest = map(function, (self.ids, self.weights, self.log_probs, self.log_rest))
         return SoftLabels(ids, weights, log_probs, log_rest, self.head_size)
 
@@ -129,16 +129,16 @@ class SoftLabels(Generic[A]):
         return self.map(lambda array: array[rows])
 
     def to(self, device: Any, **options: Any) -> "SoftLabels[A]":
-        """Tensors on a device."""
+        """Move the tensors to a device."""
         return self.map(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self, *device: Any) -> "SoftLabels[A]":
-        """Tensors in page-locked memory."""
+        """Copy the tensors to page-locked memory."""
         return self.map(lambda tensor: tensor.pin_memory(*device))
 
 
 def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
-    """T's place among the stored temperatures. Raises LogitcaskError, naming them, where it is none of them."""
+    """Return the index of T among the stored temperatures. Raises LogitcaskError, naming them, if it is not stored."""
     for index, stored in enumerate(temperatures):
         if abs(stored - temperature) < 1e-6:
             return index
@@ -149,11 +149,12 @@ def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
 def soft_labels(
     targets: SparseTargets, temperatures: Sequence[float], temperature: float, tail: str
 ) -> SoftLabels[Array]:
-    """Labels at one stored temperature.
+    """Return the labels at one stored temperature. ``tail`` decides what represents the mass outside the head.
 
-    ``sampled``: head weight p_T(v), tail weight (count / M) * p_T(v) / r(v), where r(v) = mean over stored t of
-    p_t(v) / (tail mass at t) is what the draws came from; unbiased for every f. ``bucket``: the head, weights p_T(v);
-    the rest is ``log_rest``. ``renormalize``: the head's weights made to sum to 1; ignores the rest, biased.
+    ``sampled``: head weights p_T(v), tail weights (count / M) * p_T(v) / r(v), where r(v) = mean over stored t of
+    p_t(v) / (tail mass at t) is the distribution of the draws; unbiased for every f. ``bucket``: head weights p_T(v);
+    the rest is ``log_rest``. ``renormalize``: head weights rescaled to sum to 1; ignores the rest, biased.
+    Raises LogitcaskError if the temperature is not stored.
     """
     j, k = temperature_index(temperatures, temperature), targets.head_ids.shape[1]
     n, m = targets.tail_ids.shape if tail == "sampled" else (len(targets), 0)
@@ -178,16 +179,16 @@ def soft_labels(
 
 
 def _log_probs(targets: SparseTargets, logprobs: FloatArray, temperatures: Sequence[float], j: int) -> FloatArray:
-    """log p_t(v) = l(v) / t - A(t)."""
-    found: FloatArray = logprobs / np.float32(temperatures[j]) - targets.log_partition[:, j, None]
-    return found
+    """Return log p_t(v) = l(v) / t - A(t), in the shape of ``logprobs``."""
+    log_probs: FloatArray = logprobs / np.float32(temperatures[j]) - targets.log_partition[:, j, None]
+    return log_probs
 
 
 def _tail_weights(targets: SparseTargets, temperatures: Sequence[float], j: int) -> FloatArray:
-    """(count / M) * p_T / r, (N, M), as count / M * J / sum over t of p_t / (p_T * tail mass at t).
+    """Return (count / M) * p_T / r, (N, M), computed as count / M * J / sum over t of p_t / (p_T * tail mass at t).
 
-    Ratios of probabilities neither cancel nor vanish, however small those are: tail masses may be 1e-30. Where one is
-    beyond float32 the weight is 0, as it is in truth, or there is no tail.
+    Ratios of probabilities neither cancel nor vanish, however small the probabilities: tail masses may be 1e-30. If one
+    overflows float32, the weight is 0, which is its true value in float32, or there is no tail.
     """
     shape = targets.tail_logprobs.shape
     level = targets.log_partition[:, j, None] - targets.log_partition - targets.log_tail_mass

@@ -1,8 +1,10 @@
-"""The arrays of a cache: names, axes, widths, dtypes, codecs, and how labels are coded into them.
+"""The arrays of a cache: names, axes, widths, dtypes, codecs, and the encoding of labels.
 
-Every array lies on one axis (example, token, position, shard); shard s owns the slots [s * stride, (s + 1) * stride)
-of each, which are exactly one Zarr shard, hence one object. Log-probabilities are stored as unsigned codes:
-l = -code * scale.
+Every array has one leading axis (example, token, position or shard). Shard s owns the slots
+[s * stride, (s + 1) * stride) of it, which are exactly one Zarr shard, hence one object. Log-probabilities are stored
+as unsigned codes: l = -code * scale.
+
+Legend: N target positions, K head tokens, M tail draws, J temperatures. Log-probabilities are in nats.
 """
 
 from collections.abc import Sequence
@@ -19,18 +21,18 @@ from logitcask.cache.manifest import LabelSettings, ShardPlan
 
 Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}
-HEAD_SCALE = 2.0**-3  # nats a code; what each scale costs and spoils: tests/benchmarks/sizes.py
-ODDS_SCALE = 2.0**-3  # of the log-odds of the tail, so that head and tail always sum to 1
-GOLD_SCALE = 2.0**-3  # for the perplexity of the text alone
+HEAD_SCALE = 2.0**-3  # nats per code; tests/benchmarks/sizes.py measures the bytes and the error of each scale
+ODDS_SCALE = 2.0**-3  # of log-odds, so that the masses of head and tail always sum to 1
+GOLD_SCALE = 2.0**-3  # used only for the perplexity of the text
 PARTITION_SCALE = 2.0**-8
-TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser further down
+TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser the lower
 ABSENT = 65535  # the code of minus infinity
 NO_TAIL = -(2**15)  # the code of log-odds of minus infinity
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: ``width`` entries a slot (0: one scalar a slot)."""
+    """One array of ``width`` entries per slot (0: one scalar per slot)."""
 
     name: str
     axis: Axis
@@ -40,12 +42,12 @@ class ArraySpec:
 
 
 def id_dtype(vocab_size: int) -> str:
-    """The smallest unsigned type that holds every token id."""
+    """Return the smallest unsigned type that holds every token id."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def array_specs(label: LabelSettings) -> list[ArraySpec]:
-    """All arrays written shard by shard, in the order of their digests in a commit record."""
+    """Return all arrays written shard by shard, in the order of their digests in a commit record."""
     ids, k, m, j = id_dtype(label.vocab_size), label.head_size, label.tail_draws, len(label.temperatures)
     count = "uint8" if m < 256 else "uint32"
     specs = [
@@ -84,12 +86,12 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
 
 
 def strides(plan: ShardPlan) -> dict[Axis, int]:
-    """Slots a shard of each axis."""
+    """Return the slots per shard of each axis."""
     return {"example": plan.examples, "token": plan.tokens, "position": plan.positions, "shard": 1}
 
 
 def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
-    """Arguments of ``create_array``: one Zarr shard per shard of the plan, chunks inside it."""
+    """Return the arguments of ``create_array``: one Zarr shard per shard of the plan, with chunks inside."""
     stride = strides(plan)[spec.axis]
     chunk = min(CHUNK[spec.axis], stride)
     columns = (spec.width,) if spec.width else ()
@@ -105,9 +107,9 @@ def zarr_layout(spec: ArraySpec, plan: ShardPlan) -> dict[str, Any]:
 
 
 def _codecs(spec: ArraySpec) -> dict[str, Any]:
-    """Codecs that zarr-python, tensorstore and zarrs all know: columns together, bytes shuffled, zstd.
+    """Return codecs that zarr-python, tensorstore and zarrs all support: transposed, bytes shuffled, zstd.
 
-    Head ids are better left as rows: the same few likeliest tokens come together again and again.
+    Head ids compress better as rows, since the same few likely tokens keep occurring together.
     """
     if spec.name == "head_ids":
         return {"filters": [], "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle")}
@@ -116,13 +118,13 @@ def _codecs(spec: ArraySpec) -> dict[str, Any]:
 
 
 def stride_for(axis: Axis, longest: int) -> int:
-    """The stride of an axis whose fullest shard holds ``longest`` slots: whole chunks."""
+    """Return the stride of an axis whose fullest shard holds ``longest`` slots, rounded up to whole chunks."""
     chunk = CHUNK[axis]
     return max(1, longest if longest <= chunk else -(-longest // chunk) * chunk)
 
 
 def _codes(logprobs: NDArray[Any], scale: float) -> NDArray[np.uint16]:
-    """Codes of log-probabilities <= 0 (rounding may leave a hair above 0); -inf becomes ABSENT."""
+    """Encode log-probabilities, <= 0 up to rounding; -inf becomes ABSENT."""
     with np.errstate(invalid="ignore", over="ignore"):
         codes = np.rint(np.clip(-logprobs.astype(np.float64) / scale, 0, ABSENT - 1))
     return np.where(np.isneginf(logprobs), ABSENT, codes).astype(np.uint16)
@@ -134,14 +136,14 @@ def _values(codes: NDArray[Any], scale: float) -> NDArray[np.float32]:
 
 
 def _last(head_logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
-    """l of the last head token, (N, 1), which no drawn token exceeds; 0 where there is no head."""
+    """Return l of the last head token, (N, 1), which no drawn token exceeds; 0 where there is no head."""
     if head_logprobs.shape[1] == 0:
         return np.zeros((len(head_logprobs), 1), dtype=np.float32)
     return np.where(np.isneginf(head_logprobs[:, -1:]), np.float32(0.0), head_logprobs[:, -1:])
 
 
 def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """Labels as the integer arrays of the cache, by array name."""
+    """Encode labels as the integer arrays of the cache, by array name."""
     padding = targets.tail_counts == 0
     head = _codes(targets.head_logprobs, HEAD_SCALE)
     below = np.maximum(_last(_values(head, HEAD_SCALE)) - targets.tail_logprobs, 0.0).astype(np.float64)
@@ -159,7 +161,7 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
 
 
 def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
-    """The inverse of ``encode_targets``, to the declared quantisation; ids and counts keep their stored type."""
+    """Invert ``encode_targets``, up to the declared quantisation; ids and counts keep their stored types."""
     none = np.zeros((len(arrays["gold_logprobs"]), 0), dtype=np.uint8)
     counts = arrays.get("tail_counts", none)
     head = _values(_sums(arrays.get("head_logprobs", none)), HEAD_SCALE)
@@ -189,7 +191,7 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
 
 
 def _sums(differences: NDArray[Any]) -> NDArray[Any]:
-    """Running sums along the rows, (N, columns), in their type: a column at a time, since columns lie together."""
+    """Return running sums along the rows, (N, columns), in the same type. Columns are contiguous, so go by column."""
     sums = np.array(differences.T, order="C")
     for column in range(1, len(sums)):
         sums[column] += sums[column - 1]
@@ -197,7 +199,7 @@ def _sums(differences: NDArray[Any]) -> NDArray[Any]:
 
 
 def _odds_codes(log_tail_mass: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Codes of log(m / (1 - m)); no tail at all is NO_TAIL."""
+    """Encode log(m / (1 - m)); a tail of no mass becomes NO_TAIL."""
     log_m = log_tail_mass.astype(np.float64)
     with np.errstate(divide="ignore"):
         odds = log_m - np.log(-np.expm1(np.minimum(log_m, -np.finfo(np.float32).tiny)))
@@ -209,10 +211,13 @@ def _odds_codes(log_tail_mass: NDArray[np.float32]) -> NDArray[np.int16]:
 def _masses(
     head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Log-partitions and log tail masses, both (N, J): A(t) = log sum over the head of exp(l / t) - log(1 - m_t)."""
+    """Return log-partitions and log tail masses, (N, J) each.
+
+    A(t) = log sum over the head of exp(l / t) - log(1 - m_t), where m_t is the tail's mass.
+    """
     summed = _sums(codes)
     odds = np.where(summed == NO_TAIL, np.float32(-np.inf), summed * np.float32(ODDS_SCALE))
-    beyond = np.log(1 + np.exp(-np.abs(odds)))  # log(1 + exp(x)) is max(x, 0) and this
+    beyond = np.log(1 + np.exp(-np.abs(odds)))  # log(1 + exp(x)) = max(x, 0) + this
     best, below = head[:, :1], head - head[:, :1]
     log_partition = np.maximum(odds, 0) + beyond
     for j, t in enumerate(temperatures):

@@ -1,7 +1,7 @@
-"""The manifest: what a cache was made from, kept in the group's attributes under ``logitcask``.
+"""The manifest: what a cache was made from, stored in the attributes of the Zarr group under ``logitcask``.
 
-Stage 2 compares it with the run and refuses every difference. Nothing in it depends on when, where or by whom the
-cache was made, so equal inputs give equal bytes.
+Stage 2 compares it with the run and refuses every difference. It does not depend on when, where or by whom the cache
+was made, so equal inputs give equal bytes.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from logitcask.cache.errors import CacheFormatError, shown
 
 FORMAT_VERSION = 4
 ATTRIBUTE = "logitcask"
-MAX_SHARD_ENTRIES = 1 << 26  # label entries a shard: what a reader is ready to hold in memory, a few GB decoded
+MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard: the most a reader holds in memory, a few GB decoded
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -28,7 +28,7 @@ class _Part(BaseModel):
 
 
 class TeacherIdentity(_Part):
-    """The model that gave the labels."""
+    """The model that produced the labels."""
 
     id: Name = Field(description="hub id, or the last component of a local path")
     revision: Name
@@ -39,15 +39,17 @@ class TeacherIdentity(_Part):
 
 
 class TokenizerIdentity(_Part):
-    """The tokenizer, by what it does: its vocabulary and its encodings of fixed probe texts."""
+    """The tokenizer, identified by what it does: its vocabulary and its encodings of fixed probe texts."""
 
     fingerprint: Digest
     chat_template: Digest | None
-    files: dict[FileName, Digest] = Field(description="tokenizer files kept in the cache, by name", max_length=8)
+    files: dict[FileName, Digest] = Field(
+        description="digests of the tokenizer files stored in the cache, by name", max_length=8
+    )
 
 
 class DataIdentity(_Part):
-    """The tokenized examples, before they were shuffled."""
+    """The tokenized examples, before shuffling."""
 
     fingerprint: Digest
     examples: Count
@@ -56,12 +58,12 @@ class DataIdentity(_Part):
     truncated: Count
     dropped: Count
     max_seq_length: Count
-    longest: Count = Field(description="tokens of the longest example")
+    longest: Count = Field(description="tokens in the longest example")
     prompt_loss: bool
 
 
 class LabelSettings(_Part):
-    """How a label was made from the teacher's logits."""
+    """How labels are made from the teacher's logits."""
 
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     head_size: Annotated[int, Field(ge=0, le=2**16)]
@@ -69,12 +71,12 @@ class LabelSettings(_Part):
     temperatures: Annotated[list[Annotated[float, Field(gt=0, le=1e4)]], Field(min_length=1, max_length=64)]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
-        default=0, description="positions the fidelity certificate was measured on, over all shards; 0: none"
+        default=0, description="positions the fidelity certificate was measured on, over all shards; 0: no certificate"
     )
 
 
 class ShardPlan(_Part):
-    """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; what it does not fill stays zero."""
+    """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; slots it does not fill stay zero."""
 
     count: Annotated[int, Field(ge=1, le=2**20)]
     examples: Annotated[int, Field(ge=1, le=2**22)]
@@ -84,14 +86,14 @@ class ShardPlan(_Part):
 
 
 class PartIdentity(_Part):
-    """Where the shards of a cache that was cut out of another stood in it."""
+    """The shards' place in the larger cache that this one was cut from: from shard ``first`` on, out of ``of``."""
 
     first: Annotated[int, Field(ge=0, lt=2**20)]
     of: Annotated[int, Field(ge=1, le=2**20)]
 
 
 class Manifest(_Part):
-    """Everything that decides the bytes of a cache."""
+    """Everything that determines the bytes of a cache."""
 
     format_version: int
     teacher: TeacherIdentity
@@ -100,38 +102,38 @@ class Manifest(_Part):
     label: LabelSettings
     shards: ShardPlan
     part: PartIdentity | None = Field(
-        default=None, description="where it was cut out of another; data counts what it holds"
+        default=None, description="the shards of the larger cache it was cut from; data counts only what this one holds"
     )
 
     @model_validator(mode="after")
     def _shard_fits_in_memory(self) -> Self:
         entries = self.shards.positions * label_entries(self.label)
         if entries > MAX_SHARD_ENTRIES:
-            raise ValueError(f"a shard may hold {MAX_SHARD_ENTRIES} label entries, not {entries}")
+            raise ValueError(f"a shard must hold at most {MAX_SHARD_ENTRIES} label entries, got {entries}")
         return self
 
 
 def label_entries(label: LabelSettings) -> int:
-    """Entries of a label in all: head, tail and one a temperature."""
+    """Return the number of entries of a label: head, tail and one per temperature."""
     return label.head_size + label.tail_draws + len(label.temperatures)
 
 
 def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
-    """Dotted names to values of a manifest's parts by name, or of a whole one dumped, for telling two apart."""
-    found: dict[str, object] = {}
+    """Return the values of a manifest's parts, or of a dumped manifest, by dotted name, for ``differences``."""
+    flat: dict[str, object] = {}
     for name, part in parts.items():
         values = part.model_dump() if isinstance(part, BaseModel) else part
         if isinstance(values, dict):
-            found.update({f"{name}.{key}": value for key, value in flatten(values).items()})
+            flat.update({f"{name}.{key}": value for key, value in flatten(values).items()})
         else:
-            found[name] = values
-    return found
+            flat[name] = values
+    return flat
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:
-    """The manifest in a group's attributes.
+    """Return the manifest in a group's attributes.
 
-    Raises CacheFormatError where there is none, it is of a newer format, or it breaks its schema.
+    Raises CacheFormatError if there is none, if its format is another version's, or if it violates the schema.
     """
     raw = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(raw, dict):
@@ -156,5 +158,5 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 
 
 def sha256(data: bytes) -> str:
-    """Hex SHA-256."""
+    """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

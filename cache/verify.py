@@ -1,4 +1,4 @@
-"""Proving a cache: every object against its digest, then the labels against the manifest and each other."""
+"""Verification and repair: every object against its digest, then the labels against the manifest and each other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from logitcask.cache.storage.ownership import sole_writer
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and every problem found."""
+    """The number of shards checked, and every problem found."""
 
     shards: int
     missing: list[int] = field(default_factory=list)  # not committed
@@ -39,13 +39,13 @@ class Verification:
     def problems(self) -> list[str]:
         """All problems, one line each."""
         lines = [*self.constants, *(f"shard {shard}: not committed" for shard in self.missing)]
-        return lines + [f"shard {shard}: {line}" for shard, found in self.damaged.items() for line in found]
+        return lines + [f"shard {shard}: {line}" for shard, problems in self.damaged.items() for line in problems]
 
 
 def verify(path: str | Path | Store, advance: Callable[[int], None] = lambda shards: None) -> Verification:
     """Check a whole cache, calling ``advance(1)`` after each shard.
 
-    Raises CacheFormatError only where there is no manifest to check by.
+    Raises CacheFormatError only if there is no manifest to check against.
     """
     store = path if isinstance(path, Store) else open_store(path, read_only=True)
     manifest = read_manifest(store, str(path))
@@ -65,38 +65,44 @@ def verify(path: str | Path | Store, advance: Callable[[int], None] = lambda sha
     for index in sorted(done):
         problems = shard_damage(store, specs, index)
         if not problems and reader is not None:
-            problems = _meaning(reader, index, manifest, totals)
+            problems = _label_problems(reader, index, manifest, totals)
         if problems:
             damaged[index] = problems
         advance(1)
     if not (constants or missing or damaged) and totals.tolist() != [manifest.data.tokens, manifest.data.positions]:
-        constants.append(f"the shards hold {totals[0]} tokens and {totals[1]} positions, the manifest says otherwise")
+        constants.append(
+            f"the shards hold {totals[0]} tokens and {totals[1]} positions, the manifest says "
+            f"{manifest.data.tokens} and {manifest.data.positions}"
+        )
     return Verification(manifest.shards.count, missing, constants, damaged)
 
 
-def repair(path: str | Path, found: Verification) -> list[int]:
-    """Drop the damaged shards, commit records first, so that stage 1 does only those again; returns them.
+def repair(path: str | Path, verification: Verification) -> list[int]:
+    """Drop the damaged shards, commit records first, so that stage 1 redoes only those; return their numbers.
 
-    Raises LogitcaskError where objects outside the shards are damaged: those cannot be made again from the rest.
+    Raises LogitcaskError if objects outside the shards are damaged: they cannot be rebuilt from the rest.
     """
-    if found.constants:
+    if verification.constants:
         raise LogitcaskError(
-            f"{path}: cannot be repaired: {'; '.join(found.constants)}: copy these objects again from a good cache"
+            f"{path}: cannot be repaired: {'; '.join(verification.constants)}: "
+            "copy these objects again from a good cache"
         )
     if is_url(path) or not Path(path).is_dir():
-        raise LogitcaskError(f"{path}: only a cache in a folder can be repaired: bring it with logitcask cache copy")
+        raise LogitcaskError(
+            f"{path}: only a cache in a folder can be repaired: copy it to a folder with logitcask cache copy"
+        )
     with sole_writer(path):
         store = open_store(path, read_only=False)
         specs = array_specs(read_manifest(store, str(path)).label)
-        for index in found.damaged:
+        for index in verification.damaged:
             for key in shard_keys(specs, index):
                 require_inside(store, key)
             delete_objects(store, [commit_key(index), *shard_keys(specs, index)])
-    return sorted(found.damaged)
+    return sorted(verification.damaged)
 
 
-def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArray) -> list[str]:
-    """Problems of a shard whose bytes are those that were written; its tokens and positions are added to totals."""
+def _label_problems(reader: CacheReader, index: int, manifest: Manifest, totals: IntArray) -> list[str]:
+    """Return the problems of a shard whose digests are right; add its tokens and positions to ``totals``."""
     try:
         shard = reader.shard(index)
     except CacheFormatError as error:
@@ -107,7 +113,7 @@ def _meaning(reader: CacheReader, index: int, manifest: Manifest, totals: IntArr
         try:
             measured = reader.shard_fidelity(index).positions
             if measured > len(shard.targets):
-                problems.append(f"fidelity: of {measured:g} positions, the shard has {len(shard.targets)}")
+                problems.append(f"fidelity: measured on {measured:g} positions, but the shard has {len(shard.targets)}")
         except CacheFormatError as error:
             problems.append(str(error))
     return problems

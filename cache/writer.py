@@ -1,4 +1,8 @@
-"""Writing the shards of a cache: whole, committed last. What is not committed does not exist."""
+"""Writing a cache: create it or resume it, then write its shards, each committed last.
+
+``check_output`` refuses a place that holds anything else, ``create_cache`` writes what belongs to no shard, and
+``CacheWriter`` the shards. A shard without a commit record does not exist for readers.
+"""
 
 import contextlib
 from collections.abc import Collection, Mapping
@@ -29,10 +33,10 @@ from logitcask.cache.storage.ownership import explain_write_errors, setting_up, 
 
 
 class CacheWriter:
-    """Writes shards of a cache that ``create_cache`` began. Several processes may, of different shards."""
+    """Writes shards of a cache that ``create_cache`` created. Several processes may write different shards at once."""
 
     def __init__(self, path: str | Path, manifest: Manifest, *, shards: Collection[int] | None = None) -> None:
-        """``shards`` are this writer's, all by default."""
+        """Open a cache for writing ``shards``, all of them by default."""
         self.path, self.manifest = path, manifest
         self._shards = set(range(manifest.shards.count) if shards is None else shards)
         self._specs = array_specs(manifest.label)
@@ -44,7 +48,7 @@ class CacheWriter:
             self._require_folder = watch_folder(path)
 
     def missing_shards(self) -> list[int]:
-        """This writer's shards that are not committed yet, in order."""
+        """Return this writer's shards that are not committed yet, in order."""
         return sorted(self._shards - committed_shards(self._store, self.manifest.shards.count))
 
     def write_shard(self, index: int, shard: Shard) -> None:
@@ -76,18 +80,6 @@ class CacheWriter:
             self._require_folder()
 
 
-def require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
-    """An array that is known to be there."""
-    found = root[name]
-    assert isinstance(found, zarr.Array)
-    return found
-
-
-def plan_digest(shard_examples: NDArray[np.int64]) -> str:
-    """The digest of a shard plan, as the manifest keeps it."""
-    return sha256(shard_examples.astype("<i8").tobytes())
-
-
 def create_cache(
     path: str | Path,
     manifest: Manifest,
@@ -97,11 +89,11 @@ def create_cache(
     overwrite: bool = False,
     shards: Collection[int] | None = None,
 ) -> CacheWriter:
-    """Create a cache, or take up an interrupted one made from the same inputs; returns the writer of its shards.
+    """Create a cache, or resume an interrupted one made from the same inputs; return the writer of its shards.
 
-    Raises CacheMismatchError, listing every difference, where another cache lies there, and LogitcaskError where
-    a complete one does, unless ``overwrite``. ``shards`` are this writer's, of those of a cache that others write
-    at the same time, each under ``sole_writer`` of its part.
+    ``shards`` limits the writer to some shards while other processes write the rest, each under ``sole_writer`` of its
+    part. Raises CacheMismatchError, listing every difference, if another cache is there, and LogitcaskError if a
+    complete one is, unless ``overwrite``.
     """
     alone = shards is None
     with explain_write_errors(path), contextlib.nullcontext() if alone else setting_up(path):
@@ -111,8 +103,8 @@ def create_cache(
             sync(store.clear())
         specs = array_specs(manifest.label)
         mine, shared = set(shards or ()), {"commits", *(spec.name for spec in specs)}
-        drop_partial_objects(store, lambda key: not alone and _is_of_others(key, mine, shared))
-        # An object is written even where it is all zeros: its digest stands in the commit record.
+        drop_partial_objects(store, lambda key: not alone and _belongs_to_others(key, mine, shared))
+        # write objects that are all zeros too: the commit record holds their digests
         zarr.config.set({"array.write_empty_chunks": True})
         attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}  # one write with the group
         root = zarr.open_group(store, mode="a", zarr_format=3, attributes=attributes)
@@ -127,8 +119,46 @@ def create_cache(
         return CacheWriter(path, manifest, shards=shards)
 
 
-def _is_of_others(key: str, mine: Collection[int], shared: Collection[str]) -> bool:
-    """Whether a half-written object belongs to a shard that another process may be writing now."""
+def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool, alone: bool = True) -> None:
+    """Check that a cache with these parts of a manifest may be written to a path.
+
+    Raises CacheFormatError if anything but a cache is there. Unless ``overwrite``, raises CacheMismatchError, listing
+    every difference, if another cache is there, and LogitcaskError if a complete one is; a run of a part (not
+    ``alone``) accepts a complete cache, in which it has nothing to do.
+    """
+    if not is_url(path) and not Path(path).exists():
+        return
+    store = open_store(path, read_only=True)
+    if is_empty(store):
+        return  # nothing was there, or a run was killed before it wrote the manifest
+    stored = read_manifest(store, str(path))
+    if overwrite:
+        return
+    if alone and len(committed_shards(store, stored.shards.count)) == stored.shards.count:
+        raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
+    parts = {name: value for name, value in dict(stored).items() if name in wanted}
+    mismatches = differences(flatten(parts), flatten(wanted))
+    if mismatches:
+        raise CacheMismatchError(
+            f"{path}: holds a cache made from other inputs: {'; '.join(mismatches)}; "
+            "choose another --output or pass --overwrite"
+        )
+
+
+def plan_digest(shard_examples: NDArray[np.int64]) -> str:
+    """Return the digest of a shard plan (examples per shard), as the manifest stores it."""
+    return sha256(shard_examples.astype("<i8").tobytes())
+
+
+def require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Return an array that is known to exist."""
+    array = root[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _belongs_to_others(key: str, mine: Collection[int], shared: Collection[str]) -> bool:
+    """Return whether a partial object belongs to a shard that another process may be writing now."""
     name, *rest = key.split("/")
     return rest[:1] == ["c"] and name in shared and int(rest[1].split(".")[0]) not in mine
 
@@ -150,32 +180,7 @@ def _create_commits(root: zarr.Group, shards: int, arrays: list[str]) -> None:
 
 
 def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
-    """A small array written once, whole, in one object."""
+    """Write a small array in one object."""
     if name not in root:
         root.create_array(name, **constant_layout(len(data), data.dtype.name))
     require_array(root, name)[:] = data
-
-
-def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool, alone: bool = True) -> None:
-    """Whether a cache with these parts of a manifest may be written there.
-
-    Raises CacheFormatError where something else lies there, CacheMismatchError, listing every difference, for another
-    cache, and LogitcaskError for a complete one; the last two not with ``overwrite``. A part's run (not
-    ``alone``) has nothing to do in a complete cache, but is no mistake.
-    """
-    if not is_url(path) and not Path(path).exists():
-        return
-    store = open_store(path, read_only=True)
-    if is_empty(store):
-        return  # nothing, or killed before the manifest was there
-    found = read_manifest(store, str(path))
-    if overwrite:
-        return
-    if alone and len(committed_shards(store, found.shards.count)) == found.shards.count:
-        raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
-    there = {name: value for name, value in dict(found).items() if name in wanted}
-    wrong = differences(flatten(there), flatten(wanted))
-    if wrong:
-        raise CacheMismatchError(
-            f"{path}: holds a cache made otherwise: {'; '.join(wrong)}; choose another --output or --overwrite"
-        )

@@ -1,4 +1,4 @@
-"""The logitcask command. Each subcommand parses, loads what it needs, and calls one function."""
+"""The logitcask command. Each subcommand parses its options, imports what it needs, and calls one function."""
 
 import os
 import sys
@@ -33,12 +33,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
 )
-cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into, check and move logit caches.")
+cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect, verify and copy logit caches.")
 app.add_typer(cache_app, name="cache")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         typer.echo(f"logitcask {version('logitcask')}")
@@ -48,7 +48,9 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress and no notices, only results and errors")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="print no progress and no notices, only results and errors")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
@@ -74,7 +76,7 @@ def _example(text: str) -> dict[str, Any]:
 )
 @options_from(GenerateDataSettings)
 def generate_data(settings: GenerateDataSettings) -> None:
-    """Write prompt/response examples to OUTPUT_DIR/train.jsonl. Run it again to go on: no answer is paid for twice."""
+    """Write prompt/response examples to OUTPUT_DIR/train.jsonl. Run it again to resume: no answer is paid for twice."""
     from logitcask.pipeline.generate_data import generate as run
 
     typer.echo(run.generate_data(settings))
@@ -89,7 +91,7 @@ def generate_data(settings: GenerateDataSettings) -> None:
 def precompute_logits(settings: PrecomputeSettings) -> None:
     """Stage 1: run the teacher once and write its sparse soft labels. Run it again to finish an interrupted cache.
 
-    With --dry-run tell what it would do.
+    With --dry-run, print what it would do.
     """
     if settings.dry_run:
         from logitcask.pipeline.plan.dry_run import print_dry_run
@@ -102,18 +104,18 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
     data = report.manifest.data
     typer.echo(
         f"{data.examples} examples, {data.positions} target positions -> {settings.output} "
-        f"({report.shards_written} shards written, {report.shards_found} were there)\n"
-        f"{data.truncated} examples cut at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
+        f"({report.shards_written} shards written, {report.shards_found} already present)\n"
+        f"{data.truncated} examples truncated at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
     )
     if settings.engine == "vllm-topk":
-        typer.echo("labels are vLLM's own: the head at T=1 alone, no draws, no other temperature")
+        typer.echo("labels are vLLM's own: only the head at T=1, no draws, no other temperature")
 
 
 @app.command("train", **_example("train --cache data/cache --student-config tiny --output-dir runs/a"))
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
-    """Stage 2: train a student from the cache, with no teacher in memory."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: huge pages for large tensors on a CPU
+    """Stage 2: train a student from the cache, without a teacher in memory."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then uses huge pages for large tensors on a CPU
 
     from logitcask.pipeline.train.train import run_training
 
@@ -125,7 +127,7 @@ def train(settings: TrainSettings) -> None:
 )
 @options_from(PlanSettings)
 def plan(settings: PlanSettings) -> None:
-    """What a run will cost: bytes of the cache, hours of the teacher, memory of both stages. Nothing is run."""
+    """Estimate the cost of a run: bytes of the cache, hours of the teacher, memory of both stages. Runs nothing."""
     from logitcask.pipeline.plan.plan import print_plan
 
     print_plan(settings)
@@ -134,9 +136,9 @@ def plan(settings: PlanSettings) -> None:
 @app.command("plot", **_example("plot runs/a runs/b --output curves.png"))
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs, finished or not")],
-    output: Annotated[Path, typer.Option(help="the picture, .png, .svg or .pdf")] = Path("curves.png"),
+    output: Annotated[Path, typer.Option(help="the figure to write: .png, .svg or .pdf")] = Path("curves.png"),
 ) -> None:
-    """Draw the losses and perplexities of runs, of training and of the held-out examples, from their metrics.jsonl."""
+    """Plot the losses and perplexities of runs, in training and on held-out examples, from their metrics.jsonl."""
     from logitcask.pipeline.runs.curves import plot_runs
 
     typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
@@ -147,17 +149,17 @@ def plot(
 )
 @options_from(EvaluateSettings)
 def evaluate(settings: EvaluateSettings) -> None:
-    """How good a student is: on a cache, on HumanEval, on tasks of lm-evaluation-harness.
+    """Evaluate a student: on a cache, on HumanEval, on tasks of lm-evaluation-harness.
 
     A cache gives perplexity, KL to the teacher at each temperature, top-1 agreement and calibration.
     """
     from logitcask.pipeline.evaluate import evaluate as evaluating
 
-    found = evaluating.evaluate(settings)
+    evaluation = evaluating.evaluate(settings)
     if settings.json_:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(evaluation.model_dump_json(indent=2))
     else:
-        evaluating.print_evaluation(found)
+        evaluating.print_evaluation(evaluation)
 
 
 @app.command("compare", **_example("compare runs/a runs/b --output comparison.md --plot curves.png"))
@@ -165,9 +167,9 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     output: Annotated[Path | None, typer.Option(help="write the table to this file, as Markdown")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the total losses to this .png, .svg or .pdf")] = None,
+    plot: Annotated[Path | None, typer.Option(help="plot the total losses to this .png, .svg or .pdf")] = None,
 ) -> None:
-    """One table of several runs: what differs in their settings, what they cost, and what came of it."""
+    """Compare runs in one table: the settings that differ, what they cost, and their results."""
     from logitcask.pipeline.runs.compare import compare as compare_runs
 
     typer.echo(compare_runs(runs, output, plot, as_json=json))
@@ -176,7 +178,7 @@ def compare(
 @app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:
-    """Text from a student."""
+    """Generate text with a student."""
     from logitcask.pipeline.models.generate import generate_text
 
     for piece in generate_text(
@@ -196,26 +198,26 @@ def cache_info(
     path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="draw mass by rank and entropies to this .png, .svg or .pdf")
+        Path | None, typer.Option(help="plot mass by rank and entropies to this .png, .svg or .pdf")
     ] = None,
 ) -> None:
-    """What a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
+    """Show what a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
     from logitcask.cache.errors import IncompleteCacheError
     from logitcask.cache.report.info import describe, render
     from logitcask.cache.report.plot import plot_labels, require_plot
 
     if plot:
         require_plot(plot)
-    found = describe(path)
-    typer.echo(found.model_dump_json(indent=2) if json else render(found))
+    info = describe(path)
+    typer.echo(info.model_dump_json(indent=2) if json else render(info))
     if plot:
-        if found.labels is None:
-            raise IncompleteCacheError(f"{path}: no shard is committed yet: there is nothing to draw")
-        plot_labels(found.labels, found.manifest.teacher.id, plot)
+        if info.labels is None:
+            raise IncompleteCacheError(f"{path}: no shard is committed yet: there is nothing to plot")
+        plot_labels(info.labels, info.manifest.teacher.id, plot)
 
 
-def _shards(path: str) -> int:
-    """The shards of a cache, finished or not."""
+def _shard_count(path: str) -> int:
+    """Return the number of shards of a cache, finished or not."""
     from logitcask.cache.reader import read_manifest
     from logitcask.cache.storage.open import open_store
 
@@ -225,29 +227,31 @@ def _shards(path: str) -> int:
 @cache_app.command("copy", **_example("cache copy data/cache s3://bucket/caches/code --shards 0:10"))
 def cache_copy(
     source: Annotated[str, typer.Argument(help="folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
-    destination: Annotated[str, typer.Argument(help="the same; an interrupted copy to it goes on")],
+    destination: Annotated[str, typer.Argument(help="the same; an interrupted copy there is resumed")],
     shards: Annotated[
-        str | None, typer.Option(metavar="FIRST:STOP", help="these alone, as a cache of their own")
+        str | None, typer.Option(metavar="FIRST:STOP", help="copy only these, as a cache in itself")
     ] = None,
 ) -> None:
-    """Copy a cache, proving every object at both ends. Run it again to finish an interrupted copy."""
+    """Copy a cache, checking every object at both ends. Run it again to finish an interrupted copy."""
     from logitcask.cache.copy import copy_cache
     from logitcask.pipeline.console import track
     from logitcask.pipeline.settings.base import shard_range
 
     chosen = shard_range(shards) if shards else None
-    with track("copying", chosen[1] - chosen[0] if chosen else _shards(source), "shards") as advance:
+    with track("copying", chosen[1] - chosen[0] if chosen else _shard_count(source), "shards") as advance:
         copied = copy_cache(source, destination, chosen, advance)
     typer.echo(
-        f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} were there, {copied.bytes:,} bytes "
-        "written; all match their digests"
+        f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} already present, "
+        f"{copied.bytes:,} bytes written; all match their digests"
     )
 
 
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))
 def cache_verify(
     path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
-    repair: Annotated[bool, typer.Option("--repair", help="drop damaged shards, for stage 1 to do again")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="drop damaged shards, so that stage 1 computes them again")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Check every object against its digest, and the labels against the manifest and each other."""
@@ -258,21 +262,23 @@ def cache_verify(
     from logitcask.cache.errors import CacheFormatError
     from logitcask.pipeline.console import track
 
-    with track("verifying", _shards(path), "shards") as advance:
-        found = verification.verify(path, advance)
-    told = "\n".join(found.problems) or f"{path}: all {found.shards} shards are whole"
-    typer.echo(dumps({"path": path, **asdict(found)}, indent=2) if json else told)
-    if not found.problems:
+    with track("verifying", _shard_count(path), "shards") as advance:
+        report = verification.verify(path, advance)
+    summary = "\n".join(report.problems) or f"{path}: all {report.shards} shards are intact"
+    typer.echo(dumps({"path": path, **asdict(report)}, indent=2) if json else summary)
+    if not report.problems:
         return
     if not repair:
-        raise CacheFormatError(f"{path}: {len(found.problems)} problems; drop damaged shards with --repair")
-    dropped = verification.repair(path, found)
+        raise CacheFormatError(f"{path}: {len(report.problems)} problems: drop damaged shards with --repair")
+    dropped = verification.repair(path, report)
     if not json:
-        typer.echo(f"dropped shards {dropped}: run the same logitcask precompute-logits command again to do them again")
+        typer.echo(
+            f"dropped shards {dropped}: run the same logitcask precompute-logits command again to recompute them"
+        )
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2 (typer makes an interrupt 130)."""
+    """Run the command; a user's error is one line on stderr and exit code 2 (typer exits with 130 on an interrupt)."""
     from logitcask.cache.errors import LogitcaskError
 
     try:
@@ -280,8 +286,8 @@ def main() -> None:
     except LogitcaskError as error:
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
-    except OSError as error:  # the machine's refusal: a full disk, a missing right
-        sys.stderr.write(f"error: {error}: mend that and run the same command again\n")
+    except OSError as error:  # such as a full disk or a missing permission
+        sys.stderr.write(f"error: {error}: fix that and run the same command again\n")
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""What people see: the consoles of all commands, so that --quiet and NO_COLOR are heeded in one place."""
+"""Terminal output: consoles, notices and progress bars, so that all commands honour --quiet and NO_COLOR."""
 
 import contextlib
 import os
@@ -20,55 +20,34 @@ from rich.progress import (
 from rich.text import Text
 
 QUIET = ContextVar("QUIET", default=False)  # set by --quiet
-PLAIN_WIDTH = 120  # columns where there is no terminal
+PLAIN_WIDTH = 120  # columns when the output is not a terminal
 
 
 def results() -> Console:
-    """Of what a command is for: on stdout."""
+    """Return the console for a command's results: stdout."""
     return _console(stderr=False)
 
 
 def notices() -> Console:
-    """Of progress and notices: on stderr, and silent with --quiet. Errors do not go through it."""
+    """Return the console for progress and notices: stderr, silenced by --quiet. Errors do not go through it."""
     return _console(stderr=True)
 
 
 def say(text: str) -> None:
-    """A notice of one line."""
+    """Print a one-line notice."""
     notices().print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _console(*, stderr: bool) -> Console:
-    plain = bool(os.environ.get("NO_COLOR"))  # rich itself would go on to print bold
-    console = Console(stderr=stderr, quiet=stderr and QUIET.get(), color_system=None if plain else "auto")
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    return console
-
-
-class _Rate(ProgressColumn):
-    """Units a second."""
-
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
-    def render(self, task: Task) -> Text:
-        """The task's speed."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self._unit}/s" if speed else "", style="progress.data.speed")
-
-
 class Advance(Protocol):
-    """Moves a bar on."""
+    """Callback that advances a progress bar."""
 
     def __call__(self, units: int, note: str = "") -> None:
-        """By so many units, with a word beside the bar."""
+        """Advance by ``units`` and show ``note`` beside the bar."""
 
 
 @contextlib.contextmanager
 def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """A bar over ``total`` units; call what it gives with the units just done, and a note where there is one."""
+    """Show a progress bar over ``total`` units (None if unknown); yield the callback that advances it."""
     console = notices()
     columns = (
         TextColumn("{task.description}"),
@@ -86,3 +65,24 @@ def track(what: str, total: int | None, unit: str) -> Iterator[Advance]:
             progress.update(task, advance=units, note=note)
 
         yield advance
+
+
+def _console(*, stderr: bool) -> Console:
+    plain = bool(os.environ.get("NO_COLOR"))  # rich alone would still print bold text
+    console = Console(stderr=stderr, quiet=stderr and QUIET.get(), color_system=None if plain else "auto")
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+class _Rate(ProgressColumn):
+    """Units per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Return the task's speed as text, empty until it is known."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self._unit}/s" if speed else "", style="progress.data.speed")

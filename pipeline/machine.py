@@ -1,4 +1,4 @@
-"""The machine a command runs on: its devices, its allocator, and what to do if its memory runs out."""
+"""The machine a command runs on: devices, the memory allocator, and out-of-memory errors."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,15 @@ import torch
 from logitcask.cache.errors import LogitcaskError, first_line
 
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h of glibc
-OWN_MAPPING = 1 << 20  # bytes
+OWN_MAPPING = 1 << 20  # bytes: larger blocks get a memory mapping each
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes an accelerator if there is one. Raises LogitcaskError if unknown."""
+    """Return the device of that name; ``auto`` picks an accelerator if there is one.
+
+    Raises LogitcaskError if the device does not exist.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -28,19 +31,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def free_large_blocks() -> None:
-    """Have the allocator return each freed block of 1 MiB or more to the system at once: for stage 2.
+    """Make the allocator return every freed block of 1 MiB or more to the system immediately (for stage 2).
 
-    Otherwise glibc learns to cut blocks of up to 32 MiB out of one heap, where gradients and moments that stay end up
-    between activations that go, and what is free there has the wrong size. Nothing is set with another C library.
+    By default glibc raises its threshold and serves blocks of up to 32 MiB from one heap. There, long-lived gradients
+    and moments end up between short-lived activations, and the gaps have the wrong sizes. Does nothing with other C
+    libraries.
     """
     _set_malloc_option(M_MMAP_THRESHOLD, OWN_MAPPING)
 
 
 def share_one_heap() -> None:
-    """Have all threads started after this share one heap: for stage 1.
+    """Make all threads started from now on share one heap (for stage 1).
 
-    Otherwise each has its own, and over many shards each grows to what all need at times. Returning blocks at once
-    would cost stage 1 more: it makes few results from many blocks of some MiB, and would wait for new pages each time.
+    By default each thread has its own, and over many shards every heap grows to the peak that any thread ever needs.
+    ``free_large_blocks`` would slow stage 1 down: it computes small results through many blocks of a few MiB and would
+    wait for new pages every time.
     """
     _set_malloc_option(M_ARENA_MAX, 1)
 
@@ -51,8 +56,8 @@ def _set_malloc_option(option: int, value: int) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: torch raises a RuntimeError, on a CPU with words of its own."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+    """Return whether an error means that memory ran out; torch raises RuntimeErrors, worded differently on a CPU."""
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager

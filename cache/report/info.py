@@ -1,4 +1,4 @@
-"""What a cache holds, as figures and as text."""
+"""What a cache holds, as figures and as text: the output of ``logitcask cache info``."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,35 +14,35 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from logitcask.cache.storage.open import object_sizes, open_store
 
-LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "fidelity")  # how the names of arrays of labels begin
+LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "fidelity")  # prefixes of the names of label arrays
 
 
 class FidelityFigures(BaseModel):
-    """How far gradients go astray at a temperature, see ``cache.fidelity``."""
+    """Errors of gradients at one temperature, see ``cache.fidelity``."""
 
     temperature: float
     label: Fidelity
-    top_k_renormalized: Fidelity  # as many most probable tokens as a label has entries
+    top_k_renormalized: Fidelity  # of as many most probable tokens as a label has entries
 
 
 class CacheInfo(BaseModel):
-    """Figures of one cache. The bytes by array and beside them sum to ``bytes``."""
+    """Figures of one cache. ``bytes`` is the sum of ``bytes_by_array`` and ``bytes_beside``."""
 
     path: str
     manifest: Manifest
     shards_committed: int
     bytes: int
     bytes_by_array: dict[str, int]  # objects of the shards
-    bytes_beside: dict[str, int]  # what does not grow with the labels, or hardly
-    positions: int  # committed; where shards are missing, in proportion to their examples
-    bytes_per_position: float | None  # all bytes; None where nothing is committed
-    labels: LabelFigures | None  # of a sample; None where nothing is committed
+    bytes_beside: dict[str, int]  # all other objects, which hardly grow with the labels
+    positions: int  # committed; if shards are missing, estimated from the share of examples
+    bytes_per_position: float | None  # all bytes; None if nothing is committed
+    labels: LabelFigures | None  # of a sample; None if nothing is committed
     fidelity_positions: int  # measured in the committed shards
-    fidelity: list[FidelityFigures]  # one a temperature; none where too few positions were measured
+    fidelity: list[FidelityFigures]  # one per temperature; empty if too few positions were measured
 
 
 def describe(place: str | Path | Store) -> CacheInfo:
-    """Read a cache's figures, complete or not. Raises CacheFormatError where it is none or damaged."""
+    """Return the figures of a cache, complete or not. Raises CacheFormatError if it is not a cache, or damaged."""
     store = place if isinstance(place, Store) else open_store(place, read_only=True)
     reader = CacheReader(place, partial=True)
     manifest = reader.manifest
@@ -80,7 +80,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
 
 
 def _part(key: str) -> str:
-    """What an object outside the shards belongs to."""
+    """Return what kind of object outside the label and text arrays this is, as a key of ``bytes_beside``."""
     name = key.split("/", maxsplit=1)[0]
     if name == "tokenizer":
         return "tokenizer"
@@ -90,7 +90,7 @@ def _part(key: str) -> str:
 
 
 def render(info: CacheInfo) -> str:
-    """The figures as lines of text."""
+    """Return the figures as lines of text."""
     labels = _labels(info.labels) if info.labels else []
     return "\n".join([*_identity(info), *_sizes(info), *_fidelity(info), *labels])
 
@@ -106,8 +106,8 @@ def _identity(info: CacheInfo) -> Iterator[str]:
     yield f"            weights {m.teacher.weights[:12]}; {versions}"
     yield f"tokenizer   {label.vocab_size:,} tokens, fingerprint {m.tokenizer.fingerprint[:12]}"
     yield f"data        {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions"
-    yield f"            fingerprint {data.fingerprint[:12]}; at most {data.max_seq_length:,} tokens an example"
-    yield f"            {data.truncated:,} examples cut, {data.dropped:,} dropped"
+    yield f"            fingerprint {data.fingerprint[:12]}; at most {data.max_seq_length:,} tokens per example"
+    yield f"            {data.truncated:,} examples truncated, {data.dropped:,} dropped"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
@@ -117,9 +117,9 @@ def _identity(info: CacheInfo) -> Iterator[str]:
 def _sizes(info: CacheInfo) -> Iterator[str]:
     labels = {name: size for name, size in info.bytes_by_array.items() if name.startswith(LABEL_PARTS)}
     tokens = {name: size for name, size in info.bytes_by_array.items() if name not in labels}
-    each = f", {info.bytes_per_position:.1f} a target position" if info.bytes_per_position else ""
-    yield f"size        {info.bytes:,} bytes{each}"
-    for group, sizes in (("labels", labels), ("text", tokens), ("beside", info.bytes_beside)):
+    per_position = f", {info.bytes_per_position:.1f} per target position" if info.bytes_per_position else ""
+    yield f"size        {info.bytes:,} bytes{per_position}"
+    for group, sizes in (("labels", labels), ("text", tokens), ("rest", info.bytes_beside)):
         yield _size(f"  {group}", sum(sizes.values()), info.positions)
         for name, size in sizes.items():
             if size:
@@ -127,37 +127,39 @@ def _sizes(info: CacheInfo) -> Iterator[str]:
 
 
 def _size(name: str, size: int, positions: int) -> str:
-    return f"{name:20s}{size:15,}" + (f"{size / positions:10.2f} a position" if positions else "")
+    return f"{name:20s}{size:15,}" + (f"{size / positions:10.2f} per position" if positions else "")
 
 
 def _fidelity(info: CacheInfo) -> Iterator[str]:
-    """The certificate, two lines a temperature."""
+    """Yield the lines of the certificate, two per temperature."""
     if not info.fidelity:
         yield f"fidelity    too few positions were measured ({info.fidelity_positions}): see --fidelity-positions"
         return
     yield (
-        f"fidelity    of the gradient of a linear probe student over {BATCH:,} positions to the exact one, "
+        f"fidelity    gradient of a linear probe student over {BATCH:,} positions, compared with the exact one; "
         f"measured on {info.fidelity_positions:,} positions"
     )
     entries = info.manifest.label.head_size + info.manifest.label.tail_draws
     for at in info.fidelity:
-        for name, found in (("labels", at.label), (f"top-{entries} renormalised", at.top_k_renormalized)):
-            bias = f"bias {found.bias:6.1%}" if found.bias > found.bias_floor else f"bias < {found.bias_floor:4.1%}"
-            errors = f"{bias}, noise {found.noise:6.1%}, angle {found.degrees:5.2f} degrees"
+        for name, fidelity in (("labels", at.label), (f"top-{entries} renormalised", at.top_k_renormalized)):
+            measurable = fidelity.bias > fidelity.bias_floor
+            bias = f"bias {fidelity.bias:6.1%}" if measurable else f"bias < {fidelity.bias_floor:4.1%}"
+            errors = f"{bias}, noise {fidelity.noise:6.1%}, angle {fidelity.degrees:5.2f} degrees"
             yield f"  T={at.temperature:<6g}{name:24s}{errors}"
 
 
 def _labels(labels: LabelFigures) -> Iterator[str]:
-    """Lines on the sampled labels, a row a temperature."""
+    """Yield the lines on the sampled labels, one per temperature, then the figures over all."""
     bound = "at least " if labels.entropy_is_bound else ""
+    shards = "shard" if labels.shards == 1 else f"{labels.shards:,} shards"
     yield (
-        f"sample      {labels.positions:,} positions of {labels.examples:,} examples: the first "
-        f"{labels.shards:,} committed shards; all that follows is of them"
+        f"sample      {labels.positions:,} positions of {labels.examples:,} examples from the first committed "
+        f"{shards}; all that follows is over this sample"
     )
     for temperature, mass, entropy in zip(labels.temperatures, labels.captured_mass, labels.entropy, strict=True):
         yield f"  T={temperature:<8g}head holds {mass:6.1%} of the mass, teacher's entropy {bound}{entropy:.3f} nats"
-    yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws a position"
-    yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text itself"
+    yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws per position"
+    yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text"
     at = f"T={labels.certainty_temperature:g}"
     yield from _examples(f"most certain examples (index, mean entropy at {at}, beginning)", labels.most_certain)
     yield from _examples("least certain", labels.least_certain)

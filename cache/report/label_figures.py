@@ -1,4 +1,4 @@
-"""Figures of the labels of a cache, from a bounded sample: its first committed shards, one in memory at a time.
+"""Statistics of the labels of a cache, from a bounded sample: the first committed shards, one in memory at a time.
 
 Legend: N target positions, K head tokens, J temperatures. Entropies are in nats.
 """
@@ -15,9 +15,9 @@ from logitcask.cache.labels import IntArray, Shard, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 
-SAMPLED_POSITIONS = 100_000  # shards are read until they hold as many
-ROWS = 8192  # positions at a time
-EXTREMES = 5  # examples shown at either end
+SAMPLED_POSITIONS = 100_000  # shards are read until they hold this many
+ROWS = 8192  # positions processed at a time
+EXTREMES = 5  # examples shown at each end
 SHOWN_CHARACTERS = 60
 BINS = 40  # of the entropy histogram
 
@@ -25,7 +25,7 @@ Array64 = NDArray[np.float64]
 
 
 class ExampleFigures(BaseModel):
-    """One example: its place in the cache, the teacher's mean entropy over its positions, how it begins."""
+    """One example: its index in the cache, the teacher's mean entropy over its positions, the beginning of its text."""
 
     index: int
     entropy: float
@@ -33,7 +33,7 @@ class ExampleFigures(BaseModel):
 
 
 class LabelFigures(BaseModel):
-    """Figures of the sampled labels; the lists by temperature are in the order of ``temperatures``."""
+    """Statistics of the sampled labels; lists by temperature are in the order of ``temperatures``."""
 
     shards: int
     examples: int
@@ -42,18 +42,18 @@ class LabelFigures(BaseModel):
     captured_by_rank: list[list[float]]  # (J, K) mean mass of the first 1..K head tokens
     captured_mass: list[float]  # (J,) mean mass of the head
     entropy: list[float]  # (J,) of the teacher, mean over positions
-    entropy_is_bound: bool  # without draws the tail's spread is unknown, and the true entropy is no less
-    entropy_edges: list[float]  # edges of the histogram's bins; the last bin holds all above it too
+    entropy_is_bound: bool  # without draws the tail's spread is unknown, so entropy is a lower bound
+    entropy_edges: list[float]  # edges of the histogram's bins; the last bin holds all higher values too
     entropy_counts: list[list[int]]  # (J, bins) positions
     distinct_tail_draws: float
     gold_perplexity: float
-    certainty_temperature: float  # at which examples were ranked
+    certainty_temperature: float  # the temperature at which examples are ranked
     most_certain: list[ExampleFigures]
     least_certain: list[ExampleFigures]
 
 
 def sample_shards(reader: CacheReader, committed: Sequence[int], limit: int = SAMPLED_POSITIONS) -> Iterator[int]:
-    """The first committed shards, until they hold ``limit`` positions or more."""
+    """Yield the first committed shards, until they hold ``limit`` positions or more."""
     held = 0
     for index in committed:
         if held >= limit:
@@ -63,14 +63,14 @@ def sample_shards(reader: CacheReader, committed: Sequence[int], limit: int = SA
 
 
 def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SAMPLED_POSITIONS) -> LabelFigures | None:
-    """Figures of the first committed shards, up to about ``limit`` positions; None where none is committed.
+    """Return statistics of the first committed shards, up to about ``limit`` positions; None if none is committed.
 
-    Raises CacheFormatError where one is damaged.
+    Raises CacheFormatError if one is damaged.
     """
     label = reader.manifest.label
     edges = np.linspace(0.0, np.log(max(2, label.vocab_size)), BINS + 1)
     counts = np.zeros((len(label.temperatures), BINS), dtype=np.int64)
-    sums = np.zeros((len(label.temperatures), label.head_size + 2))  # of mass by rank, tail mass, entropy
+    sums = np.zeros((len(label.temperatures), label.head_size + 2))  # mass by rank, tail mass, entropy
     place = label.temperatures.index(1.0) if 1.0 in label.temperatures else 0
     examples: list[tuple[float, int]] = []
     shards, positions, distinct, gold = 0, 0, 0, 0.0
@@ -109,13 +109,13 @@ def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SA
         distinct_tail_draws=distinct / positions,
         gold_perplexity=perplexity,
         certainty_temperature=label.temperatures[place],
-        most_certain=[texts.figures(*found) for found in examples[:EXTREMES]],
-        least_certain=[texts.figures(*found) for found in examples[::-1][:EXTREMES]],
+        most_certain=[texts.figures(*ranked) for ranked in examples[:EXTREMES]],
+        least_certain=[texts.figures(*ranked) for ranked in examples[::-1][:EXTREMES]],
     )
 
 
 def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> FidelitySums:
-    """The sums of the fidelity certificate over some shards; of no position where none was measured."""
+    """Return the sums of the fidelity certificate over some shards; of no positions if none were measured."""
     total = FidelitySums.zeros(reader.manifest.label.temperatures)
     if reader.manifest.label.fidelity_positions:
         for index in shards:
@@ -124,33 +124,33 @@ def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> FidelitySums:
 
 
 def entropies(targets: SparseTargets, label: LabelSettings, temperature: float) -> Array64:
-    """The teacher's entropy at a stored temperature, (N,): -sum of w(v) log p_T(v), unbiased where there are draws.
+    """Return the teacher's entropy at a stored temperature, (N,): -sum of w(v) log p_T(v), unbiased with draws.
 
-    Without draws what is outside the head counts as one outcome, so the true entropy is no less.
+    Without draws all tokens outside the head count as one outcome, which gives a lower bound.
     """
-    found = soft_labels(targets, label.temperatures, temperature, "sampled")
-    entropy: Array64 = -(found.weights.astype(np.float64) * found.log_probs).sum(1)
+    labels = soft_labels(targets, label.temperatures, temperature, "sampled")
+    entropy: Array64 = -(labels.weights.astype(np.float64) * labels.log_probs).sum(1)
     if label.tail_draws == 0:
-        entropy -= np.exp(found.log_rest.astype(np.float64)) * found.log_rest
+        entropy -= np.exp(labels.log_rest.astype(np.float64)) * labels.log_rest
     return entropy
 
 
 def _masses(targets: SparseTargets, temperature: float, j: int) -> Array64:
-    """Sums over positions of the mass at each rank of the head, then of the mass outside it, (K + 1,)."""
+    """Return sums over positions of the mass at each rank of the head, then of the mass outside it, (K + 1,)."""
     head = np.exp(targets.head_logprobs.astype(np.float64) / temperature - targets.log_partition[:, j, None])
     return np.append(head.sum(0), np.exp(targets.log_tail_mass[:, j].astype(np.float64)).sum())
 
 
 def _by_example(shard: Shard, entropy_N: Array64, first: int) -> list[tuple[float, int]]:
-    """Mean entropy and place in the cache of every example."""
-    held: IntArray = shard.position_count
-    owner = np.repeat(np.arange(len(shard)), held)
-    means = np.bincount(owner, weights=entropy_N, minlength=len(shard)) / np.maximum(1, held)
-    return [(float(mean), first + i) for i, mean in enumerate(means) if held[i]]
+    """Return the mean entropy and the index in the cache of each example that has target positions."""
+    counts: IntArray = shard.position_count
+    owner = np.repeat(np.arange(len(shard)), counts)
+    means = np.bincount(owner, weights=entropy_N, minlength=len(shard)) / np.maximum(1, counts)
+    return [(float(mean), first + i) for i, mean in enumerate(means) if counts[i]]
 
 
 class _Beginnings:
-    """How examples begin: decoded by the carried tokenizer, or as token ids where there is none that can be read."""
+    """The beginnings of examples: decoded by the cache's tokenizer, or as token ids if it has no readable one."""
 
     def __init__(self, reader: CacheReader) -> None:
         self._reader = reader
@@ -165,7 +165,7 @@ class _Beginnings:
                 self._tokenizer = None
 
     def figures(self, entropy: float, index: int) -> ExampleFigures:
-        """The figures of one example, its beginning on one line of printable characters."""
+        """Return the figures of one example; its beginning is one line of printable characters."""
         ids = self._reader.example(index).input_ids[:SHOWN_CHARACTERS].tolist()
         decoded = self._tokenizer.decode(ids, skip_special_tokens=False) if self._tokenizer else json.dumps(ids)[1:-1]
         line = "".join(char if char.isprintable() else " " for char in " ".join(decoded.split()))

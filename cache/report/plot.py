@@ -1,4 +1,4 @@
-"""A picture of a cache's labels: mass by rank, and the teacher's entropy. Needs the extra ``plot``."""
+"""A plot of a cache's labels: mass by rank, and the teacher's entropy. Needs the extra ``plot``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +15,9 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def require_plot(file: Path, option: str = "--plot") -> None:
-    """Raise LogitcaskError where the picture could not be drawn: no matplotlib, a name of no known kind, no folder."""
+    """Raise LogitcaskError if a plot could not be saved: unknown file type, no folder or no matplotlib."""
     if file.suffix.lower() not in FORMATS:
-        raise LogitcaskError(f"{option} must end in {', '.join(FORMATS)}, not {file.name!r}")
+        raise LogitcaskError(f"{option} must end in {', '.join(FORMATS)}, got {file.name!r}")
     if not file.parent.is_dir():
         raise LogitcaskError(f"{option} {file}: there is no folder {file.parent}: make it first")
     try:
@@ -27,7 +27,7 @@ def require_plot(file: Path, option: str = "--plot") -> None:
 
 
 def plot_labels(labels: LabelFigures, title: str, file: Path) -> None:
-    """Draw the figures to a file: mass by rank on the left, entropies on the right. Raises LogitcaskError."""
+    """Plot mass by rank (left) and entropies (right) to a file. Raises LogitcaskError if it cannot be saved."""
     require_plot(file)
     from matplotlib.figure import Figure
 
@@ -40,7 +40,7 @@ def plot_labels(labels: LabelFigures, title: str, file: Path) -> None:
 
 
 def _mass_by_rank(axes: "Axes", labels: LabelFigures) -> None:
-    """Cumulative mass of the head, with what is left to the tail told in the legend."""
+    """Plot the cumulative mass of the head; the legend gives the tail's."""
     from matplotlib.ticker import MaxNLocator
 
     ranks = np.arange(1, len(labels.captured_by_rank[0]) + 1)
@@ -49,7 +49,7 @@ def _mass_by_rank(axes: "Axes", labels: LabelFigures) -> None:
         axes.plot(ranks, mass, marker="o", markersize=4, label=name)
     axes.set(
         title="Mass captured by the head",
-        xlabel="rank of token, 1 = most probable",
+        xlabel="rank of the token (1 = most probable)",
         ylabel="cumulative share of the teacher's mass",
         ylim=(0, 1.02),
     )
@@ -59,7 +59,7 @@ def _mass_by_rank(axes: "Axes", labels: LabelFigures) -> None:
 
 
 def _entropies(axes: "Axes", labels: LabelFigures) -> None:
-    """Shares of positions by entropy, cut where no temperature has any left."""
+    """Plot the share of positions by entropy, up to the last bin that holds any."""
     edges, counts = np.array(labels.entropy_edges), np.array(labels.entropy_counts)
     for temperature, row, mean in zip(labels.temperatures, counts, labels.entropy, strict=True):
         axes.stairs(row / row.sum(), edges, fill=True, alpha=0.35)
@@ -67,8 +67,8 @@ def _entropies(axes: "Axes", labels: LabelFigures) -> None:
                     label=f"T={temperature:g}: mean {mean:.2f} nats")  # fmt: skip
     last = int(np.flatnonzero(counts.sum(0))[-1])
     axes.set(
-        title="Entropy of the teacher" + (" (at least)" if labels.entropy_is_bound else ", estimated a position"),
-        xlabel="nats; the last bin holds all above",
+        title="Entropy of the teacher" + (" (lower bound)" if labels.entropy_is_bound else ", estimated per position"),
+        xlabel="nats; the last bin holds all higher values",
         ylabel="share of target positions",
         xlim=(0, float(edges[last + 1])),
     )

@@ -1,1 +1,1 @@
-"""Where a cache lies: folders, .zip files, object stores, and the right to write there."""
+"""Storage of caches: folders, .zip files and object stores, and the right to write there."""

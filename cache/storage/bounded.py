@@ -1,7 +1,7 @@
-"""Objects from strangers: read within bounds, and proved sound before a decoder sees them.
+"""Untrusted objects: read within bounds, and checked before a decoder sees them.
 
-A cache may come from anybody, so nothing in it is taken at its word: an object must be a plain file inside the cache
-and of bounded size, and each compressed chunk must claim exactly the size that the layout gives it.
+A cache may come from anybody, so nothing in it is trusted: an object must be a plain file inside the cache and of
+bounded size, and each compressed chunk must declare exactly the decoded size that the layout gives it.
 """
 
 import json
@@ -22,19 +22,19 @@ from zarr.storage import LocalStore, MemoryStore
 
 from logitcask.cache.errors import CacheFormatError, LogitcaskError
 
-MAX_OBJECT = (1 << 28) + (1 << 20)  # bytes: the largest array of a shard, see manifest.MAX_SHARD_ENTRIES, and slack
+MAX_OBJECT = (1 << 28) + (1 << 20)  # bytes: the largest object of manifest.MAX_SHARD_ENTRIES, and slack
 MAX_JSON = 1 << 20
-INDEX_ENTRY, INDEX_CHECKSUM = 16, 4  # bytes of a shard index: offset and length a chunk, and a CRC-32C
-BLOSC_HEADER = struct.Struct("<4B3I")  # versions, flags, typesize; bytes decoded, bytes of a block, bytes encoded
+INDEX_ENTRY, INDEX_CHECKSUM = 16, 4  # bytes in a shard index: offset and length per chunk, then a CRC-32C
+BLOSC_HEADER = struct.Struct("<4B3I")  # versions, flags, typesize; bytes decoded, per block, encoded
 PLAIN = "not a plain file inside the cache: copy the cache again without links"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def read_bounded(store: Store, key: str, limit: int = MAX_OBJECT) -> bytes | None:
-    """The bytes of one object, None where it is missing.
+    """Return the bytes of one object, None if it is missing.
 
-    Raises CacheFormatError where it is no plain file inside the cache or larger than ``limit``, LogitcaskError where
-    the system refuses to read it.
+    Raises CacheFormatError if it is not a plain file inside the cache or is larger than ``limit`` bytes, LogitcaskError
+    if the system refuses to read it.
     """
     try:
         if isinstance(store, LocalStore):
@@ -47,26 +47,25 @@ def read_bounded(store: Store, key: str, limit: int = MAX_OBJECT) -> bytes | Non
     except OSError as error:
         raise LogitcaskError(f"{key}: cannot be read: {error.strerror or error}") from error
     if buffer is not None and len(buffer) > limit:
-        raise CacheFormatError(f"{key}: larger than {limit} bytes, the most such an object may hold")
+        raise CacheFormatError(f"{key}: must be at most {limit} bytes")
     return None if buffer is None else buffer.to_bytes()
 
 
 def _require_plain_file(store: LocalStore, key: str, limit: int) -> None:
-    """Links, pipes and devices are refused: they lead out of the folder or never end."""
-    place = store.root / key
+    """Refuse links, pipes and devices: they lead out of the folder or never end."""
     try:
-        found = os.lstat(place)
+        status = os.lstat(store.root / key)
     except (FileNotFoundError, NotADirectoryError):
         return
     require_inside(store, key)
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise CacheFormatError(f"{key}: {PLAIN}")
-    if stat.S_ISREG(found.st_mode) and found.st_size > limit:
-        raise CacheFormatError(f"{key}: larger than {limit} bytes, the most such an object may hold")
+    if stat.S_ISREG(status.st_mode) and status.st_size > limit:
+        raise CacheFormatError(f"{key}: must be at most {limit} bytes")
 
 
 def require_inside(store: Store, key: str) -> None:
-    """Raise CacheFormatError where a folder on the way to an object is a link: none is read or deleted through."""
+    """Raise CacheFormatError if a folder on the path to an object is a link: never read or delete through one."""
     if isinstance(store, LocalStore):
         folder = os.path.dirname(key)
         if os.path.realpath(store.root / folder) != os.path.normpath(
@@ -76,35 +75,35 @@ def require_inside(store: Store, key: str) -> None:
 
 
 def read_json(store: Store, key: str) -> dict[str, Any] | None:
-    """A JSON object of a store, None where it is missing. Raises CacheFormatError where it is not plain JSON."""
+    """Return a JSON object of a store, None if it is missing. Raises CacheFormatError if it is not plain JSON."""
     data = read_bounded(store, key, MAX_JSON)
     if data is None:
         return None
     try:
-        found = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse)
+        document = json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise CacheFormatError(f"{key}: not the JSON that belongs there") from error
-    if not isinstance(found, dict):
-        raise CacheFormatError(f"{key}: not the JSON that belongs there")
-    return found
+        raise CacheFormatError(f"{key}: must be a JSON object without repeated names") from error
+    if not isinstance(document, dict):
+        raise CacheFormatError(f"{key}: must be a JSON object without repeated names")
+    return document
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name is repeated")
+    return members
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 class Decoder:
-    """Decodes objects of one array by its layout, never by what the cache says of it."""
+    """Decodes objects of one array by its known layout, never by the metadata in the cache."""
 
     def __init__(self, name: str, layout: dict[str, Any]) -> None:
-        """``layout``: the arguments of ``create_array``. Raises CacheFormatError where no array can be so."""
+        """Take the arguments of ``create_array`` as ``layout``. Raises CacheFormatError if no array can have it."""
         self.name = name
         memory = MemoryStore()
         try:
@@ -117,23 +116,23 @@ class Decoder:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Shape of what one object holds."""
+        """Shape of the values in one object."""
         return self._array.shards or self._array.chunks
 
     def require_document(self, store: Store) -> None:
-        """Raise CacheFormatError unless the array's own metadata is what the layout implies, to the last member."""
-        found = read_json(store, f"{self.name}/zarr.json")
-        if found is None:
+        """Raise CacheFormatError unless the array's metadata is exactly what the layout implies."""
+        document = read_json(store, f"{self.name}/zarr.json")
+        if document is None:
             raise CacheFormatError(f"array {self.name} is missing")
-        # as text: 1, 1.0 and true are equal in Python
-        if json.dumps(found, sort_keys=True) != json.dumps(self._document, sort_keys=True):
-            wrong = [key for key in self._document or {} if found.get(key) != (self._document or {})[key]]
+        # compared as text, since 1, 1.0 and true are equal in Python
+        if json.dumps(document, sort_keys=True) != json.dumps(self._document, sort_keys=True):
+            wrong = [key for key in self._document or {} if document.get(key) != (self._document or {})[key]]
             raise CacheFormatError(f"array {self.name} does not fit the manifest: {', '.join(wrong) or 'its metadata'}")
 
     def decode(self, key: str, data: bytes, count: int) -> np.ndarray[Any, Any]:
-        """The first ``count`` slots of an object whose bytes are given; columns lie together where they are stored so.
+        """Return the first ``count`` slots of an object from its bytes, in column order if they are stored so.
 
-        Raises CacheFormatError.
+        Raises CacheFormatError if the bytes do not fit the layout.
         """
         rows, *width = self._array.chunks
         size = math.prod(self._array.chunks) * self._array.dtype.itemsize
@@ -141,9 +140,9 @@ class Decoder:
         parts = []
         for number, (start, end) in enumerate(self._spans(key, data)):
             chunk = memoryview(data)[start:end]
-            if _claimed_size(codec, chunk) != size:
-                raise CacheFormatError(f"{key}: a chunk claims another size than its layout's {size} bytes")
-            if number * rows < max(1, count):  # of no slots, too, the type
+            if _declared_size(codec, chunk) != size:
+                raise CacheFormatError(f"{key}: a chunk declares another size than its layout's {size} bytes")
+            if number * rows < max(1, count):  # decode one chunk even for no slots, to have the right type
                 try:
                     flat = np.frombuffer(_decompress(codec, chunk), self._array.dtype.newbyteorder("<"))
                     parts.append(flat.reshape(*width, rows).T if columns else flat.reshape(rows, *width))
@@ -152,12 +151,12 @@ class Decoder:
         return (parts[0] if len(parts) == 1 else np.concatenate(parts))[:count]
 
     def _spans(self, key: str, data: bytes) -> list[tuple[int, int]]:
-        """Where each chunk begins and ends: end to end in any order, before the index."""
+        """Return where each chunk starts and ends: back to back in any order, before the index."""
         if not self._sharded:
             return [(0, len(data))]
         body = len(data) - INDEX_ENTRY * self._chunks - INDEX_CHECKSUM
         if body <= 0:
-            raise CacheFormatError(f"{key}: too short for its index of {self._chunks} chunks")
+            raise CacheFormatError(f"{key}: too short for an index of {self._chunks} chunks")
         index = np.frombuffer(data, dtype="<u8", count=2 * self._chunks, offset=body).reshape(-1, 2)
         if int(index.max()) > body:
             raise CacheFormatError(f"{key}: its index points outside it")
@@ -169,12 +168,12 @@ class Decoder:
 
 
 def _decompress(codec: object, chunk: memoryview) -> bytes:
-    found: bytes = (blosc if isinstance(codec, BloscCodec) else zstd).decompress(chunk)
-    return found
+    data: bytes = (blosc if isinstance(codec, BloscCodec) else zstd).decompress(chunk)
+    return data
 
 
-def _claimed_size(codec: object, chunk: memoryview) -> int:
-    """Bytes that a compressed chunk claims to decode to; -1 where its header is broken."""
+def _declared_size(codec: object, chunk: memoryview) -> int:
+    """Return the decoded size that a compressed chunk declares, in bytes; -1 if its header is invalid."""
     if isinstance(codec, BloscCodec):
         if len(chunk) < BLOSC_HEADER.size:
             return -1
@@ -185,7 +184,7 @@ def _claimed_size(codec: object, chunk: memoryview) -> int:
 
 
 def _zstd_content_size(frame: memoryview) -> int:
-    """The content size in a zstd frame's header (RFC 8878, 3.1.1.1); -1 where it gives none."""
+    """Return the content size in a zstd frame's header (RFC 8878, 3.1.1.1), in bytes; -1 if it declares none."""
     header = bytes(frame[:18]).ljust(18, b"\0")
     if header[:4] != ZSTD_MAGIC:
         return -1

@@ -1,4 +1,4 @@
-"""A folder of bounded size that keeps what was read of a cache on another machine."""
+"""A folder of bounded size that holds local copies of objects read from a remote cache."""
 
 import contextlib
 import os
@@ -7,21 +7,21 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-_putting = threading.Lock()  # a shard's objects come at the same time, and room is made for one
+_put_lock = threading.Lock()  # objects of a shard arrive at the same time, and room is made for one at a time
 
 
 @dataclass(frozen=True)
 class DiskCache:
-    """Objects named by their SHA-256, ``limit`` bytes in all at most: those used least recently go first.
+    """Objects named by their SHA-256, at most ``limit`` bytes in total; the least recently used are dropped first.
 
-    Whoever takes an object proves it by its digest, so nothing in the folder is trusted. Processes may share it.
+    The folder is not trusted: callers of ``get`` check the object against its digest. Processes may share a folder.
     """
 
     folder: Path
     limit: int
 
     def get(self, digest: bytes, most: int) -> bytes | None:
-        """The object kept under a digest, unproved; None where there is none of ``most`` bytes or fewer."""
+        """Return the object stored under a digest, unchecked; None if there is none of at most ``most`` bytes."""
         place = self.folder / digest.hex()
         try:
             if place.stat().st_size > most:
@@ -33,13 +33,13 @@ class DiskCache:
         return data
 
     def put(self, digest: bytes, data: bytes) -> None:
-        """Keep an object, dropping old ones for it. A folder that cannot be written keeps nothing more."""
+        """Store an object, dropping old ones to make room. If the folder cannot be written, do nothing."""
         if len(data) > self.limit:
             return
         partial = self.folder / f"{digest.hex()}.{uuid.uuid4().hex}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _putting:
+            with _put_lock:
                 self._make_room(len(data))
                 partial.write_bytes(data)
                 partial.replace(self.folder / digest.hex())
@@ -48,15 +48,15 @@ class DiskCache:
                 partial.unlink()
 
     def _make_room(self, size: int) -> None:
-        found = []
+        entries = []
         for entry in os.scandir(self.folder):
             try:
-                found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
             except FileNotFoundError:  # another process dropped it
                 continue
-        total = sum(held for _, held, _ in found)
-        for _, held, path in sorted(found):
+        total = sum(bytes_held for _, bytes_held, _ in entries)
+        for _, bytes_held, path in sorted(entries):
             if total + size <= self.limit:
                 return
             Path(path).unlink(missing_ok=True)
-            total -= held
+            total -= bytes_held

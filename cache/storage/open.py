@@ -1,4 +1,4 @@
-"""Where a cache lies: opening a Zarr store, and the few raw object operations that commits need."""
+"""Opening the Zarr store of a cache, and the few raw object operations that commits need."""
 
 import asyncio
 import os
@@ -16,23 +16,23 @@ from logitcask.cache.errors import CacheFormatError, LogitcaskError
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.remote import RemoteStore
 
-REASON = 200  # characters of zipfile's, which quotes names from the file, of up to 64 kB
-CONCURRENT = 64  # local objects asked for their size at once
+REASON = 200  # characters of zipfile's message shown: it quotes names from the file, of up to 64 kB
+CONCURRENT = 64  # local objects whose sizes are queried at once
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a cache's place is on another machine."""
+    """Return whether a cache's path is a URL, on another machine."""
     return isinstance(path, str) and "://" in path
 
 
 def open_store(path: str | Path, *, read_only: bool, disk_cache: DiskCache | None = None) -> Store:
-    """The Zarr store in a folder, in a .zip file (read only) or at a URL, whose objects ``disk_cache`` may hold.
+    """Return the Zarr store in a folder, in a .zip file (read only) or at a URL (cached in ``disk_cache``).
 
-    Raises CacheFormatError where a cache should be read and there is none.
+    Raises CacheFormatError if there is no cache to read, LogitcaskError if the URL is one that cannot be opened.
     """
     if is_url(path):
         if str(path).endswith(".zip"):
-            raise LogitcaskError(f"{path}: a .zip file is read from this machine only: fetch it first")
+            raise LogitcaskError(f"{path}: a .zip file must be on this machine: download it first")
         return RemoteStore(str(path), read_only=read_only, disk_cache=disk_cache)
     folder = Path(path)
     if read_only and not folder.exists():
@@ -40,12 +40,12 @@ def open_store(path: str | Path, *, read_only: bool, disk_cache: DiskCache | Non
     if folder.suffix == ".zip" and folder.is_file() and read_only:
         return _open_zip(folder)
     if folder.exists() and not folder.is_dir():
-        raise CacheFormatError(f"{path}: not a logit cache: a cache is a folder or a .zip file, this is another file")
+        raise CacheFormatError(f"{path}: not a logit cache: must be a folder or a .zip file")
     return LocalStore(folder, read_only=read_only)
 
 
 class _CheckedZip(ZipStore):
-    """A zip file whose damage is told as the cache's."""
+    """A zip file whose damage raises CacheFormatError."""
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         try:
@@ -62,12 +62,12 @@ def _open_zip(path: Path) -> Store:
     try:
         store._sync_open()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
-        raise CacheFormatError(f"{path}: not a logit cache: no readable .zip file: {str(error)[:REASON]}") from error
+        raise CacheFormatError(f"{path}: not a logit cache: not a readable .zip file: {str(error)[:REASON]}") from error
     return store
 
 
 def write_objects(store: Store, objects: Mapping[str, bytes]) -> None:
-    """Write several objects, each whole or not at all, and push local ones to the disk."""
+    """Write several objects, each atomically, and flush local ones to the disk."""
     if isinstance(store, RemoteStore):
         store.set_all(objects)
         return
@@ -77,7 +77,7 @@ def write_objects(store: Store, objects: Mapping[str, bytes]) -> None:
 
 
 def is_empty(store: Store) -> bool:
-    """Whether there is nothing at a place but what a killed process left half written."""
+    """Return whether a store holds nothing but partial objects of a killed process."""
 
     async def look() -> bool:
         return all([name.endswith(".partial") async for name in store.list_dir("")])
@@ -86,7 +86,7 @@ def is_empty(store: Store) -> bool:
 
 
 def object_sizes(store: Store) -> dict[str, int]:
-    """Bytes of every object, by key."""
+    """Return the size of every object in bytes, by key."""
 
     async def ask() -> dict[str, int]:
         if isinstance(store, RemoteStore):
@@ -101,7 +101,7 @@ def object_sizes(store: Store) -> dict[str, int]:
 
 
 def list_objects(store: Store, prefix: str) -> set[str]:
-    """Keys of all objects below a prefix."""
+    """Return the keys of all objects below a prefix."""
 
     async def collect() -> set[str]:
         return {key async for key in store.list_prefix(prefix)}
@@ -110,13 +110,13 @@ def list_objects(store: Store, prefix: str) -> set[str]:
 
 
 def delete_objects(store: Store, keys: list[str]) -> None:
-    """Remove objects, in order; those already gone are passed over."""
+    """Remove objects, in order; missing ones are skipped."""
     for key in keys:
         sync(store.delete(key))
 
 
 def flush_objects(store: Store, keys: list[str]) -> None:
-    """Push local objects to the disk, so that a commit record never survives a power cut that they did not."""
+    """Flush local objects to the disk, so that no commit record survives a power cut that its objects did not."""
     if isinstance(store, LocalStore):
         for key in keys:
             for place in (store.root / key, (store.root / key).parent):
@@ -128,8 +128,8 @@ def flush_objects(store: Store, keys: list[str]) -> None:
 
 
 def drop_partial_objects(store: Store, keep: Callable[[str], bool]) -> None:
-    """Remove what a killed process left half written (Zarr writes ``*.partial`` and renames), but for ``keep(key)``."""
+    """Remove partial objects of a killed process (Zarr writes ``*.partial``, then renames), unless ``keep(key)``."""
     if isinstance(store, LocalStore):
-        for left in Path(store.root).rglob("*.partial"):
-            if not keep(left.relative_to(store.root).as_posix()):
-                left.unlink(missing_ok=True)
+        for partial in Path(store.root).rglob("*.partial"):
+            if not keep(partial.relative_to(store.root).as_posix()):
+                partial.unlink(missing_ok=True)

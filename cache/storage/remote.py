@@ -1,6 +1,6 @@
-"""Caches on other machines: a Zarr store over fsspec whose operations are tried again over a new connection.
+"""Caches on other machines: a Zarr store over fsspec that retries failed operations over a new connection.
 
-Zarr's own FsspecStore neither reconnects nor, over SFTP, writes an object whole or not at all.
+Zarr's own FsspecStore neither reconnects nor writes atomically over SFTP.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.storage.disk_cache import DiskCache
 
 T = TypeVar("T")
-TRIES, FIRST_WAIT = 5, 0.5  # attempts at an operation; seconds before the second, doubled each time
+TRIES, FIRST_WAIT = 5, 0.5  # attempts per operation; seconds before the second attempt, doubled each time
 AT_ONCE = 8  # objects written at the same time
-LISTED_AT_ONCE = 32  # folders, over SFTP: each takes four round trips and little else
+LISTED_AT_ONCE = 32  # folders, over SFTP: each takes four round trips and almost no bandwidth
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 REFUSED = ("PermissionError", "PermissionDenied", "HostKeyNotVerifiable", "NoCredentialsError", "NoSuchBucket")
 # scheme: module and class of the file system, pip extra, its arguments
@@ -32,7 +32,12 @@ _AWS = {
 _SSH = {"known_hosts": (), "connect_timeout": 15, "keepalive_interval": 15}  # (): ~/.ssh/known_hosts decides
 SCHEMES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "s3": ("s3fs", "S3FileSystem", "s3", _AWS),
-    "gs": ("gcsfs.core", "GCSFileSystem", "gs", {"use_listings_cache": False}),  # gcsfs's own class tries gRPC first
+    "gs": (
+        "gcsfs.core",
+        "GCSFileSystem",
+        "gs",
+        {"use_listings_cache": False},
+    ),  # the class that gcsfs exports tries gRPC first
     "hf": ("huggingface_hub", "HfFileSystem", "", {"use_listings_cache": False}),
     "ssh": ("sshfs", "SSHFileSystem", "ssh", _SSH),
     "sftp": ("sshfs", "SSHFileSystem", "ssh", _SSH),
@@ -40,37 +45,41 @@ SCHEMES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, newly connected, and the path in it. Raises LogitcaskError."""
+    """Return the fsspec file system of a URL, newly connected, and the path in it.
+
+    Raises LogitcaskError if the scheme is unknown, the host is missing or a package is not installed.
+    """
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise LogitcaskError(f"{url}: {parts.scheme}:// is not known: give a folder, a .zip file or {known}")
+        raise LogitcaskError(f"{url}: {parts.scheme}:// is not supported: give a folder, a .zip file or {known}")
     module, name, extra, options = SCHEMES[parts.scheme]
     if not parts.netloc:
         raise LogitcaskError(f"{url}: names no bucket, repository or host: give {parts.scheme}://NAME/FOLDER")
     try:
-        maker = getattr(importlib.import_module(module), name)
+        make = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        wanted = f"logitcask[{extra}]" if extra else module
-        raise LogitcaskError(f"{url}: needs {module}, which is not installed: pip install '{wanted}'") from error
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it raises as well
+        package = f"logitcask[{extra}]" if extra else module
+        raise LogitcaskError(f"{url}: needs {module}, which is not installed: pip install '{package}'") from error
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of exceptions it also raises
     path = f"{parts.netloc}{parts.path}"
     if module == "sshfs":
         given = {"host": parts.hostname, "username": parts.username, "password": parts.password, "port": parts.port}
         options = {**options, **{key: value for key, value in given.items() if value is not None}}
         path = unquote(parts.path)
-    return maker(**options, skip_instance_cache=True), path.rstrip("/")
+    return make(**options, skip_instance_cache=True), path.rstrip("/")
 
 
 class RemoteStore(Store):
-    """The objects below a URL. A failed operation is tried again over a new connection, a few times."""
+    """The objects below a URL. A failed operation is retried over a new connection, a few times."""
 
     supports_writes = supports_deletes = supports_listing = True
 
     def __init__(self, url: str, *, read_only: bool, disk_cache: DiskCache | None = None, tries: int = 0) -> None:
-        """Nothing is connected before the first operation; ``disk_cache`` holds objects that were proved once.
+        """Prepare a store, which connects at the first operation.
 
-        ``tries`` are the attempts at an operation, 0 for the usual.
+        ``disk_cache`` holds objects that were checked against their digests. ``tries`` is the number of attempts per
+        operation, 0 for the default.
         """
         super().__init__(read_only=read_only)
         self.url, self.disk_cache, self._tries = url.rstrip("/"), disk_cache, tries or TRIES
@@ -86,7 +95,7 @@ class RemoteStore(Store):
     __hash__ = None  # type: ignore[assignment]
 
     async def _try(self, operation: Callable[[Any, str], T]) -> T:
-        """The result of ``operation(file system, root)``. Raises LogitcaskError where it keeps failing."""
+        """Return the result of ``operation(file system, root)``. Raises LogitcaskError if it keeps failing."""
         for attempt in range(self._tries):
             connected = None
             try:
@@ -97,7 +106,7 @@ class RemoteStore(Store):
                 return await asyncio.to_thread(operation, *connected)
             except (*GONE, LogitcaskError):
                 raise
-            except Exception as error:  # each library has its own for a connection that drops
+            except Exception as error:  # each library raises its own for a dropped connection
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 if _is_refusal(error):
                     raise LogitcaskError(
@@ -106,7 +115,7 @@ class RemoteStore(Store):
                 if attempt + 1 == self._tries:
                     raise LogitcaskError(
                         f"{self.url}: no connection after {self._tries} tries: {reason}: run the same command again to "
-                        "go on"
+                        "resume"
                     ) from error
             if self._connected is connected:
                 self._connected = None
@@ -114,14 +123,14 @@ class RemoteStore(Store):
         raise AssertionError("unreachable")
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """The bytes of an object, None where there is none; a range must have both ends."""
+        """Return the bytes of an object, None if there is none; a range must have both ends."""
         assert byte_range is None or isinstance(byte_range, RangeByteRequest)
 
         def read(fs: Any, root: str) -> bytes:
             path = f"{root}/{key}"
             if byte_range is None:
                 return bytes(fs.cat_file(path))
-            if _is_ssh(fs):  # reads whole files only
+            if _is_ssh(fs):  # sshfs reads whole files only
                 if fs.info(path)["size"] > byte_range.end:
                     return bytes(byte_range.end - byte_range.start)
                 return bytes(fs.cat_file(path))[byte_range.start : byte_range.end]
@@ -140,17 +149,17 @@ class RemoteStore(Store):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        """Several at once."""
+        """Return the bytes of several objects."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write an object, whole or not at all."""
+        """Write an object atomically."""
         self._check_writable()
 
         def write(fs: Any, root: str) -> None:
             path = f"{root}/{key}"
             if not _is_ssh(fs):
-                fs.pipe_file(path, value.to_bytes())  # object stores show an object once it is whole
+                fs.pipe_file(path, value.to_bytes())  # object stores show an object only when it is complete
                 return
             partial = f"{path}.partial"
             fs.pipe_file(partial, value.to_bytes())
@@ -162,7 +171,7 @@ class RemoteStore(Store):
             raise LogitcaskError(f"{self.url}: cannot be written: {error}: make the bucket or folder first") from error
 
     def set_all(self, objects: Mapping[str, bytes]) -> None:
-        """Write several objects: at the same time, or on the Hugging Face hub in one commit."""
+        """Write several objects: concurrently, or on the Hugging Face hub in one commit."""
         make = default_buffer_prototype().buffer.from_bytes
 
         async def write() -> None:
@@ -177,7 +186,7 @@ class RemoteStore(Store):
         sync(self._try(lambda fs, root: _commit(fs, root, objects)) if self.url.startswith("hf:") else write())
 
     async def delete(self, key: str) -> None:
-        """Remove an object; one already gone is passed over."""
+        """Remove an object; do nothing if it is missing."""
         self._check_writable()
         try:
             await self._try(lambda fs, root: fs.rm_file(f"{root}/{key}"))
@@ -185,35 +194,35 @@ class RemoteStore(Store):
             return
 
     async def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """Return whether there is such an object."""
         return bool(await self._try(lambda fs, root: fs.exists(f"{root}/{key}")))
 
     async def list(self) -> AsyncIterator[str]:
-        """Every key."""
+        """Yield every key."""
         async for key in self.list_prefix(""):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """Every key in a folder."""
+        """Yield every key in a folder."""
         for name in await self.sizes(prefix):
             yield name
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Names right below a folder."""
+        """Yield the names directly below a folder."""
         try:
-            found = await self._try(lambda fs, root: fs.ls(f"{root}/{prefix}".rstrip("/"), detail=False))
+            names = await self._try(lambda fs, root: fs.ls(f"{root}/{prefix}".rstrip("/"), detail=False))
         except GONE:
             return
-        for name in found:
+        for name in names:
             yield str(name).rstrip("/").rsplit("/", 1)[-1]
 
     async def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of every object in a folder, by key, from one listing."""
+        """Return the size of every object in a folder in bytes, by key, from one listing."""
 
         def find(fs: Any, root: str) -> dict[str, int]:
             folder = f"{root}/{prefix}".rstrip("/")
-            found = _find_by_level(fs, folder) if _is_ssh(fs) else fs.find(folder, detail=True)
-            return {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in found.items()}
+            entries = _find_by_level(fs, folder) if _is_ssh(fs) else fs.find(folder, detail=True)
+            return {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in entries.items()}
 
         try:
             return await self._try(find)
@@ -226,15 +235,15 @@ def _is_ssh(fs: Any) -> bool:
 
 
 def _find_by_level(fs: Any, folder: str) -> dict[str, Any]:
-    """What ``fs.find`` gives, but a level's folders are listed at the same time: there is one a shard and array."""
-    found: dict[str, Any] = {}
+    """Return what ``fs.find`` does, listing all folders of a level at once: there is one per shard and array."""
+    files: dict[str, Any] = {}
     folders = [folder]
     with ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
         while folders:
             entries = [entry for listing in pool.map(lambda each: _listing(fs, each), folders) for entry in listing]
-            found |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
+            files |= {entry["name"]: entry for entry in entries if entry["type"] != "directory"}
             folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-    return found
+    return files
 
 
 def _listing(fs: Any, folder: str) -> list[dict[str, Any]]:
@@ -245,7 +254,7 @@ def _listing(fs: Any, folder: str) -> list[dict[str, Any]]:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether it is of no use to try again; Google's 403 and 401, and the hub's, have no class of their own."""
+    """Return whether retrying is useless; Google's and the hub's 401 and 403 have no exception classes of their own."""
     known = (
         type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
     )
@@ -253,7 +262,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _commit(fs: Any, root: str, objects: Mapping[str, bytes]) -> None:
-    """Several objects in one commit to the hub, which allows few commits an hour."""
+    """Write several objects in one commit to the hub, which allows few commits per hour."""
     from huggingface_hub import CommitOperationAdd
 
     place = fs.resolve_path(root)

@@ -1,1 +1,1 @@
-"""How good a student is."""
+"""Evaluate a student: on a cache, on HumanEval, on tasks of lm-evaluation-harness."""

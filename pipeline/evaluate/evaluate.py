@@ -1,4 +1,4 @@
-"""A student against a cache (text and teacher), HumanEval's tests, and tasks of lm-evaluation-harness."""
+"""``logitcask evaluate``: a student against a cache (text and teacher), HumanEval, tasks of lm-evaluation-harness."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from logitcask.pipeline.train.source import require_tokenizer
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
-    """Evaluate a model on what the settings ask for, and write the figures where they are wanted.
+    """Evaluate a model on what the settings name, and write the figures to ``--output`` if it is given.
 
-    Raises LogitcaskError where model and cache do not fit, one of them or a package cannot be had, or memory runs out.
+    Raises LogitcaskError if model and cache do not match, one of them or a package is missing, or memory runs out.
     """
     with explain_out_of_memory(f"lower --batch-size from {settings.batch_size}, or take a smaller model"):
         return _evaluate(settings)
@@ -31,7 +31,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
 def _evaluate(settings: EvaluateSettings) -> Evaluation:
     if settings.output is not None and not settings.output.parent.is_dir():
-        raise LogitcaskError(f"--output {settings.output}: there is no folder {settings.output.parent}: make it first")
+        raise LogitcaskError(
+            f"--output {settings.output}: there is no folder {settings.output.parent}: create it first"
+        )
     reader = None if settings.cache is None else CacheReader(settings.cache)
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
@@ -42,7 +44,7 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     require_finite(model, settings.model)
-    found = Evaluation(
+    evaluation = Evaluation(
         model=settings.model,
         on_cache=None if reader is None else evaluate_on_cache(model, reader, settings.limit, settings.batch_size),
         humaneval=None
@@ -61,15 +63,15 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
         tasks=[] if tasks is None else tasks.run(model, tokenizer, settings.limit, settings.batch_size),
     )
     if settings.output is not None:
-        settings.output.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return found
+        settings.output.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return evaluation
 
 
-def print_evaluation(found: Evaluation) -> None:
-    """The figures as a table on stdout."""
-    on_cache = found.on_cache
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the figures as a table on stdout."""
+    on_cache = evaluation.on_cache
     size = f"{on_cache.examples:,} examples, {on_cache.positions:,} positions" if on_cache else ""
-    table = Table(f"{Path(found.model)}", size)
-    for name, value in rows(found).items():
+    table = Table(f"{Path(evaluation.model)}", size)
+    for name, value in rows(evaluation).items():
         table.add_row(name, value)
     results().print(table)

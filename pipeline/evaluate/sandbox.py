@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, each in a process with limits. What that does not stop stands in the README."""
+"""Run programs that a model wrote, each in a process with limits. The README says what that does not stop."""
 
 import contextlib
 import functools
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.evaluate import sandbox_child as sandboxed
+from logitcask.pipeline.evaluate import sandbox_child
 
 CPU_SECONDS = 3  # HumanEval's own limit
 WALL_SECONDS = 15  # for programs that wait, and machines that are busy
 MEMORY = 2**30  # bytes of address space
-ENVIRONMENT = ("PATH",)  # all that a program sees of ours: no keys
+ENVIRONMENT = ("PATH",)  # the only variables that a program inherits: no keys
 NAMESPACES = ("unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "--")
 
 Outcome = Literal["passed", "failed", "stopped"]
@@ -25,7 +25,7 @@ Outcome = Literal["passed", "failed", "stopped"]
 
 @functools.cache
 def namespaces() -> tuple[str, ...]:
-    """The command that takes network and other processes from a process; empty where the machine does not let us."""
+    """Return the command that isolates a process from network and other processes; empty if this machine forbids it."""
     try:
         done = subprocess.run([*NAMESPACES, sys.executable, "-I", "-c", ""], capture_output=True, check=False)
     except OSError:
@@ -34,7 +34,7 @@ def namespaces() -> tuple[str, ...]:
 
 
 def require_sandbox() -> None:
-    """Raise LogitcaskError where not even an empty program comes to its end: every figure would be 0."""
+    """Raise LogitcaskError if not even an empty program runs to its end: every score would be 0."""
     if run_program("") != "passed":
         raise LogitcaskError(
             f"the sandbox cannot run {sys.executable} within {MEMORY:,} bytes and {WALL_SECONDS} s on this machine: "
@@ -43,14 +43,14 @@ def require_sandbox() -> None:
 
 
 def run_program(program: str) -> Outcome:
-    """Run a Python program: passed to its end, failed by an exception, or stopped by a limit or its own exit."""
+    """Run a Python program: it passed (ran to its end), failed (raised), or was stopped by a limit or its own exit."""
     nonce = secrets.token_hex(16)
-    inside = [sys.executable, "-I", "-B", "-X", "utf8", sandboxed.__file__]
+    child = [sys.executable, "-I", "-B", "-X", "utf8", sandbox_child.__file__]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, sandboxed.PROGRAM).write_text(program, encoding="utf-8", errors="replace")
+        Path(folder, sandbox_child.PROGRAM).write_text(program, encoding="utf-8", errors="replace")
         with subprocess.Popen(
-            [*namespaces(), *inside, nonce, str(CPU_SECONDS), str(MEMORY)],
+            [*namespaces(), *child, nonce, str(CPU_SECONDS), str(MEMORY)],
             cwd=folder,
             env={**environment, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -64,14 +64,14 @@ def run_program(program: str) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-        return _outcome(Path(folder, sandboxed.RESULT), nonce)
+        return _outcome(Path(folder, sandbox_child.RESULT), nonce)
 
 
 def _outcome(file: Path, nonce: str) -> Outcome:
     with contextlib.suppress(OSError):
         match file.read_text(errors="replace").split():
-            case [found, "passed"] if found == nonce:
+            case [written, "passed"] if written == nonce:
                 return "passed"
-            case [found, "failed"] if found == nonce:
+            case [written, "failed"] if written == nonce:
                 return "failed"
     return "stopped"

@@ -1,1 +1,1 @@
-"""Training examples: from source code, from models behind an API, or from a model on this machine."""
+"""Training examples from source code, from models behind an API, or from a model on this machine."""

@@ -1,7 +1,7 @@
-"""Asking a model: many prompts at once, never beyond a number of dollars, each reply handed on as it comes.
+"""Ask a model many prompts concurrently within a spending limit, and hand on each reply as it arrives.
 
-Dollars that a request may cost are set aside before it is sent: its prompt's bytes, which are at least its tokens, and
-the greatest number of tokens of a response.
+The most that a request can cost is reserved before it is sent: the bytes of its prompt, which are at least as many as
+its tokens, and the maximum number of response tokens.
 """
 
 import asyncio
@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from logitcask.pipeline.console import Advance
 from logitcask.pipeline.generate_data.prompts import Prompt
 
-OVERHEAD = 256  # tokens that a chat template puts around a prompt, at most
-HOPELESS = 10  # prompts in a row without a reply after which the rest is not tried
+OVERHEAD = 256  # upper bound on the tokens that a chat template adds to a prompt
+MAX_CONSECUTIVE_FAILURES = 10  # prompts in a row without a reply after which the rest are not tried
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model gave: the text, ``stop``, ``length``, ``refusal`` or what else ended it, and the tokens it tells."""
+    """A model's reply. ``finish``: ``stop``, ``length``, ``refusal``, or the provider's own word for another reason."""
 
     text: str
     finish: str
-    input_tokens: int | None
+    input_tokens: int | None  # None if the provider does not report it
     output_tokens: int | None
 
 
 class NoReplyError(Exception):
-    """A prompt got no reply. ``fatal``: nor would the others; ``free``: the server said no, so nothing is billed."""
+    """A prompt got no reply. ``fatal``: no other prompt would either; ``free``: the server refused, so no charge."""
 
     def __init__(self, message: str, *, fatal: bool, free: bool) -> None:
         super().__init__(message)
@@ -38,22 +38,22 @@ Ask = Callable[[str], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars a million tokens; ``longest`` is the number of tokens of a response at most."""
+    """Dollars per million tokens; ``longest`` is the maximum number of tokens per response."""
 
     input: float
     output: float
     longest: int
 
     def most(self, prompt: str) -> float:
-        """Dollars that a prompt can cost."""
+        """Return the most that a prompt can cost, in dollars."""
         return self.cost(len(prompt.encode()) + OVERHEAD, self.longest)
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
-        """Dollars of so many tokens."""
+        """Return the cost of these numbers of tokens, in dollars."""
         return (input_tokens * self.input + output_tokens * self.output) / 1e6
 
     def paid(self, prompt: str, input_tokens: int | None, output_tokens: int | None) -> float:
-        """Dollars of a reply; the most it can cost where it does not tell its tokens."""
+        """Return the cost of a reply, in dollars: the most it can cost if its token counts are unknown."""
         if input_tokens is None or output_tokens is None:
             return self.most(prompt)
         return self.cost(input_tokens, output_tokens)
@@ -61,35 +61,35 @@ class Price:
 
 @dataclass
 class Outcome:
-    """How the asking went: prompts without a reply, the last reason for one, and why the rest was not asked."""
+    """How a round of requests went: prompts without a reply, the last reason, and why the rest were not sent."""
 
     failed: int = 0
     reason: str = ""
     stopped: str = ""  # "", "max-cost" or "failures"
 
 
-class Purse:
-    """Dollars spent and set aside, within a limit (None: any)."""
+class Spending:
+    """Dollars spent and reserved, within a limit (None: no limit)."""
 
     def __init__(self, limit: float | None, spent: float) -> None:
         self._limit, self.spent = limit, spent
-        self._aside: list[float] = []
+        self._reserved: list[float] = []
         self._changed = asyncio.Condition()
 
-    async def set_aside(self, most: float) -> bool:
-        """Wait until so much fits, beside what runs now; False where it does not even when nothing runs."""
+    async def reserve(self, most: float) -> bool:
+        """Wait until ``most`` fits beside the requests under way; return False if it cannot even fit alone."""
         async with self._changed:
-            while self._limit is not None and self.spent + sum(self._aside) + most > self._limit:
-                if not self._aside:
+            while self._limit is not None and self.spent + sum(self._reserved) + most > self._limit:
+                if not self._reserved:
                     return False
                 await self._changed.wait()
-            self._aside.append(most)
+            self._reserved.append(most)
             return True
 
-    async def pay(self, most: float, paid: float) -> None:
-        """Give back what was set aside but for what was paid."""
+    async def settle(self, most: float, paid: float) -> None:
+        """Replace the reservation of ``most`` by what was actually paid."""
         async with self._changed:
-            self._aside.remove(most)
+            self._reserved.remove(most)
             self.spent += paid
             self._changed.notify_all()
 
@@ -100,11 +100,14 @@ async def ask_all(
     *,
     concurrency: int,
     price: Price | None,
-    purse: Purse,
-    keep: Callable[[Prompt, Reply], None],
+    spending: Spending,
+    on_reply: Callable[[Prompt, Reply], None],
     advance: Advance,
 ) -> Outcome:
-    """Ask every prompt, ``concurrency`` at once; ``keep`` gets each reply. Requests under way are always awaited."""
+    """Ask every prompt, ``concurrency`` at once, and pass each reply to ``on_reply``.
+
+    Requests under way are always awaited, also when the rest are given up.
+    """
     outcome, waiting, in_a_row = Outcome(), iter(prompts), 0
 
     async def ask_one(prompt: Prompt, most: float) -> None:
@@ -113,27 +116,27 @@ async def ask_all(
         try:
             reply = await ask(prompt.text)
             paid = price.paid(prompt.text, reply.input_tokens, reply.output_tokens) if price else 0.0
-            keep(prompt, reply)
+            on_reply(prompt, reply)
             in_a_row = 0
         except NoReplyError as error:
             paid = 0.0 if error.free else most
             in_a_row += 1
             outcome.failed, outcome.reason = outcome.failed + 1, str(error)
-            if error.fatal or in_a_row >= HOPELESS:
+            if error.fatal or in_a_row >= MAX_CONSECUTIVE_FAILURES:
                 outcome.stopped = "failures"
         finally:
-            await purse.pay(most, paid)
+            await spending.settle(most, paid)
 
     async def work() -> None:
-        for prompt in waiting:  # one iterator for all workers: each prompt goes to one of them
+        for prompt in waiting:  # all workers share the iterator: each prompt goes to one of them
             most = price.most(prompt.text) if price else 0.0
             if outcome.stopped:
                 return
-            if not await purse.set_aside(most):
+            if not await spending.reserve(most):
                 outcome.stopped = outcome.stopped or "max-cost"
                 return
             await ask_one(prompt, most)
-            advance(1, f"${purse.spent:,.2f}" if price else "cost unknown")
+            advance(1, f"${spending.spent:,.2f}" if price else "cost unknown")
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(prompts))):

@@ -1,13 +1,13 @@
-"""``logitcask generate-data``: ask what was not asked yet, then sort every answer into the data files.
+"""``logitcask generate-data``: ask the prompts that have no answer yet, then sort all answers into the data files.
 
-The folder holds ``answers.jsonl`` (every answer there is, never asked for again), ``train.jsonl`` and
-``validation.jsonl`` (made from it anew at the end of each run), and ``manifest.json``.
+The folder holds ``answers.jsonl`` (every answer so far, never requested again), ``train.jsonl`` and
+``validation.jsonl`` (rebuilt from it at the end of each run), and ``manifest.json``.
 """
 
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,35 +16,35 @@ from typing import Any
 
 from logitcask.cache.errors import LogitcaskError, differences
 from logitcask.pipeline.console import track
-from logitcask.pipeline.generate_data.client import Outcome, Price, Purse, Reply, ask_all
+from logitcask.pipeline.generate_data.client import Outcome, Price, Reply, Spending, ask_all
 from logitcask.pipeline.generate_data.journal import Answer, Journal
 from logitcask.pipeline.generate_data.prompts import Prompt, digest, make_prompts, read_templates
 from logitcask.pipeline.generate_data.providers import PROVIDERS, open_api
 from logitcask.pipeline.runs.run_folder import write_json
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
-KEPT = ("train", "validation")
-# what made the answers: it cannot change between a run and the one that goes on with its folder
+SPLITS = ("train", "validation")
+# settings that determine the answers: a run that resumes a folder must have the same
 FIXED = ("provider", "model", "max_new_tokens", "temperature", "seed")
 
 
 def generate_data(settings: GenerateDataSettings) -> str:
-    """Write the examples; what was done, for the user. Raises LogitcaskError for the user's and the server's faults."""
+    """Write the examples and return a summary to print. Raises LogitcaskError for errors of the user or the server."""
     if settings.provider == "source":
         from logitcask.pipeline.generate_data.python_source import from_source
 
         written = from_source(settings.source_dir, settings.output_dir, settings.num_examples, settings.seed)
         return f"{written.examples} examples -> {written.path}"
     _require_packages(settings.provider)
-    assert settings.prompts is not None, "the settings see to it"
+    assert settings.prompts is not None, "required by the settings"
     templates = read_templates(settings.prompts)
     prompts = make_prompts(templates, settings.num_examples, settings.seed)
     identity = {**settings.model_dump(include=set(FIXED)), "prompts": digest(templates.model_dump_json())}
     folder = settings.output_dir
     _require_same_run(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        journal = held.enter_context(Journal(folder / "answers.jsonl"))
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(folder / "answers.jsonl"))
         manifest = folder / "manifest.json"
         if not manifest.exists():
             write_json(manifest, {"made_by": identity, "counts": None})
@@ -55,7 +55,7 @@ def generate_data(settings: GenerateDataSettings) -> str:
     if outcome.failed:
         raise LogitcaskError(
             f"{outcome.failed} prompts got no reply (the last: {outcome.reason}); {len(prompts) - sum(fates.values())} "
-            f"of {len(prompts)} are open, the others' examples are in {folder}: run the same command again for the rest"
+            f"of {len(prompts)} are open, the other examples are in {folder}: run the same command again for the rest"
         )
     return _summary(settings, report)
 
@@ -70,27 +70,28 @@ def _require_packages(provider: str) -> None:
 
 
 def _require_same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Raises LogitcaskError where the folder holds the data of another run, with every difference."""
+    """Raise LogitcaskError if the folder holds the data of another run, listing every difference."""
     path = folder / "manifest.json"
     if not path.exists():
         for name in ("answers.jsonl", "train.jsonl", "validation.jsonl"):
-            if (folder / name).exists() and (folder / name).stat().st_size:  # an empty one: killed before it began
-                raise LogitcaskError(f"{folder / name}: exists already: choose another --output-dir or remove it")
+            # an empty file is that of a run killed before its first answer
+            if (folder / name).exists() and (folder / name).stat().st_size:
+                raise LogitcaskError(f"{folder / name}: already exists: choose another --output-dir or remove it")
         return
     try:
-        found = dict(json.loads(path.read_bytes())["made_by"])
+        stored = dict(json.loads(path.read_bytes())["made_by"])
     except (ValueError, KeyError, TypeError) as error:
-        raise LogitcaskError(f"{path}: is no manifest of generated data: choose another --output-dir") from error
-    wrong = differences(found, identity, "folder")
+        raise LogitcaskError(f"{path}: not a manifest of generated data: choose another --output-dir") from error
+    wrong = differences(stored, identity, "folder")
     if wrong:
         raise LogitcaskError(
-            f"{folder}: holds answers to other settings: {'; '.join(wrong)}: choose another --output-dir"
+            f"{folder}: holds answers made with other settings: {'; '.join(wrong)}: choose another --output-dir"
         )
 
 
 def _price(settings: GenerateDataSettings) -> Price | None:
-    found = settings.prices.get(settings.model or "")
-    return Price(*found, settings.max_new_tokens) if found else None
+    dollars = settings.prices.get(settings.model or "")
+    return Price(*dollars, settings.max_new_tokens) if dollars else None
 
 
 def _paid(price: Price, journal: Journal) -> float:
@@ -100,24 +101,33 @@ def _paid(price: Price, journal: Journal) -> float:
 def _ask_missing(settings: GenerateDataSettings, prompts: list[Prompt], journal: Journal) -> Outcome:
     missing = [prompt for prompt in prompts if prompt.id not in journal]
 
-    def keep(prompt: Prompt, reply: Reply) -> None:
-        text = reply.text.encode(errors="replace").decode()  # half a surrogate pair is no text
-        told = {"finish": reply.finish, "input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens}
-        about = {"id": prompt.id, "prompt": prompt.text, "category": prompt.category, "language": prompt.language}
-        journal.append(Answer.model_validate({**about, "response": text, **told}))
+    def record(prompt: Prompt, reply: Reply) -> None:
+        answer = Answer(
+            id=prompt.id,
+            prompt=prompt.text,
+            response=reply.text.encode(errors="replace").decode(),  # half a surrogate pair cannot be encoded
+            category=prompt.category,
+            language=prompt.language,
+            finish=reply.finish,
+            input_tokens=reply.input_tokens,
+            output_tokens=reply.output_tokens,
+        )
+        journal.append(answer)
 
     if not missing:
         return Outcome()
     if settings.provider == "local":
-        _ask_locally(settings, missing, keep)
+        _ask_locally(settings, missing, record)
         return Outcome()
     try:
-        return asyncio.run(_ask_api(settings, missing, journal, keep))
+        return asyncio.run(_ask_api(settings, missing, journal, record))
     except* OSError as group:
         raise group.exceptions[0] from None
 
 
-async def _ask_api(settings: GenerateDataSettings, missing: list[Prompt], journal: Journal, keep: Any) -> Outcome:
+async def _ask_api(
+    settings: GenerateDataSettings, missing: list[Prompt], journal: Journal, record: Callable[[Prompt, Reply], None]
+) -> Outcome:
     price = _price(settings)
     opened = open_api(
         settings.provider,
@@ -135,13 +145,15 @@ async def _ask_api(settings: GenerateDataSettings, missing: list[Prompt], journa
                 ask,
                 concurrency=settings.concurrency,
                 price=price,
-                purse=Purse(settings.max_cost, _paid(price, journal) if price else 0.0),
-                keep=keep,
+                spending=Spending(settings.max_cost, _paid(price, journal) if price else 0.0),
+                on_reply=record,
                 advance=advance,
             )
 
 
-def _ask_locally(settings: GenerateDataSettings, missing: list[Prompt], keep: Any) -> None:
+def _ask_locally(
+    settings: GenerateDataSettings, missing: list[Prompt], record: Callable[[Prompt, Reply], None]
+) -> None:
     from logitcask.pipeline.generate_data.local_model import answer_locally
 
     replies = answer_locally(
@@ -157,18 +169,18 @@ def _ask_locally(settings: GenerateDataSettings, missing: list[Prompt], keep: An
     with track(f"asking {settings.model}", len(missing), "prompts") as advance:
         for batch in replies:
             for prompt, reply in batch:
-                keep(prompt, reply)
+                record(prompt, reply)
             advance(len(batch))
 
 
 def _write_examples(settings: GenerateDataSettings, answers: Iterable[Answer]) -> Counter[str]:
-    """The data files, made anew, in the order of the prompts; how many answers met each fate."""
+    """Rebuild the data files, in the order of the prompts, and return how many answers met each fate."""
     from logitcask.pipeline.generate_data.filters import curate
 
     fates: Counter[str] = Counter()
-    files = {name: settings.output_dir / f"{name}.jsonl" for name in KEPT}
-    with ExitStack() as held:
-        partial = {name: held.enter_context(file.with_suffix(".partial").open("w")) for name, file in files.items()}
+    files = {name: settings.output_dir / f"{name}.jsonl" for name in SPLITS}
+    with ExitStack() as stack:
+        partial = {name: stack.enter_context(file.with_suffix(".partial").open("w")) for name, file in files.items()}
         for fate, answer in curate(
             answers,
             near_duplicate=settings.near_duplicate,
@@ -176,7 +188,7 @@ def _write_examples(settings: GenerateDataSettings, answers: Iterable[Answer]) -
             seed=settings.seed,
         ):
             fates[fate] += 1
-            if fate in KEPT:
+            if fate in SPLITS:
                 record = answer.model_dump(include={"id", "prompt", "response", "category", "language"})
                 partial[fate].write(json.dumps(record) + "\n")
     for file in files.values():
@@ -192,7 +204,7 @@ def _report(
     prompts: list[Prompt],
     journal: Journal,
 ) -> dict[str, Any]:
-    """The manifest: what made the answers, what became of them, tokens, dollars."""
+    """Return the manifest: what made the answers, what became of them, tokens, dollars."""
     price, answered = _price(settings), sum(fates.values())
     tokens = {"input": 0, "output": 0, "answers_that_tell_none": 0}
     for answer in journal:
@@ -208,8 +220,8 @@ def _report(
         "counts": {
             "prompts": len(prompts),
             "answered": answered,
-            "kept": {name: fates[name] for name in KEPT},
-            "dropped": {name: count for name, count in sorted(fates.items()) if name not in KEPT},
+            "kept": {name: fates[name] for name in SPLITS},
+            "dropped": {name: count for name, count in sorted(fates.items()) if name not in SPLITS},
             "failed": outcome.failed,
             "open": len(prompts) - answered,
         },
@@ -229,14 +241,14 @@ def _summary(settings: GenerateDataSettings, report: dict[str, Any]) -> str:
     ]
     if settings.provider != "local":
         cost = f"${report['dollars']:,.4f}" if report["dollars"] is not None else (
-            f"not known: no price of {settings.model}, give it with --prices {settings.model}=INPUT/OUTPUT"
+            f"unknown: no price for {settings.model}, give it with --prices {settings.model}=INPUT/OUTPUT"
         )  # fmt: skip
-        untold = tokens["answers_that_tell_none"]
-        hidden = f"; {untold} answers tell no tokens and count as the most they can cost" if untold else ""
+        uncounted = tokens["answers_that_tell_none"]
+        hidden = f"; {uncounted} answers report no tokens and count as the most they can cost" if uncounted else ""
         lines.append(f"{tokens['input']:,} input tokens, {tokens['output']:,} output tokens{hidden}; cost {cost}")
     if report["stopped"]:
         lines.append(
             f"stopped at --max-cost {settings.max_cost:g}: {counts['open']} of {counts['prompts']} prompts are open; "
-            "the next might cost more than is left: raise it and run the same command again to go on"
+            "the next might cost more than is left: raise it and run the same command again to resume"
         )
     return "\n".join(lines)

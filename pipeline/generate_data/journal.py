@@ -1,6 +1,7 @@
-"""The journal: every answer that was given, one line of JSON each, appended as soon as it is here.
+"""The journal: every answer received, one line of JSON each, appended as soon as it arrives.
 
-What stands in it is never asked again. A process killed while writing leaves a torn last line; the next one drops it.
+A prompt whose answer is in the journal is never sent again. A process killed while writing leaves a torn last line; the
+next one drops it.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Answer(BaseModel):
-    """An answer to a prompt: the text, why it ended, and the tokens that are paid for where they were told."""
+    """An answer to a prompt: the text, why it ended, and the billed tokens if the provider reports them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,10 +34,10 @@ class Answer(BaseModel):
 
 
 class Journal:
-    """The answers of an output folder, held by one process at a time. Memory: about 150 bytes an answer."""
+    """The answers of an output folder, locked by one process at a time. Memory: about 150 bytes per answer."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create it. Raises LogitcaskError where another run holds it or a line is no answer."""
+        """Open or create it. Raises LogitcaskError if another run holds it or a line is not an answer."""
         self._path = path
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         try:
@@ -44,30 +45,30 @@ class Journal:
         except BlockingIOError as error:
             self._file.close()
             raise LogitcaskError(f"{path}: another run is writing it: wait for that run or stop it") from error
-        self._places: dict[str, int] = {}  # where each prompt's line begins, in bytes
+        self._offsets: dict[str, int] = {}  # of each prompt's line, in bytes
         self._end = 0
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
                     break
-                self._places[self._parse(line, f"{path}:{number}").id] = self._end
+                self._offsets[self._parse(line, f"{path}:{number}").id] = self._end
                 self._end += len(line)
         self._file.truncate(self._end)
 
     def __enter__(self) -> Self:
-        """The open journal."""
+        """Return the open journal."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close it and let others in."""
+        """Close it and release the lock."""
         self._file.close()
 
     def __contains__(self, prompt_id: str) -> bool:
-        """Whether the prompt was answered."""
-        return prompt_id in self._places
+        """Return whether the prompt has an answer."""
+        return prompt_id in self._offsets
 
     def append(self, answer: Answer) -> None:
-        """Add an answer. Raises OSError where it does not fit on the disk; no part of it stays then."""
+        """Add an answer. Raises OSError if it does not fit on the disk, and leaves no part of it behind."""
         line = answer.model_dump_json().encode() + b"\n"
         try:
             self._file.seek(self._end)
@@ -77,18 +78,18 @@ class Journal:
         except OSError:
             self._file.truncate(self._end)
             raise
-        self._places[answer.id] = self._end
+        self._offsets[answer.id] = self._end
         self._end += len(line)
 
     def __iter__(self) -> Iterator[Answer]:
-        """Every answer, in the order they came."""
-        for prompt_id in self._places:
+        """Yield every answer, in order of arrival."""
+        for prompt_id in self._offsets:
             yield self[prompt_id]
 
     def __getitem__(self, prompt_id: str) -> Answer:
-        """The answer to a prompt."""
+        """Return the answer to a prompt."""
         with self._path.open("rb") as lines:
-            lines.seek(self._places[prompt_id])
+            lines.seek(self._offsets[prompt_id])
             return self._parse(lines.readline(), str(self._path))
 
     @staticmethod
@@ -96,4 +97,4 @@ class Journal:
         try:
             return Answer.model_validate_json(line)
         except ValidationError as error:
-            raise LogitcaskError(f"{where}: is no answer of a model: mend or remove that line") from error
+            raise LogitcaskError(f"{where}: not an answer of a model: fix or remove that line") from error

@@ -1,6 +1,6 @@
-"""A model on this machine, in transformers: sequence-level distillation.
+"""Answers of a model on this machine, through transformers: sequence-level distillation.
 
-Legend: B prompts a batch, P their padded length, G generated tokens.
+Legend: B prompts per batch, P their padded length, G generated tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,9 +30,9 @@ def answer_locally(
     device: str,
     seed: int,
 ) -> Iterator[list[tuple[Prompt, Reply]]]:
-    """The replies to the prompts, a batch at a time; ``temperature`` None leaves sampling to the model's own settings.
+    """Yield the replies to the prompts, batch by batch; ``temperature`` None keeps the model's own sampling settings.
 
-    Raises LogitcaskError where the model or device cannot be had or a prompt does not fit the model's context.
+    Raises LogitcaskError if the model or device is not available or a prompt does not fit the model's context.
     """
     tokenizer, place = load_tokenizer(source), choose_device(device)
     tokenizer.padding_side = "left"
@@ -60,7 +60,7 @@ def _require_room(
     if room is not None and longest + max_new_tokens > room:
         raise LogitcaskError(
             f"--max-new-tokens {max_new_tokens}: with the longest prompt's {longest} tokens that is more than the "
-            f"{room} positions of the model: at most {max(0, room - longest)}"
+            f"model's {room} positions: at most {max(0, room - longest)}"
         )
 
 
@@ -89,7 +89,7 @@ def _generate(
 
 
 def _reply(tokenizer: PreTrainedTokenizerBase, row: list[int], ends: set[int], prompt_tokens: int) -> Reply:
-    end = next((place for place, token in enumerate(row) if token in ends), None)
+    end = next((index for index, token in enumerate(row) if token in ends), None)
     text = tokenizer.decode(row[:end], skip_special_tokens=True)
     used = len(row) if end is None else end + 1
     return Reply(str(text), "length" if end is None else "stop", prompt_tokens, used)

@@ -1,4 +1,4 @@
-"""Prompts: every template of every category with every language and topic, in an order by seed only."""
+"""Prompts: every template of every category with every language and topic, in an order given by the seed alone."""
 
 import hashlib
 import random
@@ -29,7 +29,7 @@ class Templates(BaseModel):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked. ``id`` is a digest of the text: the same text is the same prompt in every run."""
+    """A prompt to send. ``id`` is a digest of the text: the same text is the same prompt in every run."""
 
     id: str
     text: str
@@ -38,22 +38,25 @@ class Prompt:
 
 
 def read_templates(path: Path) -> Templates:
-    """The prompt file. Raises LogitcaskError naming the key, the rule and the value."""
+    """Read a prompt file. Raises LogitcaskError naming the key, the rule and the value."""
     try:
-        found = Templates.model_validate(read_config(config_file("data", path)))
+        templates = Templates.model_validate(read_config(config_file("data", path)))
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, is {shown(e['input'])}" for e in error.errors()]
+        wrong = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'].replace('Input should be', 'must be')}, got {shown(e['input'])}"
+            for e in error.errors()
+        ]
         raise LogitcaskError(f"{path}: {'; '.join(wrong)}") from error
-    for category, templates in found.categories.items():
-        for template in templates:
-            _require_known_fields(f"{path}: categories.{category}", template)
-    return found
+    for category, texts in templates.categories.items():
+        for text in texts:
+            _require_known_fields(f"{path}: categories.{category}", text)
+    return templates
 
 
 def make_prompts(templates: Templates, count: int, seed: int) -> list[Prompt]:
-    """The first ``count`` prompts of the seed's order; categories take turns, so that any beginning is balanced.
+    """Return the first ``count`` prompts in the seed's order; categories alternate, so that any prefix is balanced.
 
-    A greater count begins with the prompts of a smaller one. Raises LogitcaskError where there are not as many.
+    A smaller count gives a prefix of a greater one. Raises LogitcaskError if there are not enough prompts.
     """
     ranked: dict[str, tuple[tuple[int, int], Prompt]] = {}
     for place, (category, texts) in enumerate(templates.categories.items()):
@@ -67,11 +70,11 @@ def make_prompts(templates: Templates, count: int, seed: int) -> list[Prompt]:
             f"--num-examples {count}: the prompt file gives {len(ranked)} different prompts: "
             "ask for fewer, or add topics, languages or templates"
         )
-    return [prompt for _, prompt in sorted(ranked.values(), key=lambda found: found[0])[:count]]
+    return [prompt for _, prompt in sorted(ranked.values(), key=lambda entry: entry[0])[:count]]
 
 
 def digest(text: str) -> str:
-    """Sixteen hexadecimal digits of the text's SHA-256."""
+    """Return the first sixteen hexadecimal digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,8 +1,8 @@
-"""Models behind an API, by their makers' own packages, which send a request again as the server's headers say.
+"""Models behind an API, through the providers' own packages, which retry a request as the server's headers ask.
 
 Both packages retry 408, 409, 429, 5xx, timeouts and broken connections, after ``retry-after`` where the server sends
-it (openai: up to two minutes, longer ones are not waited for; anthropic: any) or else after 0.5 to 8 s. Keys come from
-the environment, go to their own server only, and are cut out of every message.
+it (openai: up to two minutes, beyond that it gives up; anthropic: any) or else after 0.5 to 8 s. Keys come from the
+environment, are sent only to their own server, and are removed from every message.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from typing import Any
 from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.pipeline.generate_data.client import Ask, NoReplyError, Reply
 
-# package, environment variable of the key
+# package, environment variable that holds the key
 PROVIDERS = {
     "openai": ("openai", "OPENAI_API_KEY"),
     "openai-compatible": ("openai", "OPENAI_COMPATIBLE_API_KEY"),
     "anthropic": ("anthropic", "ANTHROPIC_API_KEY"),
 }
-HOPELESS_STATUS = {401, 402, 403, 404}  # the key, the account, the model: no prompt changes them
+FATAL_STATUS = {401, 402, 403, 404}  # a wrong key, account or model: another prompt would fail too
 LONGEST_WAIT = 120.0  # seconds between two attempts, at most
 OPENAI_FINISH = {"stop": "stop", "length": "length", "content_filter": "refusal"}
 ANTHROPIC_FINISH = {
@@ -45,9 +45,9 @@ async def open_api(
     timeout: float,
     max_retries: int,
 ) -> AsyncIterator[Ask]:
-    """What asks the model one prompt; ``timeout`` in seconds is that of one attempt.
+    """Yield a function that asks the model one prompt; ``timeout`` is in seconds per attempt.
 
-    Raises LogitcaskError where the key is missing. What it gives raises NoReplyError.
+    Raises LogitcaskError if the key is missing. The function raises NoReplyError.
     """
     name, variable = PROVIDERS[provider]
     sdk, key = import_module(name), _key(provider, variable)
@@ -56,7 +56,7 @@ async def open_api(
         common["base_url"] = base_url
     client = sdk.AsyncAnthropic(**common) if provider == "anthropic" else sdk.AsyncOpenAI(**common)
     if provider == "openai-compatible":
-        client.organization = client.project = None  # what OPENAI_* says is meant for OpenAI alone
+        client.organization = client.project = None  # OPENAI_ORG_ID and OPENAI_PROJECT_ID are meant for OpenAI alone
     request: dict[str, Any] = {"model": model} | ({} if temperature is None else {"temperature": temperature})
     request["max_completion_tokens" if provider == "openai" else "max_tokens"] = max_new_tokens
     send: Callable[..., Awaitable[object]] = (
@@ -68,8 +68,8 @@ async def open_api(
     async def ask(prompt: str) -> Reply:
         try:
             async with asyncio.timeout(patience):
-                found = await send(messages=[{"role": "user", "content": prompt}], **request)
-            return read(found)
+                response = await send(messages=[{"role": "user", "content": prompt}], **request)
+            return read(response)
         except Exception as error:
             raise _no_reply(error, sdk, key) from error
 
@@ -80,12 +80,12 @@ async def open_api(
 def _key(provider: str, variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if key or provider == "openai-compatible":
-        return key or "none"  # a server of one's own seldom wants a key, the package always does
+        return key or "none"  # a local server seldom wants a key, the package always does
     raise LogitcaskError(f"--provider {provider} needs a key: set the environment variable {variable}")
 
 
 def _no_reply(error: Exception, sdk: ModuleType, key: str) -> NoReplyError:
-    """The error as one line without the key. Raises the error itself where it is none of the server's."""
+    """Describe the error in one line without the key. Raises the error itself if it is not the server's."""
     status = error.status_code if isinstance(error, sdk.APIStatusError) else None
     if status is not None:
         words, free = str(error), True
@@ -93,24 +93,24 @@ def _no_reply(error: Exception, sdk: ModuleType, key: str) -> NoReplyError:
         words, free = "no reply in time", False
     elif isinstance(error, sdk.APIConnectionError):
         words, free = f"no connection ({error.__cause__ or error})", False
-    elif isinstance(error, sdk.APIError | ValueError):  # JSON that is none, or of another shape
+    elif isinstance(error, sdk.APIError | ValueError):  # malformed JSON, or JSON of another shape
         words, free = f"malformed reply: {error}", False
     else:
         raise error
     clean = words if key == "none" else words.replace(key, "[key]")
-    return NoReplyError(shown(clean, 300), fatal=status in HOPELESS_STATUS, free=free)
+    return NoReplyError(shown(clean, 300), fatal=status in FATAL_STATUS, free=free)
 
 
-def _read_completion(found: object) -> Reply:
-    """Of OpenAI's chat completions. Raises ValueError where it has not their shape."""
-    choices = getattr(found, "choices", None)
+def _read_completion(response: object) -> Reply:
+    """Read one of OpenAI's chat completions. Raises ValueError if it has another shape."""
+    choices = getattr(response, "choices", None)
     message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
     content = getattr(message, "content", None)
     if message is None or not (content is None or isinstance(content, str)):
-        raise ValueError(f"no message in {shown(found)}")
+        raise ValueError(f"no message in {shown(response)}")
     refused = bool(getattr(message, "refusal", None))
     finish = str(getattr(choices[0], "finish_reason", None)) if choices else ""
-    usage = getattr(found, "usage", None)
+    usage = getattr(response, "usage", None)
     return Reply(
         content or "",
         "refusal" if refused else OPENAI_FINISH.get(finish, finish),
@@ -119,19 +119,19 @@ def _read_completion(found: object) -> Reply:
     )
 
 
-def _read_message(found: object) -> Reply:
-    """Of Anthropic's messages, their text blocks. Raises ValueError where it has not their shape."""
-    content = getattr(found, "content", None)
+def _read_message(response: object) -> Reply:
+    """Read the text blocks of one of Anthropic's messages. Raises ValueError if it has another shape."""
+    content = getattr(response, "content", None)
     if not isinstance(content, list):
-        raise ValueError(f"no content in {shown(found)}")
+        raise ValueError(f"no content in {shown(response)}")
     texts = [getattr(block, "text", None) for block in content if getattr(block, "type", None) == "text"]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"text blocks without text in {shown(found)}")
-    finish, usage = str(getattr(found, "stop_reason", None)), getattr(found, "usage", None)
+        raise ValueError(f"text blocks without text in {shown(response)}")
+    finish, usage = str(getattr(response, "stop_reason", None)), getattr(response, "usage", None)
     return Reply(
         "".join(map(str, texts)),
         ANTHROPIC_FINISH.get(finish, finish),
-        _count(getattr(usage, "input_tokens", None)),  # all of them: nothing here asks for prompt caching
+        _count(getattr(usage, "input_tokens", None)),  # the total: no request asks for prompt caching
         _count(getattr(usage, "output_tokens", None)),
     )
 

@@ -1,4 +1,4 @@
-"""Training examples: from Python source code, every documented function a prompt and its code the response."""
+"""Training examples from Python source code: a function's signature and docstring as prompt, its code as response."""
 
 import ast
 import json
@@ -18,28 +18,28 @@ LONGEST_CODE = 4000
 
 @dataclass(frozen=True)
 class Written:
-    """Where examples were written, and how many."""
+    """Where the examples were written, and how many."""
 
     path: Path
     examples: int
 
 
 def from_source(source_dir: Path | None, output_dir: Path, num_examples: int, seed: int) -> Written:
-    """Examples from a tree of Python files, the standard library by default, in an order that depends on the seed only.
+    """Write examples from a tree of Python files, the standard library by default, in an order given by the seed alone.
 
-    Raises LogitcaskError if the tree has no documented function or the output exists.
+    Raises LogitcaskError if the tree is missing or has no documented function, or if the output exists.
     """
     root = source_dir or Path(sysconfig.get_path("stdlib"))
     if not root.is_dir():
         raise LogitcaskError(f"--source-dir {root}: no such folder")
     target = output_dir / "train.jsonl"
     if target.exists():
-        raise LogitcaskError(f"{target}: exists already: choose another --output-dir or remove it")
-    found = list(dict.fromkeys(_documented_functions(root)))
-    if not found:
-        raise LogitcaskError(f"--source-dir {root}: holds no documented Python function")
-    random.Random(seed).shuffle(found)
-    chosen = found[:num_examples]
+        raise LogitcaskError(f"{target}: already exists: choose another --output-dir or remove it")
+    functions = list(dict.fromkeys(_documented_functions(root)))
+    if not functions:
+        raise LogitcaskError(f"--source-dir {root}: contains no documented Python function: choose another folder")
+    random.Random(seed).shuffle(functions)
+    chosen = functions[:num_examples]
     output_dir.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     with partial.open("w") as out:
@@ -56,7 +56,7 @@ def from_source(source_dir: Path | None, output_dir: Path, num_examples: int, se
 
 
 def _documented_functions(root: Path) -> Iterator[tuple[str, str]]:
-    """Prompt and response of each function with a docstring and a body, files in the order of their names."""
+    """Yield prompt and response of each function with a docstring and a body, files in order of their names."""
     for path in sorted(root.rglob("*.py")):
         if SKIPPED & set(path.relative_to(root).parts):
             continue
@@ -64,8 +64,8 @@ def _documented_functions(root: Path) -> Iterator[tuple[str, str]]:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # deliberately broken files lie in every tree
-        lines = source.split("\n")  # as the parser counts them: not at form feeds
+            continue  # every large tree has deliberately broken files
+        lines = source.split("\n")  # as the parser counts lines: not at form feeds
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and len(node.body) > 1:
                 pair = _example(node, lines)

@@ -1,1 +1,1 @@
-"""What both stages know of a causal language model."""
+"""Causal language models: loading, sizes, output heads, losses and generation, shared by both stages."""

@@ -1,12 +1,13 @@
-"""The distillation loss from hidden states, without logits in memory: matrix products, losses and gradients by slices.
+"""The distillation loss from hidden states, without the full logits: products, losses and gradients slice by slice.
 
-One autograd function. Its forward pass makes the logits of some rows, turns them into the gradient of the loss with
-respect to them in place, multiplies that into the gradients of hidden states and head, and forgets it: three matrix
-products a row, as many as plain training has, and nothing of the size [positions, vocabulary]. The backward pass only
-scales; where no gradient is wanted, none is made. What is computed is ``losses.distillation_loss``; the formulas are
-beside the code.
+A single autograd function. Its forward pass computes the logits of one slice of rows, overwrites them with the gradient
+of the loss with respect to them, multiplies that into the gradients of hidden states and head, and drops it: three
+matrix products per row, as many as in plain training, and nothing of size [positions, vocabulary]. The backward pass
+only scales; if no gradient is needed, none is computed. The value is that of ``losses.distillation_loss``; the formulas
+stand beside the code.
 
-Legend: N target positions, n rows being worked on, H width, V vocabulary, S entries of a sparse label, K of them head.
+Legend: N target positions, n rows of a slice or chunk, H width, V vocabulary, S entries of a sparse label, the first K
+of them its head. An underscore at the end of a name means that the function overwrites its first argument.
 """
 
 from dataclasses import dataclass
@@ -20,34 +21,35 @@ from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.models.head import LMHead
 from logitcask.pipeline.models.losses import LossSettings, LossSums, outcome_divergence
 
-SLICE_LOGITS = 1 << 24  # of one matrix product: enough rows for its speed, 64 MiB in float32
-CACHED_LOGITS = 1 << 19  # worked on at a time: what a processor's cache holds
+SLICE_LOGITS = 1 << 24  # per matrix product: enough rows to run at full speed, 64 MiB in float32
+CACHED_LOGITS = 1 << 19  # per chunk of a slice on a CPU: what its cache holds
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """A teacher in memory, for exact distillation: what its head sees at each target position."""
+    """A teacher in memory, for exact distillation: the hidden states (N, H) that its head reads."""
 
     hidden_NH: Tensor
     head: LMHead
-    vocab_size: int  # ids beyond it are no tokens and get no mass
+    vocab_size: int  # ids beyond it are not tokens and get no probability
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Logits (n, vocab_size) of some rows, in float32 at least."""
+        """Return the teacher's logits (n, vocab_size) for some rows, in at least float32."""
         return _upcast(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
 
 
-# Whether a backward pass may come again; where torch does not tell, gradients are scaled in a copy.
+# Whether another backward pass may follow. If torch cannot report it, assume so: gradients are scaled in a copy.
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 Target = SoftLabels[Tensor] | TeacherRows | None
 
 
 def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, settings: LossSettings) -> LossSums:
-    """alpha * hard + (1 - alpha) * soft, summed over N positions; differentiable in hidden states, weight and bias.
+    """Return alpha * hard + (1 - alpha) * soft, summed over N positions, from hidden states (N, H) and ids (N,).
 
-    Logits are made in the dtype of autocast or else of the weights; everything after them in float32 at least, and so
-    are the sums of gradients over slices. ``target`` may be None where alpha is 1. Differentiable once.
+    Differentiable once, with respect to hidden states, weight and bias. Logits are computed in autocast's dtype, or
+    else in that of the weights; everything after them, and sums of gradients over slices, in at least float32.
+    ``target`` may be None if alpha is 1.
     """
     weight, bias = head.weight, head.bias
     device = hidden_NH.device.type
@@ -55,14 +57,16 @@ def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, 
         dtype = torch.get_autocast_dtype(device)
         hidden_NH, weight = hidden_NH.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    inputs = _LossInputs(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
+    loss_inputs = _LossInputs(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
-        total, parts = _FusedLoss.apply(hidden_NH, weight, bias, inputs)  # type: ignore[no-untyped-call]
+        total, parts = _FusedLoss.apply(hidden_NH, weight, bias, loss_inputs)  # type: ignore[no-untyped-call]
     return LossSums(total, *parts)
 
 
 @dataclass(frozen=True)
 class _LossInputs:
+    """What the loss needs beside the tensors it is differentiated by."""
+
     scale: float
     softcap: float | None
     gold_N: Tensor
@@ -74,9 +78,10 @@ class _LossInputs:
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: _LossInputs
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss_inputs: _LossInputs
     ) -> tuple[Tensor, Tensor]:
-        wanted = [inputs.differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        """Return the total () and the other four sums of LossSums (4,), for hidden (N, H), weight (V, H), bias (V,)."""
+        wanted = [loss_inputs.differentiate and needed for needed in ctx.needs_input_grad[:3]]
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         wide = _upcast(hidden[:0]).dtype
         grads = [
@@ -84,71 +89,79 @@ class _FusedLoss(torch.autograd.Function):
             for x, want in zip((hidden, weight, bias), wanted, strict=True)
         ]
         rows = max(16, SLICE_LOGITS // len(weight) // 16 * 16)
-        scaled = hidden * inputs.scale if inputs.scale != 1.0 else hidden
-        b = bias * inputs.scale if bias is not None and inputs.scale != 1.0 else bias
+        scale = loss_inputs.scale
+        scaled = hidden * scale if scale != 1.0 else hidden
+        b = bias * scale if bias is not None and scale != 1.0 else bias
         logits = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
-        at_once = max(1, CACHED_LOGITS // len(weight)) if weight.device.type == "cpu" else len(logits)
-        scratch = torch.empty(at_once, len(weight), dtype=wide, device=weight.device)
+        chunk = max(1, CACHED_LOGITS // len(weight)) if weight.device.type == "cpu" else len(logits)
+        scratch = torch.empty(chunk, len(weight), dtype=wide, device=weight.device)
         sums = torch.zeros(5, dtype=wide, device=hidden.device)
         for first in range(0, len(hidden), rows):
             part = slice(first, min(first + rows, len(hidden)))
             h, out = scaled[part], logits[: part.stop - first]
             torch.mm(h, weight.t(), out=out) if b is None else torch.addmm(b, h, weight.t(), out=out)
             dz = _upcast(out)
-            sums += _losses(dz, part, inputs, scratch, any(wanted))
+            sums += _chunked_loss_and_grad_(dz, part, loss_inputs, scratch, any(wanted))
             if any(wanted):
-                _accumulate(grads, dz.to(weight.dtype), part, h, weight, inputs.scale)
+                _accumulate(grads, dz.to(weight.dtype), part, h, weight, scale)
         ctx.grads = grads
         return sums[0], sums[1:]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden (N, H), weight (V, H) and bias (V,), scaled by that of the total ()."""
         grads = ctx.grads
-        if torch.compiler.is_compiling() or _keep_graph():  # a second backward pass may come
+        if torch.compiler.is_compiling() or _keep_graph():  # a second backward pass may follow
             grads = [None if g is None else g * grad for g in grads]
-        else:  # nobody needs them again: scale in place, and let go, so that autograd takes them over as they are
+        else:  # last use: scale in place and drop our references, so that autograd takes them without copying
             ctx.grads = None
             grads = [None if g is None else g.mul_(grad) for g in grads]
         return (*(None if g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)), None)
 
 
 def _accumulate(grads: list[Tensor | None], dz: Tensor, part: slice, h: Tensor, weight: Tensor, scale: float) -> None:
-    """Add a slice's share to the gradients of hidden states, weight and bias, for z = scale * (hidden W' + b)."""
-    for_hidden, for_weight, for_bias = grads
-    if for_hidden is not None:
-        for_hidden[part] = torch.mm(dz, weight)
+    """Add a slice, dz (n, V) and h (n, H), to the gradients of hidden (N, H), W (V, H) and b (V,).
+
+    z = scale * (hidden W' + b).
+    """
+    hidden_grad, weight_grad, bias_grad = grads
+    if hidden_grad is not None:
+        hidden_grad[part] = torch.mm(dz, weight)
         if scale != 1.0:
-            for_hidden[part] *= scale
-    if for_weight is not None:
-        if for_weight.dtype == dz.dtype:
-            for_weight.addmm_(dz.t(), h)
+            hidden_grad[part] *= scale
+    if weight_grad is not None:
+        if weight_grad.dtype == dz.dtype:
+            weight_grad.addmm_(dz.t(), h)
         else:
-            for_weight += torch.mm(dz.t(), h)
-    if for_bias is not None:
-        for_bias.add_(dz.sum(0, dtype=for_bias.dtype), alpha=scale)
+            weight_grad += torch.mm(dz.t(), h)
+    if bias_grad is not None:
+        bias_grad.add_(dz.sum(0, dtype=bias_grad.dtype), alpha=scale)
 
 
-def _losses(logits_nV: Tensor, part: slice, inputs: _LossInputs, scratch: Tensor, differentiate: bool) -> Tensor:
-    """Sums of total and the four of LossSums, a piece at a time; logits become d total / d logits where asked."""
-    rows, found, target = len(scratch), [], inputs.target[part] if inputs.target is not None else None
+def _chunked_loss_and_grad_(
+    logits_nV: Tensor, part: slice, loss_inputs: _LossInputs, scratch: Tensor, differentiate: bool
+) -> Tensor:
+    """Return the sums of LossSums (5,) over a slice, chunk by chunk; logits (n, V) become their gradient if asked."""
+    settings, softcap, gold_n = loss_inputs.settings, loss_inputs.softcap, loss_inputs.gold_N[part]
+    rows, sums, target = len(scratch), [], loss_inputs.target[part] if loss_inputs.target is not None else None
     for first in range(0, len(logits_nV), rows):
-        here = slice(first, first + rows)
-        z, gold = logits_nV[here], inputs.gold_N[part][here]
-        labels = None if target is None else target[here]
-        if inputs.softcap is None:
-            found.append(_slice_loss_and_grad_(z, gold, labels, inputs.settings, scratch[: len(z)], differentiate))
+        chunk = slice(first, first + rows)
+        z, gold = logits_nV[chunk], gold_n[chunk]
+        labels_or_logits = None if target is None else target[chunk]
+        if softcap is None:
+            sums.append(_slice_loss_and_grad_(z, gold, labels_or_logits, settings, scratch[: len(z)], differentiate))
             continue
-        t = torch.tanh(z / inputs.softcap)
-        torch.mul(t, inputs.softcap, out=z)
-        found.append(_slice_loss_and_grad_(z, gold, labels, inputs.settings, scratch[: len(z)], differentiate))
+        t = torch.tanh(z / softcap)
+        torch.mul(t, softcap, out=z)
+        sums.append(_slice_loss_and_grad_(z, gold, labels_or_logits, settings, scratch[: len(z)], differentiate))
         if differentiate:
             z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
-    return torch.stack(found).sum(0)
+    return torch.stack(sums).sum(0)
 
 
-def _exponentials(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tensor | None, Tensor]:
-    """exp(z - m) and exp((z - m) / T); at T=2 the first is the second's square and is left out. Overwrites z."""
+def _exponentials_(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Return exp(z - m) and exp((z - m) / T), both (n, V); at T=2 the first is None, being the square of the second."""
     z.sub_(m)
     if t == 1.0:
         z.exp_()
@@ -159,22 +172,22 @@ def _exponentials(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tens
     return z.exp_(), e
 
 
-class _Masses(NamedTuple):
-    """The masses of n rows; those of tokens outside the head are relative to the largest of them, exp(m)."""
+class _SoftmaxTerms(NamedTuple):
+    """The terms of the softmax of n rows; e, e1 and rest cover tokens outside the head, relative to their maximum."""
 
-    m: Tensor  # (n, 1)
-    e1: Tensor | None  # exp(z - m) (n, V); None at T=2
-    e: Tensor  # exp((z - m) / T) (n, V)
-    rest: Tensor  # the sum of e (n, 1)
-    log_rest: Tensor  # its logarithm, not relative
-    lse: Tensor  # of all tokens at T (n, 1)
-    lse_1: Tensor  # and at T=1
+    m: Tensor  # (n, 1), the largest logit outside the head
+    e1: Tensor | None  # (n, V), exp(z - m); None at T=2
+    e: Tensor  # (n, V), exp((z - m) / T)
+    rest: Tensor  # (n, 1), the sum of e
+    log_rest: Tensor  # (n, 1), its logarithm, no longer relative to m
+    lse: Tensor  # (n, 1), log-sum-exp over all tokens at T
+    lse_1: Tensor  # (n, 1), the same at T=1
 
 
-def _masses(z: Tensor, z_head: Tensor, t: float, scratch: Tensor) -> _Masses:
-    """Of logits (n, V), the head's among them -inf and given apart (n, K). Overwrites z."""
+def _softmax_terms_(z: Tensor, z_head: Tensor, t: float, scratch: Tensor) -> _SoftmaxTerms:
+    """Return the softmax's terms for logits z (n, V), in which the head's are -inf, and the head's logits (n, K)."""
     m = z.amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    e1, e = _exponentials(z, m, t, scratch)
+    e1, e = _exponentials_(z, m, t, scratch)
     rest = e.sum(1, keepdim=True)
     log_rest = m / t + rest.log()
     lse = torch.logaddexp(log_rest, (z_head / t).logsumexp(1, keepdim=True))
@@ -182,44 +195,44 @@ def _masses(z: Tensor, z_head: Tensor, t: float, scratch: Tensor) -> _Masses:
     if t != 1.0:
         squares = torch.linalg.vector_norm(e, dim=1, keepdim=True).square() if e1 is None else e1.sum(1, keepdim=True)
         lse_1 = torch.logaddexp(m + squares.log(), z_head.logsumexp(1, keepdim=True))
-    return _Masses(m, e1, e, rest, log_rest, lse, lse_1)
+    return _SoftmaxTerms(m, e1, e, rest, log_rest, lse, lse_1)
 
 
-def _softmax_grad_(z: Tensor, mass: _Masses, of_hard: Tensor, of_soft: Tensor, t: float, scratch: Tensor) -> None:
-    """Overwrite z with of_hard * exp(z - m) + of_soft * exp((z - m) / T)."""
+def _softmax_grad_(z: Tensor, terms: _SoftmaxTerms, hard: Tensor, soft: Tensor, t: float, scratch: Tensor) -> None:
+    """Overwrite z (n, V) with hard * exp(z - m) + soft * exp((z - m) / T), for factors (n, 1)."""
     if t == 1.0:
-        z.mul_(of_hard + of_soft)
-    elif mass.e1 is None:
-        z.mul_(torch.mul(mass.e, of_hard, out=scratch).add_(of_soft))
+        z.mul_(hard + soft)
+    elif terms.e1 is None:
+        z.mul_(torch.mul(terms.e, hard, out=scratch).add_(soft))
     else:
-        mass.e1.mul_(of_hard).add_(mass.e.mul_(of_soft))
+        terms.e1.mul_(hard).add_(terms.e.mul_(soft))
 
 
-def _soft(
+def _divergence_and_grad(
     log_q_nS: Tensor, log_q_rest_n1: Tensor, labels: SoftLabels[Tensor], settings: LossSettings, whole: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence (n,) and its derivatives with respect to log q_T of the entries (n, S) and of the rest (n, 1)."""
+    """Return the divergence (n,) and its derivatives w.r.t. log q_T of the entries (n, S) and the rest (n, 1)."""
     if settings.tail != "bucket":
         value = (labels.weights * (labels.log_probs - log_q_nS)).sum(1)
         return value, -labels.weights.to(log_q_nS.dtype), torch.zeros_like(log_q_rest_n1)
     with torch.enable_grad():
         log_q = torch.cat([log_q_nS, log_q_rest_n1], dim=1).requires_grad_()
         log_p = torch.cat([labels.log_probs, labels.log_rest[:, None]], dim=1)
-        outcomes = labels.head_size + (0 if whole else 1)  # no rest where the head is the whole vocabulary
-        value = outcome_divergence(log_q[:, :outcomes], log_p[:, :outcomes], settings.divergence)
-        (g,) = torch.autograd.grad(value.sum(), log_q)
-    return value.detach(), g[:, :-1], g[:, -1:]
+        outcomes = labels.head_size + (0 if whole else 1)  # no rest if the head is the whole vocabulary
+        divergence = outcome_divergence(log_q[:, :outcomes], log_p[:, :outcomes], settings.divergence)
+        (g,) = torch.autograd.grad(divergence.sum(), log_q)
+    return divergence.detach(), g[:, :-1], g[:, -1:]
 
 
-def _dense(teacher: Tensor, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """p_T (n, vocab_size) and, of forward KL, the part sum_v p_T(v) (log p_T(v) - z(v) / T)."""
+def _dense_target(teacher: Tensor, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Return p_T (n, vocab_size) and forward KL less log-sum-exp, sum_v p_T(v) (log p_T(v) - z(v) / T), shape (n,)."""
     log_p = torch.log_softmax(teacher / t, dim=1)
     p = log_p.exp()
     return p, (p * (log_p - z[:, : p.shape[1]] / t)).sum(1)
 
 
 def _upcast(x: Tensor) -> Tensor:
-    """In float32 at least; the tensor itself where it is already."""
+    """Return the tensor in at least float32; the same object if it is already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -231,10 +244,11 @@ def _slice_loss_and_grad_(
     scratch: Tensor,
     differentiate: bool,
 ) -> Tensor:
-    """Losses of n rows; logits (n, V) become their gradient where asked. A target of logits is a teacher's.
+    """Return the five sums of LossSums (5,) over n rows; logits z (n, V) become their gradient if asked.
 
+    ``gold`` has shape (n,), ``scratch`` (n, V); a tensor as ``target`` holds a teacher's logits (n, vocab_size).
     The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
-    the mass outside the head is exact even where it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
+    the mass outside the head is exact even if it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
     of the soft part D with respect to log q_T of each entry:
     d D / d z(v) = (g(v) - sum(g) q_T(v)) / T, and for the bucket of the rest also + g(rest) q_T(v) / q_T(rest) / T.
     """
@@ -245,34 +259,36 @@ def _slice_loss_and_grad_(
     ids = labels.ids if labels is not None else gold_1[:, :0]
     z_ids = z.gather(1, ids)
     k = labels.head_size if labels is not None else 0
-    dense = _dense(target, z, t) if isinstance(target, Tensor) else None
+    dense = _dense_target(target, z, t) if isinstance(target, Tensor) else None
     z.scatter_(1, ids[:, :k], -torch.inf)
-    mass = _masses(z, z_ids[:, :k], t, scratch)
-    hard = mass.lse_1 - z_gold
+    terms = _softmax_terms_(z, z_ids[:, :k], t, scratch)
+    hard = terms.lse_1 - z_gold
 
-    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(mass.m), torch.zeros_like(mass.m)
-    soft = masses = torch.zeros_like(z_gold[:, 0])
+    g, g_sum, g_rest = torch.zeros_like(z_ids), torch.zeros_like(terms.m), torch.zeros_like(terms.m)
+    soft = student_mass = torch.zeros_like(z_gold[:, 0])
     if labels is not None:
-        soft, g, g_rest = _soft(z_ids / t - mass.lse, mass.log_rest - mass.lse, labels, settings, k == z.shape[1])
+        log_q, log_q_rest = z_ids / t - terms.lse, terms.log_rest - terms.lse
+        soft, g, g_rest = _divergence_and_grad(log_q, log_q_rest, labels, settings, k == z.shape[1])
         g_sum = g.sum(1, keepdim=True) + g_rest
-        masses = (z_ids[:, :k] / t - mass.lse).exp().sum(1)
+        student_mass = log_q[:, :k].exp().sum(1)
     elif dense is not None:
-        soft = dense[1] + mass.lse[:, 0]
-        g_sum = -torch.ones_like(mass.m)
-        masses = torch.ones_like(soft)
+        soft = dense[1] + terms.lse[:, 0]
+        g_sum = -torch.ones_like(terms.m)
+        student_mass = torch.ones_like(soft)
 
     if differentiate:
         factor = (1.0 - alpha) * t
-        of_soft = g_rest / mass.rest.clamp_min(torch.finfo(z.dtype).tiny) - g_sum * (mass.m / t - mass.lse).exp()
-        _softmax_grad_(z, mass, alpha * (mass.m - mass.lse_1).exp(), factor * of_soft, t, scratch)
-        heads = alpha * (z_ids[:, :k] - mass.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - mass.lse).exp()
-        z.scatter_(1, ids[:, :k], heads)
+        rest = terms.rest.clamp_min(torch.finfo(z.dtype).tiny)
+        soft_factor = factor * (g_rest / rest - g_sum * (terms.m / t - terms.lse).exp())
+        _softmax_grad_(z, terms, alpha * (terms.m - terms.lse_1).exp(), soft_factor, t, scratch)
+        head_grad = alpha * (z_ids[:, :k] - terms.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - terms.lse).exp()
+        z.scatter_(1, ids[:, :k], head_grad)
         z.scatter_add_(1, ids, factor * g)
         if dense is not None:
             z[:, : dense[0].shape[1]].sub_(dense[0], alpha=factor)
         z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
 
     hard_sum, soft_sum = hard.sum(), t * t * soft.sum()
-    teacher = -torch.expm1(labels.log_rest).sum() if labels is not None else masses.sum()
+    teacher_mass = -torch.expm1(labels.log_rest).sum() if labels is not None else student_mass.sum()
     total = alpha * hard_sum + (1.0 - alpha) * soft_sum
-    return torch.stack([total, hard_sum, soft_sum, teacher.to(total.dtype), masses.sum()])
+    return torch.stack([total, hard_sum, soft_sum, teacher_mass.to(total.dtype), student_mass.sum()])

@@ -1,4 +1,4 @@
-"""Text from a student, with the chat template where its tokenizer has one."""
+"""Text generation with a student, through the chat template if its tokenizer has one."""
 
 from collections.abc import Iterator
 from threading import Thread
@@ -15,12 +15,12 @@ from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer
 def generate_text(
     model: str, prompt: str, *, max_new_tokens: int, temperature: float, device: str, seed: int
 ) -> Iterator[str]:
-    """Pieces of the answer as they are made.
+    """Yield the answer piece by piece as it is generated.
 
-    Raises LogitcaskError if the model cannot be loaded, has no room for the prompt, or fails while it writes.
+    Raises LogitcaskError if the model cannot be loaded, the prompt is empty or too long, or generation fails.
     """
     with explain_out_of_memory(
-        f"take a shorter --prompt, a lower --max-new-tokens than {max_new_tokens}, or a smaller model"
+        f"use a shorter --prompt, lower --max-new-tokens from {max_new_tokens}, or use a smaller model"
     ):
         tokenizer = load_tokenizer(model)
         loaded = load_causal_lm(model, dtype=torch.float32).to(choose_device(device)).eval()
@@ -28,10 +28,10 @@ def generate_text(
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
         used, limit = inputs["input_ids"].shape[1], max_positions(loaded)
         if used == 0:
-            raise LogitcaskError("--prompt: must hold at least one token, is empty: give the beginning of a text")
+            raise LogitcaskError("--prompt: must hold at least one token, got none: give the beginning of a text")
         if limit is not None and used >= limit:
             raise LogitcaskError(
-                f"--prompt: must leave room in the model's {limit} positions, has {used} tokens: cut it"
+                f"--prompt: must leave room in the model's {limit} positions, got {used} tokens: shorten it"
             )
         longest = max_new_tokens if limit is None else min(max_new_tokens, limit - used)
         set_seed(seed)
@@ -45,29 +45,29 @@ def stream(
     max_new_tokens: int,
     temperature: float,
 ) -> Iterator[str]:
-    """Pieces of text, words or lines, as the model makes them in a thread. Raises LogitcaskError where it fails."""
+    """Yield text in words or lines while the model generates in a thread. Raises LogitcaskError if it fails."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     request = {**inputs.to(model.device), **sampling(temperature), "max_new_tokens": max_new_tokens}
-    failed: list[Exception] = []
+    errors: list[Exception] = []
 
-    def work() -> None:
+    def run() -> None:
         try:
             with torch.inference_mode():
                 model.generate(
                     **request, streamer=streamer, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
                 )
-        except Exception as error:  # raised again below: an exception in a thread is seen by nobody
-            failed.append(error)
-            streamer.end()  # else the reader waits for ever
+        except Exception as error:  # re-raised below: an exception in a thread would be lost
+            errors.append(error)
+            streamer.end()  # otherwise the reader waits forever
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=run, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
-    if failed and out_of_memory(failed[0]):
-        raise failed[0]
-    if failed:
+    if errors and out_of_memory(errors[0]):
+        raise errors[0]
+    if errors:
         raise LogitcaskError(
-            f"the model failed while it wrote: {type(failed[0]).__name__}: {failed[0]}; "
-            "try another --prompt or --temperature 0, or check it with logitcask evaluate"
-        ) from failed[0]
+            f"the model failed while generating: {type(errors[0]).__name__}: {errors[0]}; "
+            "try another --prompt or --temperature 0, or check the model with logitcask evaluate"
+        ) from errors[0]

@@ -1,4 +1,7 @@
-"""The last step of a causal language model, hidden states to logits, taken out so that it can run on chosen rows."""
+"""The output head of a causal language model, hidden states to logits, separated so that it can run on chosen rows.
+
+Legend: N rows of hidden states, V vocabulary.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +14,7 @@ from logitcask.cache.errors import LogitcaskError
 
 @dataclass(frozen=True)
 class LMHead:
-    """logits = cap * tanh(scale * (h W' + b) / cap), or scale * (h W' + b) where there is no soft-cap."""
+    """logits = cap * tanh(scale * (h W' + b) / cap), or scale * (h W' + b) without a soft-cap."""
 
     weight: Tensor  # (V, width)
     bias: Tensor | None  # (V,)
@@ -19,10 +22,10 @@ class LMHead:
     softcap: float | None
 
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
-        """Logits of hidden states (N, width), shape (N, V), in the dtype of the weights.
+        """Return the logits (N, V) of hidden states (N, width), in the dtype of the weights.
 
-        They lie in the first N rows of ``room``, where it is given: fresh memory costs a processor a page fault every
-        4 kB, a tenth of this product's time.
+        If ``room`` is given, they are written to its first N rows: on a CPU, page faults in fresh memory, one per
+        4 kB, would cost a tenth of the product's time.
         """
         out = None if room is None else room[: len(hidden)]
         if self.bias is None:
@@ -34,23 +37,26 @@ class LMHead:
         if self.softcap is None:
             return raw
         capped = raw.div_(self.softcap).tanh_()
-        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)  # autograd keeps the tanh
+        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)  # autograd saves the tanh
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """What the head of a causal LM sees, shape (batch, length, width).
+    """Return the hidden states that a causal LM's head reads, shape (batch, length, width).
 
-    ``position_ids``, as ``input_ids``, begin at 0 with each of several examples in a row; see ``keeps_apart``.
+    ``position_ids`` has the shape of ``input_ids`` and restarts at 0 with each example packed in a row; see
+    ``keeps_apart``.
     """
-    where = {} if position_ids is None else {"position_ids": position_ids}
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
     return hidden
 
 
 @torch.no_grad()
 def keeps_apart(model: PreTrainedModel) -> bool:
-    """Whether examples that share a row, told apart by position_ids, see what each sees alone. Tried, not looked up:
-    it depends on the architecture, on its attention kernel and on the version of transformers."""
+    """Return whether examples packed in one row, separated by position_ids, get the hidden states they get alone.
+
+    Found by trying: it depends on the architecture, its attention kernel and the version of transformers.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -58,19 +64,19 @@ def keeps_apart(model: PreTrainedModel) -> bool:
     positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in alone])[None]
     try:
         expected = torch.cat([last_hidden_states(model, ids)[0] for ids in alone])
-        found = last_hidden_states(model, torch.cat(alone, dim=1), positions)[0]
-    except (TypeError, ValueError):  # takes no position_ids
+        packed = last_hidden_states(model, torch.cat(alone, dim=1), positions)[0]
+    except (TypeError, ValueError):  # the model takes no position_ids
         return False
     finally:
         model.train(was_training)
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    return torch.allclose(packed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 @torch.no_grad()
 def read_head(model: PreTrainedModel) -> LMHead:
-    """The head of a model, its scale and soft-cap found and checked against the model's own logits.
+    """Return a model's head, with scale and soft-cap inferred from and checked against the model's own logits.
 
-    Raises LogitcaskError where the architecture does something else between hidden states and logits.
+    Raises LogitcaskError if the architecture does anything else between hidden states and logits.
     """
     head = model.get_output_embeddings()
     name = type(model).__name__
@@ -89,8 +95,10 @@ def read_head(model: PreTrainedModel) -> LMHead:
     scale = float((raw * uncapped).sum() / (raw * raw).sum().clamp_min(1e-30))
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     scale = 1.0 if abs(scale - 1.0) < tolerance / 10 else scale
-    found = LMHead(head.weight, getattr(head, "bias", None), scale, cap)
-    again = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
-    if not torch.allclose(again, own, rtol=tolerance, atol=tolerance * max(1.0, float(own.abs().max()))):
-        raise LogitcaskError(f"{name}: its logits are not scale * (h W' + b), soft-capped or not: not supported yet")
-    return found
+    rebuilt = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+    if not torch.allclose(rebuilt, own, rtol=tolerance, atol=tolerance * max(1.0, float(own.abs().max()))):
+        raise LogitcaskError(
+            f"{name}: not supported: its logits must be scale * (h W' + b), soft-capped or not: "
+            "choose another architecture"
+        )
+    return LMHead(head.weight, getattr(head, "bias", None), scale, cap)

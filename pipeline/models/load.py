@@ -1,4 +1,4 @@
-"""Loading causal language models: by hub id, from a local folder, or from a GGUF file."""
+"""Loading causal language models from the hub, a local folder or a GGUF file."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 def load_causal_lm(
     source: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model with plain float weights. Raises LogitcaskError where it cannot be loaded."""
+    """Load a causal language model with plain float weights. Raises LogitcaskError if it cannot be loaded."""
     path = Path(source)
     try:
         if source.endswith(".gguf"):
@@ -30,42 +30,43 @@ def load_causal_lm(
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
-    found: PreTrainedModel = model
-    return found
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def require_finite(model: torch.nn.Module, where: str) -> None:
-    """Raise LogitcaskError if a parameter is not finite, naming the first and their number."""
+    """Raise LogitcaskError if parameters hold non-finite values; it gives their number and the first one's name."""
     names = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
     if names:
         raise LogitcaskError(
-            f"{where}: {len(names)} parameters are already not finite, the first is {names[0]}: start from another "
+            f"{where}: already has non-finite parameters: {len(names)}, the first is {names[0]}: start from another "
             "student or an older checkpoint"
         )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model takes, None where its config sets no limit."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
+    """Return how many tokens the model takes, None if its config sets no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def sampling(temperature: float) -> dict[str, Any]:
-    """Arguments of ``generate`` that draw at a temperature; 0 takes the likeliest token."""
+    """Return the arguments of ``generate`` for sampling at a temperature; 0 means greedy decoding."""
     return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Remove the quantisation marks of a GGUF file: the weights are plain floats now, and saving refuses the marks."""
+    """Remove the quantisation flags that a GGUF file leaves: saving refuses them, and the weights are plain floats."""
     for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over the name, shape, dtype and up to 4,096 evenly spaced entries of every parameter.
+    """Return the SHA-256 of the name, shape, dtype and up to 4,096 evenly spaced entries of every parameter.
 
-    A sample, so that a teacher of any size is told from its neighbours in a second; it is no proof against tampering.
+    Sampling makes it take about a second for a teacher of any size; it distinguishes models but does not prove that
+    nobody tampered with them.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

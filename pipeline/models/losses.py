@@ -1,7 +1,8 @@
-"""Distillation losses: the plain reference, one line of mathematics a line of code.
+"""Distillation losses: the plain reference implementation, one line of code per line of mathematics.
 
-Legend: N target positions, V vocabulary, S entries of a sparse label, K of them head. Log-probabilities are in nats;
-every loss is per position, shape (N,). KL is forward, KL(teacher || student), unless named otherwise.
+Legend: N target positions, V vocabulary, S entries of a sparse label, the first K of them its head, O outcomes.
+Log-probabilities are in nats; every loss is per position, shape (N,). KL is forward, KL(teacher || student), unless
+named otherwise.
 """
 
 import math
@@ -17,7 +18,7 @@ from logitcask.cache.labels import SoftLabels
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What kind of loss: alpha * hard + (1 - alpha) * T^2 * soft."""
+    """The loss to compute: alpha * hard + (1 - alpha) * T^2 * soft."""
 
     alpha: float
     temperature: float
@@ -26,31 +27,31 @@ class LossSettings:
 
 
 class LossSums(NamedTuple):
-    """Sums over target positions, so that means over any grouping of them are means over positions.
+    """Sums over target positions, so that dividing by their number gives a mean per position over any grouping.
 
-    A tuple, for DDP and FSDP look for tensors in what a forward returns.
+    A tuple, because DDP and FSDP look for tensors in what ``forward`` returns.
     """
 
     total: Tensor  # differentiable
     hard: Tensor
     soft: Tensor
-    teacher_mass: Tensor  # of the head, at T
-    student_mass: Tensor  # on the same tokens, at T
+    teacher_mass: Tensor  # the teacher's probability of the head's tokens, at T
+    student_mass: Tensor  # the student's probability of the same tokens, at T
 
 
 def hard_loss(logits_NV: Tensor, gold_N: Tensor) -> Tensor:
-    """Cross-entropy with the token that came next, at T=1."""
+    """Return the cross-entropy with the next token at T=1, shape (N,)."""
     return functional.cross_entropy(logits_NV, gold_N, reduction="none")
 
 
 def sparse_forward_kl(log_q_NV: Tensor, labels: SoftLabels[Tensor]) -> Tensor:
-    """sum_s w_s (log p_T(v_s) - log q_T(v_s)): unbiased for KL(p_T || q_T) with sampled weights."""
+    """Return sum_s w_s (log p_T(v_s) - log q_T(v_s)), (N,): unbiased for KL(p_T || q_T) if the tail is sampled."""
     log_q_NS = log_q_NV.gather(1, labels.ids)
     return (labels.weights * (labels.log_probs - log_q_NS)).sum(1)
 
 
 def bucket_divergence(log_q_NV: Tensor, labels: SoftLabels[Tensor], divergence: str) -> Tensor:
-    """Divergence over K + 1 outcomes: the head's tokens, and everything else as one, with its true mass at T."""
+    """Return the divergence (N,) over K + 1 outcomes: the head's tokens, and a bucket with the rest's true mass."""
     ids_NK = labels.ids[:, : labels.head_size]
     log_q_NO, log_p_NO = log_q_NV.gather(1, ids_NK), labels.log_probs[:, : labels.head_size]
     if labels.head_size < log_q_NV.shape[1]:
@@ -61,7 +62,7 @@ def bucket_divergence(log_q_NV: Tensor, labels: SoftLabels[Tensor], divergence: 
 
 
 def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> Tensor:
-    """Divergence over outcomes that are all there are, from log-probabilities (N, O)."""
+    """Return the divergence (N,) between two complete distributions over O outcomes, from log-probabilities (N, O)."""
     if divergence == "forward-kl":
         return functional.kl_div(log_q_NO, log_p_NO, reduction="none", log_target=True).sum(1)
     if divergence == "reverse-kl":
@@ -75,11 +76,11 @@ def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> T
 
 
 def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor], settings: LossSettings) -> Tensor:
-    """T^2 times the divergence at T (Hinton et al., 2015: keeps the gradient's size about equal over T)."""
+    """Return T^2 times the divergence at T, (N,). T^2 keeps gradients about equal over T (Hinton et al., 2015)."""
     if settings.tail == "bucket":
         divergence_N = bucket_divergence(log_q_NV, labels, settings.divergence)
     else:
-        assert settings.divergence == "forward-kl", "only the bucket defines another divergence"
+        assert settings.divergence == "forward-kl", "only the bucket tail allows other divergences"
         divergence_N = sparse_forward_kl(log_q_NV, labels)
     return settings.temperature**2 * divergence_N
 
@@ -87,7 +88,7 @@ def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor], settings: LossSettin
 def distillation_loss(
     logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
 ) -> LossSums:
-    """alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None where alpha is 1."""
+    """Return alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None if alpha is 1."""
     hard_N = hard_loss(logits_NV, gold_N)
     if labels is None:
         zero = hard_N.new_zeros(())

@@ -1,8 +1,8 @@
-"""Less memory for what a student's layers keep for the backward pass, on a CPU, for a little more work.
+"""Selective activation recomputation: on a CPU, a student's layers take less memory for a little more work.
 
-There a matrix product costs much and everything between two of them little. So a layer keeps its input and the
-results of its products; norms, rotary embeddings, activations and sums are computed again in the backward pass, from
-the same numbers by the same operations. Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost, section 3.
+On a CPU, matrix products are expensive and everything between them is cheap. So a layer saves its input and the
+results of its products for the backward pass, which recomputes norms, rotary embeddings, activations and sums from the
+same numbers by the same operations. Chen et al. (2016), Training Deep Nets with Sublinear Memory Cost, section 3.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ PRODUCTS = {
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._grouped_mm.default),
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-Product = tuple[tuple[Tensor, ...], list[int]]  # its results, and their versions
+Product = tuple[tuple[Tensor, ...], list[int]]  # its results, and their autograd versions
 
 
 def keep_products_only(model: PreTrainedModel) -> bool:
-    """Have the layers of a model in training keep the results of products only. False where its class cannot."""
+    """Make a model's layers save only the results of products while training; return False if its class cannot."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False, "context_fn": _contexts})
@@ -31,48 +31,50 @@ def keep_products_only(model: PreTrainedModel) -> bool:
 
 
 def _contexts() -> tuple[Any, Any]:
-    """What a layer's forward pass and its repetition run under."""
-    kept: list[Product | None] = []
-    return _Keep(kept), _Return(kept)
+    """Return the contexts of a layer's forward pass and of its recomputation."""
+    saved: list[Product | None] = []
+    return _SaveProducts(saved), _ReuseProducts(saved)
 
 
-class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps the results of all products but the last, which nothing in the layer needs again."""
+class _SaveProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Saves the results of all products but the last, which nothing in the layer needs again."""
 
-    def __init__(self, kept: list[Product | None]) -> None:
+    def __init__(self, saved: list[Product | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = kept
+        self._saved = saved
         self._last: Product | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in PRODUCTS:
             return func(*args, **(kwargs or {}))
         if self._last is not None:
-            self._kept.append(self._last)
-        found = func(*args, **(kwargs or {}))
-        results = found if isinstance(found, tuple) else (found,)
-        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # one version for both
+            self._saved.append(self._last)
+        output = func(*args, **(kwargs or {}))
+        results = output if isinstance(output, tuple) else (output,)
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # share versions
             self._last = tuple(result.detach() for result in results), [result._version for result in results]
-        return found
+        return output
 
     def __exit__(self, *error: Any) -> None:
         self._last = None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
-class _Return(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives the kept results, each once, in place of the products; computes those that were not kept or overwritten."""
+class _ReuseProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Returns each saved result once instead of its product; recomputes those not saved or overwritten since."""
 
-    def __init__(self, kept: list[Product | None]) -> None:
+    def __init__(self, saved: list[Product | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept, self._next = kept, 0
+        self._saved, self._next = saved, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and self._next < len(self._kept):
-            kept, self._kept[self._next] = self._kept[self._next], None
+        if func in PRODUCTS and self._next < len(self._saved):
+            product, self._saved[self._next] = self._saved[self._next], None
             self._next += 1
-            if kept is not None and [result._version for result in kept[0]] == kept[1]:
-                return kept[0] if len(kept[0]) > 1 else kept[0][0]
+            if product is not None:
+                results, versions = product
+                if [result._version for result in results] == versions:
+                    return results if len(results) > 1 else results[0]
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Any:

@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what it costs. No weights are loaded: parameters are counted on the meta device."""
+"""Model dimensions that determine cost. No weights are loaded: parameters are counted on the meta device."""
 
 import math
 import re
@@ -15,20 +15,20 @@ from logitcask.pipeline.models.student import count_parameters, student_from_con
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide what a decoder-only language model costs. Widths are in features a token."""
+    """The dimensions that determine what a decoder-only language model costs. Widths are in features per token."""
 
     name: str
     parameters: int
-    body: int  # parameters of the layers that one token meets: experts not chosen, embeddings and head left out
+    body: int  # parameters that each token passes through, without unused experts, embeddings and head
     layers: int
     hidden: int
-    inner: int  # of the feed-forward block; of all chosen experts together
-    attention: int  # queries of all heads
+    inner: int  # width of the feed-forward block; with experts, of all active ones together
+    attention: int  # width of the queries, all heads together
     vocabulary: int
 
 
-# Millions of parameters: layers, hidden, inner, attention, vocabulary. Up to 1B configs/students with SmolLM2's
-# vocabulary, then Llama 3.2 3B, Llama 3 8B, Llama 2 13B, Code Llama 34B and Llama 3 70B with Llama 3's.
+# Millions of parameters: layers, hidden, inner, attention, vocabulary. Up to 1B: configs/students with SmolLM2's
+# vocabulary; above: Llama 3.2 3B, Llama 3 8B, Llama 2 13B, Code Llama 34B and Llama 3 70B with Llama 3's.
 KNOWN_SHAPES = {
     11: (4, 192, 512, 192, 49_152),
     100: (20, 576, 1536, 576, 49_152),
@@ -40,21 +40,24 @@ KNOWN_SHAPES = {
     34_000: (48, 8192, 22016, 8192, 128_256),
     70_000: (80, 8192, 28672, 8192, 128_256),
 }
-TIED_BELOW = 2 * 10**9  # small models share the matrix of embeddings and head
+TIED_BELOW = 2 * 10**9  # smaller models share one matrix between embeddings and head
 SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB])", re.IGNORECASE)
 
 
 def is_size(text: str) -> bool:
-    """Whether a text is a size such as ``7B`` or ``350M`` and no file or folder."""
+    """Return whether a text is a size such as ``7B`` or ``350M`` and not an existing file or folder."""
     return SIZE.fullmatch(text) is not None and not Path(text).exists()
 
 
 def shape_of_size(text: str) -> ModelShape:
-    """A model of that many parameters, shaped like the nearest known one. Raises LogitcaskError beyond 1M to 1000B."""
-    found = SIZE.fullmatch(text)
-    parameters = round(float(found[1]) * {"M": 10**6, "B": 10**9}[found[2].upper()]) if found else 0
+    """Return the shape of a model with that many parameters, with the widths of the nearest known one.
+
+    Raises LogitcaskError if the size is malformed or outside 1M to 1000B.
+    """
+    match = SIZE.fullmatch(text)
+    parameters = round(float(match[1]) * {"M": 10**6, "B": 10**9}[match[2].upper()]) if match else 0
     if not 10**6 <= parameters <= 10**12:
-        raise LogitcaskError(f"a model's size must be from 1M to 1000B, such as 350M or 7B, is {text!r}")
+        raise LogitcaskError(f"a model's size must be from 1M to 1000B, such as 350M or 7B, got {text!r}")
     nearest = min(KNOWN_SHAPES, key=lambda millions: abs(math.log(millions * 1e6 / parameters)))
     layers, hidden, inner, attention, vocabulary = KNOWN_SHAPES[nearest]
     matrices = hidden * vocabulary * (1 if parameters < TIED_BELOW else 2)
@@ -63,7 +66,7 @@ def shape_of_size(text: str) -> ModelShape:
 
 
 def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
-    """The shape of a hub id, a model's folder or a GGUF file. Raises LogitcaskError where its config cannot be had."""
+    """Return the shape of a hub id, model folder or GGUF file. Raises LogitcaskError if its config cannot be read."""
     path = Path(source)
     try:
         with torch.device("meta"):
@@ -72,42 +75,42 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
             else:
                 config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # no such place, no connection; each architecture refuses configs in its own way
+    except Exception as error:  # missing, offline, or refused: each architecture validates configs in its own way
         reason = first_line(error)
         raise LogitcaskError(
-            f"--teacher-model {source}: no model's config could be read: {reason}: give its size, such as 7B"
+            f"--teacher-model {source}: no model config could be read: {reason}: give its size instead, such as 7B"
         ) from error
     return shape_of_model(model, path.name if path.exists() else source)
 
 
 def shape_of_student(path: Path, vocabulary: int) -> ModelShape:
-    """The shape of a config file. Raises LogitcaskError where no model can be made of it."""
+    """Return the shape of a config file. Raises LogitcaskError if no model can be built from it."""
     with torch.device("meta"):
         return shape_of_model(student_from_config(path, vocabulary), path.name)
 
 
 def shape_of_model(model: PreTrainedModel, name: str) -> ModelShape:
-    """The shape of a model."""
-    size, config = count_parameters(model), model.config.get_text_config()
+    """Return the shape of a model."""
+    counts, config = count_parameters(model), model.config.get_text_config()
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    chosen, share = _experts(config)
+    active, share = _experts(config)
     inner = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
     heads = config.num_attention_heads
     return ModelShape(
         name=name,
-        parameters=size.total,
-        body=size.without_embeddings - round(experts * (1 - share)),
+        parameters=counts.total,
+        body=counts.without_embeddings - round(experts * (1 - share)),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        inner=(inner or 4 * config.hidden_size) * chosen,
+        inner=(inner or 4 * config.hidden_size) * active,
         attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocabulary=config.vocab_size,
     )
 
 
 def _experts(config: Any) -> tuple[int, float]:
-    """Experts that a token meets, and their share of all; 1 and 1.0 where the model has none."""
+    """Return how many experts are active per token and their share of all; 1 and 1.0 for a dense model."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
-    every = next((value for value in (getattr(config, name, None) for name in names) if value), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return (chosen, chosen / every) if every and chosen else (1, 1.0)
+    total = next((value for value in (getattr(config, name, None) for name in names) if value), None)
+    active = getattr(config, "num_experts_per_tok", None)
+    return (active, active / total) if total and active else (1, 1.0)

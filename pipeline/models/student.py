@@ -1,4 +1,4 @@
-"""Students: new from a config, continued from a checkpoint, or begun from some of a teacher's layers."""
+"""Students: new from a config, continued from a model, or initialised from some of a teacher's layers."""
 
 import json
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from logitcask.pipeline.settings.base import config_file
 
 
 @dataclass(frozen=True)
-class Size:
-    """Trainable parameters of a model."""
+class ParameterCount:
+    """Number of parameters of a model."""
 
     total: int
     without_embeddings: int
@@ -32,11 +32,11 @@ def make_student(
     longest: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The student of a run, in float32, its special tokens those of the tokenizer.
+    """Return the student of a run, in float32, with the tokenizer's special tokens.
 
-    New from a ``config`` file, continued from a ``model``, or made of some ``teacher_layers``, as ``"0,9,19"``, of a
-    ``teacher``. Raises LogitcaskError if it cannot be made, its vocabulary is smaller than ``vocab_size``, or it takes
-    fewer tokens than the ``longest`` example has.
+    It is new from a ``config`` file, continued from a ``model``, or built from the ``teacher_layers`` (such as
+    ``"0,9,19"``) of a ``teacher``. Raises LogitcaskError if it cannot be built, its vocabulary is smaller than
+    ``vocab_size``, or it takes fewer tokens than the ``longest`` example has.
     """
     set_seed(seed)
     if config is not None:
@@ -57,7 +57,7 @@ def make_student(
 
 
 def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:
-    """Raise LogitcaskError where a student knows too few tokens, or takes fewer than the longest example has."""
+    """Raise LogitcaskError if a student's vocabulary is too small or it takes fewer tokens than the longest example."""
     width = model.get_output_embeddings().weight.shape[0]
     if width < vocab_size:
         raise LogitcaskError(
@@ -72,7 +72,7 @@ def require_room(model: PreTrainedModel, vocab_size: int, longest: int) -> None:
 
 
 def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
-    """A new model in float32. Raises LogitcaskError where the file is no config of a causal language model."""
+    """Build a new model in float32. Raises LogitcaskError if the file is not the config of a causal language model."""
     try:
         path = config_file("students", path)
         values: Any = json.loads(path.read_text())
@@ -89,40 +89,42 @@ def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
     except Exception as error:  # configs are validated by each architecture in its own way
         reason = " ".join(str(error).split())
         raise LogitcaskError(
-            f"--student-config {path}: no causal language model can be made of it: {reason}"
+            f"--student-config {path}: no causal language model can be built from it: {reason}"
         ) from error
     return model
 
 
 def keep_layers(model: PreTrainedModel, chosen: str) -> PreTrainedModel:
-    """The model with only these of its layers, as ``"0,9,19,29"``. Raises LogitcaskError where one is not there."""
-    trunk: Any = model.base_model
-    holder: Any = trunk if hasattr(trunk, "layers") else getattr(trunk, "decoder", None)
-    if not hasattr(holder, "layers"):
+    """Drop all layers but the chosen ones, such as ``"0,9,19,29"``. Raises LogitcaskError if one does not exist."""
+    base: Any = model.base_model
+    decoder: Any = base if hasattr(base, "layers") else getattr(base, "decoder", None)
+    if not hasattr(decoder, "layers"):
         raise LogitcaskError(f"--init-from-teacher-layers: {type(model).__name__} has no list of layers to take from")
-    layers, count = holder.layers, len(holder.layers)
+    layers, count = decoder.layers, len(decoder.layers)
     try:
-        places = [int(part) for part in chosen.split(",")]
+        indices = [int(part) for part in chosen.split(",")]
     except ValueError as error:
-        raise LogitcaskError(f"--init-from-teacher-layers: must be layer numbers as 0,9,19, is {chosen!r}") from error
-    wrong = [place for place in places if not 0 <= place < count]
-    if wrong or len(set(places)) < len(places):
+        raise LogitcaskError(
+            f"--init-from-teacher-layers: must be layer numbers such as 0,9,19, got {chosen!r}"
+        ) from error
+    out_of_range = [index for index in indices if not 0 <= index < count]
+    if out_of_range or len(set(indices)) < len(indices):
         raise LogitcaskError(f"--init-from-teacher-layers: layers are 0 to {count - 1}, each once; got {chosen}")
-    holder.layers = torch.nn.ModuleList(layers[place] for place in places)
-    for number, layer in enumerate(holder.layers):
+    decoder.layers = torch.nn.ModuleList(layers[index] for index in indices)
+    for number, layer in enumerate(decoder.layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-    model.config.num_hidden_layers = len(places)
+    model.config.num_hidden_layers = len(indices)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[place] for place in places]
+        model.config.layer_types = [model.config.layer_types[index] for index in indices]
     return model
 
 
-def count_parameters(model: PreTrainedModel) -> Size:
-    """Parameters with and without the embedding matrices."""
+def count_parameters(model: PreTrainedModel) -> ParameterCount:
+    """Count parameters with and without the embedding matrices."""
     embeddings = {
         id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
     }
     total = sum(parameter.numel() for parameter in model.parameters())
-    return Size(total, total - sum(embeddings.values()))
+    return ParameterCount(total, total - sum(embeddings.values()))

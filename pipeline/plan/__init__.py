@@ -1,1 +1,1 @@
-"""What a run will cost, before anything is spent."""
+"""Estimate what a run will cost, before anything is spent."""

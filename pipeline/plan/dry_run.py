@@ -1,4 +1,4 @@
-"""precompute-logits --dry-run: what stage 1 would do with these options, without the teacher's weights."""
+"""precompute-logits --dry-run: report what stage 1 would do with these options, without the teacher's weights."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ from logitcask.pipeline.text.examples import Encoder, encode_source
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 
-SHARES = (0, 50, 90, 99, 100)  # of the examples, in percent
+PERCENTILES = (0, 50, 90, 99, 100)  # of the lengths of examples
 
 
 class DryRun(BaseModel):
@@ -31,15 +31,18 @@ class DryRun(BaseModel):
     positions: int
     truncated: int
     dropped: int
-    lengths: dict[int, int]  # percent of examples: tokens that they have at most
+    lengths: dict[int, int]  # by percentile, in tokens
     shards: int
     cache_bytes: dict[str, float]  # by part
-    hours: dict[str, float]  # by device that holds the teacher
+    hours: dict[str, float]  # by device, for those that hold the teacher
     assumed: list[str]
 
 
 def dry_run(settings: PrecomputeSettings) -> DryRun:
-    """Tokenize the data and reckon the rest. Raises LogitcaskError where data, tokenizer or config cannot be had."""
+    """Tokenize the data and estimate the rest.
+
+    Raises LogitcaskError if the data, the tokenizer or the config cannot be loaded.
+    """
     teacher = shape_of_teacher(settings.teacher_model, settings.teacher_revision)
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
@@ -56,7 +59,7 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     positions = table.positions[shuffled(len(table), settings.seed)].astype(np.int64)
     shards = len(cut_shards(positions, settings.shard_positions))
     amount = Amount(data.examples, data.tokens, data.positions)
-    preset, told = _nearest(settings)
+    preset, scaling = _nearest_preset(settings)
     _, parts = plan_cache(preset, amount, tokenizer_size(tokenizer), tokenizer, shards)
     batch_tokens = settings.batch_size * settings.max_seq_length
     devices = [
@@ -66,64 +69,69 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     ]
     return DryRun(
         **{name: getattr(data, name) for name in ("examples", "tokens", "positions", "truncated", "dropped")},
-        lengths={share: int(np.percentile(lengths, share, method="inverted_cdf")) for share in SHARES},
+        lengths={q: int(np.percentile(lengths, q, method="inverted_cdf")) for q in PERCENTILES},
         shards=shards,
-        cache_bytes=_scaled(parts, preset, settings, shards),
+        cache_bytes=_scaled_bytes(parts, preset, settings, shards),
         hours={device.name: teacher_seconds(teacher, device, amount, batch_tokens) / 3600 for device in devices},
         assumed=[
-            *told,
-            "text compresses like the code and English that the sizes of labels were measured on",
+            *scaling,
+            "text compresses like the code and English on which label sizes were measured",
             "a GPU reaches 40% of its peak, not measured; 2-core-CPU is the machine of tests.benchmarks.capture",
-            *(["all parts of --shards together"] if settings.part else []),
+            *(["all parts of --shards are counted together"] if settings.part else []),
         ],
     )
 
 
-def _nearest(settings: PrecomputeSettings) -> tuple[Preset, list[str]]:
-    """The preset whose measured sizes are nearest, and what that assumes."""
-    asked = settings.head_size, settings.tail_draws
+def _nearest_preset(settings: PrecomputeSettings) -> tuple[Preset, list[str]]:
+    """Return the preset with the nearest label size, and the assumption that makes, if any."""
+    wanted = settings.head_size, settings.tail_draws
     presets: tuple[Preset, ...] = ("lean", "standard", "rich")
-    nearest = min(presets, key=lambda name: abs(sum(PRESETS[name]) - sum(asked)))
-    if PRESETS[nearest] == asked and len(settings.temperatures) == TEMPERATURES:
+    nearest = min(presets, key=lambda name: abs(sum(PRESETS[name]) - sum(wanted)))
+    if PRESETS[nearest] == wanted and len(settings.temperatures) == TEMPERATURES:
         return nearest, []
     return nearest, [
-        f"labels cost in proportion to those of preset {nearest}, measured with {TEMPERATURES} temperatures"
+        f"labels take bytes in proportion to those of preset {nearest}, measured with {TEMPERATURES} temperatures"
     ]
 
 
-def _scaled(parts: dict[str, float], preset: Preset, settings: PrecomputeSettings, shards: int) -> dict[str, float]:
-    """Bytes of a preset's cache as they would be with the settings' entries, temperatures and certificate."""
+def _scaled_bytes(
+    parts: dict[str, float], preset: Preset, settings: PrecomputeSettings, shards: int
+) -> dict[str, float]:
+    """Scale the bytes of a preset's cache to the settings' label size, temperatures and certificate."""
     head, draws = PRESETS[preset]
     count = len(settings.temperatures)
     factors = {"head": settings.head_size / head, "tail": settings.tail_draws / draws, "log": count / TEMPERATURES}
-    found = {name: size * factors.get(name.split("_")[0], 1.0) for name, size in parts.items()}
-    return {**found, "fidelity": 4.0 * row_width(count) * shards if settings.fidelity_positions else 0.0}
+    scaled = {name: size * factors.get(name.split("_")[0], 1.0) for name, size in parts.items()}
+    return {**scaled, "fidelity": 4.0 * row_width(count) * shards if settings.fidelity_positions else 0.0}
 
 
 def print_dry_run(settings: PrecomputeSettings) -> None:
-    """Print what stage 1 would do. Raises LogitcaskError for anything the user can mend."""
-    found = dry_run(settings)
+    """Print what stage 1 would do. Raises LogitcaskError for any error that the user can fix."""
+    report = dry_run(settings)
     if settings.json_:
-        print(found.model_dump_json(indent=2))
+        print(report.model_dump_json(indent=2))
         return
-    size = sum(found.cache_bytes.values())
-    labels = sum(value for name, value in found.cache_bytes.items() if name.startswith(LABEL_PARTS))
+    size = sum(report.cache_bytes.values())
+    labels = sum(value for name, value in report.cache_bytes.items() if name.startswith(LABEL_PARTS))
     console = results()
     table = Table(show_header=False)
-    table.add_row("data", f"{found.examples:,} examples, {found.tokens:,} tokens, {found.positions:,} target positions")
-    table.add_row("tokens an example", ", ".join(f"{share}%: {length:,}" for share, length in found.lengths.items()))
     table.add_row(
-        "cut", f"{found.truncated:,} examples at {settings.max_seq_length:,} tokens, {found.dropped:,} dropped"
+        "data", f"{report.examples:,} examples, {report.tokens:,} tokens, {report.positions:,} target positions"
+    )
+    table.add_row("tokens per example", ", ".join(f"{q}%: {length:,}" for q, length in report.lengths.items()))
+    table.add_row(
+        "truncated",
+        f"{report.truncated:,} examples at {settings.max_seq_length:,} tokens, {report.dropped:,} dropped",
     )
     table.add_row(
         "cache",
-        f"{size_text(size)} in {found.shards:,} shards, {size / found.positions:.1f} bytes a target position; "
+        f"{size_text(size)} in {report.shards:,} shards, {size / report.positions:.1f} bytes per target position; "
         f"labels {size_text(labels)}",
     )
     table.add_row(
-        "hours", ", ".join(f"{name} {hours:,.2g}" for name, hours in found.hours.items()) or "no device holds it"
+        "hours", ", ".join(f"{name} {hours:,.2g}" for name, hours in report.hours.items()) or "no device holds it"
     )
     console.print(table)
-    for line in found.assumed:
+    for line in report.assumed:
         console.print(f"- {line}", markup=False, highlight=False)
     console.print(f"nothing was written to {settings.output}", markup=False, highlight=False)

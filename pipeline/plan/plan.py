@@ -1,4 +1,4 @@
-"""What a run will cost before any of it is spent: bytes of the cache, hours of the teacher, memory of both stages."""
+"""Estimate what a run will cost: bytes of the cache, hours of the teacher, memory of both stages."""
 
 import math
 import tempfile
@@ -34,12 +34,12 @@ from logitcask.pipeline.text.examples import Encoded, Encoder, read_records
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
-SAMPLE_BYTES = 8_000_000  # of a data file that are tokenized at most: a few seconds
+SAMPLE_BYTES = 8_000_000  # of a data file, tokenized at most: a few seconds
 SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default
 
 
 class Plan(BaseModel):
-    """The figures of a plan. Memory is in bytes by what takes it, ``cost`` that of stage 1."""
+    """The figures of a plan. Memory is in bytes, by use; ``cost`` is that of stage 1."""
 
     examples: int
     tokens: int
@@ -61,26 +61,26 @@ class Plan(BaseModel):
 
 
 def print_plan(settings: PlanSettings) -> None:
-    """Print a plan, or the tables of common models. Raises LogitcaskError for anything the user can mend."""
-    found = make_tables() if settings.tables else make_plan(settings)
+    """Print a plan, or the tables of common models. Raises LogitcaskError for any error that the user can fix."""
+    report = make_tables() if settings.tables else make_plan(settings)
     if settings.json_:
-        print(found.model_dump_json(indent=2))
+        print(report.model_dump_json(indent=2))
         return
     console = results()
-    for table in render_tables(found) if isinstance(found, Tables) else [render_plan(found)]:
+    for table in render_tables(report) if isinstance(report, Tables) else [render_plan(report)]:
         console.print(table)
-    for line in found.assumed if isinstance(found, Plan) else []:
+    for line in report.assumed if isinstance(report, Plan) else []:
         console.print(f"- {line}", markup=False, highlight=False)
 
 
 def make_plan(settings: PlanSettings) -> Plan:
-    """The figures of a run. Raises LogitcaskError where the data, a model or the device cannot be had."""
+    """Return the figures of a run. Raises LogitcaskError if the data, a model or the device cannot be found."""
     device = find_device(settings.device)
     source = settings.teacher_model or ""
     sized = is_size(source)
     teacher = shape_of_size(source) if sized else shape_of_teacher(source)
     tokenizer = None if sized else load_tokenizer(source)
-    amount, assumed = _amount(settings, tokenizer)
+    amount, assumed = _amount_of_text(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)
     shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer)
@@ -88,8 +88,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     seconds = teacher_seconds(teacher, device, amount, batch_tokens)
     if settings.teacher_tokens_per_second is not None:
         seconds = amount.tokens / settings.teacher_tokens_per_second
-    first = teacher_memory(teacher, batch_tokens, device.weight_bytes)
-    second = student_memory(
+    teacher_bytes = teacher_memory(teacher, batch_tokens, device.weight_bytes)
+    student_bytes = student_memory(
         student,
         batch_tokens,
         checkpointing=settings.use_gradient_checkpointing,
@@ -107,11 +107,11 @@ def make_plan(settings: PlanSettings) -> Plan:
         teacher_tokens_per_second=amount.tokens / seconds,
         teacher_hours=seconds / 3600,
         cost=None if settings.price is None else settings.price * seconds / 3600,
-        teacher_memory=_rounded(first),
-        teacher_fits=device.holds(sum(first.values())),
+        teacher_memory=_rounded(teacher_bytes),
+        teacher_fits=device.holds(sum(teacher_bytes.values())),
         student_parameters=student.parameters,
-        student_memory=_rounded(second),
-        student_fits=device.holds(sum(second.values())),
+        student_memory=_rounded(student_bytes),
+        student_fits=device.holds(sum(student_bytes.values())),
         device=device.name,
         assumed=[*assumed, *_assumptions(settings, device, sized)],
     )
@@ -124,11 +124,13 @@ def plan_cache(
     tokenizer: PreTrainedTokenizerBase | None,
     shards: int | None = None,
 ) -> tuple[int, dict[str, float]]:
-    """Shards of a cache, and its bytes by array, of its metadata, and of the tokenizer, compressed as in a cache."""
-    shards, carried = shards or math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
+    """Return the number of shards of a cache, and its bytes: by array, of its metadata, and of the tokenizer."""
+    shards, tokenizer_bytes = shards or math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
     if tokenizer is not None:
-        carried = sum(len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values())
-    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": carried}
+        tokenizer_bytes = sum(
+            len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values()
+        )
+    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": tokenizer_bytes}
 
 
 def _student(source: str, vocabulary: int) -> ModelShape:
@@ -136,16 +138,16 @@ def _student(source: str, vocabulary: int) -> ModelShape:
     return shape_of_size(source) if sized else shape_of_student(Path(source), vocabulary)
 
 
-def _amount(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Amount, list[str]]:
-    """How much text there is, and how that was found."""
+def _amount_of_text(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Amount, list[str]]:
+    """Return how much text there is, and what that assumes."""
     if settings.tokens is not None:
         examples = math.ceil(settings.tokens / settings.max_seq_length)
-        told = f"every token is a target, every example {settings.max_seq_length:,} tokens long"
-        return Amount(examples, settings.tokens, settings.tokens), [told]
+        assumption = f"every token is a target, every example {settings.max_seq_length:,} tokens long"
+        return Amount(examples, settings.tokens, settings.tokens), [assumption]
     assert settings.train_data is not None
     if tokenizer is None:
         raise LogitcaskError(
-            f"--train-data needs the teacher's tokenizer, --teacher-model is only a size, {settings.teacher_model!r}: "
+            f"--train-data needs a tokenizer, got --teacher-model {settings.teacher_model!r}, which is only a size: "
             "give a model, or --tokens in place of --train-data"
         )
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
@@ -153,9 +155,9 @@ def _amount(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase | None) -
 
 
 def count_data(source: str, encoder: Encoder, max_seq_length: int, prompt_loss: bool) -> tuple[Amount, list[str]]:
-    """Examples, tokens and target positions after the cut, and how they were found.
+    """Return examples, tokens and target positions after truncation, and what they assume.
 
-    They are exact, as stage 1 will count them; of a file above ``SAMPLE_BYTES`` every n-th example is tokenized.
+    They equal those of stage 1, except that of a file above ``SAMPLE_BYTES`` only every n-th example is tokenized.
     """
     path = Path(source)
     every = math.ceil(path.stat().st_size / SAMPLE_BYTES) if path.is_file() else 1
@@ -171,26 +173,26 @@ def count_data(source: str, encoder: Encoder, max_seq_length: int, prompt_loss: 
                 advance(1)
 
     with tempfile.TemporaryDirectory() as folder:
-        found = stage_tokens(
+        identity = stage_tokens(
             sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=source
         ).identity
     scale = read / math.ceil(read / every)
-    amount = Amount(*(round(count * scale) for count in (found.examples, found.tokens, found.positions)))
+    amount = Amount(*(round(count * scale) for count in (identity.examples, identity.tokens, identity.positions)))
     return amount, [f"one in {every} of the {read:,} examples of {source} was tokenized"] if every > 1 else []
 
 
 def _assumptions(settings: PlanSettings, device: Device, sized: bool) -> list[str]:
-    found = ["text compresses like the code and English that the sizes of labels were measured on"]
+    lines = ["text compresses like the code and English on which label sizes were measured"]
     if sized or is_size(settings.student_config):
-        found.append("a model of which only the size is told has the shape of the nearest known model")
+        lines.append("a model given only by its size has the shape of the nearest known model")
     if settings.teacher_tokens_per_second is not None:
-        found.append("stage 1 is as fast as --teacher-tokens-per-second says")
+        lines.append("stage 1 is as fast as --teacher-tokens-per-second says")
     elif device is CPU:
-        found.append("stage 1 is as fast as on the two cores it was measured on")
+        lines.append("stage 1 is as fast as on the two cores where it was measured")
     else:
         share = f"stage 1 reaches {device.utilisation:.0%} of the {device.tflops:g} TFLOP/s of {device.name}"
-        found.append(f"{share}, not measured: override the speed with --teacher-tokens-per-second")
-    return found
+        lines.append(f"{share}, not measured: override the speed with --teacher-tokens-per-second")
+    return lines
 
 
 def _rounded(parts: dict[str, float]) -> dict[str, int]:
@@ -198,15 +200,15 @@ def _rounded(parts: dict[str, float]) -> dict[str, int]:
 
 
 def render_plan(plan: Plan) -> Table:
-    """A plan as a table of two columns."""
+    """Return a plan as a table of two columns."""
     table = Table("", "", show_header=False)
     table.add_row("data", f"{plan.examples:,} examples, {plan.tokens:,} tokens, {plan.positions:,} target positions")
-    each = f"{plan.cache_bytes / plan.positions:.1f} bytes a target position"
+    rate = f"{plan.cache_bytes / plan.positions:.1f} bytes per target position"
     kinds = {"labels": 0, "text": 0, "metadata": 0, "tokenizer": 0}
     for name, size in plan.cache_bytes_by_part.items():
         label = name.startswith(LABEL_PARTS)
         kinds[name if name in kinds else "labels" if label else "text"] += size
-    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {plan.shards:,} shards, {each}\n{_parts(kinds)}")
+    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {plan.shards:,} shards, {rate}\n{_parts(kinds)}")
     hours = plan.teacher_hours
     time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     speed = f"{time} at {plan.teacher_tokens_per_second:,.0f} tokens/s on {plan.device}"
@@ -227,7 +229,7 @@ def _parts(parts: dict[str, int]) -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in a unit that suits them."""
+    """Format bytes in a fitting decimal unit."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= one:
             return f"{size / one:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""What common students and teachers need, as tables."""
+"""Tables of what common students and teachers need."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
 from logitcask.pipeline.plan.estimates import CPU, GPUS, Device, smallest_gpu, teacher_memory, teacher_seconds
 
 STUDENTS, TEACHERS = ("100M", "350M", "1B", "7B"), ("7B", "13B", "34B")
-BATCHES = ((8, 1024), (8, 2048), (32, 1024))  # examples and length of the students' table
+BATCHES = ((8, 1024), (8, 2048), (32, 1024))  # examples and their length, in the table of students
 TEACHER_BATCH = 8 * 1024  # tokens
 
 
 class StudentNeeds(BaseModel):
-    """Bytes of memory that a student takes in stage 2."""
+    """Bytes of memory that a student needs in stage 2."""
 
     student: str
     mixed_precision: bool
@@ -28,7 +28,7 @@ class StudentNeeds(BaseModel):
 
 
 class TeacherNeeds(BaseModel):
-    """Bytes of memory that a bfloat16 teacher takes in stage 1, and its speed on the GPUs that hold it."""
+    """Bytes of memory that a bfloat16 teacher needs in stage 1, and its speed on the GPUs that hold it."""
 
     teacher: str
     weights: int
@@ -46,7 +46,7 @@ class Tables(BaseModel):
 
 
 def make_tables() -> Tables:
-    """What the students and teachers of the guide need, for every batch, precision and checkpointing."""
+    """Return the needs of the students and teachers above, for every batch, precision and checkpointing."""
     return Tables(
         devices=[*GPUS, CPU],
         students=[
@@ -93,7 +93,7 @@ def _teacher_needs(size: str) -> TeacherNeeds:
 
 
 def render_tables(tables: Tables) -> Iterator[Table]:
-    """Three tables: devices, students, teachers."""
+    """Yield three tables: devices, students, teachers."""
     table = Table("device", "TFLOP/s", "GB/s", "GB", "utilisation", title="devices")
     for d in tables.devices:
         table.add_row(d.name, *(f"{x:g}" for x in (d.tflops, d.bandwidth, d.memory, d.utilisation)))

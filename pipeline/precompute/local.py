@@ -1,4 +1,4 @@
-"""Stage 1 in this process, with one teacher; the other executor is ``ray``."""
+"""Run stage 1 in this process, with one teacher; ``ray`` is the other executor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ class LocalExecutor:
         check_engine(self._teacher, self._spec, batch, label)
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
-        """Label and write shards, each whole before the next, calling ``advance`` with the positions just labelled."""
+        """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""
         writer = CacheWriter(self._output, manifest)
         for index in shards:
             writer.write_shard(index, label_shard(self._teacher, work.batches(index), work.label, advance))
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to shut down."""

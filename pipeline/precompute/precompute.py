@@ -26,7 +26,7 @@ from logitcask.pipeline.text.examples import Encoder, encode_source
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
-AT_ONCE = {"vllm": 64, "vllm-topk": 64}  # batches given to vLLM at once, which schedules them itself
+BATCHES_PER_CALL = {"vllm": 64, "vllm-topk": 64}  # vLLM schedules them itself
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PrecomputeReport:
 
 
 def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
-    """Make the cache, or finish an interrupted one. Raises LogitcaskError for anything the user can mend."""
+    """Make the cache, or finish an interrupted one. Raises LogitcaskError for any error that the user can fix."""
     with explain_out_of_memory(memory_remedy(settings)):
         return _precompute(settings)
 
@@ -50,14 +50,16 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     )
     size = tokenizer_size(tokenizer)
     if settings.head_size + settings.tail_draws > size:
-        asked = settings.head_size + settings.tail_draws
-        raise LogitcaskError(f"--head-size + --tail-draws is {asked}, more than the vocabulary's {size} tokens")
+        entries = settings.head_size + settings.tail_draws
+        raise LogitcaskError(
+            f"--head-size + --tail-draws must be at most the vocabulary's {size} tokens, got {entries}: lower one"
+        )
     with sole_writer(settings.output, settings.part, say) as staging:
         require_folder = watch_folder(settings.output)
         files = tokenizer_files(tokenizer)
         work, parts = _plan(settings, tokenizer, files, staging)
         alone = settings.part is None
-        # before a large teacher is loaded in vain
+        # before loading a large teacher in vain
         check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
         with contextlib.closing(_executor(settings)) as executor:
             check_teacher(executor.teacher, size, settings.max_seq_length)
@@ -66,7 +68,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             mine = shards_of(settings.part or (1, 1), manifest.shards.count)
             shards = None if alone else mine
             with explain_write_errors(settings.output):
-                require_folder()  # loading a teacher takes long
+                require_folder()  # loading a teacher takes a while
                 writer = create_cache(
                     settings.output, manifest, work.shard_examples, files, overwrite=settings.overwrite, shards=shards
                 )
@@ -79,7 +81,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
 
 
 def memory_remedy(settings: PrecomputeSettings) -> str:
-    """What lowers the memory of stage 1, with the present values, most first."""
+    """Return the options that lower the memory of stage 1, with their current values, most effective first."""
     return (
         f"lower --batch-size from {settings.batch_size}, --max-seq-length from {settings.max_seq_length} or "
         f"--shard-positions from {settings.shard_positions} (the last two make another cache), or take a smaller "
@@ -88,7 +90,7 @@ def memory_remedy(settings: PrecomputeSettings) -> str:
 
 
 def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
-    """What a worker must know to load the teacher."""
+    """Return what a worker needs to load the teacher."""
     return TeacherSpec(
         model=settings.teacher_model,
         revision=settings.teacher_revision,
@@ -114,7 +116,7 @@ def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
 def _plan(
     settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes], staging: Path
 ) -> tuple[Work, dict[str, Any]]:
-    """What there is to label, and all of the manifest but the teacher's part."""
+    """Return what there is to label, and all parts of the manifest except the teacher's."""
     table = stage_tokens(
         encode_source(Encoder(tokenizer, prompt_loss=settings.prompt_loss), settings.train_data),
         staging,
@@ -141,28 +143,27 @@ def _plan(
             "label": label,
             "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
         }
-    at_once = AT_ONCE.get(choose_engine(settings.engine, settings.teacher_model), 1)
-    return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * at_once, label), parts
+    batches = BATCHES_PER_CALL.get(choose_engine(settings.engine, settings.teacher_model), 1)
+    return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * batches, label), parts
 
 
 @contextlib.contextmanager
 def explain_limits() -> Iterator[None]:
-    """Tell in one line that a cache of such shards would be refused by its readers."""
+    """Turn a manifest that readers would refuse into a one-line LogitcaskError with a remedy."""
     try:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise LogitcaskError(
-            f"no reader would take this cache: {place} {first['msg']}: lower --shard-positions"
-        ) from error
+        field = ".".join(map(str, first["loc"]))
+        rule = first["msg"].replace("Input should be", "must be", 1)
+        raise LogitcaskError(f"readers would refuse this cache: {field}: {rule}: lower --shard-positions") from error
 
 
 def check_teacher(teacher: TeacherFacts, vocabulary: int, max_seq_length: int) -> None:
-    """Raise LogitcaskError where the teacher does not fit its tokenizer or the lengths asked for."""
+    """Raise LogitcaskError if the teacher does not fit its tokenizer or the requested length."""
     if vocabulary > teacher.logits_width:
         raise LogitcaskError(
-            f"the tokenizer has {vocabulary} tokens, its head {teacher.logits_width} rows: they do not fit"
+            f"the tokenizer has {vocabulary} tokens, the teacher's head {teacher.logits_width} rows: they do not match"
         )
     if teacher.max_length is not None and max_seq_length > teacher.max_length:
         raise LogitcaskError(

@@ -1,8 +1,7 @@
-"""Stage 1 on Ray: each shard is a task, each worker an actor with a teacher of its own that writes whole shards.
+"""Run stage 1 on Ray: each shard is a task, each worker an actor with its own teacher that writes whole shards.
 
-Ray places the actors (on nodes that its autoscaler adds, where it has one), starts one again that died, and gives its
-task to it again. What a shard holds depends on its number alone, so the cache is the same whatever the workers and
-their order.
+Ray places the actors, on new nodes if it has an autoscaler, restarts those that die, and retries their tasks. The
+content of a shard depends on its number alone, so the cache is the same whatever the number and order of workers.
 """
 
 import contextlib
@@ -23,11 +22,11 @@ from logitcask.pipeline.teachers.labelling import Advance, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
 from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
 
-RETRIES = 3  # of a shard whose worker died, and starts of a worker
+RETRIES = 3  # of a shard whose worker died, and restarts of a worker
 
 
 class Labeller:
-    """An actor: a teacher, and the right to write shards of one cache."""
+    """An actor that holds a teacher and writes shards of one cache."""
 
     def __init__(self, spec: TeacherSpec, output: Path | str, memory_remedy: str) -> None:
         share_one_heap()
@@ -36,19 +35,19 @@ class Labeller:
 
     @cached_property
     def _teacher(self) -> Teacher:
-        """Loaded by the first task: of an error in a constructor Ray keeps only the words."""
+        """Loaded by the first task: of an error in a constructor, Ray keeps only the text."""
         return load_engine(self._spec)
 
     def facts(self) -> TeacherFacts:
-        """What stage 1 asks of the teacher."""
+        """Return what stage 1 needs to know about the teacher."""
         return self._teacher.facts
 
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
-        """Raise LogitcaskError where the engine's labels are not those of transformers."""
+        """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
 
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
-        """Label and write a shard; returns its target positions."""
+        """Label and write a shard; return its number of target positions."""
         self._writer = self._writer or CacheWriter(self._output, manifest)
         with explain_out_of_memory(self._memory_remedy):
             shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
@@ -57,7 +56,7 @@ class Labeller:
 
 
 class RayExecutor:
-    """Workers on a Ray cluster, one per accelerator or as many as asked for."""
+    """Workers on a Ray cluster, one per accelerator or as many as requested."""
 
     def __init__(
         self, spec: TeacherSpec, output: Path | str, *, address: str, workers: int | None, memory_remedy: str
@@ -68,33 +67,35 @@ class RayExecutor:
         except ImportError as error:
             raise LogitcaskError("--ray needs Ray: pip install 'logitcask[ray]'") from error
         self._ray = ray
-        with contextlib.ExitStack() as undoing, _told():
-            undoing.callback(ray.shutdown)
+        with contextlib.ExitStack() as cleanup, _explain_worker_errors():
+            cleanup.callback(ray.shutdown)
             _connect(address)
             resources = ray.cluster_resources()
             options = worker_options(spec, workers, resources)
             count = workers or default_workers(spec.tensor_parallel_size, resources)
             actor = ray.remote(**options, max_restarts=RETRIES, max_task_retries=RETRIES)(Labeller)
             self._actors = [actor.remote(spec, output, memory_remedy) for _ in range(count)]
-            if waiting := missing_resources(options, count, resources):
-                say(waiting)
+            if notice := missing_resources(options, count, resources):
+                say(notice)
             facts = ray.get([each.facts.remote() for each in self._actors])
             if any(each != facts[0] for each in facts):
-                raise LogitcaskError(f"--ray {address}: its nodes load different teachers: {facts}: install the same")
-            undoing.pop_all()
+                raise LogitcaskError(
+                    f"--ray {address}: its nodes load different teachers: {facts}: install the same versions on all"
+                )
+            cleanup.pop_all()
         self.teacher: TeacherFacts = facts[0]
 
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
-        """Raise LogitcaskError where the engine's labels are not those of transformers."""
-        with _told():
+        """Raise LogitcaskError if the engine's labels differ from those of transformers."""
+        with _explain_worker_errors():
             self._ray.get(self._actors[0].check_engine.remote(batch, label))
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
-        """Hand out shards as workers become free, calling ``advance`` with the positions just written."""
+        """Hand out shards as workers become free, calling ``advance`` with the number of positions just written."""
         from ray.util import ActorPool
 
         shared = self._ray.put(manifest)
-        with _told():
+        with _explain_worker_errors():
             pool = ActorPool(self._actors)
             for written in pool.map_unordered(
                 lambda a, shard: a.write.remote(shard, work.batches(shard), shared), shards
@@ -102,16 +103,16 @@ class RayExecutor:
                 advance(written)
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster; one that was started here shuts down."""
         self._ray.shutdown()
 
 
 def _connect(address: str) -> None:
-    """Raises LogitcaskError where no cluster answers; Ray itself would wait for minutes."""
+    """Connect, or raise LogitcaskError if no cluster answers: Ray itself would wait for minutes."""
     import ray
 
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "")  # "": the cluster that runs here, or else one is started
+        address = os.environ.get("RAY_ADDRESS", "")  # "": the cluster that runs here, else a new one
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():
@@ -122,14 +123,14 @@ def _connect(address: str) -> None:
 
 
 def default_workers(tensor_parallel_size: int, resources: dict[str, float]) -> int:
-    """One worker for each ``tensor_parallel_size`` accelerators that the cluster has now; one if there are none."""
+    """Return one worker per ``tensor_parallel_size`` accelerators that the cluster has now; one if it has none."""
     return max(1, int(resources.get("GPU", 0)) // tensor_parallel_size)
 
 
 def worker_options(spec: TeacherSpec, workers: int | None, resources: dict[str, float]) -> dict[str, Any]:
-    """What Ray reserves for a worker: its accelerators, or an even share of the processors.
+    """Return what Ray reserves for a worker: its accelerators, or an even share of the CPUs.
 
-    Accelerators where the cluster has some, and with ``--device cuda`` also where its autoscaler has yet to add them.
+    Accelerators if the cluster has some, and with ``--device cuda`` even if its autoscaler has yet to add them.
     """
     if spec.device.startswith("cuda") or (resources.get("GPU", 0) and spec.device != "cpu"):
         return {"num_gpus": spec.tensor_parallel_size}
@@ -137,21 +138,21 @@ def worker_options(spec: TeacherSpec, workers: int | None, resources: dict[str, 
 
 
 def missing_resources(options: dict[str, Any], count: int, resources: dict[str, float]) -> str:
-    """What to tell where the cluster cannot hold all workers as it is, "" where it can."""
-    ((option, each),) = options.items()
+    """Return a notice if the cluster in its present size cannot hold all workers, "" if it can."""
+    ((option, per_worker),) = options.items()
     kind = {"num_gpus": "GPU", "num_cpus": "CPU"}[option]
-    have, wanted = resources.get(kind, 0), each * count
-    if have >= wanted:
+    available, needed = resources.get(kind, 0), per_worker * count
+    if available >= needed:
         return ""
     return (
-        f"waiting for Ray's autoscaler, or for nodes that you add: {count} workers want {wanted} {kind}s, the cluster "
-        f"has {have:g}"
+        f"waiting for Ray's autoscaler, or for nodes that you add: {count} workers need {needed} {kind}s, the cluster "
+        f"has {available:g}"
     )
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """A worker's own complaint as it is; a worker that keeps dying in one line."""
+def _explain_worker_errors() -> Iterator[None]:
+    """Raise a worker's own LogitcaskError as it is, and turn workers that keep dying into a one-line error."""
     from ray.exceptions import RayActorError, RayTaskError
 
     try:
@@ -161,8 +162,8 @@ def _told() -> Iterator[None]:
             raise LogitcaskError(str(error.cause)) from error
         raise
     except RayActorError as error:
-        why = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
+        reason = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
         raise LogitcaskError(
-            f"a Ray worker died, after {RETRIES} new starts at most: {why} Committed shards are kept: mend that and "
+            f"a Ray worker died, after at most {RETRIES} restarts: {reason} Committed shards are kept: fix that and "
             "run the same command again to finish"
         ) from error

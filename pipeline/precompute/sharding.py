@@ -1,4 +1,4 @@
-"""Which examples make which shard, and which of a shard's examples make which batch: from data and settings only."""
+"""Assign examples to shards, and a shard's examples to batches, from data and settings alone."""
 
 from dataclasses import dataclass
 
@@ -16,58 +16,61 @@ from logitcask.pipeline.text.token_table import TokenTable
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to label: every process that has the same data and settings has the same."""
+    """What there is to label: the same in every process that has the same data and settings.
+
+    Legend: E examples, S shards.
+    """
 
     table: TokenTable
-    order: IntArray  # (E,) places in the table, in cache order
-    shard_examples: IntArray  # (S,)
+    order: IntArray  # (E,) rows of the table, in cache order
+    shard_examples: IntArray  # (S,) examples per shard
     batch_tokens: int
     label: LabelSettings
 
     def places(self, shard: int) -> range:
-        """The shard's examples, by place in the cache."""
+        """Return the indices in the cache of a shard's examples."""
         end = int(self.shard_examples[: shard + 1].sum())
         return range(end - int(self.shard_examples[shard]), end)
 
     def positions(self, shard: int) -> int:
-        """Target positions of a shard."""
+        """Return the number of target positions of a shard."""
         places = self.places(shard)
         return int(self.table.positions[self.order[places.start : places.stop]].sum())
 
     def measured(self, shard: int) -> NDArray[np.bool_]:
-        """Which of a shard's positions the fidelity certificate is measured on, (positions,): chosen by seed."""
-        positions, asked = self.positions(shard), -(-self.label.fidelity_positions // len(self.shard_examples))
+        """Return which of a shard's positions the fidelity certificate is measured on, (positions,), chosen by seed."""
+        positions, wanted = self.positions(shard), -(-self.label.fidelity_positions // len(self.shard_examples))
         chosen = np.zeros(positions, dtype=bool)
         random = np.random.default_rng([self.label.seed, shard, 2])
-        chosen[random.choice(positions, min(asked, positions), replace=False)] = True
+        chosen[random.choice(positions, min(wanted, positions), replace=False)] = True
         return chosen
 
     def batches(self, shard: int) -> list[list[TokenizedExample]]:
-        """A shard's examples in the batches that a teacher labels at once."""
-        found = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
-        cuts = np.cumsum([example.target_mask.sum() for _, example in found])[:-1]
+        """Return a shard's examples, grouped into the batches that the teacher labels at once."""
+        rows = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
+        cuts = np.cumsum([example.target_mask.sum() for _, example in rows])[:-1]
         examples = [
             TokenizedExample(place, example.input_ids, example.target_mask, measured)
-            for (place, example), measured in zip(found, np.split(self.measured(shard), cuts), strict=True)
+            for (place, example), measured in zip(rows, np.split(self.measured(shard), cuts), strict=True)
         ]
         groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)
         return [[examples[int(i)] for i in group] for group in groups]
 
 
 def shards_of(part: Part, count: int) -> range:
-    """The shards of part i of n, from 1: every n-th, so that parts are even."""
+    """Return the shards of part i of n, i from 1: every n-th, so that parts are even."""
     return range(part[0] - 1, count, part[1])
 
 
 def shuffled(examples: int, seed: int) -> IntArray:
-    """The order in which the data's examples enter the cache, (examples,): reading the cache in order is random."""
+    """Return the order of the examples in the cache, (examples,): random, so that reading it in order is random."""
     return np.random.default_rng(seed).permutation(examples)
 
 
 def cut_shards(positions: IntArray, shard_positions: int) -> IntArray:
-    """Examples of each shard, (S,): shards are filled in order up to ``shard_positions`` target positions.
+    """Return the examples per shard, (S,), filling shards in order up to ``shard_positions`` target positions.
 
-    ``positions`` (E,) are those of the examples in cache order; one that is longer than a shard gets its own.
+    ``positions`` (E,) are those of the examples in cache order; an example longer than a shard gets one to itself.
     """
     ends = np.cumsum(positions, dtype=np.int64)
     cuts, first = [0], 0
@@ -75,12 +78,12 @@ def cut_shards(positions: IntArray, shard_positions: int) -> IntArray:
         limit = (int(ends[first - 1]) if first else 0) + shard_positions
         first = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
         cuts.append(first)
-    found = np.array(cuts, dtype=np.int64)
-    return found[1:] - found[:-1]
+    bounds = np.array(cuts, dtype=np.int64)
+    return bounds[1:] - bounds[:-1]
 
 
 def plan_strides(shard_examples: IntArray, tokens: IntArray, positions: IntArray) -> ShardPlan:
-    """The plan's strides: the fullest shard of each axis, in whole chunks. ``tokens``, ``positions`` are (E,)."""
+    """Return the plan: its strides fit the fullest shard, in whole chunks. ``tokens`` and ``positions`` are (E,)."""
     starts = np.concatenate([[0], np.cumsum(shard_examples)[:-1]])
     return ShardPlan(
         count=len(shard_examples),
@@ -92,7 +95,7 @@ def plan_strides(shard_examples: IntArray, tokens: IntArray, positions: IntArray
 
 
 def plan_batches(lengths: IntArray, batch_tokens: int) -> list[IntArray]:
-    """Groups of a shard's examples of about one length, padded size at most ``batch_tokens``; longest first."""
+    """Group examples of similar lengths, longest first, with at most ``batch_tokens`` tokens each, padding included."""
     order = np.argsort(-lengths, kind="stable")
     batches, first = [], 0
     while first < len(order):

@@ -1,1 +1,1 @@
-"""What a run's folder holds."""
+"""Read, plot and compare the folders of runs."""

@@ -1,4 +1,4 @@
-"""Several finished runs side by side, as one table of Markdown or as JSON."""
+"""Finished runs side by side, as a Markdown table or as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,26 +11,26 @@ from logitcask.pipeline.runs.curves import draw_curves
 from logitcask.pipeline.runs.evaluation import rows as evaluation_rows
 from logitcask.pipeline.runs.run_folder import Run, curve, divergence_name, read_run, run_names
 
-NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # where a run lies and how often it was cut off
+NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # only the place of a run and how it was resumed
 LOSSES = {
     "total_loss": "total loss",
     "hard_loss": "hard loss, nats",
     "soft_loss": "soft loss, T² {}, nats",
     "perplexity": "perplexity",
 }
-WIDEST = 40  # characters of a setting
+WIDEST = 40  # characters per setting
 
 
 def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as_json: bool) -> str:
-    """Compare runs, draw their total losses to ``plot`` and write the Markdown to ``output``; returns what to print.
+    """Compare runs, plot their total losses to ``plot``, write Markdown to ``output`` and return what to print.
 
-    Raises LogitcaskError where a run is missing or damaged, or a file could not be written.
+    Raises LogitcaskError if a run is missing or damaged, or a file could not be written.
     """
     names = run_names(paths)
     if plot is not None:
         require_plot(plot)
     if output is not None and not output.parent.is_dir():
-        raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: make it first")
+        raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: create it first")
     runs = [read_run(path) for path in paths]
     if plot is not None:
         draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, plot, ("total_loss",))
@@ -41,13 +41,13 @@ def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """Names of the settings that are not the same in all runs."""
+    """Return the names of settings that differ among the runs."""
     known = sorted({name for run in runs for name in run.settings} - NOT_COMPARED)
     return [name for name in known if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)]
 
 
 def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each run's figures, as JSON has them; losses in nats."""
+    """Return each run's figures for JSON; losses are in nats."""
     keys = differing(runs)
     return [
         {
@@ -65,13 +65,13 @@ def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]
 
 
 def _last(run: Run, name: str) -> float | None:
-    """The last value that was logged of a quantity."""
+    """Return the last logged value of a quantity, None if there is none."""
     values = curve(run.log, name)[1]
     return values[-1] if values else None
 
 
 def _effort(run: Run) -> dict[str, float | None]:
-    """Steps, tokens trained on, seconds, speed of training alone, and MB at most."""
+    """Return steps, tokens trained on, seconds, tokens per second of training alone, and peak memory in MB."""
     lines = [(line["tokens"], line.get("tokens_per_second")) for line in run.log if line.get("tokens") is not None]
     spent = sum((tokens or 0) / speed for tokens, speed in lines if speed)
     tokens = sum(tokens or 0 for tokens, _ in lines)
@@ -85,37 +85,37 @@ def _effort(run: Run) -> dict[str, float | None]:
 
 
 def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """A table with a column a run; rows of which no run has anything are left out."""
+    """Return a table with one column per run, without rows that are empty for all runs."""
     soft = {divergence_name(run.settings) for run in runs}
     names_of = {key: word.format(*soft if len(soft) == 1 else ["divergence"]) for key, word in LOSSES.items()}
     columns = [_column(run, differing(runs), names_of) for run in runs]
     known = list(dict.fromkeys(row for column in columns for row in column))
-    kept = [row for row in known if any(column.get(row) for column in columns)]
+    filled = [row for row in known if any(column.get(row) for column in columns)]
     head = ["", *names]
-    body = [[row, *(column.get(row, "") for column in columns)] for row in kept]
+    body = [[row, *(column.get(row, "") for column in columns)] for row in filled]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dict[str, str]:
     effort = _effort(run)
-    found = {f"`{name}`": _setting(run.settings.get(name)) for name in settings}
-    found |= {
+    cells = {f"`{name}`": _setting(run.settings.get(name)) for name in settings}
+    cells |= {
         "steps": f"{effort['steps']:,}",
         "tokens": f"{effort['tokens']:,}",
         "time, s": _number(effort["seconds"], ".1f"),
         "tokens/s of training": _number(effort["tokens_per_second"], ".0f"),
         "peak memory, MB": _number(effort["peak_memory_mb"], ".0f"),
     }
-    found |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in losses.items()}
+    cells |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in losses.items()}
     for key, word in losses.items():
         ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
-        found[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
+        cells[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
     if run.evaluation:
         if on_cache := run.evaluation.on_cache:
-            found["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"
-        found |= {f"evaluation: {name}": value for name, value in evaluation_rows(run.evaluation).items()}
-    return found
+            cells["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"
+        cells |= {f"evaluation: {name}": value for name, value in evaluation_rows(run.evaluation).items()}
+    return cells
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""The curves of runs, drawn: losses and perplexity by step, of training and of held-out examples. Extra ``plot``."""
+"""Plots of runs: losses and perplexity by step, of training and held-out examples. Needs the extra ``plot``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from logitcask.cache.report.plot import require_plot
 from logitcask.pipeline.runs.run_folder import Line, curve, read_log, run_names
 
-PANELS = {  # what is logged: what to call it
+PANELS = {  # logged quantity: title
     "total_loss": "total loss: alpha hard + (1 - alpha) soft",
     "hard_loss": "hard loss, nats",
     "soft_loss": "soft loss: T² times the divergence, nats",
@@ -15,16 +15,16 @@ PANELS = {  # what is logged: what to call it
 
 
 def plot_runs(runs: Sequence[Path], file: Path) -> int:
-    """Draw the curves of runs to a file; returns how many were drawn. Raises LogitcaskError."""
+    """Draw the curves of runs to a file and return their number. Raises LogitcaskError if a run cannot be read."""
     require_plot(file, "--output")
     logs = [read_log(run) for run in runs]
     return draw_curves(dict(zip(run_names(runs), logs, strict=True)), file)
 
 
 def draw_curves(logs: Mapping[str, Sequence[Line]], file: Path, names: Sequence[str] = tuple(PANELS)) -> int:
-    """Draw some of ``PANELS``, a colour a run, to a file; returns the number of curves.
+    """Draw some of ``PANELS`` to a file, one colour per run, and return the number of curves.
 
-    A soft loss that is 0 throughout, of a run without soft labels, is left out.
+    A soft loss that is 0 throughout, as of a run without soft labels, is omitted.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

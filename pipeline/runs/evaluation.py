@@ -1,10 +1,10 @@
-"""What logitcask evaluate finds, as a record. Losses and divergences are in nats a target position."""
+"""The record that `logitcask evaluate` writes. Losses and divergences are in nats per target position."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from logitcask.cache.errors import LogitcaskError
 
-EVALUATION_FILE = "evaluation.json"  # where logitcask compare looks for it in a run's folder
+EVALUATION_FILE = "evaluation.json"  # the name that logitcask compare looks for in a run's folder
 
 
 class _Record(BaseModel):
@@ -16,7 +16,7 @@ class Divergence(_Record):
 
     temperature: float
     kl: float
-    standard_error: float | None  # over examples; None of a single one
+    standard_error: float | None  # over examples; None for a single example
 
 
 class OnCache(_Record):
@@ -30,7 +30,7 @@ class OnCache(_Record):
     hard_loss_standard_error: float | None
     kl_estimate: str  # unbiased, exact, or lower bound
     kl: list[Divergence]
-    top1_agreement: float | None  # None where the labels have no head
+    top1_agreement: float | None  # None if the labels have no head
     calibration_error: float
     teacher_perplexity: float
     teacher_calibration_error: float | None
@@ -41,24 +41,24 @@ class PassRate(_Record):
 
     k: int
     rate: float
-    standard_error: float | None  # over problems; None of a single one
+    standard_error: float | None  # over problems; None for a single problem
 
 
 class HumanEval(_Record):
-    """How much of the code that a model writes does what HumanEval's tests ask."""
+    """How much of a model's code passes HumanEval's tests."""
 
     problems: int
-    samples: int  # a problem
+    samples: int  # per problem
     temperature: float
-    prompting: str  # completion, or chat
+    prompting: str  # completion or chat
     pass_rates: list[PassRate]
-    stopped: int  # programs that ended without a result, mostly by a limit of the sandbox
-    without_room: int  # problems whose prompt leaves the model no position to write at
-    isolation: str  # namespaces, or interpreter
+    stopped: int  # programs that ended without a result, mostly at a limit of the sandbox
+    without_room: int  # problems whose prompt fills the model's context
+    isolation: str  # namespaces or interpreter
 
 
 class TaskMetric(_Record):
-    """One metric of a task of lm-evaluation-harness."""
+    """One metric of one task of lm-evaluation-harness."""
 
     task: str
     metric: str
@@ -68,7 +68,7 @@ class TaskMetric(_Record):
 
 
 class Evaluation(_Record):
-    """What was found of a model; None or empty is what was not asked for."""
+    """The evaluation of a model; what was not requested is None or empty."""
 
     model: str
     on_cache: OnCache | None
@@ -77,52 +77,53 @@ class Evaluation(_Record):
 
 
 def parse_evaluation(text: str, where: str) -> Evaluation:
-    """An evaluation from JSON. Raises LogitcaskError where it is none."""
+    """Parse an evaluation from JSON. Raises LogitcaskError if the text is not one."""
     try:
         return Evaluation.model_validate_json(text)
     except ValidationError as error:
         raise LogitcaskError(
-            f"{where}: not an evaluation ({error.errors()[0]['msg']}): make it again with logitcask evaluate"
+            f"{where}: not an evaluation ({error.errors()[0]['msg']}): write it anew with logitcask evaluate"
         ) from error
 
 
-def rows(found: Evaluation) -> dict[str, str]:
-    """What to show of it, by name; what there is none of is left out."""
-    shown = (_cache_rows(found.on_cache) if found.on_cache else {}) | (
-        _humaneval_rows(found.humaneval) if found.humaneval else {}
+def rows(evaluation: Evaluation) -> dict[str, str]:
+    """Return the figures to show, by name, without those that are None."""
+    figures = (_cache_rows(evaluation.on_cache) if evaluation.on_cache else {}) | (
+        _humaneval_rows(evaluation.humaneval) if evaluation.humaneval else {}
     )
-    for each in found.tasks:
-        value = _with_error(each.value, each.standard_error)
-        shown[f"{each.task}, {each.metric}, {each.examples:,} examples"] = value
-    return {name: value for name, value in shown.items() if value is not None}
+    for task in evaluation.tasks:
+        value = _with_error(task.value, task.standard_error)
+        figures[f"{task.task}, {task.metric}, {task.examples:,} examples"] = value
+    return {name: value for name, value in figures.items() if value is not None}
 
 
-def _cache_rows(found: OnCache) -> dict[str, str | None]:
+def _cache_rows(on_cache: OnCache) -> dict[str, str | None]:
     return {
-        "perplexity": f"{found.perplexity:,.3f}",
-        "hard loss, nats": _with_error(found.hard_loss, found.hard_loss_standard_error),
+        "perplexity": f"{on_cache.perplexity:,.3f}",
+        "hard loss, nats": _with_error(on_cache.hard_loss, on_cache.hard_loss_standard_error),
         **{
-            f"KL to the teacher at T={each.temperature:g}, nats, {found.kl_estimate}": _with_error(
-                each.kl, each.standard_error
+            f"KL to the teacher at T={divergence.temperature:g}, nats, {on_cache.kl_estimate}": _with_error(
+                divergence.kl, divergence.standard_error
             )
-            for each in found.kl
+            for divergence in on_cache.kl
         },
-        "top-1 agreement with the teacher": _percent(found.top1_agreement),
-        "calibration error, 15 bins": _percent(found.calibration_error),
-        "the teacher's perplexity": f"{found.teacher_perplexity:,.3f}",
-        "the teacher's calibration error": _percent(found.teacher_calibration_error),
+        "top-1 agreement with the teacher": _percent(on_cache.top1_agreement),
+        "calibration error, 15 bins": _percent(on_cache.calibration_error),
+        "the teacher's perplexity": f"{on_cache.teacher_perplexity:,.3f}",
+        "the teacher's calibration error": _percent(on_cache.teacher_calibration_error),
     }
 
 
-def _humaneval_rows(found: HumanEval) -> dict[str, str | None]:
-    asked = f"{found.problems} problems, {found.samples} samples at T={found.temperature:g}, {found.prompting}"
+def _humaneval_rows(humaneval: HumanEval) -> dict[str, str | None]:
+    sampling = f"{humaneval.samples} samples at T={humaneval.temperature:g}"
+    setup = f"{humaneval.problems} problems, {sampling}, {humaneval.prompting}"
     return {
         **{
-            f"HumanEval pass@{each.k}, {asked}": _with_error(each.rate, each.standard_error)
-            for each in found.pass_rates
+            f"HumanEval pass@{rate.k}, {setup}": _with_error(rate.rate, rate.standard_error)
+            for rate in humaneval.pass_rates
         },
-        "HumanEval programs stopped by the sandbox": f"{found.stopped:,}" if found.stopped else None,
-        "HumanEval prompts too long for the model": f"{found.without_room:,}" if found.without_room else None,
+        "HumanEval programs stopped by the sandbox": f"{humaneval.stopped:,}" if humaneval.stopped else None,
+        "HumanEval prompts too long for the model": f"{humaneval.without_room:,}" if humaneval.without_room else None,
     }
 
 

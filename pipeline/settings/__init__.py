@@ -1,1 +1,1 @@
-"""Every option of every command, one file per command. Needs no torch."""
+"""Every option of every command, one file per command. Imports no torch."""

@@ -1,6 +1,6 @@
-"""Settings: each knob stands here once, with its type, its limits, its default and its help text.
+"""Settings: each option is declared once, as a field with its type, limits, default and help text.
 
-The command line is made from these models; a ``--config`` file sets the same names, a flag overrides it.
+The command line is built from these models. A ``--config`` file sets the same names; a flag overrides it.
 """
 
 import inspect
@@ -17,36 +17,68 @@ from typer.core import TyperCommand
 
 from logitcask.cache.errors import LogitcaskError
 
+CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
+OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value, and what they then mean
+
 Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Settings(BaseModel):
-    """A frozen, closed set of knobs."""
+    """A frozen, closed set of options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 S = TypeVar("S", bound=Settings)
-CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
 
 
-def shard_range(text: str) -> tuple[int, int]:
-    """FIRST and STOP of ``FIRST:STOP``. Raises LogitcaskError where it is none."""
-    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-    if not found:
-        raise LogitcaskError(f"--shards: must be FIRST:STOP, such as 0:10, is {text!r}")
-    return int(found[1]), int(found[2])
+def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
+    """Return validated settings from a config file and flags.
+
+    Raises LogitcaskError, naming the option, the rule and the value, if they are invalid.
+    """
+    given = {**(read_config(config_file("runs", config)) if config else {}), **flags}
+    unknown = sorted(given.keys() - model.model_fields.keys())
+    if unknown:
+        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}; known keys: {', '.join(model.model_fields)}")
+    try:
+        return model(**given)
+    except ValidationError as error:
+        raise LogitcaskError("; ".join(_explain(dict(item)) for item in error.errors())) from error
 
 
-def shipped_configs(kind: str) -> dict[str, Path]:
-    """The files of ``configs/kind`` that come with the package, by name without the ending."""
-    return {file.stem: file for file in (Path(__file__).parents[2] / "configs" / kind).iterdir()}
+def _explain(item: dict[str, Any]) -> str:
+    """Return one line about one broken rule: "--option: rule, got 'value'"."""
+    option = flag_of(str(item["loc"][0])) if item["loc"] else ""
+    if item["type"] == "missing":
+        return f"{option} is required"
+    message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
+    return f"{option}: {message}, got {item['input']!r}" if option else message
+
+
+def flag_of(name: str) -> str:
+    """Return a field's name as typed on the command line: ``--student-config`` for ``student_config``."""
+    return "--" + name.rstrip("_").replace("_", "-")  # json_, since pydantic has a json of its own
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return names and values of a YAML config file. Raises LogitcaskError if it is not a readable mapping."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise LogitcaskError(f"{path}: no such config file") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
+    if not isinstance(config, dict):
+        raise LogitcaskError(f"{path}: must be a mapping of option names to values, got {type(config).__name__}")
+    return {str(key): value for key, value in config.items()}
 
 
 def config_file(kind: str, name: str | Path) -> Path:
-    """The file that a user names: a path, or a file of ``configs/kind`` by its name without the ending.
+    """Return the file that a user names: a path, or a file of ``configs/kind`` by its name without the suffix.
 
     Raises LogitcaskError, listing the known names, if it is neither.
     """
@@ -59,53 +91,29 @@ def config_file(kind: str, name: str | Path) -> Path:
     return known[path.name]
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Names and values of a YAML config file. Raises LogitcaskError if it is no mapping."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise LogitcaskError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
-    if not isinstance(found, dict):
-        raise LogitcaskError(f"{path}: a config must be a mapping of option names to values, is {type(found).__name__}")
-    return {str(key): value for key, value in found.items()}
+def shipped_configs(kind: str) -> dict[str, Path]:
+    """Return the files of ``configs/kind`` that come with the package, by name without the suffix."""
+    return {file.stem: file for file in (Path(__file__).parents[2] / "configs" / kind).iterdir()}
 
 
-def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
-    """Validated settings from a config file and flags. Raises LogitcaskError naming the option, rule and value."""
-    given = {**(read_config(config_file("runs", config)) if config else {}), **flags}
-    unknown = sorted(given.keys() - model.model_fields.keys())
-    if unknown:
-        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}: known are {', '.join(model.model_fields)}")
-    try:
-        return model(**given)
-    except ValidationError as error:
-        raise LogitcaskError("; ".join(_explain(dict(item)) for item in error.errors())) from error
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One line for one broken rule."""
-    option = "--" + str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
-    if item["type"] == "missing":
-        return f"{option} is required"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{option}: {message}, is {item['input']!r}" if option else message
-
-
-ALONE = {"--ray": "auto"}  # options that may stand without a value, and what they mean then
+def shard_range(text: str) -> tuple[int, int]:
+    """Return FIRST and STOP of ``FIRST:STOP``. Raises LogitcaskError if the text has another form."""
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if not match:
+        raise LogitcaskError(f"--shards: must be FIRST:STOP, such as 0:10, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 class Command(TyperCommand):
-    """A command whose options of ``ALONE`` may stand without a value: typer knows no such options."""
+    """A command whose ``OPTIONAL_VALUES`` may be given without a value, which typer does not support."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give them their values, then parse."""
-        found = []
+        """Insert the missing values, then parse."""
+        words = []
         for word, following in zip(args, [*args[1:], "-"], strict=False):
-            found += [word, ALONE[word]] if word in ALONE and following.startswith("-") else [word]
-        return super().parse_args(ctx, found)
+            bare = word in OPTIONAL_VALUES and following.startswith("-")
+            words += [word, OPTIONAL_VALUES[word]] if bare else [word]
+        return super().parse_args(ctx, words)
 
 
 def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
@@ -134,8 +142,8 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    """One option. Everything but a switch is passed on as text: the settings model is the only judge of values."""
-    flag = "--" + name.rstrip("_").replace("_", "-")  # json_, since pydantic has a json of its own
+    """Return one option. All but switches are passed on as text, so that only the settings model judges values."""
+    flag = flag_of(name)
     switch = field.annotation is bool
     help_text = field.description or ""
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
@@ -153,7 +161,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             flag,
             help=help_text,
             show_default=False,
-            metavar=f"[{_metavar(field)}]" if flag in ALONE else _metavar(field),
+            metavar=f"[{_metavar(field)}]" if flag in OPTIONAL_VALUES else _metavar(field),
             autocompletion=(lambda: choices) if choices else None,
         )
     )

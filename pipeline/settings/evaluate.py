@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Whole
+from logitcask.pipeline.settings.base import Seed, Settings, Whole, flag_of
 
 
 def _parse_list(value: Any) -> Any:
@@ -15,30 +15,36 @@ def _parse_list(value: Any) -> Any:
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_parse_list)]
 Wholes = Annotated[tuple[Whole, ...], BeforeValidator(_parse_list), Field(min_length=1)]
 
-OF_HUMANEVAL = {"problems", "samples", "k", "temperature", "max_new_tokens", "seed", "allow_code_execution"}
+HUMANEVAL_ONLY = {"problems", "samples", "k", "temperature", "max_new_tokens", "seed", "allow_code_execution"}
 
 
 class EvaluateSettings(Settings):
-    """Knobs of ``logitcask evaluate``."""
+    """Options of ``logitcask evaluate``."""
 
     model: str = Field(description="folder or hub id of a student, such as a run's final/, or a .gguf file")
     cache: str | None = Field(
         None, description="a logit cache of examples the student has not seen: folder, .zip file or URL"
     )
-    humaneval: bool = Field(False, description="pass@k on HumanEval, by running the code that the model writes")
+    humaneval: bool = Field(False, description="measure pass@k on HumanEval, by running the code that the model writes")
     tasks: Names | None = Field(None, description="tasks of lm-evaluation-harness: names, or paths of their YAML files")
-    limit: Whole | None = Field(None, description="examples at most, the first of the cache and of each task")
-    batch_size: Whole = Field(8, description="examples, or samples of a problem, a forward pass")
-    problems: Whole | None = Field(None, description="HumanEval problems at most, the first; default: all 164")
-    samples: Whole = Field(1, description="programs to write for a HumanEval problem, n")
-    k: Wholes = Field((1,), description="the k of pass@k, each at most --samples")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="of HumanEval's samples, 0: the likeliest token; several samples need more"
+    limit: Whole | None = Field(
+        None, description="evaluate at most this many examples, the first of --cache and of each task"
     )
-    max_new_tokens: Whole = Field(512, description="tokens of a HumanEval sample at most")
-    seed: Seed = Field(0, description="seed of HumanEval's samples")
+    batch_size: Whole = Field(8, description="examples, or HumanEval samples, per forward pass")
+    problems: Whole | None = Field(
+        None, description="evaluate only the first so many HumanEval problems; default: all 164"
+    )
+    samples: Whole = Field(1, description="programs to write per HumanEval problem, n")
+    k: Wholes = Field((1,), description="values of k in pass@k, each at most --samples")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0,
+        description="sampling temperature for HumanEval; 0: the most likely token; several samples need more than 0",
+    )
+    max_new_tokens: Whole = Field(512, description="most tokens per HumanEval sample")
+    seed: Seed = Field(0, description="seed of the HumanEval samples")
     allow_code_execution: bool = Field(
-        False, description="run what the model writes on this machine, in a sandbox that does not stop everything"
+        False,
+        description="run the code that the model writes on this machine, in a sandbox that does not stop everything",
     )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     output: Path | None = Field(None, description="write the figures as JSON to this file")
@@ -47,13 +53,13 @@ class EvaluateSettings(Settings):
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
         if not (self.cache or self.humaneval or self.tasks):
-            raise ValueError("give at least one of cache, humaneval, tasks: what to evaluate the model on")
-        strange = sorted(self.model_fields_set & OF_HUMANEVAL)
-        if strange and not self.humaneval:
-            raise ValueError(f"{', '.join(strange)}: only with --humaneval: add it or leave it out")
+            raise ValueError("give at least one of --cache, --humaneval, --tasks: what to evaluate the model on")
+        extra = [flag_of(name) for name in sorted(self.model_fields_set & HUMANEVAL_ONLY)]
+        if extra and not self.humaneval:
+            raise ValueError(f"{', '.join(extra)}: only valid with --humaneval: add it or leave them out")
         if self.limit is not None and not (self.cache or self.tasks):
             raise ValueError(
-                f"limit is of cache and tasks, is {self.limit}: HumanEval's problems are cut by --problems"
+                f"--limit applies to --cache and --tasks, got {self.limit} with neither: use --problems for HumanEval"
             )
         if self.humaneval and not self.allow_code_execution:
             raise ValueError(
@@ -61,9 +67,9 @@ class EvaluateSettings(Settings):
                 "does not stop, then add --allow-code-execution"
             )
         if max(self.k) > self.samples:
-            raise ValueError(f"k must be at most samples, {self.samples}, is {max(self.k)}: raise --samples")
+            raise ValueError(f"--k must be at most --samples, {self.samples}, got {max(self.k)}: raise --samples")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(
-                f"samples must be 1 at temperature 0, is {self.samples}: they would all be alike; add --temperature 0.8"
+                f"--samples must be 1 at --temperature 0, got {self.samples}: all would be alike; add --temperature 0.8"
             )
         return self

@@ -8,11 +8,11 @@ from logitcask.pipeline.settings.base import Seed, Settings, Whole
 
 
 class GenerateSettings(Settings):
-    """Knobs of ``logitcask generate``."""
+    """Options of ``logitcask generate``."""
 
     model: str = Field(description="folder or hub id of a causal language model, such as a run's final/")
-    prompt: str = Field(description="what to answer")
-    max_new_tokens: Whole = Field(128, description="tokens at most")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="0: the likeliest token")
+    prompt: str = Field(description="the text to answer")
+    max_new_tokens: Whole = Field(128, description="most tokens to generate")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="0: the most likely token")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     seed: Seed = Field(0, description="seed of sampling")

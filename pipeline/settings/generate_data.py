@@ -1,4 +1,4 @@
-"""Settings of ``logitcask generate-data``: which provider takes which knob is said here once."""
+"""Settings of ``logitcask generate-data``, and which options each provider takes."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -6,105 +6,120 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Whole
+from logitcask.pipeline.settings.base import Seed, Settings, Whole, flag_of
 
 Provider = Literal["source", "openai", "anthropic", "openai-compatible", "local"]
-PRICE_RULE = "must be MODEL=INPUT/OUTPUT, in dollars a million tokens, commas between models, such as some-model=0.25/2"
+PRICE_RULE = (
+    "must be MODEL=INPUT/OUTPUT, in dollars per million tokens, with commas between models, such as some-model=0.25/2"
+)
 
 
 def _parse_prices(value: Any) -> Any:
-    """``a=1/2,b=3/4`` as a mapping; a mapping, as a config file gives it, stays."""
+    """Parse ``a=1/2,b=3/4`` into a mapping; a mapping, from a config file, is returned as it is."""
     if not isinstance(value, str):
         if isinstance(value, dict) and not all(isinstance(p, list | tuple) and len(p) == 2 for p in value.values()):
-            raise ValueError("must give [INPUT, OUTPUT] for each model, in dollars a million tokens")
+            raise ValueError("must give [INPUT, OUTPUT] for each model, in dollars per million tokens")
         return value
-    found = {}
+    prices = {}
     for item in value.split(","):
         model, _, price = item.rpartition("=")
         if not model.strip() or price.count("/") != 1:
             raise ValueError(PRICE_RULE)
-        found[model.strip()] = tuple(price.split("/"))
-    return found
+        prices[model.strip()] = tuple(price.split("/"))
+    return prices
 
 
 def _is_plain_url(value: str) -> bool:
     try:
         parts = urlsplit(value)
-        found = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        has_host = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-    return found and "@" not in parts.netloc and not parts.query and not parts.fragment
+    return has_host and "@" not in parts.netloc and not parts.query and not parts.fragment
 
 
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Prices = Annotated[dict[str, tuple[Dollars, Dollars]], BeforeValidator(_parse_prices)]
 
-EVERY = {"provider", "output_dir", "num_examples", "seed"}
-ASKED = {"model", "prompts", "max_new_tokens", "near_duplicate", "validation_fraction"}
+COMMON = {"provider", "output_dir", "num_examples", "seed"}
+MODELS = {"model", "prompts", "max_new_tokens", "near_duplicate", "validation_fraction"}
 REMOTE = {"concurrency", "request_timeout", "max_retries", "prices", "max_cost"}
 TAKES: dict[Provider, set[str]] = {
-    "source": EVERY | {"source_dir"},
-    "openai": EVERY | ASKED | REMOTE | {"temperature"},
-    "anthropic": EVERY | ASKED | REMOTE,  # its API refuses a temperature since version 2026-10-21
-    "openai-compatible": EVERY | ASKED | REMOTE | {"temperature", "base_url"},
-    "local": EVERY | ASKED | {"temperature", "batch_size", "dtype", "device"},
+    "source": COMMON | {"source_dir"},
+    "openai": COMMON | MODELS | REMOTE | {"temperature"},
+    "anthropic": COMMON | MODELS | REMOTE,  # its API has refused a temperature since version 2026-10-21
+    "openai-compatible": COMMON | MODELS | REMOTE | {"temperature", "base_url"},
+    "local": COMMON | MODELS | {"temperature", "batch_size", "dtype", "device"},
 }
 NEEDS = ("model", "prompts", "base_url")
 
 
 class GenerateDataSettings(Settings):
-    """Knobs of ``logitcask generate-data``."""
+    """Options of ``logitcask generate-data``."""
 
     provider: Provider = Field(
         "source", description="where examples come from; source: Python source code; local: a model on this machine"
     )
     output_dir: Path = Field(description="folder for train.jsonl; for models also validation.jsonl and manifest.json")
-    num_examples: Whole = Field(1000, description="examples to write at most; prompts to ask of a model")
-    source_dir: Path | None = Field(None, description="tree of Python files; default: the standard library")
-    model: str | None = Field(None, description="the provider's name of the model; local: hub id, folder or .gguf file")
+    num_examples: Whole = Field(1000, description="most examples to write; with a model, prompts to send")
+    source_dir: Path | None = Field(None, description="folder of Python files; default: the standard library")
+    model: str | None = Field(
+        None, description="the provider's name for the model; local: hub id, folder or .gguf file"
+    )
     base_url: str | None = Field(
         None, description="URL of an openai-compatible server, such as http://localhost:8000/v1"
     )
-    prompts: Path | None = Field(None, description="YAML file of categories, languages and topics, or code")
-    max_new_tokens: Whole = Field(1024, description="tokens of a response at most; longer ones are dropped")
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="of sampling, 0: the likeliest token; default: the model's own"
+    prompts: Path | None = Field(
+        None, description="YAML file of categories, languages and topics, or the name of a shipped one: code"
     )
-    concurrency: Whole = Field(8, description="requests at once")
+    max_new_tokens: Whole = Field(1024, description="most tokens per response; longer ones are dropped")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="sampling temperature; 0: the most likely token; default: the model's own"
+    )
+    concurrency: Whole = Field(8, description="concurrent requests")
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        120.0, description="seconds to wait for one response"
+        120.0, description="seconds to wait for a response"
     )
     max_retries: Annotated[int, Field(ge=0, le=100)] = Field(
-        5, description="times a request is sent again after 408, 409, 429, 5xx, a timeout or a broken connection"
+        5, description="retries per request after 408, 409, 429, 5xx, a timeout or a broken connection"
     )
-    prices: Prices = Field({}, description="MODEL=INPUT/OUTPUT[,...], dollars a million tokens; a mapping in a config")
-    max_cost: Dollars | None = Field(None, description="dollars the output folder may cost in all; needs the price")
-    batch_size: Whole = Field(8, description="prompts a local model answers at once")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of a local model's weights")
-    device: str = Field("auto", description="of a local model: auto, cpu, cuda, cuda:1, mps")
+    prices: Prices = Field(
+        {}, description="MODEL=INPUT/OUTPUT[,...] in dollars per million tokens; a mapping in a config"
+    )
+    max_cost: Dollars | None = Field(
+        None, description="most dollars to spend on the output folder in all; needs --prices"
+    )
+    batch_size: Whole = Field(8, description="prompts per batch of a local model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of a local model's weights"
+    )
+    device: str = Field("auto", description="device of a local model: auto, cpu, cuda, cuda:1, mps")
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.8, description="drop responses that share this part of their 5-word runs (Jaccard) with an earlier; 1: exact"
+        0.8,
+        description="drop responses whose 5-word runs reach this Jaccard similarity to an earlier one's; 1: exact",
     )
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share for validation.jsonl")
-    seed: Seed = Field(0, description="seed of the order, of the split and of a local model's sampling")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of examples written to validation.jsonl"
+    )
+    seed: Seed = Field(0, description="seed of the order, the split and a local model's sampling")
 
     @model_validator(mode="after")
     def _options_fit_the_provider(self) -> Self:
         takes = TAKES[self.provider]
-        strange = sorted(self.model_fields_set - takes)
-        if strange:
-            raise ValueError(f"provider {self.provider} takes no {', '.join(strange)}: leave it out")
+        extra = [flag_of(name) for name in sorted(self.model_fields_set - takes)]
+        if extra:
+            raise ValueError(f"--provider {self.provider} does not take {', '.join(extra)}: leave it out")
         for name in NEEDS:
             if name in takes and getattr(self, name) is None:
-                raise ValueError(f"provider {self.provider} needs --{name.replace('_', '-')}")
-        if self.base_url is not None and not _is_plain_url(self.base_url):  # the value stays untold: it may hold a key
+                raise ValueError(f"--provider {self.provider} needs {flag_of(name)}")
+        if self.base_url is not None and not _is_plain_url(self.base_url):  # not printed: it may hold a key
             raise ValueError(
                 "--base-url must be http:// or https://, a host and a path, without user name, password or query: "
                 "the key comes from the environment variable OPENAI_COMPATIBLE_API_KEY"
             )
         if self.max_cost is not None and self.model not in self.prices:
             raise ValueError(
-                f"max_cost needs the price of {self.model}: add --prices {self.model}=INPUT/OUTPUT, "
-                "in dollars a million tokens"
+                f"--max-cost needs the price of {self.model}: add --prices {self.model}=INPUT/OUTPUT, "
+                "in dollars per million tokens"
             )
         return self

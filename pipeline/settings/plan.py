@@ -4,49 +4,51 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import Settings, Whole
+from logitcask.pipeline.settings.base import Settings, Whole, flag_of
 
 
 class PlanSettings(Settings):
-    """Knobs of ``logitcask plan``."""
+    """Options of ``logitcask plan``."""
 
-    train_data: str | None = Field(None, description="data file or dataset to count, large files by a sample")
+    train_data: str | None = Field(None, description="data file or dataset to count; large files are sampled")
     tokens: Annotated[int, Field(ge=1, le=10**15)] | None = Field(
-        None, description="tokens in place of a data file; all are taken to be targets"
+        None, description="number of tokens in place of a data file; all are taken to be targets"
     )
     teacher_model: str | None = Field(
-        None, description="hub id, local folder or .gguf file, whose weights are not read; or a size such as 7B"
+        None, description="hub id, local folder or .gguf file (no weights are read), or a size such as 7B"
     )
     student_config: str = Field(
         "100M", description="Hugging Face config JSON of a student, a name such as tiny, or a size such as 350M"
     )
     preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")
-    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
+        1024, description="tokens per example; longer examples are truncated"
+    )
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
-    batch_size: Whole = Field(8, description="full-length sequences a forward pass, in both stages")
-    use_gradient_checkpointing: bool = Field(False, description="of the student")
-    use_mixed_precision: bool = Field(False, description="of the student, bfloat16")
-    device: str = Field("H100", description="a device that --tables names")
+    batch_size: Whole = Field(8, description="full-length sequences per forward pass, in both stages")
+    use_gradient_checkpointing: bool = Field(False, description="train the student with gradient checkpointing")
+    use_mixed_precision: bool = Field(False, description="train the student with bfloat16 mixed precision")
+    device: str = Field("H100", description="a device listed by --tables")
     teacher_tokens_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="a speed of stage 1 that was measured, in place of the estimate"
+        None, description="measured speed of stage 1, in place of the estimate"
     )
     price: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="of an hour of the device, in any currency"
+        None, description="price per device hour, in any currency"
     )
     tables: bool = Field(
-        False, description="devices, and what common students and teachers need; goes with --json only"
+        False, description="print devices, and what common students and teachers need; combines only with --json"
     )
     json_: bool = Field(False, description="print JSON")
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
         if self.tables:
-            others = sorted(self.model_fields_set - {"tables", "json_"})
+            others = [flag_of(name) for name in sorted(self.model_fields_set - {"tables", "json_"})]
             if others:
-                raise ValueError(f"tables are of fixed cases and take no {', '.join(others)}: leave it out")
+                raise ValueError(f"--tables shows fixed cases and does not take {', '.join(others)}: leave it out")
             return self
         if (self.train_data is None) == (self.tokens is None):
-            raise ValueError("give exactly one of train_data and tokens")
+            raise ValueError("give exactly one of --train-data and --tokens")
         if self.teacher_model is None:
             raise ValueError("--teacher-model is required: a model, or a size such as 7B")
         return self

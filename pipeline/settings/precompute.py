@@ -13,7 +13,7 @@ def _parse_temperatures(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-def _place(value: Any) -> Any:
+def _path_or_url(value: Any) -> Any:
     return str(value) if "://" in str(value) else Path(value)
 
 
@@ -22,54 +22,59 @@ PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, 
 
 
 class PrecomputeSettings(Settings):
-    """Knobs of ``logitcask precompute-logits``."""
+    """Options of ``logitcask precompute-logits``."""
 
     teacher_model: str = Field(description="hub id, local folder or .gguf file of a causal language model")
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
-    output: Annotated[Path | str, BeforeValidator(_place)] = Field(
+    output: Annotated[Path | str, BeforeValidator(_path_or_url)] = Field(
         description="folder of the cache, or its s3://, gs:// or ssh:// URL"
     )
     preset: Literal["lean", "standard", "rich"] = Field(
-        "standard", description="size of a label, head + tail: lean 4 + 8, standard 8 + 24, rich 32 + 64"
+        "standard", description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64"
     )
     head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
-        8, description="most probable tokens kept exactly, K; overrides the preset's"
+        8, description="K, the number of most probable tokens kept exactly; overrides the preset"
     )
     tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(
-        24, description="tokens drawn from the rest, M; overrides the preset's"
+        24, description="M, the number of tokens drawn from the rest; overrides the preset"
     )
-    temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures students may train at")
-    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(1024, description="tokens an example, longer are cut")
+    temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures that students can train at")
+    max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
+        1024, description="tokens per example; longer examples are truncated"
+    )
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
-    batch_size: Whole = Field(8, description="full-length sequences a forward pass; shorter ones go in greater number")
-    shard_positions: Whole = Field(65536, description="target positions a shard: the unit of resuming")
+    batch_size: Whole = Field(8, description="full-length sequences per forward pass; more if they are shorter")
+    shard_positions: Whole = Field(65536, description="target positions per shard, the unit of resuming")
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
-        512, description="positions to measure the labels' fidelity on, against the full distribution; 0: none"
+        512, description="positions on which labels are measured against the full distribution; 0: none"
     )
     engine: Literal["auto", "transformers", "vllm", "vllm-topk"] = Field(
-        "auto", description="auto: vLLM where it and an accelerator are found; vllm-topk: head at T=1 only, no draws"
+        "auto", description="auto: vLLM if it and an accelerator are available; vllm-topk: head at T=1 only, no draws"
     )
     tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with --engine vllm")
     ray: str | None = Field(
         None,
-        description="make each shard a task of the Ray cluster at this address; local: of one started here; auto, or "
-        "--ray alone: of one that runs here, else of one started here",
+        description="run each shard as a task on the Ray cluster at this address; local: on a new one; auto, or --ray "
+        "without a value: on one that runs here, else on a new one",
     )
     workers: Whole | None = Field(
-        None, description="teachers on the Ray cluster, which may have yet to grow; default: one an accelerator it has"
+        None, description="teachers on the Ray cluster, which may still have to grow; default: one per accelerator"
     )
-    skip_engine_check: bool = Field(False, description="do not compare a few of vLLM's labels with transformers' first")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the teacher's weights")
+    skip_engine_check: bool = Field(False, description="skip the comparison of a few vLLM labels with transformers")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the teacher's weights"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
-    overwrite: bool = Field(False, description="replace a cache that lies at the output")
+    overwrite: bool = Field(False, description="replace an existing cache at --output")
     dry_run: bool = Field(False, description="print counts, lengths, bytes and hours; load no weights, write nothing")
-    json_: bool = Field(False, description="print JSON; goes with --dry-run only")
+    json_: bool = Field(False, description="print JSON; only with --dry-run")
     shards: str | None = Field(
-        None, description="i/n: write only part i of n, from 1, beside other processes; the cache needs all parts"
+        None,
+        description="i/n: write only part i (1 to n) of the shards, beside other processes; the cache needs all parts",
     )
-    seed: Seed = Field(0, description="seed of the shuffle and of the draws")
+    seed: Seed = Field(0, description="seed of the shuffle and the draws")
 
     @model_validator(mode="before")
     @classmethod
@@ -79,53 +84,56 @@ class PrecomputeSettings(Settings):
 
     @field_validator("shards")
     @classmethod
-    def _shards_are_a_part(cls, value: str | None) -> str | None:
-        found = None if value is None else re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
-        if value is not None and not (found and 1 <= int(found[1]) <= int(found[2])):
+    def _shards_is_i_of_n(cls, value: str | None) -> str | None:
+        match = None if value is None else re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
+        if value is not None and not (match and 1 <= int(match[1]) <= int(match[2])):
             raise ValueError("must be i/n with i from 1 to n, such as 1/8")
         return value
 
     @model_validator(mode="after")
-    def _a_part_keeps_the_others(self) -> Self:
+    def _parts_do_not_overwrite(self) -> Self:
         if self.shards is not None and self.overwrite:
             raise ValueError(
-                "overwrite does not go with shards: a part would wipe the others' work; remove the cache's folder first"
+                "--overwrite cannot be combined with --shards: a part would delete the work of the others; "
+                "remove the cache's folder first"
             )
         return self
 
     @model_validator(mode="after")
-    def _json_is_of_a_dry_run(self) -> Self:
+    def _json_requires_dry_run(self) -> Self:
         if self.json_ and not self.dry_run:
-            raise ValueError("--json goes with --dry-run: what a cache holds tells cache info --json")
+            raise ValueError("--json requires --dry-run: `logitcask cache info --json` shows what a cache holds")
         return self
 
     @model_validator(mode="after")
-    def _nothing_is_left_unused(self) -> Self:
+    def _options_apply_to_the_engine(self) -> Self:
         if self.tensor_parallel_size > 1 and not self.engine.startswith("vllm"):
             raise ValueError(
-                f"tensor_parallel_size {self.tensor_parallel_size} is vLLM's, engine is {self.engine}: add engine vllm"
+                f"--tensor-parallel-size {self.tensor_parallel_size} requires vLLM, got --engine {self.engine}: "
+                "add --engine vllm"
             )
         if self.skip_engine_check and not self.engine.startswith("vllm"):
-            raise ValueError(f"skip_engine_check is of engine vllm, engine is {self.engine}: leave it out")
+            raise ValueError(f"--skip-engine-check requires vLLM, got --engine {self.engine}: leave it out")
         if self.workers is not None and self.ray is None:
-            raise ValueError(f"workers {self.workers} are of a Ray cluster: add ray, or leave it out")
+            raise ValueError(f"--workers {self.workers} requires --ray: add it, or leave --workers out")
         return self
 
     @model_validator(mode="after")
-    def _top_k_has_neither_tail_nor_temperatures(self) -> Self:
+    def _top_k_gives_the_head_alone(self) -> Self:
         if self.engine == "vllm-topk" and (self.tail_draws, self.temperatures, self.fidelity_positions) != (
             0,
             (1.0,),
             0,
         ):
             raise ValueError(
-                "engine vllm-topk gives the head at T=1 alone: add tail_draws 0, temperatures 1, fidelity_positions 0"
+                "--engine vllm-topk gives the head at T=1 alone: "
+                "add --tail-draws 0 --temperatures 1 --fidelity-positions 0"
             )
         return self
 
     @property
     def part(self) -> tuple[int, int] | None:
-        """Part i of n of the shards, None for all of them."""
+        """Part i of n of the shards, None if all of them."""
         if self.shards is None:
             return None
         index, count = self.shards.split("/")
@@ -134,7 +142,7 @@ class PrecomputeSettings(Settings):
     @model_validator(mode="after")
     def _label_is_not_empty(self) -> Self:
         if self.head_size + self.tail_draws == 0:
-            raise ValueError("head_size + tail_draws must be at least 1, is 0: a label needs an entry")
+            raise ValueError("--head-size + --tail-draws must be at least 1, got 0: a label needs an entry")
         if len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError(f"temperatures must differ from each other, are {list(self.temperatures)}")
+            raise ValueError(f"--temperatures must differ from each other, got {list(self.temperatures)}")
         return self

@@ -1,1 +1,1 @@
-"""Teachers: what turns token ids into sparse labels."""
+"""Teachers: models that turn token ids into sparse labels."""

@@ -1,4 +1,4 @@
-"""Hidden states to labels, in slices: what every engine does with the rows it has, wherever they lie.
+"""Turn hidden states into labels, in slices: the step that all engines share, on whatever device the rows are.
 
 Legend: N target positions, V vocabulary, M tail draws.
 """
@@ -17,16 +17,16 @@ from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 
-Advance = Callable[[int], None]  # called with the positions just labelled
+Advance = Callable[[int], None]  # called with the number of positions just labelled
 
-SLICE_LOGITS = 1 << 24  # logits in memory at a time, with copies of all: 64 MiB in float32, whatever the batch
-HOST_LOGITS = 1 << 25  # on a processor, which copies few of them: the more rows, the faster a product with the head
-FRESH_LOGITS = 31 << 18  # where each slice is new memory: below 32 MiB the C library hands out again what was freed
-CACHED_LOGITS = 1 << 20  # of these, sparsified at a time on a processor: what its cache holds
+SLICE_LOGITS = 1 << 24  # logits in memory at a time on an accelerator: 64 MiB in float32, whatever the batch
+HOST_LOGITS = 1 << 25  # on a CPU, which copies few of them: the more rows, the faster a product with the head
+FRESH_LOGITS = 31 << 18  # if each slice is newly allocated: below 32 MiB the C library reuses freed memory
+CACHED_LOGITS = 1 << 20  # of these, sparsified at a time on a CPU: what its cache holds
 
 
 def slice_rows(vocab_size: int, device: torch.device, *, fresh: bool) -> int:
-    """Rows of logits to make at a time; ``fresh``: whether each slice comes in new memory."""
+    """Return the rows of logits to compute at a time; ``fresh``: whether each slice is newly allocated."""
     on_host = FRESH_LOGITS if fresh else HOST_LOGITS
     return max(1, (on_host if device.type == "cpu" else SLICE_LOGITS) // vocab_size)
 
@@ -41,34 +41,34 @@ def label_rows(
     probe: Probe | None,
     rows: int,
 ) -> tuple[SparseTargets, FidelitySums]:
-    """Labels of N positions from their hidden states, and the fidelity sums of those to be ``measured``.
+    """Return labels of N positions from their hidden states, and the fidelity sums of those that are ``measured``.
 
-    The logits of ``rows`` positions are made at a time; those beyond the tokenizer's vocabulary (padding of the
-    embedding matrix) are dropped before normalising.
+    Logits are computed for ``rows`` positions at a time; those beyond the tokenizer's vocabulary (padding of the
+    embedding matrix) are dropped before normalizing.
     """
     device = hidden_NH.device
-    few = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
+    block = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
     sums = FidelitySums.zeros(label.temperatures)
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
         gold, uniforms = torch.from_numpy(gold_N[cut]).to(device), torch.from_numpy(uniforms_NM[cut]).to(device)
-        cuts = [slice(start, start + few) for start in range(0, len(logits_NV), few)]
-        found = SparseTargets.concatenate(
+        cuts = [slice(start, start + block) for start in range(0, len(logits_NV), block)]
+        targets = SparseTargets.concatenate(
             [sparsify(logits_NV[c], gold[c], uniforms[c], label.head_size, label.temperatures) for c in cuts]
         )
-        parts.append(found)
+        parts.append(targets)
         chosen = np.flatnonzero(measured_N[cut])
         if probe is not None and len(chosen):
             at = torch.from_numpy(chosen).to(device)
-            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], found[chosen], label)
-        del logits_NV  # or the next slice would need room beside it
+            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], targets[chosen], label)
+        del logits_NV  # else it and the next slice would be in memory together
     return SparseTargets.concatenate(parts), sums
 
 
 def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:
-    """Labels laid end to end, cut into those of each example."""
+    """Split concatenated labels into those of each example; ``counts`` are their positions."""
     ends = np.cumsum(counts)
     return [targets[int(end - count) : int(end)] for end, count in zip(ends, counts, strict=True)]
 
@@ -76,7 +76,7 @@ def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTarg
 def label_shard(
     teacher: Teacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, advance: Advance
 ) -> Shard:
-    """A shard, labelled: its examples are in the batches in any order."""
+    """Return a labelled shard, its examples sorted by index; the batches may hold them in any order."""
     labelled: dict[int, Example] = {}
     fidelity = FidelitySums.zeros(label.temperatures)
     for batch in batches:
@@ -85,4 +85,4 @@ def label_shard(
         for example, targets in zip(batch, labels.targets, strict=True):
             labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
             advance(len(targets))
-    return Shard.of([labelled[place] for place in sorted(labelled)], fidelity)
+    return Shard.of([labelled[index] for index in sorted(labelled)], fidelity)

@@ -1,4 +1,4 @@
-"""Which engine runs the teacher, and the proof that it gives what transformers gives."""
+"""Choose and load the engine that runs the teacher, and check its labels against those of transformers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 
-TOLERANCE = {"float32": 1e-3}  # nats, of log-partitions and of the next token's log-probability, at most
-HALF_TOLERANCE = 0.5  # for the 16-bit types: between their own rounding errors and those of a wrong model
-CHECKED = 4  # examples
+TOLERANCE = {"float32": 1e-3}  # largest difference, in nats, of log-partitions and next-token log-probabilities
+HALF_TOLERANCE = 0.5  # for 16-bit dtypes: above their rounding errors, below the differences of a wrong model
+CHECKED_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """Which teacher to load, and how: all that a worker needs to know of it."""
+    """Which teacher to load, and how: all that a worker needs to load it."""
 
     model: str
     revision: str | None
@@ -30,11 +30,11 @@ class TeacherSpec:
     max_seq_length: int
     tensor_parallel_size: int
     trust_remote_code: bool
-    head_size: int  # what the engine vllm-topk asks vLLM for
+    head_size: int  # prompt log-probabilities per position for --engine vllm-topk
 
 
 def load_engine(spec: TeacherSpec) -> Teacher:
-    """The teacher in the engine asked for. Raises LogitcaskError if the model or the engine cannot be loaded."""
+    """Load the teacher in the requested engine. Raises LogitcaskError if the model or the engine cannot be loaded."""
     if choose_engine(spec.engine, spec.model) == "transformers":
         return load_transformers(spec, spec.dtype, spec.device)
     return load_vllm_teacher(
@@ -49,7 +49,7 @@ def load_engine(spec: TeacherSpec) -> Teacher:
 
 
 def choose_engine(engine: str, teacher: str) -> str:
-    """``auto``: vLLM if it is installed and an accelerator is present, for what it can read."""
+    """Return the engine to use; ``auto`` is vLLM if it is installed, can read the teacher, and has an accelerator."""
     if engine != "auto":
         return engine
     vllm = find_spec("vllm") is not None and torch.accelerator.is_available() and not teacher.endswith(".gguf")
@@ -57,7 +57,7 @@ def choose_engine(engine: str, teacher: str) -> str:
 
 
 def load_transformers(spec: TeacherSpec, dtype: str, device: str) -> TransformersTeacher:
-    """The teacher in plain PyTorch."""
+    """Load the teacher in plain PyTorch."""
     return load_teacher(
         spec.model,
         revision=spec.revision,
@@ -70,21 +70,21 @@ def load_transformers(spec: TeacherSpec, dtype: str, device: str) -> Transformer
 def check_engine(teacher: Teacher, spec: TeacherSpec, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
     """Compare a few labels with those of transformers in float32. Raises LogitcaskError if they differ.
 
-    On the CPU: the engine has filled the accelerator.
+    Transformers runs on the CPU, since the engine has filled the accelerator.
     """
-    examples, made_by = batch[-CHECKED:], teacher.facts.identity  # the shortest
-    found = teacher.label(examples, label)
-    wanted = load_transformers(spec, "float32", "cpu").label(examples, label)
-    limit = TOLERANCE.get(made_by.dtype, HALF_TOLERANCE)
+    examples, identity = batch[-CHECKED_EXAMPLES:], teacher.facts.identity  # the shortest ones
+    labels = teacher.label(examples, label)
+    expected = load_transformers(spec, "float32", "cpu").label(examples, label)
+    limit = TOLERANCE.get(identity.dtype, HALF_TOLERANCE)
     for name in ("gold_logprobs", "log_partition"):
         differences = [
             np.abs(getattr(a, name) - getattr(b, name)).max()
-            for a, b in zip(found.targets, wanted.targets, strict=True)
+            for a, b in zip(labels.targets, expected.targets, strict=True)
         ]
-        difference = float(np.max(differences))  # NaN where one is: Python's own max may pass over it
+        difference = float(np.max(differences))  # NaN if any is: Python's max may skip one
         if not difference <= limit:
             raise LogitcaskError(
-                f"{made_by.engine} and transformers disagree: {name} differs by {difference:.3g} nats, "
-                f"at most {limit:g} is expected in {made_by.dtype}: use --engine transformers; "
+                f"{identity.engine} and transformers disagree: {name} differs by {difference:.3g} nats, "
+                f"at most {limit:g} is expected in {identity.dtype}: use --engine transformers; "
                 "--skip-engine-check is for teachers too large to load twice"
             )

@@ -1,4 +1,4 @@
-"""Logits to sparse labels: pure functions on tensors, the same for every engine.
+"""Turn logits into sparse labels: pure functions on tensors, the same for every engine.
 
 Legend: N target positions, V vocabulary, K head tokens, M tail draws, J temperatures, z logits, l log-probabilities in
 nats at T=1. The label is unbiased at each stored temperature: a tail token drawn from r carries p_T / r (importance
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from logitcask.cache.labels import SparseTargets
 
-BLOCK = 128  # vocabulary entries a block of the two-level sum, and of the search for the largest
-LARGEST_POWER = 16  # taken by multiplications
-BELOW_ONE = 1.0 - 2.0**-40  # the largest uniform number used: never lands past the last token with any mass
+BLOCK = 128  # vocabulary entries per block, in the two-level sums and in the search for the largest
+LARGEST_POWER = 16  # computed by repeated multiplication
+BELOW_ONE = 1.0 - 2.0**-40  # the largest uniform number used: never lands past the last token that has mass
 
 
 def uniform_draws(seed: int, example: int, positions: int, draws: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) of one example, shape (positions, draws), from a counter-based generator.
+    """Return uniform numbers in [0, 1) of one example, shape (positions, draws), from a counter-based generator.
 
-    They depend on the arguments only, so a label never depends on batching, resuming or the number of workers.
+    They depend on the arguments alone, so a label never depends on batching, resuming or the number of workers.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, example], dtype=np.uint64)))
     return generator.random((positions, draws))
@@ -31,10 +31,10 @@ def uniform_draws(seed: int, example: int, positions: int, draws: int) -> NDArra
 def sparsify(
     logits_NV: Tensor, gold_N: Tensor, uniforms_NM: Tensor, head_size: int, temperatures: Sequence[float]
 ) -> SparseTargets:
-    """Sparse labels of N positions.
+    """Return sparse labels of N positions.
 
-    ``gold_N`` holds the ids of the tokens that came next, ``uniforms_NM`` numbers in [0, 1), one a tail draw. Works in
-    float32, running sums in float64 (a float32 running sum over a vocabulary is itself a bias).
+    ``gold_N`` holds the ids of the tokens that came next, ``uniforms_NM`` numbers in [0, 1), one per tail draw.
+    Computes in float32, with cumulative sums in float64: in float32, summing over a vocabulary would bias the draws.
     """
     z_NV = logits_NV.float()
     n, vocab = z_NV.shape
@@ -71,16 +71,19 @@ def sparsify(
 
 
 def _common_root(temperatures: Sequence[float]) -> float:
-    """R such that exp(z / T) is a whole power R / T of exp(z / R) for each T, as 6 for 1, 1.5, 2; else the largest."""
+    """Return R such that R / T is an integer for each T, as 6 for 1, 1.5, 2, or else the largest T.
+
+    exp(z / T) is then a whole power of exp(z / R).
+    """
     largest = max(temperatures)
-    for root in (largest * times for times in range(1, int(LARGEST_POWER * min(temperatures) / largest) + 1)):
+    for root in (largest * factor for factor in range(1, int(LARGEST_POWER * min(temperatures) / largest) + 1)):
         if all(abs(root / t - round(root / t)) < 1e-9 for t in temperatures):
             return root
     return largest
 
 
 def _weights(z_NV: Tensor, shift_N1: Tensor, head_ids_NK: Tensor, root: float) -> Tensor:
-    """exp(z / root - shift) in blocks, (N, B, C), the one exponential; 0 in the head, and past the vocabulary."""
+    """Return exp(z / root - shift) in blocks, (N, B, C), the only exponential; 0 in the head and the padding."""
     n, vocab = z_NV.shape
     weights_NV = z_NV.new_zeros(n, vocab + -vocab % BLOCK) if vocab % BLOCK else torch.empty_like(z_NV)
     inside_NV = torch.add(-shift_N1, z_NV, alpha=1.0 / root, out=weights_NV[:, :vocab])  # one pass
@@ -89,25 +92,25 @@ def _weights(z_NV: Tensor, shift_N1: Tensor, head_ids_NK: Tensor, root: float) -
 
 
 def _block_masses(weights_NBC: Tensor, powers: Sequence[float]) -> list[Tensor]:
-    """The sums over each block of the weights to each power, (N, B) each.
+    """Return the sums over each block of the weights raised to each power, (N, B) each.
 
     An even power is a square, and a sum of squares needs no squares in memory: 6, 4 and 3 take two multiplications.
     """
-    found = {k: weights_NBC.pow(k).sum(2) for k in powers if k != round(k)}
-    last = max((k if k % 2 else k // 2 for k in powers if k not in found), default=0)
+    sums = {k: weights_NBC.pow(k).sum(2) for k in powers if k != round(k)}
+    last = max((k if k % 2 else k // 2 for k in powers if k not in sums), default=0)
     power_NBC = weights_NBC
     for k in range(1, int(last) + 1):
         if k > 1:
             power_NBC = torch.mul(power_NBC, weights_NBC, out=None if k == 2 else power_NBC)
         if k in powers:
-            found[k] = power_NBC.sum(2)
+            sums[k] = power_NBC.sum(2)
         if 2 * k in powers:
-            found[2 * k] = torch.linalg.vector_norm(power_NBC, dim=2).square_()
-    return [found[k] for k in powers]
+            sums[2 * k] = torch.linalg.vector_norm(power_NBC, dim=2).square_()
+    return [sums[k] for k in powers]
 
 
 def _top(z_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest logits and their ids, both (N, count): they lie in the blocks of the largest maxima."""
+    """Return the largest logits and their ids, both (N, count), searching only the blocks with the largest maxima."""
     n, vocab = z_NV.shape
     blocks = vocab // BLOCK
     if blocks <= 4 * count:
@@ -123,9 +126,10 @@ def _top(z_NV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _draw(weights_NBC: Tensor, proposal: dict[float, tuple[Tensor, Tensor]], uniforms_NM: Tensor) -> Tensor:
-    """Token ids drawn by inverse CDF, first a block, then a token inside it, (N, M).
+    """Return token ids drawn by inverse CDF, first a block, then a token inside it, (N, M).
 
-    From the weights to each power of ``proposal``, mixed: it gives the sums of their blocks and what to multiply with.
+    The distribution is a mixture of the weights raised to each power in ``proposal``, which maps a power to its block
+    sums, (N, B), and its factor, (N, 1).
     """
     exact = torch.float32 if weights_NBC.device.type == "mps" else torch.float64
     mixed_NB = torch.stack([mass_NB * share_N1 for mass_NB, share_N1 in proposal.values()]).sum(0)
@@ -146,7 +150,7 @@ def _draw(weights_NBC: Tensor, proposal: dict[float, tuple[Tensor, Tensor]], uni
 
 
 def _count(drawn_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids, ascending, and their counts; unused slots have id 0 and count 0. Both (N, M)."""
+    """Return distinct ids, ascending, and their counts, both (N, M); unused slots have id 0 and count 0."""
     ids_NM = drawn_NM.sort(1).values
     new_NM = torch.ones_like(ids_NM)
     new_NM[:, 1:] = ids_NM[:, 1:] != ids_NM[:, :-1]

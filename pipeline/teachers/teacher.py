@@ -1,4 +1,4 @@
-"""What a teacher is to stage 1."""
+"""The interface of a teacher, as stage 1 uses it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,17 @@ from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids (L,), where the distribution of the next token is wanted, (L,), and where of these to measure fidelity.
-
-    ``index`` is the example's place in the cache.
-    """
+    """An example of L tokens, N of them target positions, at ``index`` in the cache."""
 
     index: int
-    input_ids: IntArray
-    target_mask: NDArray[np.bool_]
-    measured: NDArray[np.bool_]  # (N,) a target position each
+    input_ids: IntArray  # (L,)
+    target_mask: NDArray[np.bool_]  # (L,) whether the distribution of the next token is labelled
+    measured: NDArray[np.bool_]  # (N,) whether the certificate measures the position
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labels of each example, and the sums of the fidelity certificate over all of them."""
+    """Labels of each example, and the sums of the fidelity certificate over them all."""
 
     targets: list[SparseTargets]
     fidelity: FidelitySums
@@ -35,11 +32,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What stage 1 asks of a teacher before it labels anything."""
+    """What stage 1 needs to know about a teacher before labelling."""
 
     identity: TeacherIdentity
-    logits_width: int  # rows of the head: the tokenizer's vocabulary, perhaps padded
-    max_length: int | None  # the longest sequence the model was made for, None where its config does not say
+    logits_width: int  # rows of the head: the tokenizer's vocabulary, possibly padded
+    max_length: int | None  # the longest sequence the model supports, None if its config does not say
 
 
 class Teacher(Protocol):
@@ -48,5 +45,5 @@ class Teacher(Protocol):
     facts: TeacherFacts
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
-        """The labels of each example's target positions, in order."""
+        """Return the labels of each example's target positions, in order."""
         ...

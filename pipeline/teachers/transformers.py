@@ -1,6 +1,6 @@
-"""The transformers engine: any causal language model by hub id, local folder or GGUF file, labelled in plain PyTorch.
+"""The transformers engine: any causal language model by hub id, local folder or GGUF file, run in plain PyTorch.
 
-Legend: B sequences a batch, L their padded length, N target positions, V vocabulary, M tail draws.
+Legend: B sequences per batch, L their padded length, N target positions, V vocabulary, M tail draws.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class TransformersTeacher:
-    """A causal language model in evaluation mode. Only target positions meet its head, a slice of them at a time."""
+    """A causal language model in evaluation mode. Its head runs on target positions only, a slice of them at a time."""
 
     def __init__(self, model: PreTrainedModel, identity: TeacherIdentity) -> None:
         self._model = model.eval()
         self._head = read_head(model)
-        self._made_probe: Probe | None = None
-        self._room = self._head.weight.new_empty(0, 0)  # for a slice of logits, made once
+        self._cached_probe: Probe | None = None
+        self._buffer = self._head.weight.new_empty(0, 0)  # for a slice of logits, allocated once
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.facts = TeacherFacts(identity, int(self._head.weight.shape[0]), longest)
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
-        """The labels of each example's target positions.
+        """Return the labels of each example's target positions.
 
-        Rows are padded at the right and run without a padding mask: attention is causal, so no real token sees one.
+        Rows are padded on the right and run without a padding mask: attention is causal, so no real token sees padding.
         """
         longest = max(len(example.input_ids) for example in batch)
         ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
@@ -54,45 +54,47 @@ class TransformersTeacher:
         ]
         with torch.inference_mode():
             hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
-            room = self._slice(label)
+            buffer = self._logits_buffer(label)
             targets, fidelity = label_rows(
-                partial(self._head.logits, room=room),
+                partial(self._head.logits, room=buffer),
                 hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)],
                 np.roll(ids_BL, -1, axis=1)[mask_BL],
                 np.concatenate(uniforms),
                 np.concatenate([example.measured for example in batch]),
                 label,
                 self._probe(label),
-                len(room),
+                len(buffer),
             )
         return Labelled(split_rows(targets, counts), fidelity)
 
-    def _slice(self, label: LabelSettings) -> Tensor:
+    def _logits_buffer(self, label: LabelSettings) -> Tensor:
         weight = self._head.weight
         shape = slice_rows(label.vocab_size, weight.device, fresh=False), len(weight)
-        if self._room.shape != shape:
-            self._room = weight.new_empty(shape)
-        return self._room
+        if self._buffer.shape != shape:
+            self._buffer = weight.new_empty(shape)
+        return self._buffer
 
     def _probe(self, label: LabelSettings) -> Probe | None:
-        if self._made_probe is None and label.fidelity_positions:
-            self._made_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
-        return self._made_probe
+        if self._cached_probe is None and label.fidelity_positions:
+            self._cached_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
+        return self._cached_probe
 
 
 def load_teacher(
     source: str, *, revision: str | None, dtype: str, device: str, trust_remote_code: bool
 ) -> TransformersTeacher:
-    """Load a teacher. Raises LogitcaskError where the model or the device cannot be had."""
-    place = choose_device(device)
-    kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    model = load_causal_lm(source, dtype=kind, revision=revision, trust_remote_code=trust_remote_code)
+    """Load a teacher. Raises LogitcaskError if the model cannot be loaded or the device does not exist."""
+    torch_device = choose_device(device)
+    torch_dtype = (
+        DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
+    )
+    model = load_causal_lm(source, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code)
     identity = TeacherIdentity(
         id=Path(source).name if Path(source).exists() else source,
         revision=getattr(model.config, "_commit_hash", None) or revision or "",
         weights=weights_fingerprint(model),
-        dtype=str(kind).removeprefix("torch."),
+        dtype=str(torch_dtype).removeprefix("torch."),
         engine="transformers",
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
-    return TransformersTeacher(model.to(place), identity)
+    return TransformersTeacher(model.to(torch_device), identity)

@@ -1,4 +1,4 @@
-"""The vLLM engine: the same labels, made inside vLLM's workers; see ``vllm_worker`` for how.
+"""The vLLM engine: the same labels, computed inside vLLM's workers by ``vllm_worker``.
 
 Legend: L tokens of an example, N target positions, K head tokens.
 """
@@ -20,9 +20,9 @@ from logitcask.pipeline.teachers.labelling import split_rows
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
 
 KEY = "logitcask"  # in a request's extra_args
-KNOWN = "0.32"  # the version whose private attributes the worker uses
+TESTED_VERSION = "0.32"  # the worker uses private attributes of this version
 FIELDS = tuple(SparseTargets.__dataclass_fields__)
-CPU_KV_CACHE = 1 << 30  # bytes; vLLM would take half of the machine's memory
+CPU_KV_CACHE = 1 << 30  # bytes; by default vLLM takes half of the machine's memory
 
 
 class VllmTeacher:
@@ -33,28 +33,28 @@ class VllmTeacher:
         self._label: LabelSettings | None = None
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
-        """The labels of each example's target positions. vLLM schedules the batch as it sees fit."""
+        """Return the labels of each example's target positions. vLLM schedules the batch as it sees fit."""
         if label != self._label:
             self._begin(label)
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
         fidelity = FidelitySums.zeros(label.temperatures)
-        found: dict[int, SparseTargets] = {}
-        for handed in self._llm.collective_rpc("logitcask_take"):
-            if handed:
-                arrays = load(handed)
+        labels: dict[int, SparseTargets] = {}
+        for data in self._llm.collective_rpc("logitcask_take"):
+            if data:
+                arrays = load(data)
                 targets = SparseTargets(*(arrays[name] for name in FIELDS))
-                found |= dict(
+                labels |= dict(
                     zip(arrays["examples"].tolist(), split_rows(targets, arrays["counts"].tolist()), strict=True)
                 )
                 fidelity += FidelitySums(arrays["fidelity"])
         for example in batch:
-            have = len(found[example.index]) if example.index in found else 0
-            if have != example.target_mask.sum():
+            count = len(labels[example.index]) if example.index in labels else 0
+            if count != example.target_mask.sum():
                 raise LogitcaskError(
-                    f"vLLM gave {have} of {example.target_mask.sum()} labels of example {example.index}: this version "
-                    f"schedules otherwise than {KNOWN}, which is known to work: use that or --engine transformers"
+                    f"vLLM gave {count} of {example.target_mask.sum()} labels of example {example.index}: this version "
+                    f"schedules differently from {TESTED_VERSION}, which works: use that or --engine transformers"
                 )
-        return Labelled([found[example.index] for example in batch], fidelity)
+        return Labelled([labels[example.index] for example in batch], fidelity)
 
     def _begin(self, label: LabelSettings) -> None:
         missing = {
@@ -64,8 +64,8 @@ class VllmTeacher:
             import vllm
 
             raise LogitcaskError(
-                f"vLLM {vllm.__version__} lacks {', '.join(sorted(missing))}: known to work is {KNOWN}.x: "
-                "install it, or use --engine transformers, or --engine vllm-topk for the head at T=1 alone"
+                f"vLLM {vllm.__version__} lacks {', '.join(sorted(missing))}: install {TESTED_VERSION}.x, "
+                "or use --engine transformers, or --engine vllm-topk for the head at T=1 alone"
             )
         self._label = label
 
@@ -82,7 +82,7 @@ class VllmTeacher:
 
 
 def _request(example: TokenizedExample) -> dict[str, Any]:
-    """What a worker must know of an example beside its prompt, which lacks its last token."""
+    """Return what a worker needs of an example besides the prompt, which lacks the last token."""
     return {
         "example": example.index,
         "targets": np.flatnonzero(example.target_mask).tolist(),
@@ -95,7 +95,7 @@ class TopKTeacher(VllmTeacher):
     """vLLM's own prompt log-probabilities: the head at T=1 alone, for a vLLM whose workers cannot be extended."""
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
-        """The head of each target position; its tail is what is missing to 1."""
+        """Return the head of each target position; the tail mass is 1 minus the head's."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -103,12 +103,12 @@ class TopKTeacher(VllmTeacher):
         )
         prompts = [{"prompt_token_ids": example.input_ids.tolist()} for example in batch]
         results = self._llm.generate(prompts, params, use_tqdm=False)
-        found = [_top_k(result.prompt_logprobs, e, label) for result, e in zip(results, batch, strict=True)]
-        return Labelled(found, FidelitySums.zeros(label.temperatures))
+        targets = [_top_k(result.prompt_logprobs, e, label) for result, e in zip(results, batch, strict=True)]
+        return Labelled(targets, FidelitySums.zeros(label.temperatures))
 
 
 def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> SparseTargets:
-    """vLLM gives K + 1 entries a position: the token that came next, then the K most probable."""
+    """Return labels from vLLM's K + 1 entries per position: the token that came next, then the K most probable."""
     rows = (np.flatnonzero(example.target_mask) + 1).tolist()
     n, k = len(rows), label.head_size
     ids, values = np.zeros((n, k), dtype=np.int64), np.zeros((n, k), dtype=np.float32)
@@ -144,12 +144,13 @@ def load_vllm_teacher(
     topk: int | None,
     overrides: Mapping[str, object] | None = None,
 ) -> VllmTeacher:
-    """Load a teacher into vLLM; with ``topk`` the fallback; ``overrides`` are of vLLM's own options.
+    """Load a teacher into vLLM; with ``topk`` a TopKTeacher. ``overrides`` are vLLM's own options.
 
-    Raises LogitcaskError where it cannot be had."""
+    Raises LogitcaskError if vLLM is not installed or cannot load the teacher.
+    """
     if source.endswith(".gguf"):
         raise LogitcaskError(
-            f"{source}: vLLM does not read GGUF files: give a folder or hub id, or --engine transformers"
+            f"{source}: vLLM does not read GGUF files: give a folder or hub id, or use --engine transformers"
         )
     if tensor_parallel_size == 1:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # starts in 10 s instead of 30

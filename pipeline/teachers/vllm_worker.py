@@ -1,8 +1,8 @@
-"""Inside vLLM's worker: labels are made where the hidden states are, and only they leave it.
+"""Compute labels inside vLLM's worker, where the hidden states are, so that only labels leave it.
 
-vLLM mixes ``LogitCapture`` into its worker class. It goes before the runner's step that computes the prompt's
-log-probabilities, which has the hidden state of every prompt token once. That step is private to vLLM: both model
-runners are known here, V1 (``_get_prompt_logprobs_dict``) and V2 (``prompt_logprobs_worker``).
+vLLM mixes ``LogitCapture`` into its worker class. It runs before the runner's step that computes the prompt's
+log-probabilities, which sees the hidden state of every prompt token once. That step is private to vLLM: both model
+runners are supported, V1 (``_get_prompt_logprobs_dict``) and V2 (``prompt_logprobs_worker``).
 
 Legend: L prompt tokens, N target positions of an example, M tail draws.
 """
@@ -29,7 +29,7 @@ from logitcask.pipeline.teachers.vllm import KEY
 
 @dataclass
 class _Rows:
-    """What came of one request so far: its prefill may be cut into chunks, and begin again after a preemption."""
+    """Labels of one request so far: its prefill may be split into chunks, and start over after a preemption."""
 
     parts: list[SparseTargets] = field(default_factory=list)
     fidelity: FidelitySums | None = None
@@ -39,31 +39,31 @@ class _Rows:
 class Capture:
     """Turns chunks of hidden states into the labels of whole examples."""
 
-    def __init__(self, label: LabelSettings, logits_of: Callable[[Tensor], Tensor | None], keeper: bool) -> None:
-        """``keeper``: whether this rank keeps labels; the others only take part in computing the logits."""
-        self._logits_of, self._keeper = logits_of, keeper
+    def __init__(self, label: LabelSettings, logits_of: Callable[[Tensor], Tensor | None], keeps_labels: bool) -> None:
+        """``keeps_labels``: whether this rank does; the others only take part in computing the logits."""
+        self._logits_of, self._keeps_labels = logits_of, keeps_labels
         self.begin(label)
 
     def begin(self, label: LabelSettings) -> None:
-        """Label otherwise from now on; what was not handed over is dropped."""
+        """Label with these settings from now on; labels not yet handed over are dropped."""
         self._label = label
         self._probe: Probe | None = None
-        self._begun: dict[str, _Rows] = {}
-        self._done: dict[int, _Rows] = {}
+        self._unfinished: dict[str, _Rows] = {}
+        self._finished: dict[int, _Rows] = {}
 
     @torch.inference_mode()
     def take(self, request: str, wanted: dict[str, Any], prompt_L: Any, hidden: Tensor, start: int) -> None:
         """Label the targets among the tokens ``start`` to ``start + len(hidden)`` of a request's prompt."""
         if start == 0:
-            self._begun[request] = _Rows()
-        rows = self._begun.get(request)
-        if rows is None:  # all there: these are generated tokens
+            self._unfinished[request] = _Rows()
+        rows = self._unfinished.get(request)
+        if rows is None:  # finished: these are generated tokens
             return
         targets = np.asarray(wanted["targets"], dtype=np.int64)
         inside = np.flatnonzero((targets >= start) & (targets < start + len(hidden)))
         if len(inside):
             chosen = hidden[torch.from_numpy(targets[inside] - start).to(hidden.device)]
-            if self._keeper:
+            if self._keeps_labels:
                 self._label_rows(rows, wanted, np.asarray(prompt_L, dtype=np.int64), targets, inside, chosen)
             else:
                 at_once = self._slice_rows(chosen)
@@ -71,7 +71,7 @@ class Capture:
                     self._logits_of(chosen[first : first + at_once])
             rows.positions += len(inside)
         if start + len(hidden) > targets[-1]:
-            self._done[int(wanted["example"])] = self._begun.pop(request)
+            self._finished[int(wanted["example"])] = self._unfinished.pop(request)
 
     def _label_rows(
         self, rows: _Rows, wanted: dict[str, Any], prompt_L: Any, targets: Any, inside: Any, chosen: Tensor
@@ -80,8 +80,8 @@ class Capture:
         if self._probe is None and label.fidelity_positions:
             self._probe = Probe(label.vocab_size, chosen.shape[1], chosen.device)
         uniforms_NM = uniform_draws(label.seed, int(wanted["example"]), len(targets), label.tail_draws)
-        following = np.append(prompt_L[1:], wanted["last"])  # the last token is not in the prompt: it predicts nothing
-        found, fidelity = label_rows(
+        following = np.append(prompt_L[1:], wanted["last"])  # not in the prompt: it predicts nothing
+        targets_of_chunk, fidelity = label_rows(
             self._logits,
             chosen,
             following[targets[inside]],
@@ -91,7 +91,7 @@ class Capture:
             self._probe,
             self._slice_rows(chosen),
         )
-        rows.parts.append(found)
+        rows.parts.append(targets_of_chunk)
         rows.fidelity = fidelity if rows.fidelity is None else rows.fidelity + fidelity
 
     def _slice_rows(self, hidden: Tensor) -> int:
@@ -103,18 +103,18 @@ class Capture:
         return logits
 
     def hand_over(self) -> bytes:
-        """The labels of all finished examples as safetensors: arrays of SparseTargets, ``examples``, ``counts``."""
-        done, self._done = dict(sorted(self._done.items())), {}
-        if not self._keeper or not done:
+        """Return finished labels as safetensors: arrays of SparseTargets, ``examples``, ``counts``, ``fidelity``."""
+        finished, self._finished = dict(sorted(self._finished.items())), {}
+        if not self._keeps_labels or not finished:
             return b""
-        parts = [part for rows in done.values() for part in rows.parts]
+        parts = [part for rows in finished.values() for part in rows.parts]
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
         fidelity = FidelitySums.zeros(self._label.temperatures)
-        for rows in done.values():
+        for rows in finished.values():
             fidelity += rows.fidelity or FidelitySums.zeros(self._label.temperatures)
-        counts = np.array([rows.positions for rows in done.values()], dtype=np.int64)
+        counts = np.array([rows.positions for rows in finished.values()], dtype=np.int64)
         return save(
-            {**arrays, "examples": np.array(list(done), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}
+            {**arrays, "examples": np.array(list(finished), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}
         )
 
 
@@ -124,17 +124,17 @@ class LogitCapture:
     logitcask_capture: Capture | None = None
 
     def logitcask_begin(self, label: str) -> str:
-        """Begin to label, by LabelSettings as JSON. Returns what this vLLM lacks, "" for nothing."""
+        """Start labelling with these LabelSettings, given as JSON. Return what this vLLM lacks, "" if nothing."""
         settings = LabelSettings.model_validate_json(label)
-        if self.logitcask_capture is not None:  # its step is in the runner already
+        if self.logitcask_capture is not None:  # the runner is hooked already
             self.logitcask_capture.begin(settings)
             return ""
         needed = ("rank", "parallel_config.tensor_parallel_size", "model_runner.model.compute_logits")
         if lacking := _lacking(self, "worker", *needed):
             return lacking
         runner = self.model_runner  # type: ignore[attr-defined]
-        keeper = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
-        capture = Capture(settings, runner.model.compute_logits, keeper)
+        keeps_labels = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
+        capture = Capture(settings, runner.model.compute_logits, keeps_labels)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             lacking = _hook_v1(runner, capture)
         elif getattr(runner, "prompt_logprobs_worker", None) is not None:
@@ -145,27 +145,27 @@ class LogitCapture:
         return lacking
 
     def logitcask_take(self) -> bytes:
-        """The labels of what was finished since the last call; empty on ranks that keep none."""
+        """Return the labels finished since the last call; empty on ranks that keep none."""
         return b"" if self.logitcask_capture is None else self.logitcask_capture.hand_over()
 
     def logitcask_weights(self) -> str:
-        """The fingerprint of this rank's weights."""
+        """Return the fingerprint of this rank's weights."""
         return weights_fingerprint(self.model_runner.model)  # type: ignore[attr-defined]
 
 
 def _lacking(owner: Any, name: str, *paths: str) -> str:
-    """The first of these dotted attributes that an object lacks, "" for none."""
+    """Return the first of these dotted attributes that an object lacks, "" if it has all."""
     for path in paths:
-        found = owner
+        value = owner
         for word in path.split("."):
-            if not hasattr(found, word):
+            if not hasattr(value, word):
                 return f"{name}.{path}"
-            found = getattr(found, word)
+            value = getattr(value, word)
     return ""
 
 
 def _lacking_fields(module: str, kind: str, *names: str) -> str:
-    """The same of a dataclass of vLLM that has no instance yet."""
+    """Return the first of these fields that a dataclass of vLLM, which may have no instance yet, lacks."""
     try:
         known = getattr(import_module(module), kind).__dataclass_fields__
     except (ImportError, AttributeError):
@@ -174,13 +174,14 @@ def _lacking_fields(module: str, kind: str, *names: str) -> str:
 
 
 def _hook_v1(runner: Any, capture: Capture) -> str:
-    of_request = ("sampling_params", "prompt_token_ids", "num_computed_tokens")
+    """Wrap the V1 runner's step. Return what the runner lacks, "" if nothing."""
+    request_fields = ("sampling_params", "prompt_token_ids", "num_computed_tokens")
     lacking = _lacking(
         runner, "model_runner", "requests", "input_batch.req_id_to_index", "query_start_loc.np"
-    ) or _lacking_fields("vllm.v1.worker.gpu_input_batch", "CachedRequestState", *of_request)
+    ) or _lacking_fields("vllm.v1.worker.gpu_input_batch", "CachedRequestState", *request_fields)
     if lacking:
         return lacking
-    stock = runner._get_prompt_logprobs_dict
+    original = runner._get_prompt_logprobs_dict
 
     def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         for request_id, count in num_scheduled_tokens.items():
@@ -190,21 +191,24 @@ def _hook_v1(runner: Any, capture: Capture) -> str:
                 offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
                 rows, start = hidden_states[offset : offset + count], request.num_computed_tokens
                 capture.take(request_id, wanted, request.prompt_token_ids, rows, start)
-        return stock(hidden_states, num_scheduled_tokens)
+        return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = step
     return ""
 
 
 def _hook_v2(worker: Any, capture: Capture) -> str:
-    """Not yet run: the V2 runner is for CUDA."""
-    of_batch = ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np")
+    """Wrap the V2 runner's step. Return what the worker lacks, "" if nothing.
+
+    Not yet run: the V2 runner needs CUDA.
+    """
+    batch_fields = ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np")
     lacking = _lacking(
         worker, "prompt_logprobs_worker", "add_request", "remove_request", "compute_prompt_logprobs"
-    ) or _lacking_fields("vllm.v1.worker.gpu.input_batch", "InputBatch", *of_batch)
+    ) or _lacking_fields("vllm.v1.worker.gpu.input_batch", "InputBatch", *batch_fields)
     if lacking:
         return lacking
-    add, remove, stock = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
+    add, remove, original = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
     wanted_by: dict[str, Any] = {}
 
     def add_request(req_id: str, req_idx: int, sampling_params: Any) -> None:
@@ -227,7 +231,7 @@ def _hook_v2(worker: Any, capture: Capture) -> str:
                 prompt = all_token_ids[slot, : int(prompt_lens[slot])].cpu().numpy()
                 start = int(input_batch.num_computed_prefill_tokens_np[row])
                 capture.take(request_id, wanted_by[request_id], prompt, hidden_states[first:end], start)
-        return stock(logits_of, hidden_states, input_batch, all_token_ids, computed, prompt_lens)
+        return original(logits_of, hidden_states, input_batch, all_token_ids, computed, prompt_lens)
 
     worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = add_request, remove_request, step
     return ""

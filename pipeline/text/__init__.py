@@ -1,1 +1,1 @@
-"""Records to token ids."""
+"""From records to token ids: data files, tokenizers, and the staged table of tokens."""

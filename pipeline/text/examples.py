@@ -1,8 +1,8 @@
-"""Examples: JSONL files, Parquet files or hub datasets to token ids and target masks.
+"""Examples: from JSONL files, Parquet files or hub datasets to token ids and target masks.
 
-A record is one of {"prompt", "response"}, {"messages": [{"role", "content"}, ...]} or {"text"}. It becomes segments of
-text, each a target or not; segments are encoded one by one, so that the border between prompt and response falls where
-it falls when the student generates. Position t is a target position where token t + 1 belongs to a target.
+A record is one of {"prompt", "response"}, {"messages": [{"role", "content"}, ...]} or {"text"}. It is cut into segments
+of text, each a target or not. Segments are encoded separately, so that the boundary between prompt and response falls
+where it falls when the student generates. Position t is a target position if token t + 1 belongs to a target.
 """
 
 import json
@@ -33,9 +33,9 @@ class Encoded:
 
 
 def read_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record stands, and the record, from a .jsonl or .parquet file or a hub dataset's train split.
+    """Yield each record with its location, from a .jsonl or .parquet file or a hub dataset's train split.
 
-    Raises LogitcaskError for a missing or empty file or a line that is no JSON object.
+    Raises LogitcaskError if the file is missing, empty or damaged, or a line is not a JSON object.
     """
     empty = True
     for where, record in _parse(source):
@@ -66,7 +66,7 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise LogitcaskError(f"{where}: malformed JSON: {error}: each line must be one JSON object") from error
     if not isinstance(record, dict):
-        raise LogitcaskError(f"{where}: must be a JSON object, is {type(record).__name__}")
+        raise LogitcaskError(f"{where}: must be a JSON object, got {type(record).__name__}")
     return record
 
 
@@ -80,17 +80,17 @@ def _parquet_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
-    except (OSError, ValueError, pyarrow.ArrowException) as error:  # files of strangers fail in any of these
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # damaged files raise any of these
         reason = first_line(error)
-        raise LogitcaskError(f"{source}: damaged or no Parquet file after row {number}: {reason}") from error
+        raise LogitcaskError(f"{source}: damaged or not a Parquet file, after row {number}: {reason}") from error
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     try:
-        found = datasets.load_dataset(source, split="train", streaming=True)
-        for number, record in enumerate(found, start=1):
+        records = datasets.load_dataset(source, split="train", streaming=True)
+        for number, record in enumerate(records, start=1):
             yield f"{source}: row {number}", {key: value for key, value in record.items() if value is not None}
     except (OSError, ValueError) as error:
         reason = first_line(error)
@@ -98,7 +98,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def record_kind(where: str, record: dict[str, Any]) -> str:
-    """``prompt``, ``messages`` or ``text``. Raises LogitcaskError for missing, unknown or mistyped fields."""
+    """Return ``prompt``, ``messages`` or ``text``. Raises LogitcaskError if fields are missing, unknown or mistyped."""
     kind = next((name for name in KINDS if name in record), None)
     if kind is None:
         raise LogitcaskError(
@@ -110,62 +110,65 @@ def record_kind(where: str, record: dict[str, Any]) -> str:
     for name in KINDS[kind]:
         if name not in record:
             raise LogitcaskError(f"{where}: field {name!r} is missing")
-        want = list if name == "messages" else str
-        if not isinstance(record[name], want):
-            kind_name = "a list" if want is list else "a string"
-            raise LogitcaskError(f"{where}: field {name!r} must be {kind_name}, is {type(record[name]).__name__}")
+        expected = list if name == "messages" else str
+        if not isinstance(record[name], expected):
+            type_name = "a list" if expected is list else "a string"
+            raise LogitcaskError(f"{where}: field {name!r} must be {type_name}, got {type(record[name]).__name__}")
     return kind
 
 
 class Encoder:
-    """Records to token ids and target masks, with one tokenizer."""
+    """Encodes records as token ids and target masks, with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_loss: bool) -> None:
         self._tokenizer, self._prompt_loss = tokenizer, prompt_loss
         empty = tokenizer("").input_ids
         self._begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        # SentencePiece tokenizers put a blank before a text (some: where none is); one that goes on must not get it.
+        # SentencePiece tokenizers put a blank before a text (some: unless it has one); a continuation must not get one.
         self._joins = self._ids("a b") == self._ids("a") + self._ids(" b") and self._ids("b") != self._ids(" b")
         self._sentinel = [] if self._joins else self._ids("\n")
 
     def encode(self, where: str, record: dict[str, Any]) -> Encoded:
-        """Token ids and target mask of a record. Raises LogitcaskError where it has no target."""
+        """Return a record's token ids and target mask, (L,) each. Raises LogitcaskError if it has no target."""
         kind = record_kind(where, record)
         if kind == "text":
-            ids, owned = self._encode([(record["text"], True)], self._begin, self._end)
+            ids, is_target = self._encode([(record["text"], True)], self._begin, self._end)
         elif kind == "prompt" and not self._tokenizer.chat_template:
             _require_text(where, "response", record["response"])
-            ids, owned = self._encode([(record["prompt"], False), (record["response"], True)], self._begin, self._end)
+            segments = [(record["prompt"], False), (record["response"], True)]
+            ids, is_target = self._encode(segments, self._begin, self._end)
         else:
             messages = _messages(where, record) if kind == "messages" else _as_chat(where, record)
-            ids, owned = self._encode(self._chat_segments(where, messages), [], [])
+            ids, is_target = self._encode(self._chat_segments(where, messages), [], [])
         mask = np.zeros(len(ids), dtype=bool)
-        mask[:-1] = True if self._prompt_loss else owned[1:]
+        mask[:-1] = True if self._prompt_loss else is_target[1:]
         if not mask.any():
             raise LogitcaskError(f"{where}: has no target: the text after its first token is empty")
         return Encoded(ids, mask)
 
     def _encode(self, segments: list[Segment], begin: list[int], end: list[int]) -> tuple[IntArray, NDArray[np.bool_]]:
-        ids, owned = list(begin), [False] * len(begin)
-        for text, is_target in segments:
-            piece = self._ids(text) if self._joins or len(ids) == len(begin) else self._continued(text)
-            ids += piece
-            owned += [is_target] * len(piece)
+        """Return the token ids (L,) of all segments, and whether each belongs to a target, (L,)."""
+        ids, is_target = list(begin), [False] * len(begin)
+        for text, targeted in segments:
+            segment_ids = self._ids(text) if self._joins or len(ids) == len(begin) else self._continued(text)
+            ids += segment_ids
+            is_target += [targeted] * len(segment_ids)
         ids += end
-        owned += [True] * len(end)
-        return np.array(ids, dtype=np.int64), np.array(owned, dtype=bool)
+        is_target += [True] * len(end)
+        return np.array(ids, dtype=np.int64), np.array(is_target, dtype=bool)
 
     def _ids(self, text: str) -> list[int]:
-        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return found
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def _continued(self, text: str) -> list[int]:
+        """Return the ids of a text that continues another: encoded after a sentinel, which is cut off."""
         whole, begin = self._ids("\n" + text), self._sentinel
         return whole[len(begin) :] if whole[: len(begin)] == begin else self._ids(text)
 
     def _chat_segments(self, where: str, messages: list[dict[str, Any]]) -> list[Segment]:
-        """The rendered chat cut at the borders of assistant turns; white space after a turn's end is no target."""
+        """Render a chat and cut it at the boundaries of assistant turns; white space after a turn is not a target."""
         render: Callable[..., str] = self._tokenizer.apply_chat_template
         if not self._tokenizer.chat_template:
             raise LogitcaskError(f"{where}: is a chat, but the tokenizer has no chat template: use prompt and response")
@@ -181,22 +184,22 @@ class Encoder:
                 end = len(after.rstrip())
                 if not (after.startswith(before) and whole.startswith(after[:end]) and len(before) >= done):
                     raise LogitcaskError(
-                        f"{where}: the chat template rewrites earlier turns, so turn {place + 1} cannot be told apart: "
-                        "split the chat into one example a turn"
+                        f"{where}: the chat template rewrites earlier turns, so turn {place + 1} cannot be located: "
+                        "split the chat into one example per turn"
                     )
                 segments += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
                 done = end
         except LogitcaskError:
             raise
-        except Exception as error:  # a template is a program of its own and raises what it likes
-            raise LogitcaskError(f"{where}: the chat template refuses this chat: {error}") from error
+        except Exception as error:  # a template is a program and may raise anything
+            raise LogitcaskError(f"{where}: the chat template rejects this chat: {error}") from error
         if not segments:
             raise LogitcaskError(f"{where}: has no target: the chat has no assistant turn")
         return [*segments, (whole[done:], False)]
 
 
 def encode_source(encoder: Encoder, source: str) -> Iterator[Encoded]:
-    """Every record of a source, encoded, under a progress bar."""
+    """Yield every record of a source, encoded, under a progress bar."""
     with track(f"reading {source}", None, "examples") as advance:
         for where, record in read_records(source):
             yield encoder.encode(where, record)

@@ -1,4 +1,4 @@
-"""All examples of a data set as token ids, staged on disk: nothing of the size of the data set lives in memory."""
+"""All examples of a data set as token ids, staged on disk so that memory use does not grow with their tokens."""
 
 import hashlib
 from array import array
@@ -18,11 +18,11 @@ from logitcask.pipeline.text.examples import Encoded
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Examples laid end to end in two files; 12 bytes an example are in memory."""
+    """Examples laid end to end in two files; 12 bytes per example are in memory."""
 
     identity: DataIdentity
-    starts: IntArray  # (E + 1,) offsets of the examples' tokens
-    positions: NDArray[np.int32]  # (E,) target positions of each
+    starts: IntArray  # (E + 1,), where each example's tokens start
+    positions: NDArray[np.int32]  # (E,), number of target positions of each
     _ids: NDArray[np.uint32]
     _mask: NDArray[np.uint8]
 
@@ -30,7 +30,7 @@ class TokenTable:
         return len(self.positions)
 
     def example(self, index: int) -> Encoded:
-        """One example, by its place in the data."""
+        """Return an example by its index in the data."""
         span = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return Encoded(self._ids[span].astype(np.int64), self._mask[span].astype(bool))
 
@@ -38,13 +38,13 @@ class TokenTable:
 def stage_tokens(
     encoded: Iterator[Encoded], folder: Path, *, max_seq_length: int, prompt_loss: bool, source: str
 ) -> TokenTable:
-    """Write encoded examples to ``folder``, cut at ``max_seq_length`` tokens.
+    """Write encoded examples to ``folder``, truncated to ``max_seq_length`` tokens.
 
-    An example that has no target left after the cut is dropped; both are counted in the identity. Raises
-    LogitcaskError where none is left.
+    An example without a target after truncation is dropped; the identity counts both. Raises LogitcaskError if no
+    example remains.
     """
     digest = hashlib.sha256()
-    lengths, positions = array("q"), array("i")  # 12 bytes an example, not two Python objects
+    lengths, positions = array("q"), array("i")  # 12 bytes per example instead of two Python objects
     truncated, dropped = 0, 0
     with (folder / "ids").open("wb") as ids_file, (folder / "mask").open("wb") as mask_file:
         for example in encoded:

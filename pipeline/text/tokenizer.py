@@ -1,4 +1,4 @@
-"""Tokenizers: loading them, telling two of them apart by what they do, and carrying them inside a cache."""
+"""Tokenizers: loading them, identifying them by what they do, and storing them inside a cache."""
 
 import json
 import tempfile
@@ -12,7 +12,7 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.cache.manifest import TokenizerIdentity, sha256
 
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+STORED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PLAIN_GPT2 = {"gpt-2", "gpt2", "default"}
 # Texts on which tokenizers of one family differ: digits, indentation, line ends, scripts, accents, byte fallback.
 PROBES = (
@@ -33,15 +33,15 @@ PROBES = (
 def load_tokenizer(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, a local folder or a GGUF file.
+    """Load the tokenizer of a hub id, a local folder or a GGUF file.
 
-    Raises LogitcaskError where it cannot be had, or a GGUF file asks for a splitting rule that is not known here.
+    Raises LogitcaskError if it cannot be loaded, or a GGUF file names an unknown pre-tokenizer.
     """
     try:
         if source.endswith(".gguf"):
             folder, name = str(Path(source).parent), Path(source).name
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            _mend_gguf_splitting(tokenizer, source)
+            _fix_gguf_pre_tokenizer(tokenizer, source)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -50,7 +50,7 @@ def load_tokenizer(
 
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A user's turn and the head of the answer, as the tokenizer's chat template has them; without one the prompt.
+    """Return a prompt as a user turn plus the start of the answer, by the chat template; without one, as it is.
 
     Encode it with ``add_special_tokens=not tokenizer.chat_template``: a template writes its own.
     """
@@ -60,11 +60,11 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Give a byte-level tokenizer read from GGUF the splitting rule its file names.
+def _fix_gguf_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give a byte-level tokenizer read from GGUF the pre-tokenizer that the file names.
 
-    The reader of transformers ignores names it does not know, silently: SmolLM2's splits digits one by one before
-    anything else, and without that blanks before digits are merged wrongly, which no round trip shows.
+    The reader in transformers silently ignores names it does not know. SmolLM2's splits off single digits first;
+    without that, blanks before digits are merged wrongly, which no round trip reveals.
     """
     fields, _ = read_gguf_metadata(path)
     if fields.get("tokenizer.ggml.model") != "gpt2":
@@ -79,32 +79,32 @@ def _mend_gguf_splitting(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
     elif rule not in PLAIN_GPT2 and rule not in GGUF_PRE_TOKENIZER_SPLITS:
         raise LogitcaskError(
-            f"{path}: tokenizer.ggml.pre is {rule!r}, a splitting rule not known here; "
+            f"{path}: tokenizer.ggml.pre is {rule!r}, an unknown pre-tokenizer; "
             "its tokens would be silently wrong: use the model's Hugging Face folder instead of the GGUF file"
         )
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id."""
+    """Return the largest token id plus one."""
     return max(int(token) for token in tokenizer.get_vocab().values()) + 1
 
 
 def encodings(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the probe texts."""
+    """Return the token ids of the probe texts."""
     return [tokenizer.encode(text, add_special_tokens=False) for text in PROBES]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the vocabulary and the encodings of the probe texts.
+    """Return the SHA-256 of the vocabulary and the encodings of the probe texts.
 
-    Equal widths do not make equal tokenizers, and two wrappers of one tokenizer must not look different.
+    Tokenizers with vocabularies of equal size may differ, and two wrappers of one tokenizer must not.
     """
     vocabulary = sorted(tokenizer.get_vocab().items())
     return sha256(json.dumps([vocabulary, encodings(tokenizer)], ensure_ascii=True).encode())
 
 
 def identify(tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes]) -> TokenizerIdentity:
-    """What the manifest says of a tokenizer."""
+    """Return the manifest's entry for a tokenizer."""
     template = tokenizer.chat_template
     return TokenizerIdentity(
         fingerprint=fingerprint(tokenizer),
@@ -114,20 +114,20 @@ def identify(tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes]) -> Tok
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """The files that make the tokenizer elsewhere, by name."""
+    """Return the files from which the tokenizer can be loaded elsewhere, by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        found = {name: Path(folder, name).read_bytes() for name in CARRIED if Path(folder, name).exists()}
-    if "tokenizer.json" in found:  # canonical, so that equal tokenizers give equal bytes
-        found["tokenizer.json"] = Tokenizer.from_str(found["tokenizer.json"].decode()).to_str().encode()
-    return found
+        files = {name: Path(folder, name).read_bytes() for name in STORED_FILES if Path(folder, name).exists()}
+    if "tokenizer.json" in files:  # canonical, so that equal tokenizers give equal bytes
+        files["tokenizer.json"] = Tokenizer.from_str(files["tokenizer.json"].decode()).to_str().encode()
+    return files
 
 
 def tokenizer_from_files(files: dict[str, bytes]) -> PreTrainedTokenizerBase:
-    """The tokenizer that a cache carries. File names outside the known set are refused; no code is ever loaded."""
-    strange = set(files) - set(CARRIED)
-    if strange:
-        raise LogitcaskError(f"cache carries unknown tokenizer files {sorted(strange)}: known are {list(CARRIED)}")
+    """Load the tokenizer stored in a cache, running no code from it. Raises LogitcaskError if a file is unknown."""
+    unknown = set(files) - set(STORED_FILES)
+    if unknown:
+        raise LogitcaskError(f"cache holds unknown tokenizer files {sorted(unknown)}: known are {list(STORED_FILES)}")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)

@@ -1,6 +1,6 @@
-"""Cache to training batches: which examples make a batch, and what a batch holds.
+"""From a cache to training batches: which examples make a batch, and what a batch holds.
 
-Legend: B examples a batch, R rows they lie in, L the rows' length, N target positions of the batch, S label entries.
+Legend: R rows of a batch, L tokens per row, N target positions of the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,20 @@ from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.text.token_table import TokenTable
 
-Batch = dict[str, Any]  # of tensors, and SoftLabels of tensors
-GROUP = 64  # steps
+Batch = dict[str, Any]  # tensors by name, and SoftLabels of tensors
+GROUP = 64  # optimizer steps whose examples are sorted by length together
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """Tokens (L,), target mask (L,) and, where the loss has a soft part, the labels of the mask's positions."""
+    """Tokens (L,), target mask (L,) and, if the loss has a soft part, the labels of the mask's positions."""
 
     encoded: Encoded
     targets: SparseTargets | None
 
 
 class CacheExamples(Dataset[TrainingExample]):
-    """The examples of a cache, opened lazily so that worker processes open it for themselves."""
+    """The examples of a cache, which each worker process opens for itself at its first read."""
 
     def __init__(self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None) -> None:
         self._path, self._with_targets, self._disk_cache = path, with_targets, disk_cache
@@ -47,10 +47,9 @@ class CacheExamples(Dataset[TrainingExample]):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> TrainingExample:
-        found = self.reader.example(index)
-        return TrainingExample(
-            Encoded(found.input_ids, found.target_mask), found.targets if self._with_targets else None
-        )
+        example = self.reader.example(index)
+        encoded = Encoded(example.input_ids, example.target_mask)
+        return TrainingExample(encoded, example.targets if self._with_targets else None)
 
     def __getstate__(self) -> dict[str, object]:
         return {
@@ -75,7 +74,7 @@ class FileExamples(Dataset[TrainingExample]):
 
 
 def held_out(examples: int, fraction: float, seed: int) -> IntArray:
-    """Examples kept for evaluation, ascending: a share of them, chosen by seed, at least one unless it is 0."""
+    """Return the examples kept for evaluation, ascending: a fraction chosen by seed, at least one unless it is 0."""
     if fraction == 0.0:
         return np.zeros(0, dtype=np.int64)
     count = min(examples - 1, max(1, round(examples * fraction)))
@@ -83,15 +82,17 @@ def held_out(examples: int, fraction: float, seed: int) -> IntArray:
 
 
 class BatchSampler(Sampler[list[int]]):
-    """Batches of one epoch: in cache order first (it is random already), later shards are shuffled, then examples
-    within them. Depends on the data, the settings and the epoch only.
+    """Batches of one epoch, determined by the data, the settings and the epoch alone.
 
-    With several ranks each step takes ``ranks`` batches that follow one another, and this rank the one of its number;
-    in the last step some may be short or empty. So every example comes once an epoch, and a step is that of one rank
-    with a batch as large as all of theirs.
+    The first epoch follows the order of the cache, which is random already; later ones shuffle the shards, and the
+    examples within each.
 
-    With ``lengths`` (tokens of each example) optimizer steps, of ``accumulation`` such steps, are of examples of about
-    one length: those of ``GROUP`` steps that follow one another are sorted by length, and the steps then shuffled.
+    With several ranks each step takes ``ranks`` consecutive batches, one per rank; in the last step some may be short
+    or empty. Each example therefore occurs once per epoch, and a step equals that of a single rank whose batch is as
+    large as all of theirs together.
+
+    With ``lengths`` (tokens per example) the examples of an optimizer step (``accumulation`` such steps) are of similar
+    length: those of ``GROUP`` consecutive optimizer steps are sorted by length, and then the steps are shuffled.
     """
 
     def __init__(
@@ -105,21 +106,21 @@ class BatchSampler(Sampler[list[int]]):
         lengths: IntArray | None = None,
         accumulation: int = 1,
     ) -> None:
-        kept = np.ones(int(shard_starts[-1]), dtype=bool)
-        kept[left_out] = False
-        self._starts, self._kept, self._lengths = shard_starts, kept, lengths
+        included = np.ones(int(shard_starts[-1]), dtype=bool)
+        included[left_out] = False
+        self._starts, self._included, self._lengths = shard_starts, included, lengths
         self.left_out: list[int] = left_out.tolist()
         self._seed, self._epoch = seed, 0
         self.batch_size, self.drop_last = batch_size, False
-        self._together = ranks * batch_size * accumulation  # examples of an optimizer step
+        self._step_size = ranks * batch_size * accumulation  # examples per optimizer step
         self._first, self._stride = rank * batch_size, ranks * batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
+        """Set the epoch whose order the next iteration follows."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-int(self._kept.sum()) // self._stride)
+        return -(-int(self._included.sum()) // self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order(self._epoch)
@@ -128,11 +129,11 @@ class BatchSampler(Sampler[list[int]]):
             yield order[first : first + self.batch_size].tolist()
 
     def step_examples(self, step: int) -> list[int]:
-        """The examples of an optimizer step of all ranks; steps are counted from 0 over all epochs."""
-        size = self._together
-        epoch, place = divmod(step, -(-int(self._kept.sum()) // size))
-        found: list[int] = self._order(epoch)[place * size : (place + 1) * size].tolist()
-        return found
+        """Return the examples of an optimizer step on all ranks; steps count from 0 over all epochs."""
+        size = self._step_size
+        epoch, within = divmod(step, -(-int(self._included.sum()) // size))
+        examples: list[int] = self._order(epoch)[within * size : (within + 1) * size].tolist()
+        return examples
 
     def _order(self, epoch: int) -> IntArray:
         shards = np.arange(len(self._starts) - 1)
@@ -142,17 +143,17 @@ class BatchSampler(Sampler[list[int]]):
         parts = []
         for shard in shards:
             part = np.arange(self._starts[shard], self._starts[shard + 1])[
-                self._kept[self._starts[shard] : self._starts[shard + 1]]
+                self._included[self._starts[shard] : self._starts[shard + 1]]
             ]
             if epoch:
                 random.shuffle(part)
             parts.append(part)
         order = np.concatenate(parts)
-        return order if self._lengths is None else self._grouped(order, self._lengths, random)
+        return order if self._lengths is None else self._group_by_length(order, self._lengths, random)
 
-    def _grouped(self, order: IntArray, lengths: IntArray, random: np.random.Generator) -> IntArray:
-        """The short step at the end, if there is one, stays there."""
-        size = self._together
+    def _group_by_length(self, order: IntArray, lengths: IntArray, random: np.random.Generator) -> IntArray:
+        """Sort the examples of each group of steps by length, then shuffle the steps; a short last step stays last."""
+        size = self._step_size
         whole = len(order) // size
         for first in range(0, whole, GROUP):
             part = order[first * size : min(first + GROUP, whole) * size]
@@ -162,7 +163,7 @@ class BatchSampler(Sampler[list[int]]):
 
 
 def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
-    """Row and start of each example in rows of ``room`` tokens: longest first, each in the first row it fits."""
+    """Return row and start of each example: longest first, each into the first row of ``room`` tokens that fits."""
     used: list[int] = []
     rows, starts = [0] * len(lengths), [0] * len(lengths)
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -176,21 +177,22 @@ def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[i
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples to the tensors of one batch; soft labels are brought to the temperature of training here."""
+    """Collates examples into the tensors of one batch, and brings soft labels to the training temperature."""
 
     pad_id: int
     temperatures: tuple[float, ...]
     temperature: float
     tail: str
-    packed: bool = False  # several examples in a row, told apart by position_ids
+    packed: bool = False  # several examples per row, separated by position_ids
 
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
-        """input_ids (R, L), padded at the right; target_index (N,) into the flattened batch; gold (N,); soft_labels
-        of N rows; where examples share rows, position_ids (R, L), which begin at 0 with each of them.
+        """Return a batch: input_ids (R, L), padded on the right; target_index (N,) into the flattened rows; gold (N,);
+        slots (2,), the number of tokens and of the places R * L; soft_labels of N rows, if the examples have labels;
+        position_ids (R, L), restarting at 0 with each example, if examples share rows.
 
         There is no padding mask: attention is causal, so no real token sees the padding after it.
         """
-        lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row of no targets
+        lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row without targets
         rows, starts = (
             pack_first_fit_decreasing(lengths, max(lengths))
             if self.packed
@@ -203,12 +205,12 @@ class Collator:
             ids[row, start : start + length] = example.encoded.input_ids
             positions[row, start : start + length] = np.arange(length)
             index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
-        at = np.concatenate(index)
-        slots = np.array([sum(lengths) if examples else 0, ids.size])  # tokens, and room for them
+        target_index = np.concatenate(index)
+        slots = np.array([sum(lengths) if examples else 0, ids.size])
         batch: Batch = {
             "input_ids": torch.from_numpy(ids),
-            "target_index": torch.from_numpy(at),
-            "gold": torch.from_numpy(ids.reshape(-1)[at + 1]),
+            "target_index": torch.from_numpy(target_index),
+            "gold": torch.from_numpy(ids.reshape(-1)[target_index + 1]),
             "slots": torch.from_numpy(slots),
         }
         if len(ids) < len(examples):
@@ -221,7 +223,7 @@ class Collator:
 
 
 def labels_are_finite(batch: Batch) -> bool:
-    """Whether every number of a batch's labels is finite; true of a batch without labels."""
+    """Return whether every number in a batch's labels is finite; True for a batch without labels."""
     labels = batch.get("soft_labels")
     parts = [] if labels is None else [labels.weights, labels.log_probs, labels.log_rest]
     return all(bool(part.isfinite().all()) for part in parts)

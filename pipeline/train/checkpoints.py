@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which one to resume from, and what makes one complete."""
+"""Checkpoints of a run: which one to resume from, what makes one complete, and errors while saving one."""
 
 import contextlib
 import json
@@ -14,21 +14,21 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from logitcask.cache.errors import LogitcaskError, differences
 from logitcask.pipeline.runs.run_folder import LOG_FILE, SETTINGS_FILE, latest_checkpoint, write_json
 
-# Settings that may differ between a run and its resumption: they change what a step learns by rounding at most.
-FREE = {
+# Settings that may change when a run is resumed: they affect what a step learns by rounding at most.
+MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype"),
 }
-BATCH = ("batch_size", "gradient_accumulation_steps")  # only their product decides what a step learns from
+BATCH = ("batch_size", "gradient_accumulation_steps")  # only their product affects what a step learns
 
 
 def choose_checkpoint(output: Path, resume_from: str | None, record: dict[str, Any]) -> str | None:
-    """The checkpoint to resume from, None for a new run.
+    """Return the checkpoint to resume from, None for a new run.
 
-    A log alone was left by a run that saved nothing, and counts as empty. Raises LogitcaskError if the output folder
-    is not empty, or the checkpoint is missing or belongs to another run.
+    A folder with nothing but a log, left by a run that saved no checkpoint, counts as empty. Raises LogitcaskError if
+    the output folder is not empty, or the checkpoint is missing or belongs to another run.
     """
     if resume_from is None:
         if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - {LOG_FILE}):
@@ -45,30 +45,30 @@ def choose_checkpoint(output: Path, resume_from: str | None, record: dict[str, A
     if not (folder / SETTINGS_FILE).is_file():
         raise LogitcaskError(f"--resume-from-checkpoint {folder}: not a complete checkpoint of a run")
     try:
-        before = _what_is_learned(json.loads((folder / SETTINGS_FILE).read_text()))
+        saved = _learning_settings(json.loads((folder / SETTINGS_FILE).read_text()))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LogitcaskError(f"{folder / SETTINGS_FILE}: damaged: resume from an older checkpoint") from error
-    wrong = differences(before, _what_is_learned(record), "checkpoint")
-    if wrong:
+    changed = differences(saved, _learning_settings(record), "checkpoint")
+    if changed:
         raise LogitcaskError(
-            f"{folder}: a checkpoint of another run: {'; '.join(wrong)}; use the settings it began with"
+            f"{folder}: is a checkpoint of another run: {'; '.join(changed)}; use the settings it started with"
         )
     return str(folder)
 
 
-def _what_is_learned(record: dict[str, Any]) -> dict[str, Any]:
-    """What decides what a run learns at a step."""
-    kept = {name: value for name, value in record.items() if name not in {*FREE, *BATCH}}
-    return {**kept, " * ".join(BATCH): record[BATCH[0]] * record[BATCH[1]]}
+def _learning_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that determine what a run learns at each step."""
+    others = {name: value for name, value in record.items() if name not in {*MAY_CHANGE, *BATCH}}
+    return {**others, " * ".join(BATCH): record[BATCH[0]] * record[BATCH[1]]}
 
 
 @contextlib.contextmanager
 def explain_save_errors(output: Path) -> Iterator[None]:
-    """Turn the disk's refusal of a run's weights or state into a LogitcaskError that says how to resume."""
+    """Turn a failed write of weights or training state into a LogitcaskError that says how to resume."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer of files
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # raised by torch.save
             raise
         checkpoint = latest_checkpoint(output)
         then = (

@@ -1,4 +1,4 @@
-"""What a run of stage 2 will take, printed before it starts, and what to change if memory runs out."""
+"""What a run of stage 2 needs, printed before it starts, and what to change if memory runs out."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ from logitcask.pipeline.models.shapes import ModelShape
 from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
-WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, mostly by a system that ran out of memory
+WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, usually by a system out of memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunSize:
     max_steps: int | None  # overrides epochs
 
     def steps(self) -> tuple[int, float]:
-        """Optimizer steps of the run, and the epochs they are."""
+        """Return the optimizer steps of the run, and the epochs that they amount to."""
         per_epoch = -(-self.batches // self.accumulation)
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
         return steps, steps / per_epoch
@@ -36,7 +36,7 @@ class RunSize:
 
 @dataclass(frozen=True)
 class StepSize:
-    """What decides the memory of an optimizer step, on one device."""
+    """What determines the memory of an optimizer step on one device."""
 
     student: ModelShape
     longest: int  # tokens of the longest example
@@ -48,7 +48,7 @@ class StepSize:
     from_cache: bool
 
     def memory(self) -> float:
-        """Bytes that a step takes at most, by estimate."""
+        """Return the estimated peak memory of a step, in bytes."""
         parts = student_memory(
             self.student,
             self.batch_size * self.longest,
@@ -59,11 +59,11 @@ class StepSize:
         return sum(parts.values())
 
     def savings(self) -> list[str]:
-        """What lowers the memory of a step, with the present value and the GB it saves by estimate, most first."""
+        """Return the changes that lower the memory of a step, each with its estimated saving in GB, largest first."""
         now = self.memory()
-        length = "--max-seq-length in stage 1" if self.from_cache else "--max-seq-length"
+        stage = " in stage 1" if self.from_cache else ""
         fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed)
-        smaller = f"a student smaller than {self.student.parameters:,} parameters, half"
+        smaller = f"a student with half of this one's {self.student.parameters:,} parameters"
         options = [(sum(fixed.values()) / 2, smaller)]
         if self.batch_size > 1:
             halved = (
@@ -72,8 +72,8 @@ class StepSize:
             )
             options.append((now - replace(self, batch_size=self.batch_size // 2).memory(), halved))
         if self.longest > 2:
-            shorter = f"a smaller {length}, the longest example has {self.longest} tokens, half"
-            options.append((now - replace(self, longest=self.longest // 2).memory(), shorter))
+            half = f"--max-seq-length {self.longest // 2}{stage}, half the longest example's {self.longest} tokens"
+            options.append((now - replace(self, longest=self.longest // 2).memory(), half))
         if not self.checkpointing:
             options.append((now - replace(self, checkpointing=True).memory(), "--use-gradient-checkpointing"))
         if not self.mixed and not self.on_cpu:
@@ -83,7 +83,7 @@ class StepSize:
 
 
 def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[str]:
-    """What the run will do, for its log."""
+    """Return the lines printed before a run starts: steps, data, batch and memory."""
     steps, epochs = run.steps()
     data = run.data
     examples = step.batch_size * step.accumulation * run.ranks
@@ -95,19 +95,19 @@ def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[s
         f"held out: {run.held_out:,} examples, about {run.held_out * positions:,.0f} target positions",
         f"a step: {examples:,} examples (batch {step.batch_size} x accumulation {step.accumulation} x ranks "
         f"{run.ranks}), about {trained * positions:,.0f} target positions",
-        f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB by estimate",
+        f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB (estimate)",
     ]
 
 
 @contextlib.contextmanager
 def explain_memory(step: StepSize, output: Path, num_workers: int) -> Iterator[None]:
-    """Turn out-of-memory errors into a LogitcaskError that names the settings that take the most."""
+    """Turn out-of-memory errors into a LogitcaskError that lists the settings to change, largest saving first."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if WORKER_ENDED in str(error):
-            what = f"a process that reads batches was killed, as systems do if memory runs out ({first_line(error)})"
-            first = f"fewer --num-workers than {num_workers}, each holds a shard; "
+            what = f"a process that reads batches was killed, usually because memory ran out ({first_line(error)})"
+            first = f"fewer --num-workers than {num_workers} (each holds a shard); "
         elif out_of_memory(error):
             what, first = f"memory ran out ({first_line(error)})", ""
         else:
@@ -115,6 +115,6 @@ def explain_memory(step: StepSize, output: Path, num_workers: int) -> Iterator[N
         checkpoint = latest_checkpoint(output)
         then = f"then resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "then run the command again"
         raise LogitcaskError(
-            f"{what}: a step takes about {step.memory() / GB:.2f} GB by estimate; what lowers it, most first: "
+            f"{what}: a step needs an estimated {step.memory() / GB:.2f} GB; to lower it, largest saving first: "
             f"{first}{'; '.join(step.savings())}; {then}"
         ) from error

@@ -1,4 +1,4 @@
-"""Where the examples of stage 2 come from: a cache, or a data file with or without a teacher in memory."""
+"""The source of a run's examples in stage 2: a cache, or a data file with or without a teacher in memory."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ from logitcask.pipeline.train.batches import Batch, CacheExamples, FileExamples
 
 @dataclass(frozen=True)
 class OnlineTeacher:
-    """A teacher in float32, in memory beside the student: its full distribution is the target.
+    """A float32 teacher in memory beside the student; the target is its full distribution.
 
-    For small teachers, and as the reference that a cache is measured against.
+    Meant for small teachers, and as the reference against which a cache is measured.
     """
 
     model: PreTrainedModel
     head: LMHead
-    vocab_size: int  # ids beyond it are no tokens
+    vocab_size: int  # larger ids are padding of the embedding, not tokens
     packs: bool  # whether examples may share a row
-    fingerprint: str  # of the weights
+    fingerprint: str  # of its weights
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherRows:
-        """What the teacher's head sees at the batch's N target positions, and the head."""
+        """Return the teacher's last hidden states at the batch's N target positions, with its head."""
         ids = batch["input_ids"]
         with torch.autocast(ids.device.type, enabled=False):
             hidden = last_hidden_states(self.model, ids, batch.get("position_ids"))
@@ -51,7 +51,7 @@ class OnlineTeacher:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a run's examples come from."""
+    """A run's examples and what is known of them."""
 
     examples: CacheExamples | FileExamples
     tokenizer: PreTrainedTokenizerBase
@@ -60,9 +60,9 @@ class Source:
     temperatures: tuple[float, ...]
     tail: str
     shard_starts: IntArray
-    identity: str  # of the cache's manifest, or of the data if there is none: tells runs apart
+    identity: str  # digest of the cache's manifest, or of the data file: a resumed run must have the same
     amount: Amount
-    lengths: Callable[[], IntArray]  # tokens of each example; reads one object per shard
+    lengths: Callable[[], IntArray]  # tokens per example; of a cache it reads one object per shard
     teacher: OnlineTeacher | None = None
 
 
@@ -76,9 +76,9 @@ def cache_source(
     min_fidelity: float | None,
     same_tokenizer: Iterable[str],
 ) -> Source:
-    """A cache as the source of a run. Raises LogitcaskError if it does not fit what is asked of it.
+    """Open a cache as the source of a run. Raises LogitcaskError if the cache does not fit the run.
 
-    ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer must be the cache's.
+    ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer must equal the cache's.
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
@@ -90,7 +90,7 @@ def cache_source(
             captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
             say(
                 f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
-                "the rest is ignored and the student is pulled away from the teacher"
+                "the rest is ignored, which biases the student away from the teacher"
             )
         if min_fidelity is not None:
             require_fidelity(reader, j, min_fidelity)
@@ -113,27 +113,27 @@ def cache_source(
 
 def _require_tail(label: LabelSettings, tail: str) -> None:
     if tail != "sampled" and label.head_size == 0:
-        raise LogitcaskError(f"--tail {tail} needs a head, the cache has head size 0: use --tail sampled")
+        raise LogitcaskError(f"--tail {tail} needs a head, but the cache has head size 0: use --tail sampled")
     if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
-        raise LogitcaskError("--tail sampled needs draws, the cache has none: use --tail bucket")
+        raise LogitcaskError("--tail sampled needs draws, but the cache has none: use --tail bucket")
 
 
 def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
-    """Raise LogitcaskError if the cache's certificate at temperature j is below the wanted cosine, or missing."""
+    """Raise LogitcaskError if the cosine in the cache's certificate at temperature j is below ``wanted`` or missing."""
     temperatures = reader.manifest.label.temperatures
     sums = fidelity_of(reader, range(reader.manifest.shards.count))
     measured = figures(sums, len(temperatures))
     if measured is None:
         raise LogitcaskError(
-            f"--min-fidelity {wanted}: {reader.path} was measured on {sums.positions:g} positions, too few: make it "
-            "with more --fidelity-positions, or leave this option out"
+            f"--min-fidelity {wanted}: {reader.path} was measured on {sums.positions:g} positions, too few for a "
+            "certificate: precompute it with more --fidelity-positions, or omit this option"
         )
     cosine = measured[j][0].cosine
     if cosine < wanted:
         raise LogitcaskError(
-            f"--min-fidelity {wanted}: not good enough: at T={temperatures[j]:g} the cosine of {reader.path}'s "
-            f"gradient to the exact one is {cosine:.4f} over {BATCH} positions: take a richer --preset in stage 1, "
-            "another --temperature, or ask for less"
+            f"--min-fidelity {wanted}: not good enough: at T={temperatures[j]:g} the cosine between {reader.path}'s "
+            f"gradient and the exact one is {cosine:.4f} over {BATCH} positions: use a richer --preset in stage 1, "
+            "another --temperature, or a lower --min-fidelity"
         )
 
 
@@ -147,20 +147,20 @@ def file_source(
     max_seq_length: int,
     device: str,
 ) -> Source:
-    """A data file as the source, for output distillation or, ``online``, with the teacher in memory.
+    """Tokenize a data file as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
-    The tokenizer is the student's, or the teacher's; online they must be the same. Its tokens are staged in
-    ``folder``. Raises LogitcaskError if a model or the data cannot be used.
+    The tokenizer is the student's if the student is a model, else the teacher's; online the two must be equal. Tokens
+    are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
     """
     owner = student_model or teacher_model
     if owner is None:
-        raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model, only its tokenizer is loaded")
+        raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model (only its tokenizer is loaded)")
     tokenizer = load_tokenizer(owner)
     teacher = None
     if online:
         assert teacher_model is not None
         require_tokenizer(teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
-        say(f"teacher {teacher_model} in memory: exact soft labels, made again at every step")
+        say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
         teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
     encoded = encode_source(Encoder(tokenizer, prompt_loss=False), train_data)
     table = stage_tokens(encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=train_data)
@@ -180,16 +180,16 @@ def file_source(
 
 
 def require_tokenizer(source: str, wanted: str, cache: str) -> None:
-    """Raise CacheMismatchError if a model's own tokenizer is not the one the cache was made with."""
+    """Raise CacheMismatchError if a model's own tokenizer is not the one that the cache was made with."""
     own = fingerprint(load_tokenizer(source))
     if own != wanted:
         raise CacheMismatchError(
             f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "
-            "make a cache with a teacher of the same tokenizer"
+            "make a cache with a teacher that has the same tokenizer"
         )
 
 
 def load_online_teacher(source: str, vocab_size: int, device: torch.device) -> OnlineTeacher:
-    """A teacher on a device. Raises LogitcaskError if it cannot be loaded, or its logits cannot be taken apart."""
+    """Load a teacher onto a device. Raises LogitcaskError if it cannot be loaded or its head cannot be separated."""
     model = load_causal_lm(source, dtype=torch.float32).eval().requires_grad_(False).to(device)
     return OnlineTeacher(model, read_head(model), vocab_size, keeps_apart(model), weights_fingerprint(model))

@@ -1,15 +1,20 @@
 """Stage 2: train a student from the cache, on transformers.Trainer, with no teacher in memory.
 
-What happens in an optimizer step, in order, and the file that owns it:
+The events of an optimizer step, in order, and the file that owns each (1 to 3 may run ahead, in worker processes):
 
-1. the sampler picks the step's examples, the same for any number of ranks       batches.BatchSampler
-2. their tokens and labels are read from the cache                               batches.CacheExamples
-3. labels are brought to the temperature, examples packed into rows              batches.Collator
-4. the student's layers run, and the fused loss on their last hidden states      trainer.make_loss_forward
-5. the loss is divided by the target positions of the whole step                 trainer.DistillationTrainer
-6. Trainer takes the optimizer step
-7. a loss or gradient that is not finite stops the run                           callbacks/nonfinite
-8. the log line, the live table, the checkpoint, an interrupt                    callbacks/, checkpoints
+ 1. the sampler picks the step's examples, the same for any number of ranks     batches.BatchSampler
+ 2. their tokens and labels are read from the cache                             batches.CacheExamples
+ 3. examples are packed into rows, labels brought to the temperature            batches.Collator
+ 4. the step's target positions are counted over its batches and all ranks      trainer.DistillationTrainer
+ 5. per batch, the student's layers run, then the fused loss on hidden states   trainer.make_loss_forward
+ 6. the loss is divided by the count of 4, then the backward pass runs          trainer.DistillationTrainer
+ 7. the gradient is clipped and the weights are updated                         transformers.Trainer
+ 8. a pending interrupt requests a checkpoint and the end of the run            callbacks/interrupt
+ 9. a non-finite loss or gradient stops the run                                 callbacks/nonfinite
+10. the log line, if due, is written and shown                                  callbacks/metrics_log, live_table
+11. the same line goes to the trackers                                          callbacks/trackers
+12. the held-out examples are evaluated, if due                                 trainer.DistillationTrainer
+13. the checkpoint is saved, if due, its settings last                          checkpoints.CompleteCheckpoint
 """
 
 import os
@@ -48,7 +53,7 @@ from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forw
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
-    """Train and save a student; returns the last evaluation. Raises LogitcaskError for anything the user can fix."""
+    """Train and save a student; return the last evaluation. Raises LogitcaskError for anything that a user can fix."""
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
         record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
@@ -216,7 +221,7 @@ def _save_final(
     with explain_save_errors(settings.output_dir):
         trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; nobody should have to load one
+        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
         _print_evaluation(before, after, settings.temperature, divergence_name(record))
@@ -224,22 +229,22 @@ def _save_final(
 
 
 def require_fsdp(trainer: DistillationTrainer) -> None:
-    """Raise LogitcaskError where FSDP was asked for and accelerate would leave it out, or use its first version."""
+    """Raise LogitcaskError if FSDP was requested but accelerate would skip it or use FSDP version 1."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.accelerator.is_fsdp2:
         version, device = os.environ.get("FSDP_VERSION", "1"), trainer.accelerator.device.type
         raise LogitcaskError(
-            f"accelerate's FSDP must be of fsdp_version 2, over several accelerators; it is {version}, over "
-            f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or start it by torchrun"
+            f"accelerate's FSDP must have fsdp_version 2 and run on several accelerators, got version {version} and "
+            f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or use torchrun"
         )
 
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """The Trainer's own settings. Raises LogitcaskError for a precision that the device has not."""
+    """Return the Trainer's own settings. Raises LogitcaskError if the device does not support the precision."""
     known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if half == "fp16" and choose_device(settings.device).type == "cpu":
-        raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, the device is cpu: use bf16")
+        raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, but the device is cpu: use bf16")
     return TrainingArguments(
         output_dir=str(settings.output_dir),
         per_device_train_batch_size=settings.batch_size,
@@ -265,7 +270,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=settings.device == "cpu",
         **{checkpointing: settings.use_gradient_checkpointing},
-        report_to="none",  # by callbacks of our own
+        report_to="none",  # trackers() reports instead
         project=settings.wandb_project,
         run_name=settings.wandb_run_name,
         seed=settings.seed,

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the distillation loss: normalised over all target positions of an optimizer step."""
+"""transformers.Trainer with the distillation loss, normalised over all target positions of an optimizer step."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,27 +31,27 @@ def make_loss_forward(
     settings: LossSettings,
     teacher: Callable[[Batch], TeacherRows] | None = None,
 ) -> None:
-    """Give the model a forward that takes a batch and returns LossSums, so that any wrapper sees one ordinary call.
+    """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
 
-    Called without ``target_index`` it is the forward it was. The head, too, makes its part of the loss in a call of
-    its own: only within it has FSDP gathered its weight. A ``teacher`` in memory takes the place of the batch's labels.
+    Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because only
+    there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels.
     """
-    plain, head = model.forward, model.get_output_embeddings()
-    shape, plain_head = read_head(model), head.forward
+    model_forward, head = model.forward, model.get_output_embeddings()
+    properties, head_forward = read_head(model), head.forward
 
-    def forward_head(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
+    def head_loss(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
         if batch is None:
-            return plain_head(hidden)
-        current = LMHead(head.weight, getattr(head, "bias", None), shape.scale, shape.softcap)
+            return head_forward(hidden)
+        current = LMHead(head.weight, getattr(head, "bias", None), properties.scale, properties.softcap)
         return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
 
-    def forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
+    def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
-            return plain(*args, **inputs)
+            return model_forward(*args, **inputs)
         hidden = last_hidden_states(model, inputs["input_ids"], inputs.get("position_ids")).flatten(0, 1)[target_index]
         return head(hidden, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
 
-    model.forward, head.forward = forward, forward_head
+    model.forward, head.forward = loss_forward, head_loss
 
 
 class DistillationTrainer(Trainer):
@@ -81,22 +81,22 @@ class DistillationTrainer(Trainer):
         )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.mixed_precision_policy is not None:
-            # accelerate would round labels and losses to the half precision of the weights
+            # otherwise accelerate rounds labels and losses to the half precision of the weights
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
         self._nonfinite = nonfinite
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
-        self._sums: Tensor | None = None  # SUMS and the number of positions, since the last log line
-        self._slots: Tensor | None = None  # tokens, and the room they took, since then
+        self._sums: Tensor | None = None  # SUMS and the number of positions since the last log line
+        self._slots: Tensor | None = None  # tokens and places for them since the last log line
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with explain_save_errors(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in the sampler's order."""
+        """Return a loader of batches in the sampler's order."""
         return self._loader(self._sampler)
 
     def _loader(self, batches: Any) -> DataLoader[Any]:
@@ -111,7 +111,7 @@ class DistillationTrainer(Trainer):
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # the sampler knows the ranks already: accelerate's own cut would repeat examples to fill the last step
+        # the sampler already splits batches among ranks; accelerate's split would repeat examples to fill the last step
         prepared: DataLoader[Any] = prepare_data_loader(
             loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """The batches of one optimizer step and the number of their target positions over all ranks."""
+        """Return the batches of one optimizer step and the number of their target positions over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
         count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(count[None]).sum()
@@ -128,7 +128,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This batch's share of the step's mean; ranks are averaged later, hence the factor."""
+        """Return this batch's share of the step's mean; ranks are averaged later, hence the factor."""
         sums: LossSums = model(**inputs)
         assert num_items_in_batch is not None
         assert not return_outputs
@@ -138,65 +138,65 @@ class DistillationTrainer(Trainer):
         return sums.total * self.accelerator.num_processes / num_items_in_batch
 
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        """Trainer's, its loss watched."""
+        """Run the Trainer's step and note its loss for the check of finiteness."""
         loss: Tensor = super().training_step(*arguments, **named)
         self._nonfinite.note_loss(loss)
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **named: Any) -> Tensor:
-        """Trainer's, watched: nothing public of the Trainer gives the norm of each step."""
+        """Note the gradient norm for the check of finiteness: no public method exposes it at every step."""
         norm: Tensor = super()._get_grad_norm(*arguments, **named)
         self._nonfinite.note_norm(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's line with the parts of the loss in place of its own mean of means."""
+        """Log the Trainer's line with the parts of the loss instead of the Trainer's mean of means."""
         if "loss" in logs and self._sums is not None:
             logs = {key: value for key, value in logs.items() if key != "loss"}
             assert self._slots is not None
-            tokens, room = self.accelerator.reduce(self._slots, "sum").tolist()
-            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / room, "tokens": tokens, **logs}
+            tokens, places = self.accelerator.reduce(self._slots, "sum").tolist()
+            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / places, "tokens": tokens, **logs}
             self._sums = self._slots = None
         super().log(logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Means over all target positions of the held-out examples, the same quantities as in training."""
+        """Return means over all target positions of the held-out examples, of the same quantities as in training."""
         size = self.args.per_device_eval_batch_size
         ranks = self.args.world_size
         batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
-        batches += [[]] * (-len(batches) % ranks)  # under FSDP each forward is a call of all ranks
+        batches += [[]] * (-len(batches) % ranks)  # under FSDP all ranks must call each forward
         self.model.eval()
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches[self.args.process_index :: ranks]:
                 sums += self._held_out_sums(batch)
             metrics = self._means(sums.float().to(self.args.device), "eval_")
-            if not math.isfinite(metrics["eval_total_loss"]):  # of all ranks, which look for the first in one order
-                alone = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
-                self._nonfinite.note_held_out(next(alone, None))
+            if not math.isfinite(metrics["eval_total_loss"]):  # on all ranks, so that all run these forwards
+                nonfinite = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
+                self._nonfinite.note_held_out(next(nonfinite, None))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _held_out_sums(self, batch: list[int]) -> Tensor:
         inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
-        found: LossSums = self.model(**inputs)
-        return torch.stack([*(getattr(found, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
+        sums: LossSums = self.model(**inputs)
+        return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A whole ordinary model at the end of a run; checkpoints are as FSDP's settings have them."""
+        """Save an ordinary, unsharded model at the end of a run; the format of checkpoints follows FSDP's settings."""
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        whole = self.accelerator.get_state_dict(self.model)
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # gathered, they no longer share memory
-        self._save(output_dir, state_dict={name: tensor for name, tensor in whole.items() if name not in tied})
+        state = self.accelerator.get_state_dict(self.model)
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # gathered tensors no longer share memory
+        self._save(output_dir, state_dict={name: tensor for name, tensor in state.items() if name not in tied})
 
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
         totals = self.accelerator.reduce(sums, "sum").tolist()
         means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
-        found = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
-        found[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
-        found[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
-        found[f"{prefix}student_head_mass"] = means["student_mass"]
-        return found
+        metrics = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
+        metrics[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
+        metrics[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
+        metrics[f"{prefix}student_head_mass"] = means["student_mass"]
+        return metrics

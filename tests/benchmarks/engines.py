@@ -31,15 +31,15 @@ Way = Callable[[], object]
 
 
 def unpack(folder: Path) -> str:
-    """SmolLM2 as a folder that vLLM reads."""
+    """Write SmolLM2 as a folder that vLLM can read."""
     load_causal_lm(teacher_path(), dtype=torch.float32).save_pretrained(folder)
     return str(folder)
 
 
 def measure(teacher: str, sequences: int, length: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of each way, medians of interleaved rounds.
+    """Return tokens per second of each engine, medians of interleaved rounds.
 
-    On an accelerator transformers goes first, in a process of its own: vLLM then takes most of the memory and keeps it.
+    On an accelerator transformers goes first, in a separate process: vLLM then takes most of the memory and keeps it.
     """
     how = (teacher, sequences, length)
     if torch.accelerator.is_available():
@@ -50,12 +50,12 @@ def measure(teacher: str, sequences: int, length: int, rounds: int) -> dict[str,
 
 
 def measure_transformers(teacher: str, sequences: int, length: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of transformers alone."""
+    """Return tokens per second of transformers alone."""
     return speeds(transformers_ways(teacher, sequences, length), sequences * length, rounds)
 
 
 def vllm_ways(teacher: str, sequences: int, length: int) -> dict[str, Way]:
-    """What vLLM can do with the sequences."""
+    """Return what to time with vLLM: functions of the sequences, by name."""
     ours = load_vllm_teacher(
         teacher,
         revision=None,
@@ -68,7 +68,7 @@ def vllm_ways(teacher: str, sequences: int, length: int) -> dict[str, Way]:
             "max_logprobs": STOCK_TOP,
             "logprobs_mode": "raw_logprobs",
             "enable_prefix_caching": False,
-            "gpu_memory_utilization": 0.85,  # the rest is for rows of the whole vocabulary, which it does not count
+            "gpu_memory_utilization": 0.85,  # vLLM does not count rows of the whole vocabulary: they need the rest
         },
     )
     batch, label = random_batch(sequences, length, ours.facts.logits_width), label_of(ours)
@@ -82,20 +82,20 @@ def vllm_ways(teacher: str, sequences: int, length: int) -> dict[str, Way]:
 
 
 def transformers_ways(teacher: str, sequences: int, length: int) -> dict[str, Way]:
-    """The same labels in transformers."""
+    """Return a function that computes the same labels with transformers."""
     plain = load_teacher(teacher, revision=None, dtype="auto", device="auto", trust_remote_code=False)
     batch, label = random_batch(sequences, length, plain.facts.logits_width), label_of(plain)
     return {"transformers, our labels": lambda: in_batches(plain, batch, label)}
 
 
 def label_of(teacher: Teacher) -> LabelSettings:
-    """The standard preset."""
+    """Return the label settings of the standard preset."""
     width = teacher.facts.logits_width
     return LabelSettings(vocab_size=width, head_size=8, tail_draws=24, temperatures=[1.0, 1.5, 2.0], seed=0)
 
 
 def speeds(ways: dict[str, Way], tokens: int, rounds: int) -> dict[str, float]:
-    """Tokens a second of each way, which take turns."""
+    """Return tokens per second of each function, run in turns."""
     for work in ways.values():
         work()  # warm
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -108,14 +108,14 @@ def speeds(ways: dict[str, Way], tokens: int, rounds: int) -> dict[str, float]:
 
 
 def random_batch(sequences: int, length: int, vocabulary: int) -> list[TokenizedExample]:
-    """Random tokens, all of them targets but the first."""
+    """Return random tokens, all of them targets except the first."""
     ids = np.random.default_rng(0).integers(0, vocabulary, (sequences, length))
     mask = np.arange(length) < length - 1
     return [TokenizedExample(row, ids[row], mask, np.zeros(length - 1, dtype=bool)) for row in range(sequences)]
 
 
 def generate(llm: Any, batch: list[TokenizedExample], **options: Any) -> None:
-    """One token after each prompt."""
+    """Generate one token after each prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, **options)
@@ -123,7 +123,7 @@ def generate(llm: Any, batch: list[TokenizedExample], **options: Any) -> None:
 
 
 def in_batches(teacher: Teacher, batch: list[TokenizedExample], label: LabelSettings) -> None:
-    """Eight sequences a forward pass."""
+    """Run forward passes of eight sequences."""
     for first in range(0, len(batch), 8):
         teacher.label(batch[first : first + 8], label)
 

@@ -1,4 +1,4 @@
-"""What a label costs and what it is worth: bytes a position, and the angle of a student's gradient to exact KD.
+"""What a label costs and what it is worth: bytes per position, and the angle of a student's gradient to exact KD.
 
 Real SmolLM2 labels of Python functions, a tiny student, forward KL alone; the exact gradient uses the teacher's full
 distribution. Each preset is measured as drawn and as it comes back from the cache, so that the difference is what
@@ -43,7 +43,7 @@ Loss = Callable[[Tensor, slice], Tensor]  # logits (n, V) of a slice of position
 
 @dataclass(frozen=True)
 class Positions:
-    """Real text under the teacher: tokens and target positions by example, logits (N, V) and gold (N,) over all."""
+    """Real text under the teacher: tokens and target positions per example, logits (N, V) and gold (N,) of all."""
 
     ids: list[Tensor]
     at: list[Tensor]
@@ -53,7 +53,7 @@ class Positions:
 
 
 def real_positions() -> Positions:
-    """Python functions of the standard library, as the teacher sees them."""
+    """Run the teacher over Python functions of the standard library."""
     tokenizer = load_tokenizer(teacher_path())
     with tempfile.TemporaryDirectory() as folder:
         written = from_source(None, Path(folder), EXAMPLES, seed=0)
@@ -70,7 +70,7 @@ def real_positions() -> Positions:
 
 
 def gradient(student: PreTrainedModel, where: Positions, loss: Loss) -> Tensor:
-    """The student's parameter gradient of the loss summed over all positions, flattened."""
+    """Return the student's parameter gradient, flattened, of the loss summed over all positions."""
     student.zero_grad()
     head, first = read_head(student), 0
     for tokens, places in zip(where.ids, where.at, strict=True):
@@ -81,7 +81,7 @@ def gradient(student: PreTrainedModel, where: Positions, loss: Loss) -> Tensor:
 
 
 def label_all(where: Positions, head: int, draws: int) -> SparseTargets:
-    """The teacher's sparse labels, as drawn."""
+    """Return the teacher's sparse labels as drawn, before they are encoded."""
     uniforms = torch.from_numpy(uniform_draws(0, 0, len(where.gold_N), draws))
     slices = [slice(first, first + ROWS) for first in range(0, len(where.gold_N), ROWS)]
     return SparseTargets.concatenate(
@@ -90,7 +90,7 @@ def label_all(where: Positions, head: int, draws: int) -> SparseTargets:
 
 
 def stored(targets: SparseTargets, label: LabelSettings) -> tuple[SparseTargets, float]:
-    """The labels as they come back from the cache, and their bytes a position."""
+    """Return the labels as they are read back from the cache, and their bytes per position."""
     plan = ShardPlan(count=1, examples=1, tokens=1, positions=stride_for("position", len(targets)), digest="0" * 64)
     root, size = zarr.create_group(zarr.storage.MemoryStore()), 0
     coded = encode_targets(targets)
@@ -105,7 +105,7 @@ def stored(targets: SparseTargets, label: LabelSettings) -> tuple[SparseTargets,
 
 
 def sparse_loss(targets: SparseTargets, head: int, temperature: float, tail: str) -> Loss:
-    """Forward KL against sparse labels, T^2 included."""
+    """Return the loss: forward KL against sparse labels, times T^2."""
     soft = soft_labels(targets, TEMPERATURES, temperature, tail)
     settings = LossSettings(alpha=0.0, temperature=temperature, tail=tail, divergence="forward-kl")
 
@@ -118,7 +118,7 @@ def sparse_loss(targets: SparseTargets, head: int, temperature: float, tail: str
 
 
 def exact_loss(where: Positions, temperature: float) -> Loss:
-    """Forward KL against the teacher's full distribution, T^2 included."""
+    """Return the loss: forward KL against the teacher's full distribution, times T^2."""
 
     def loss(logits: Tensor, rows: slice) -> Tensor:
         p = (where.logits_NV[rows].double() / temperature).softmax(1).float()
@@ -128,7 +128,7 @@ def exact_loss(where: Positions, temperature: float) -> Loss:
 
 
 def degrees(one: Tensor, other: Tensor) -> float:
-    """The angle between two gradients."""
+    """Return the angle between two gradients."""
     cosine = float(one @ other / (one.norm() * other.norm()))
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 

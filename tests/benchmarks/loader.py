@@ -1,4 +1,4 @@
-"""What reading the cache costs a step of a student: no worker and one, against all batches in memory beforehand.
+"""What reading the cache costs per step of a student: no worker and one, against all batches already in memory.
 
 Run as ``python -m tests.benchmarks.loader CACHE [tiny] [100m]`` with a cache of SmolLM2's vocabulary, such as the
 demo's; tiny alone, the default, takes some ten minutes on two cores. The Trainer itself trains on batches of 4; a round
@@ -35,18 +35,18 @@ STEPS = {"tiny": 8, "100m": 3}
 
 
 class Timed(TrainerCallback):
-    """When each step ended; the first, with the start of a worker and of the optimizer, is left out."""
+    """Times at which steps ended; the first step, which starts the worker and the optimizer, is left out."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.ends.append(time.perf_counter())
 
 
 class InMemory(CacheExamples):
-    """Examples that were read before; the collator's work is in memory too."""
+    """Examples read beforehand; the batches that the collator makes of them are in memory too."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, with_targets=True)
@@ -57,14 +57,14 @@ class InMemory(CacheExamples):
 
 
 class Kept:
-    """A collator whose batches are made once and kept."""
+    """A collator that caches its batches."""
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
         self._found: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, examples: list[TrainingExample]) -> Any:
-        """The batch of these examples."""
+        """Return the batch of these examples."""
         key = tuple(map(id, examples))
         if key not in self._found:
             self._found[key] = self._collator(examples)
@@ -72,7 +72,7 @@ class Kept:
 
 
 def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) -> tuple[DistillationTrainer, Timed]:
-    """A Trainer of a student, which reads the cache or has every batch in memory."""
+    """Return a Trainer of a student that reads the cache or has every batch in memory."""
     reader = CacheReader(cache)
     label = reader.manifest.label
     config = Path(f"configs/students/{name}.json")
@@ -101,7 +101,7 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
 
 
 def seconds_a_step(name: str, cache: str, workers: int, *, kept: bool) -> float:
-    """Mean seconds of the steps after the first."""
+    """Return the mean seconds per step after the first."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, timed = trainer_of(name, cache, folder, workers, kept=kept)
         trainer.train()
@@ -109,7 +109,7 @@ def seconds_a_step(name: str, cache: str, workers: int, *, kept: bool) -> float:
 
 
 def loader_alone(cache: str) -> tuple[float, float]:
-    """Seconds a batch and target positions a second of the loader, shards decoded on the way."""
+    """Return the loader's seconds per batch and target positions per second, with shards decoded on the way."""
     reader = CacheReader(cache)
     sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
     collator = Collator(0, tuple(reader.manifest.label.temperatures), 2.0, "sampled")

@@ -1,8 +1,8 @@
 """Peak memory and time of both stages on 1x and 10x data: memory must not grow with the data, time in proportion.
 
-A tiny random teacher and student, one pass over the data, a process a measurement; the seconds are those of the stage
-without Python's imports. The peak is told after a tenth of the time, a half and all: what the heap comes to hold in its
-first minute is not what grows with the data. Run as ``python -m tests.benchmarks.memory``; six minutes on two cores.
+A tiny random teacher and student, one pass over the data, a process per measurement; the seconds are those of the stage
+without Python's imports. The peak is printed after a tenth, a half and all of the time, to separate the heap's growth
+in its first minute from growth with the data. Run as ``python -m tests.benchmarks.memory``; six minutes on two cores.
 """
 
 import json
@@ -19,7 +19,7 @@ SIZES = (2_000, 20_000)
 
 
 def stage_1(folder: Path, examples: int) -> float:
-    """Label so many examples of 24 words; returns seconds."""
+    """Label ``examples`` examples of 24 words and return the seconds it took."""
     from logitcask.pipeline.precompute.precompute import precompute
     from logitcask.pipeline.settings.precompute import PrecomputeSettings
     from tests.support.tiny import make_teacher
@@ -43,7 +43,7 @@ def stage_1(folder: Path, examples: int) -> float:
 
 
 def stage_2(folder: Path, examples: int) -> float:
-    """Train one pass over the cache of so many examples; returns seconds."""
+    """Train one epoch on the cache of ``examples`` examples and return the seconds it took."""
     from logitcask.cache.reader import CacheReader
     from logitcask.pipeline.train.train import run_training
     from tests.support.runs import train_settings
@@ -58,7 +58,7 @@ def stage_2(folder: Path, examples: int) -> float:
 
 
 def peak() -> int:
-    """Of this process so far, MiB."""
+    """Return the peak memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

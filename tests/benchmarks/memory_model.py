@@ -25,7 +25,7 @@ from logitcask.pipeline.models.student_memory import student_memory
 from logitcask.pipeline.plan.estimates import MEASURED_VOCABULARY
 from logitcask.pipeline.train.trainer import make_loss_forward
 
-# config, examples a batch, tokens an example, gradient checkpointing, mixed precision
+# config, examples per batch, tokens per example, gradient checkpointing, mixed precision
 CASES = [
     ("tiny", 8, 256, False, False),
     ("tiny", 8, 256, True, False),
@@ -34,21 +34,21 @@ CASES = [
     ("100m", 4, 256, False, False),
     ("100m", 4, 256, True, False),
 ]
-ENTRIES = 32  # of a label
+ENTRIES = 32  # per label
 
 
 def config_path(name: str) -> Path:
-    """The config file of a student."""
+    """Return the config file of a student."""
     return Path(f"configs/students/{name}.json")
 
 
 def resident() -> int:
-    """The largest resident memory so far, in bytes."""
+    """Return the largest resident memory so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: bool) -> int:
-    """Bytes by which two steps raise this process's peak."""
+    """Return the bytes by which two steps raise this process's peak."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the command does
     free_large_blocks()
     torch.ones(64, 64).matmul(torch.ones(64, 64))
@@ -85,7 +85,7 @@ def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: b
 
 
 def main() -> None:
-    """Print the table, or with arguments measure one case."""
+    """Print the table or, with arguments, measure one case."""
     if len(sys.argv) > 1:
         print(measure(*CASES[int(sys.argv[1])]))
         return

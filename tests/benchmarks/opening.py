@@ -26,12 +26,12 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import create_cache
 from logitcask.pipeline.precompute.sharding import plan_strides
 
-EXAMPLES = 100  # a shard
+EXAMPLES = 100  # per shard
 LABEL = LabelSettings(vocab_size=300, head_size=1, tail_draws=0, temperatures=[1.0], seed=0)
 
 
 def shard() -> Shard:
-    """Examples of two tokens and one label."""
+    """Return examples of two tokens and one label."""
     ones, zeros = np.ones((EXAMPLES, 1), np.float32), np.zeros((EXAMPLES, 1), np.float32)
     none = np.zeros((EXAMPLES, 0), dtype=np.int64)
     log_half = np.float32(np.log(0.5))
@@ -55,7 +55,7 @@ def shard() -> Shard:
 
 
 def make(folder: Path, shards: int) -> None:
-    """A cache whose first shard is written and whose every shard has a commit record."""
+    """Create a cache whose first shard is written and of which every shard has a commit record."""
     total, starts = shards * EXAMPLES, np.full(shards, EXAMPLES, dtype=np.int64)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -88,7 +88,7 @@ def make(folder: Path, shards: int) -> None:
 
 
 def main() -> None:
-    """Print a line for each size."""
+    """Print one line per size."""
     for shards in (100, 10_000):
         folder = Path(tempfile.mkdtemp(prefix="logitcask-"))
         try:

@@ -1,4 +1,4 @@
-"""The plan's bytes and positions against those of a cache that was made.
+"""The plan's bytes and positions against those of a finished cache.
 
 Run as ``python -m tests.benchmarks.plan_check RUN_OR_CACHE [DATA]``; a run is a folder that holds ``cache`` and
 ``data/train.jsonl``, as ``just demo`` leaves it. With the data its examples, tokens and positions are counted as the
@@ -27,7 +27,7 @@ Row = tuple[str, float, float]  # name, predicted, measured
 
 
 def preset_of(label: LabelSettings) -> Preset:
-    """The preset of a cache; exits where its label is that of none."""
+    """Return the preset of a cache; exit if its label matches none."""
     usual = PrecomputeSettings.model_fields["temperatures"].default
     names: list[Preset] = ["lean", "standard", "rich"]
     for name in names:
@@ -37,7 +37,7 @@ def preset_of(label: LabelSettings) -> Preset:
 
 
 def compare(cache: Path, data: Path | None) -> tuple[list[Row], list[Row]]:
-    """Counts, then bytes: of all, of all without the tokenizer, and by part."""
+    """Return rows of counts, then of bytes: in total, without the tokenizer, and by part."""
     info, files = describe(cache), CacheReader(cache).tokenizer_files()
     found, label = info.manifest.data, info.manifest.label
     tokenizer = tokenizer_from_files(files)
@@ -64,7 +64,7 @@ def compare(cache: Path, data: Path | None) -> tuple[list[Row], list[Row]]:
 
 
 def main() -> None:
-    """Print the table; exit with 1 where the plan is off."""
+    """Print the table; exit with 1 if the plan is off."""
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python -m tests.benchmarks.plan_check RUN_OR_CACHE [DATA]")
     place = Path(sys.argv[1])

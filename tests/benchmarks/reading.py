@@ -32,7 +32,7 @@ Read = Callable[[int], TrainingExample]
 
 
 def examples() -> list[Example]:
-    """Examples of full length, every position but the last labelled."""
+    """Return examples of full length with every position labelled except the last."""
     random = np.random.default_rng(0)
     mask = np.arange(LENGTH) < LENGTH - 1
     pool = random_targets(random, 4096, LABEL)
@@ -48,7 +48,7 @@ def examples() -> list[Example]:
 
 
 def from_cache(folder: Path, made: list[Example]) -> Read:
-    """The cache."""
+    """Write the cache and return how to read it."""
     shard_examples = cut_shards(np.array([len(e.targets) for e in made]), SHARD_POSITIONS)
     ends = np.cumsum(shard_examples)
     shards = [Shard.of(made[int(e - n) : int(e)]) for e, n in zip(ends, shard_examples, strict=True)]
@@ -63,7 +63,7 @@ def from_cache(folder: Path, made: list[Example]) -> Read:
 
 
 def columns_of(example: Example) -> dict[str, Any]:
-    """One example's arrays by name, in the widths that suffice."""
+    """Return one example's arrays by name, in the narrowest types that suffice."""
     return {
         "input_ids": example.input_ids.astype(np.uint16),
         "target_mask": example.target_mask,
@@ -77,13 +77,13 @@ def columns_of(example: Example) -> dict[str, Any]:
 
 
 def example_of(row: dict[str, Any]) -> TrainingExample:
-    """A training example from arrays by name."""
+    """Return a training example from arrays by name."""
     targets = SparseTargets(**{name: row[name] for name in NAMES})
     return TrainingExample(Encoded(row["input_ids"], row["target_mask"]), targets)
 
 
 def from_parquet(folder: Path, made: list[Example]) -> Read:
-    """Lists in a Parquet file, as most projects keep them."""
+    """Write lists to a Parquet file, as most projects store them."""
 
     def rows() -> Iterator[dict[str, Any]]:
         yield from ({name: value.tolist() for name, value in columns_of(example).items()} for example in made)
@@ -96,7 +96,7 @@ def from_parquet(folder: Path, made: list[Example]) -> Read:
 
 
 def from_memmap(folder: Path, made: list[Example]) -> Read:
-    """One flat file an array, nothing compressed, every example of one size: the fastest there is."""
+    """Write one flat uncompressed file per array, all examples of equal size: the fastest option."""
     folder.mkdir()
     shapes = {name: value.shape for name, value in columns_of(made[0]).items()}
     whole = {name: np.stack([columns_of(e)[name] for e in made]) for name in shapes}
@@ -107,7 +107,7 @@ def from_memmap(folder: Path, made: list[Example]) -> Read:
 
 
 def positions_a_second(read: Read, batches: list[list[int]], finish: Callable[[list[TrainingExample]], Any]) -> float:
-    """Target positions delivered, a second, each batch's examples finished in some way."""
+    """Return target positions delivered per second, with ``finish`` applied to each batch's examples."""
     began = time.perf_counter()
     for batch in batches:
         finish([read(index) for index in batch])
@@ -132,7 +132,7 @@ def main() -> None:
         rates: dict[tuple[str, str], list[float]] = {(name, what): [] for name in ways for what in finishes}
         for epoch in range(1, ROUNDS + 1):
             sampler.set_epoch(epoch)
-            order = list(sampler)  # the cache's own: shards, then examples within them
+            order = list(sampler)  # the cache's order: shards, then examples within them
             for (name, what), found in rates.items():
                 some = order[:16] if name == "Parquet lists" else order
                 found.append(positions_a_second(ways[name], some, finishes[what]))

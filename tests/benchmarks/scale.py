@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def timed(what: str, work: Callable[[], T]) -> T:
-    """Do it and print how long it took, and the process's peak memory so far."""
+    """Do the work; print how long it took and the process's peak memory so far."""
     began = time.perf_counter()
     found = work()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -40,7 +40,7 @@ def timed(what: str, work: Callable[[], T]) -> T:
 
 
 def tokenizing(folder: Path) -> None:
-    """Print the speed of what stage 1 does first: read, encode and stage all examples."""
+    """Print the speed of stage 1's first step: read, encode and stage all examples."""
     source = str(from_source(None, folder / "data", EXAMPLES, seed=0).path)
     encoder = Encoder(load_tokenizer(teacher_path()), prompt_loss=False)
 
@@ -56,7 +56,7 @@ def tokenizing(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print a line for each step."""
+    """Print one line per step."""
     tokens, shard_positions = (int(float(value)) for value in [*sys.argv[1:], "1e11", "1048576"][:2])
     random = np.random.default_rng(0)
     lengths = random.geometric(1 / MEAN_LENGTH, tokens // MEAN_LENGTH).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What a label costs on disk: bytes a target position by preset, corpus and array, and what other codecs would give.
+"""What a label costs on disk: bytes per target position by preset, corpus and array, and what other codecs would give.
 
 Real SmolLM2 labels of Python functions and of English prose (the language reference that Python ships). Run as
 ``python -m tests.benchmarks.sizes [POSITIONS]``; 30,000 positions of each, the default, take about eight minutes on
@@ -45,7 +45,7 @@ Codec = Callable[[NDArray[Any]], bytes]
 
 
 def code(encoder: Encoder) -> Iterator[TokenizedExample]:
-    """Functions of the standard library as documentation and code."""
+    """Return functions of the standard library as documentation and code."""
     with tempfile.TemporaryDirectory() as folder:
         written = from_source(None, Path(folder), 100_000, seed=0)
         for index, (where, record) in enumerate(read_records(str(written.path))):
@@ -57,7 +57,7 @@ def code(encoder: Encoder) -> Iterator[TokenizedExample]:
 
 
 def english(encoder: Encoder) -> Iterator[TokenizedExample]:
-    """Chapters of Python's language reference."""
+    """Return chapters of Python's language reference."""
     for index, name in enumerate(sorted(pydoc_data.topics.topics)):
         found = encoder.encode(name, {"text": pydoc_data.topics.topics[name]})
         for first in range(0, len(found.input_ids) - 16, LENGTH):
@@ -67,7 +67,7 @@ def english(encoder: Encoder) -> Iterator[TokenizedExample]:
 
 
 def label(source: Iterator[TokenizedExample], positions: int, vocabulary: int) -> dict[str, list[Example]]:
-    """Labels of every preset, from one forward pass of the teacher."""
+    """Return labels of every preset, from one forward pass of the teacher."""
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
     head = read_head(model)
     found: dict[str, list[Example]] = {name: [] for name in PRESETS}
@@ -89,13 +89,13 @@ def label(source: Iterator[TokenizedExample], positions: int, vocabulary: int) -
 
 
 def settings_of(name: str, vocabulary: int) -> LabelSettings:
-    """The label settings of a preset."""
+    """Return the label settings of a preset."""
     head, draws = PRESETS[name]
     return LabelSettings(vocab_size=vocabulary, head_size=head, tail_draws=draws, temperatures=TEMPERATURES, seed=0)
 
 
 def write(folder: Path, name: str, examples: list[Example], tokenizer: Any) -> Path:
-    """A whole cache of one shard."""
+    """Write a complete cache of one shard."""
     tokens = np.array([len(e.input_ids) for e in examples])
     positions = np.array([len(e.targets) for e in examples])
     shard_examples = np.array([len(examples)])
@@ -125,7 +125,7 @@ def write(folder: Path, name: str, examples: list[Example], tokenizer: Any) -> P
 
 
 def spoilt(targets: SparseTargets, how: LabelSettings) -> list[float]:
-    """By temperature: squared error that storing adds to the weights, over the variance of the drawn weights."""
+    """Return, by temperature, the squared error that storing adds to the weights over the variance of drawing them."""
     coded = {s.name: encode_targets(targets)[s.name].astype(s.dtype) for s in array_specs(how) if s.axis == "position"}
     back, shares = decode_targets(coded, how), []
     for t in TEMPERATURES:
@@ -136,7 +136,7 @@ def spoilt(targets: SparseTargets, how: LabelSettings) -> list[float]:
 
 
 def codecs() -> dict[str, tuple[bool, Codec]]:
-    """By name: whether columns are put together first, and the compressor."""
+    """Return, by name, whether the array is transposed to columns first, and the compressor."""
     found: dict[str, tuple[bool, Codec]] = {
         "rows, zstd": (False, Zstd(9).encode),
         "rows, shuffle": (False, Blosc("zstd", 9, Blosc.SHUFFLE).encode),
@@ -146,7 +146,7 @@ def codecs() -> dict[str, tuple[bool, Codec]]:
         "columns, lz4": (True, Blosc("lz4", 9, Blosc.SHUFFLE).encode),
     }
     try:
-        from numcodecs.pcodec import PCodec  # an optional package of numcodecs
+        from numcodecs.pcodec import PCodec  # an optional dependency of numcodecs
     except ImportError:
         return found
     pcodec = PCodec(level=8)
@@ -159,13 +159,13 @@ def codecs() -> dict[str, tuple[bool, Codec]]:
 
 
 def compressed(array: NDArray[Any], columns: bool, encode: Codec) -> float:
-    """Bytes a position of an array, chunk by chunk."""
+    """Return an array's bytes per position, compressed chunk by chunk."""
     chunks = [array[first : first + CHUNK["position"]] for first in range(0, len(array), CHUNK["position"])]
     return sum(len(encode(np.ascontiguousarray(c.T if columns else c))) for c in chunks) / len(array)
 
 
 def variants(targets: SparseTargets, how: LabelSettings) -> dict[str, NDArray[Any]]:
-    """The arrays of the format, then the other ways that were tried."""
+    """Return the arrays of the format, then the alternatives that were tried."""
     coded = encode_targets(targets)
     found = {s.name: coded[s.name].astype(s.dtype) for s in array_specs(how) if s.axis == "position"}
     padding = targets.tail_counts == 0
@@ -185,7 +185,7 @@ def variants(targets: SparseTargets, how: LabelSettings) -> dict[str, NDArray[An
 
 
 def size_table(sizes: dict[tuple[str, str], dict[str, float]]) -> Table:
-    """Bytes a position by array; one column a preset and corpus."""
+    """Return a table of bytes per position by array, with one column per preset and corpus."""
     table = Table("bytes a position", *(f"{preset}\n{corpus}" for preset, corpus in sizes))
     for name in dict.fromkeys(name for column in sizes.values() for name in column):
         table.add_row(name, *(f"{column[name]:.2f}" if name in column else "" for column in sizes.values()))
@@ -193,7 +193,7 @@ def size_table(sizes: dict[tuple[str, str], dict[str, float]]) -> Table:
 
 
 def codec_table(tried: dict[str, dict[str, dict[str, float]]]) -> Table:
-    """Bytes a position by corpus and array; one column a codec."""
+    """Return a table of bytes per position by corpus and array, with one column per codec."""
     table = Table("bytes a position, standard", *codecs(), title="codecs")
     for corpus, arrays in tried.items():
         for name, row in arrays.items():
@@ -211,7 +211,7 @@ def keep(tried: dict[str, dict[str, dict[str, float]]], positions: dict[str, int
 
 
 def main() -> None:
-    """Print the tables, and keep that of the codecs."""
+    """Print the tables, and save that of the codecs."""
     positions = int(sys.argv[1]) if len(sys.argv) > 1 else 30_000
     tokenizer = load_tokenizer(teacher_path())
     encoder, vocabulary = Encoder(tokenizer, prompt_loss=False), tokenizer_size(tokenizer)

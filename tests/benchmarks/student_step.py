@@ -1,6 +1,6 @@
-"""What distillation costs the student beside plain training: one loss alone, and one whole step.
+"""What distillation costs the student compared with plain training: the loss alone, and a whole step.
 
-Each row is a ratio of medians in one run, the ways taking turns. Peak memory (Linux) is of a process of its own, less
+Each row is a ratio of medians in one run, variants in turns. Peak memory (Linux) is that of a separate process less
 what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Ours and
 online run as ``logitcask train`` does on a CPU: layers that keep the results of products, freed blocks given back, huge
 pages. In the process that takes times all ways have huge pages, plain training too. Run as
@@ -42,21 +42,21 @@ HEAD, DRAWS, TOP = 8, 24, 64
 HYBRID = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
 LOGIT_1 = LossSettings(alpha=0.0, temperature=1.0, tail="sampled", divergence="forward-kl")
 PLAIN, OURS, LARGE = "plain cross-entropy", "ours, hybrid at T=2", "online, a random teacher of 0.95B in memory"
-THRIFTY = ("ours", "online")  # how the names of ways begin that train as ``logitcask train`` does
+THRIFTY = ("ours", "online")  # prefixes of the variants that train as ``logitcask train`` does
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-GLIBC_LARGEST = 32 << 20  # of a block in the heap, where glibc's own adjusting ends
+GLIBC_LARGEST = 32 << 20  # largest heap block to which glibc adjusts its threshold by itself
 Way = Callable[[], None]
 
 
 def labels(n: int, vocab: int, entries: int = HEAD + DRAWS) -> SoftLabels[Tensor]:
-    """Labels of the standard preset's shape: what they say costs nothing, how many they are does."""
+    """Return labels of the standard preset's shape: their number affects the cost, their values do not."""
     ids = torch.stack([torch.randperm(vocab)[:entries] for _ in range(16)]).repeat(-(-n // 16), 1)[:n]
     weights = torch.rand(n, entries)
     return SoftLabels(ids, weights / weights.sum(1, keepdim=True), torch.zeros(n, entries) - 3, -torch.ones(n), HEAD)
 
 
 def peers(logits: Tensor, gold: Tensor, top: SoftLabels[Tensor], how: LossSettings) -> Tensor:
-    """The usual sparse loss: full logits, their log-softmax, gather; the top made to sum to 1."""
+    """Return the usual sparse loss: full logits, log-softmax, gather, with the head normalised to sum to 1."""
     hard = functional.cross_entropy(logits, gold, reduction="sum")
     log_q = functional.log_softmax(logits / how.temperature, dim=1).gather(1, top.ids)
     soft = -(top.weights * log_q).sum() * how.temperature**2
@@ -64,7 +64,7 @@ def peers(logits: Tensor, gold: Tensor, top: SoftLabels[Tensor], how: LossSettin
 
 
 def loss_ways(vocab: int, n: int) -> dict[str, Way]:
-    """Forward and backward of a loss from hidden states (n, WIDTH) and a head's weight (vocab, WIDTH)."""
+    """Return forward and backward of each loss from hidden states (n, WIDTH) and head weight (vocab, WIDTH)."""
     torch.manual_seed(0)
     hidden = torch.randn(n, WIDTH, requires_grad=True)
     weight = (torch.randn(vocab, WIDTH) / WIDTH**0.5).requires_grad_()
@@ -94,7 +94,7 @@ def loss_ways(vocab: int, n: int) -> dict[str, Way]:
 
 
 def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: bool = False) -> dict[str, Way]:
-    """A whole step of the 100m student in float32 with AdamW: every position but each row's last is a target."""
+    """Return whole steps of the 100m student in float32 with AdamW; each row's last position alone is no target."""
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (BATCH, LENGTH))
     at = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)[:, :-1].reshape(-1)
@@ -116,7 +116,7 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: boo
         def step() -> None:
             if thrifty:
                 free_large_blocks()
-            elif not alone:  # another way has had this process give all back
+            elif not alone:  # another variant made this process release everything
                 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GLIBC_LARGEST)
             torch.autograd.backward(loss())
             optimizer.step()
@@ -167,7 +167,7 @@ def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: boo
 
 
 def peak(kind: str, name: str, vocab: int, n: int) -> float:
-    """Peak memory in MB that a way adds, in a process of its own."""
+    """Return the peak memory in MB that a variant adds, in a separate process."""
     command = [sys.executable, "-m", "tests.benchmarks.student_step", "peak", kind, name, str(vocab), str(n)]
     system = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=system)
@@ -180,7 +180,7 @@ def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
     if kind != "loss" and name.startswith(THRIFTY):
         os.environ[HUGE_PAGES] = "1"  # as the command does; torch looks at the first large tensor
     start = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     way = way or step_ways(name, kind == "checkpointed step", alone=True)[name]
     for _ in range(2):
         way()
@@ -188,13 +188,13 @@ def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
 
 
 def resident(name: str) -> float:
-    """MB of memory as the system tells them: VmRSS now, VmHWM at most."""
+    """Return MB of memory as the system reports them: VmRSS is current, VmHWM the peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions: int, repeats: int) -> Table:
-    """Medians over ``repeats`` rounds, the ways taking turns, after one round that does not count."""
+    """Return medians over ``repeats`` rounds, with the variants taking turns, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(repeats + 1):
         for name, way in ways.items():
@@ -212,7 +212,7 @@ def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions
 
 
 def main() -> None:
-    """Print the tables asked for, or both."""
+    """Print the requested tables, or both."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["peak"]:
         measure_peak(arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))

@@ -1,4 +1,4 @@
-"""The store: what is written is what is read, to the declared quantisation, and only when it is committed."""
+"""The store reads back what was written, up to the declared quantisation, once it is committed."""
 
 import shutil
 import subprocess
@@ -60,7 +60,7 @@ def label_settings(vocab: int, head: int, draws: int, temperatures: int = 3) -> 
 
 
 def random_targets(random: np.random.Generator, n: int, label: LabelSettings) -> SparseTargets:
-    """Labels of the right shape: distinct ids, ascending tail with padding last, some positions without a tail."""
+    """Return random labels: distinct ids, an ascending tail with padding last, some positions without a tail."""
     vocab, k, m, j = label.vocab_size, label.head_size, label.tail_draws, len(label.temperatures)
     ids = np.stack([random.choice(vocab, k + m, replace=k + m > vocab) for _ in range(n)]).reshape(n, k + m)
     ids[: n // 2] = np.where(ids[: n // 2] < 3, vocab - 1 - ids[: n // 2], ids[: n // 2])  # reach the last ids
@@ -140,10 +140,10 @@ def write(path: Path, label: LabelSettings, shards: list[Shard], only: set[int] 
     return writer
 
 
-def assert_equal_targets(found: SparseTargets, want: SparseTargets) -> None:
-    assert found.tail_logprobs.shape == want.tail_logprobs.shape
+def assert_equal_targets(read: SparseTargets, want: SparseTargets) -> None:
+    assert read.tail_logprobs.shape == want.tail_logprobs.shape
     for field in fields(SparseTargets):
-        a, b = getattr(found, field.name), getattr(want, field.name)
+        a, b = getattr(read, field.name), getattr(want, field.name)
         if field.name in SCALES:
             np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b), err_msg=field.name)
             near = np.isfinite(b)
@@ -188,10 +188,10 @@ def test_what_is_written_is_read(tmp_path: Path, vocab: int, head: int, draws: i
         np.testing.assert_array_equal(reader.shard(index).input_ids, shard.input_ids)
         assert_equal_targets(reader.shard(index).targets, shard.targets)
         for inner in range(len(shard)):
-            found, want = reader.example(next(place)), shard.example(inner)
-            np.testing.assert_array_equal(found.input_ids, want.input_ids)
-            np.testing.assert_array_equal(found.target_mask, want.target_mask)
-            assert_equal_targets(found.targets, want.targets)
+            example, want = reader.example(next(place)), shard.example(inner)
+            np.testing.assert_array_equal(example.input_ids, want.input_ids)
+            np.testing.assert_array_equal(example.target_mask, want.target_mask)
+            assert_equal_targets(example.targets, want.targets)
     np.testing.assert_array_equal(
         reader.counts("token_count", range(reader.manifest.shards.count)),
         np.concatenate([s.token_count for s in shards]),
@@ -285,9 +285,9 @@ def test_a_moved_cache_reads_the_same(tmp_path: Path) -> None:
     moved = CacheReader(tmp_path / "else where")
     assert moved.manifest == first.manifest
     for index, want in enumerate(examples):
-        found = moved.example(index)
-        np.testing.assert_array_equal(found.input_ids, want.input_ids)
-        np.testing.assert_array_equal(found.targets.tail_ids, want.targets.tail_ids)
+        example = moved.example(index)
+        np.testing.assert_array_equal(example.input_ids, want.input_ids)
+        np.testing.assert_array_equal(example.targets.tail_ids, want.targets.tail_ids)
     assert f"{len(RECORDS)} examples" in render(describe(tmp_path / "else where"))
 
 
@@ -297,5 +297,5 @@ def test_the_cache_does_not_import_torch() -> None:
     assert len(names) > 15
     loaded = "{'torch', 'transformers', 'logitcask.pipeline'} & set(sys.modules)"
     code = f"import {', '.join(names)}, sys; print({loaded})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,4 +1,4 @@
-"""Moving a cache: folders, .zip files, S3's protocol over HTTP, OpenSSH. Killed, cut off, damaged: then finished."""
+"""Copying a cache: folders, .zip files, S3's protocol over HTTP, OpenSSH. Killed, cut off or damaged, then finished."""
 
 import hashlib
 import multiprocessing
@@ -63,7 +63,7 @@ def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServer]:
 
 @pytest.fixture(params=["folder", "zip", "s3", "ssh"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Somewhere to copy a cache to."""
+    """A destination for a copy."""
     if request.param == "s3":
         return f"{request.getfixturevalue('s3')}/cache"
     if request.param == "ssh":
@@ -94,16 +94,16 @@ def test_there_and_back_is_the_same_cache(cache: Path, place: str, tmp_path: Pat
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_part_is_a_cache_of_its_own(cache: Path, place: str, tmp_path: Path) -> None:
+def test_a_part_is_a_separate_cache(cache: Path, place: str, tmp_path: Path) -> None:
     copy(cache, place, (1, 4))
     whole, part = CacheReader(cache), CacheReader(place)
     assert verify(place).problems == []
     first = int(whole.shard_starts[1])
     assert len(part) == int(whole.shard_starts[4]) - first
     for index in range(len(part)):
-        found, want = part.example(index), whole.example(first + index)
-        np.testing.assert_array_equal(found.input_ids, want.input_ids)
-        np.testing.assert_array_equal(found.targets.tail_ids, want.targets.tail_ids)
+        example, want = part.example(index), whole.example(first + index)
+        np.testing.assert_array_equal(example.input_ids, want.input_ids)
+        np.testing.assert_array_equal(example.targets.tail_ids, want.targets.tail_ids)
     assert part.manifest.part is not None
     assert (part.manifest.part.first, part.manifest.part.of) == (1, whole.manifest.shards.count)
     copy(place, tmp_path / "smaller", (1, 2))
@@ -175,7 +175,7 @@ def test_a_cut_ssh_connection_is_made_again(cache: Path, ssh: SshServer, tmp_pat
     assert folder_bytes(tmp_path / "back") == folder_bytes(tmp_path / "far") == folder_bytes(cache)
 
 
-def test_a_connection_that_stays_down_is_told_and_the_copy_goes_on_later(
+def test_a_connection_that_stays_down_is_reported_and_the_copy_resumes_later(
     cache: Path, s3: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(cache, f"{s3}/cache")
@@ -228,13 +228,13 @@ def test_bytes_that_are_written_wrong_are_found(cache: Path, tmp_path: Path, mon
         CacheReader(tmp_path / "copy")
 
 
-def test_damage_at_the_destination_is_mended(cache: Path, tmp_path: Path) -> None:
+def test_damage_at_the_destination_is_repaired(cache: Path, tmp_path: Path) -> None:
     place = tmp_path / "copy"
     copy(cache, place)
     flip(place / "head_ids/c/1/0")
     flip(place / "tokenizer/tokenizer.json/c/0")
-    mended = copy(cache, place)
-    assert (mended.brought, mended.found) == (1, CacheReader(cache).manifest.shards.count - 1)
+    repaired = copy(cache, place)
+    assert (repaired.brought, repaired.found) == (1, CacheReader(cache).manifest.shards.count - 1)
     assert folder_bytes(place) == folder_bytes(cache)
 
 
@@ -245,14 +245,14 @@ def test_a_damaged_zip_is_refused(cache: Path, tmp_path: Path) -> None:
         (tmp_path / "a.zip").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
         shutil.rmtree(tmp_path / "back", ignore_errors=True)
         try:
-            found = verify(tmp_path / "a.zip").problems
+            problems = verify(tmp_path / "a.zip").problems
             copy(tmp_path / "a.zip", tmp_path / "back")
         except LogitcaskError:
             continue
-        assert not found
+        assert not problems
         assert folder_bytes(tmp_path / "back") == folder_bytes(cache)
     (tmp_path / "a.zip").write_bytes(good[: len(good) // 2])
-    with pytest.raises(CacheFormatError, match=r"no readable \.zip file"):
+    with pytest.raises(CacheFormatError, match=r"not a readable \.zip file"):
         CacheReader(tmp_path / "a.zip")
 
 
@@ -287,9 +287,9 @@ def test_an_unfinished_cache_gives_only_its_parts(cache: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("source", "rule"),
     [
-        ("ftp://host/cache", r"ftp:// is not known: give a folder, a \.zip file or s3://"),
+        ("ftp://host/cache", r"ftp:// is not supported: give a folder, a \.zip file or s3://"),
         ("s3:///cache", "names no bucket"),
-        ("s3://bucket/cache.zip", "read from this machine only"),
+        ("s3://bucket/cache.zip", "must be on this machine"),
         ("nowhere", "no such cache"),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_place_that_cannot_be_is_one_line(source: str, rule: str, tmp_path: Pa
 
 @pytest.mark.parametrize("shards", [(0, 99), (3, 3), (4, 2)])
 def test_shards_that_are_not_there_are_one_line(cache: Path, shards: tuple[int, int], tmp_path: Path) -> None:
-    with pytest.raises(LogitcaskError, match=rf"--shards {shards[0]}:{shards[1]}: .*take FIRST:STOP"):
+    with pytest.raises(LogitcaskError, match=rf"--shards {shards[0]}:{shards[1]}: must be FIRST:STOP within 0:"):
         copy(cache, tmp_path / "copy", shards)
 
 
@@ -313,13 +313,13 @@ def test_only_a_folder_can_be_repaired(cache: Path, tmp_path: Path) -> None:
 def test_a_student_learns_the_same_from_afar(
     cache: Path, s3: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over a wire that is cut; then, all being kept, over one that carries no shard any more."""
+    """Over a connection that is cut; then, with local copies of everything, from a cache that lost its shards."""
     copy(cache, f"{s3}/cache")
     near = train(cache, tmp_path / "near", max_steps=6, save_steps=6)
     with Wire(s3_port, [40_000, 20_000]) as wire:
         set_s3(monkeypatch, wire.port)
-        kept = {"local_copies": tmp_path / "kept", "max_steps": 6, "save_steps": 6}
-        far = train(f"{s3}/cache", tmp_path / "far", **kept)
+        settings = {"local_copies": tmp_path / "kept", "max_steps": 6, "save_steps": 6}
+        far = train(f"{s3}/cache", tmp_path / "far", **settings)
         assert wire.times_cut == 2
     assert losses(far) == losses(near)
     set_s3(monkeypatch, s3_port)
@@ -327,7 +327,7 @@ def test_a_student_learns_the_same_from_afar(
     for key in folder_bytes(cache):
         if key.startswith("tail_ids/c/"):
             sync(store.delete(key))
-    again = train(f"{s3}/cache", tmp_path / "again", **kept)
+    again = train(f"{s3}/cache", tmp_path / "again", **settings)
     assert losses(again) == losses(near)
 
 
@@ -340,17 +340,17 @@ def test_local_copies_are_bounded_and_never_trusted(cache: Path, s3: str, tmp_pa
     sizes = [len(data) for key, data in folder_bytes(cache).items() if "/c/" in key and key[0] in "hit"]
     limit = max(sizes) + min(sizes)
     assert sum(sizes) > 2 * limit, "something must be dropped"
-    kept = DiskCache(tmp_path / "kept", limit)
-    reader, near = CacheReader(f"{s3}/cache", disk_cache=kept), CacheReader(cache)
+    disk_cache = DiskCache(tmp_path / "kept", limit)
+    reader, near = CacheReader(f"{s3}/cache", disk_cache=disk_cache), CacheReader(cache)
     for _ in range(2):
         for index in range(len(near)):
             np.testing.assert_array_equal(reader.example(index).targets.tail_ids, near.example(index).targets.tail_ids)
-            assert sum(file.stat().st_size for file in kept.folder.iterdir()) <= limit
-        for file in kept.folder.iterdir():
+            assert sum(file.stat().st_size for file in disk_cache.folder.iterdir()) <= limit
+        for file in disk_cache.folder.iterdir():
             flip(file)
 
 
-def test_a_folder_for_local_copies_that_cannot_be_written_stops_nobody(cache: Path, s3: str, tmp_path: Path) -> None:
+def test_a_folder_for_local_copies_that_cannot_be_written_is_no_error(cache: Path, s3: str, tmp_path: Path) -> None:
     copy(cache, f"{s3}/cache")
     (tmp_path / "file").write_text("no folder")
     reader = CacheReader(f"{s3}/cache", disk_cache=DiskCache(tmp_path / "file", 10**9))
@@ -358,7 +358,7 @@ def test_a_folder_for_local_copies_that_cannot_be_written_stops_nobody(cache: Pa
 
 
 def test_data_of_any_size_is_written_whole(s3: str, ssh: SshServer, tmp_path: Path) -> None:
-    """Objects beyond the servers' part sizes, and empty ones."""
+    """Objects larger than the servers' part sizes, and empty ones."""
     big = random.Random(0).randbytes(60 << 20)
     for url in (s3, ssh.url(tmp_path / "far")):
         store = remote.RemoteStore(url, read_only=False)
@@ -374,9 +374,9 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_the_command_tells_what_it_did(cache: Path, tmp_path: Path) -> None:
+def test_the_command_reports_what_it_did(cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "logitcask", "cache", "copy", str(cache), str(tmp_path / "copy")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{CacheReader(cache).manifest.shards.count} shards copied, 0 were there" in done.stdout
+    assert f"{CacheReader(cache).manifest.shards.count} shards copied, 0 already present" in done.stdout
     wrong = subprocess.run([*command, "--shards", "1-3"], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "error: --shards: must be FIRST:STOP, such as 0:10, is '1-3'\n")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: --shards: must be FIRST:STOP, such as 0:10, got '1-3'\n")

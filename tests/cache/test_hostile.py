@@ -1,4 +1,4 @@
-"""A cache from strangers: whatever its bytes are, every call answers or refuses in one line, within bounded memory."""
+"""Untrusted caches: whatever the bytes, every call succeeds or raises a one-line error, within bounded memory."""
 
 import contextlib
 import hashlib
@@ -37,7 +37,7 @@ LABEL = label_settings(300, 3, 4)
 SPECS = array_specs(LABEL)
 CASES = int(os.environ.get("LOGITCASK_FUZZ_CASES", "2500"))  # `just fuzz` takes 10,000
 METADATA_CASES, OBJECT_CASES, NUMBER_CASES, ZIP_CASES = (round(CASES * share) for share in (0.67, 0.16, 0.05, 0.12))
-CASE_MEMORY, CASE_SECONDS = 1 << 30, 30  # bytes above what the process has, and seconds, that a case may take at most
+CASE_MEMORY, CASE_SECONDS = 1 << 30, 30  # most that a case may take: bytes on top of what the process has, and seconds
 ODD: list[Any] = [
     *(None, True, 0, -1, 1, 2**31, 2**40, 2**63, 2**64, 10**400, 0.5, float("nan"), 1e999, "", "x" * 5000, "\x00\n\r"),
     *([], {}, [[]], "object", "|O", "float16", "string", "variable_length_utf8", "r*", "../../etc", "a/b", "\ud800"),
@@ -51,7 +51,7 @@ ODD: list[Any] = [
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Objects:
-    """A small cache in which all is well, so that only what a case changes is wrong."""
+    """A small sound cache, so that only what a case changes is wrong."""
     folder = tmp_path_factory.mktemp("hostile") / "c"
     write(folder, LABEL, sound_shards(LABEL, [2, 1]))
     assert verify(folder).problems == []
@@ -68,7 +68,7 @@ def good_zip(good: Objects, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """A case: more memory is a MemoryError, more time an AssertionError."""
+    """Limit a case: more memory is a MemoryError, more time an AssertionError."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"took more than {CASE_SECONDS} s")
@@ -103,7 +103,7 @@ def sign(objects: Objects) -> None:
 
 
 def calls(place: MemoryStore | Path) -> list[Callable[[], object]]:
-    """Every public call, each on its own reader."""
+    """Return every public call, each with a new reader."""
     return [
         lambda: CacheReader(place, partial=True).example(2),
         lambda: CacheReader(place).shard(0),
@@ -114,7 +114,7 @@ def calls(place: MemoryStore | Path) -> list[Callable[[], object]]:
 
 
 def must_answer(place: MemoryStore | Path, chance: random.Random | None = None) -> int:
-    """Make every call; how many were refused. Anything but an answer or a LogitcaskError of one line is a bug."""
+    """Make every call; return how many were refused. Anything but success or a one-line LogitcaskError is a bug."""
     refused = 0
     for call in chance.sample(calls(place), 2) if chance else calls(place):
         try:
@@ -122,9 +122,9 @@ def must_answer(place: MemoryStore | Path, chance: random.Random | None = None) 
                 call()
         except LogitcaskError as error:
             refused += 1
-            said = str(error)
-            if "\n" in said or len(said) > 1000:
-                raise AssertionError(f"not one line: {said!r}") from error
+            message = str(error)
+            if "\n" in message or len(message) > 1000:
+                raise AssertionError(f"not one line: {message!r}") from error
     return refused
 
 
@@ -155,7 +155,7 @@ def mutate_json(chance: random.Random, data: bytes) -> bytes:
 
 
 def mutate_bytes(chance: random.Random, objects: Objects, key: str) -> bytes:
-    """Flip, cut, extend, swap, or set an integer of a header or an index to an extreme."""
+    """Flip a bit, truncate, extend, swap objects, or set an integer of a header or an index to an extreme."""
     data = bytearray(objects[key])
     kind, place = chance.randrange(6), chance.randrange(max(1, len(data)))
     if kind == 0 and data:
@@ -175,8 +175,7 @@ def mutate_bytes(chance: random.Random, objects: Objects, key: str) -> bytes:
 
 
 def hostile_numbers(chance: random.Random, good: Objects, objects: Objects) -> None:
-    """Write other numbers into one array of a shard, through the codecs, so that the object is sound."""
-
+    """Write other numbers into one array of a shard through the codecs, so that the object itself is sound."""
     store = store_of({key: good[key] for key in good if key.endswith("zarr.json")} | objects)
     spec = chance.choice(SPECS)
     array = zarr.open_array(store, path=spec.name)
@@ -203,7 +202,7 @@ def test_metadata_mutated_at_random_is_answered_or_refused(good: Objects, seed: 
         key = chance.choice([*documents, *["zarr.json"] * len(documents)])
         try:
             objects[key] = mutate_json(chance, objects[key])
-        except (ValueError, RecursionError, IndexError):  # mutated beyond JSON before
+        except (ValueError, RecursionError, IndexError):  # an earlier mutation left no JSON
             continue
     if chance.random() < 0.5:
         sign(objects)
@@ -225,7 +224,7 @@ def test_objects_mutated_at_random_and_signed_again_are_answered_or_refused(good
 
 
 def mutate_zip(chance: random.Random, data: bytes) -> bytes:
-    """Set bytes, mostly of the directory at the end, which tells where the objects lie; cut or extend the file."""
+    """Set bytes, mostly of the directory at the end, which locates the objects; truncate or extend the file."""
     changed, directory = bytearray(data), int.from_bytes(data[-6:-2], "little")
     for _ in range(chance.choice([1, 1, 2, 4])):
         kind, place = chance.randrange(8), chance.randrange(directory if chance.random() < 0.7 else 0, len(data))
@@ -282,20 +281,20 @@ def test_a_link_out_of_the_folder_is_neither_read_nor_deleted_through(good: Obje
     secret = on_disk({"0": b"secret"}, tmp_path / "outside") / "0"
     for number, link in enumerate(("gold_logprobs/c/1", "gold_logprobs/c")):
         cache = on_disk(good, tmp_path / f"cache{number}")
-        kept = cache.parent / f"kept{number}"
-        (cache / link).rename(kept)
-        (cache / link).symlink_to(kept if number == 0 else secret.parent)
+        moved_to = cache.parent / f"moved{number}"
+        (cache / link).rename(moved_to)
+        (cache / link).symlink_to(moved_to if number == 0 else secret.parent)
         with pytest.raises(LogitcaskError, match="not a plain file inside the cache"):
             CacheReader(cache).shard(1 - number)
-        found = verify(cache)
-        assert any("not a plain file" in problem for problem in found.problems)
+        verification = verify(cache)
+        assert any("not a plain file" in problem for problem in verification.problems)
         if number:
             with pytest.raises(LogitcaskError, match="not a plain file"):
-                repair(cache, found)
+                repair(cache, verification)
     assert secret.read_bytes() == b"secret"
     moved = tmp_path / "link"
     moved.symlink_to(on_disk(good, tmp_path / "good"))
-    assert len(CacheReader(moved).shard(0)) == 2  # the cache itself may be behind a link
+    assert len(CacheReader(moved).shard(0)) == 2  # the cache folder itself may be a link
     assert describe(moved).manifest.label == LABEL
 
 
@@ -307,7 +306,7 @@ def test_a_tokenizer_file_is_a_plain_name(good: Objects, name: str) -> None:
         CacheReader(store_of({**good, "zarr.json": json.dumps(group).encode()}))
 
 
-CLAIMS = """
+READ_WITHIN_1_GIB = """
 import resource, sys
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
@@ -321,14 +320,14 @@ except LogitcaskError as error:
 """
 
 
-@pytest.mark.parametrize("claim", ["blosc", "zstd", "plan"])
-def test_a_claim_of_gigabytes_is_refused_before_they_are_allocated(good: Objects, claim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["blosc", "zstd", "plan"])
+def test_a_declared_size_of_gigabytes_is_refused_before_allocation(good: Objects, where: str, tmp_path: Path) -> None:
     objects = dict(good)
-    if claim == "blosc":
+    if where == "blosc":
         data = bytearray(objects["input_ids/c/0"])
         data[4:8] = (2**32 - 2**20).to_bytes(4, "little")
         objects["input_ids/c/0"] = bytes(data)
-    elif claim == "zstd":
+    elif where == "zstd":
         frame = b"\x28\xb5\x2f\xfd\xe0" + (2**32).to_bytes(8, "little")
         objects["shard_examples/c/0"] = frame + bytes(10 << 20)
     else:
@@ -337,7 +336,7 @@ def test_a_claim_of_gigabytes_is_refused_before_they_are_allocated(good: Objects
         objects["zarr.json"] = json.dumps(group).encode()
     sign(objects)
     place = on_disk(objects, tmp_path / "c")
-    ran = subprocess.run([sys.executable, "-c", CLAIMS, place], capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-c", READ_WITHIN_1_GIB, place], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    wanted = {"blosc": "claims another size", "zstd": "claims another size", "plan": "shards.positions"}[claim]
-    assert wanted in ran.stdout
+    message = {"blosc": "declares another size", "zstd": "declares another size", "plan": "shards.positions"}[where]
+    assert message in ran.stdout

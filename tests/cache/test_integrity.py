@@ -1,4 +1,4 @@
-"""A cache survives: kills, flipped bytes, lost objects. What is damaged is found, said, and done again."""
+"""A cache survives kills, flipped bytes and lost objects: damage is found, reported, and redone."""
 
 import json
 import os
@@ -30,9 +30,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_good_cache_has_no_problems(cache: Path) -> None:
-    found = verify(cache)
-    assert found.problems == []
-    assert found.shards > 1
+    verification = verify(cache)
+    assert verification.problems == []
+    assert verification.shards > 1
 
 
 def test_every_flipped_byte_is_found(cache: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_damaged_shard_is_refused_not_trained_on(cache: Path, tmp_path: Path) 
         reader.shard(1)
 
 
-def test_repair_drops_the_damaged_shards_and_stage_1_does_them_again(tmp_path: Path) -> None:
+def test_repair_drops_the_damaged_shards_and_stage_1_redoes_them(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, shard_positions=128)
     whole = folder_bytes(cache)
     _flip(cache / "head_ids" / "c" / "0" / "0")
@@ -128,7 +128,7 @@ def _flip(file: Path) -> None:
 
 
 def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
-    """Forty SIGKILLs, then one run to the end; every file equals an uninterrupted run's."""
+    """After forty SIGKILLs and one complete run, every file equals an uninterrupted run's."""
     teacher = make_teacher(tmp_path / "teacher")
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 2)
     want = precompute_settings(tmp_path, output=tmp_path / "want", teacher_model=str(teacher), shard_positions=32)
@@ -155,7 +155,7 @@ def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
         assert now >= most, "a committed shard was lost"
         most = now
         if now == len(list((Path(want.output) / "commits" / "c").iterdir())):
-            shutil.rmtree(settings.output)  # finished: begin anew, so that every kill hits work
+            shutil.rmtree(settings.output)  # finished: start over, so that every kill interrupts work
             most = 0
     _in_child(context, settings)
     assert landed == KILLS
@@ -174,7 +174,7 @@ def _in_child(context: ForkServerContext, settings: PrecomputeSettings) -> None:
     assert child.exitcode == 0
 
 
-def test_a_run_killed_before_its_manifest_is_begun_again(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_manifest_is_started_over(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, shard_positions=128)
     whole = folder_bytes(cache)
     shutil.rmtree(cache)

@@ -1,4 +1,4 @@
-"""``cache verify`` looks at what numbers say of each other: a stranger's digests may be right and the labels not."""
+"""``cache verify`` finds numbers that contradict each other: a stranger's digests may match and the labels be wrong."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,19 +21,19 @@ Change = Callable[[Shard], Shard]
 
 
 def on_targets(change: Callable[[SparseTargets], dict[str, Any]]) -> Change:
-    """A shard with some fields of its labels changed."""
+    """Change some fields of a shard's labels."""
     return lambda shard: replace(shard, targets=replace(shard.targets, **change(shard.targets)))
 
 
 def rows_of(values: np.ndarray[Any, Any], column: int, wanted: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A copy with one column set."""
+    """Return a copy with one column replaced."""
     changed = values.copy()
     changed[:, column] = wanted
     return changed
 
 
 def odds(temperature: int, nats: float) -> Change:
-    """The tail's log-odds at one temperature moved."""
+    """Shift the tail's log-odds at one temperature."""
 
     def change(targets: SparseTargets) -> dict[str, Any]:
         log_m = targets.log_tail_mass[:, temperature].astype(np.float64)
@@ -44,7 +44,7 @@ def odds(temperature: int, nats: float) -> Change:
 
 
 def gold(nats: float, rows: slice) -> Change:
-    """l of the next token of some positions moved."""
+    """Shift l of the next token at some positions."""
 
     def change(targets: SparseTargets) -> dict[str, Any]:
         moved = targets.gold_logprobs.copy()
@@ -56,38 +56,40 @@ def gold(nats: float, rows: slice) -> Change:
 
 DAMAGE: dict[str, tuple[Change, str]] = {
     "head id twice": (on_targets(lambda t: {"head_ids": rows_of(t.head_ids, 1, t.head_ids[:, 0])}),
-                      "head_ids: an id stands twice"),
+                      "head_ids: an id is repeated"),
     "tail id twice": (on_targets(lambda t: {"tail_ids": rows_of(t.tail_ids, 1, t.tail_ids[:, 0])}),
-                      "tail_ids: an id stands twice"),
+                      "tail_ids: an id is repeated"),
     "tail id of the head": (on_targets(lambda t: {"head_ids": rows_of(t.head_ids, 0, t.tail_ids[:, 0])}),
-                            "tail_ids: a drawn id stands in the head"),
+                            "tail_ids: a drawn id is in the head too"),
     "head out of order": (on_targets(lambda t: {"head_logprobs": t.head_logprobs[:, ::-1]}), "head_logprobs: the most"),
     "head above 1": (on_targets(lambda t: {"head_logprobs": np.zeros_like(t.head_logprobs)}), "mass must be at most 1"),
     "draws too few": (on_targets(lambda t: {"tail_counts": np.minimum(t.tail_counts, 0) + (t.tail_counts > 0)}),
                       "tail_counts: a row must sum to 0 or 8"),
     "padding first": (on_targets(lambda t: {"tail_counts": rows_of(t.tail_counts, 0, 0 * t.tail_counts[:, 0])}),
                       "tail_counts: padding must come last"),
-    "odds at T=1 up": (odds(0, 12.0), "head and tail mass must sum to 1"),
-    "odds at T=1.5 up": (odds(1, 12.0), "log_tail_odds: at T=1.5 more than 296 tokens below the head can have"),
-    "odds at T=2 up": (odds(2, 12.0), "log_tail_odds: at T=2 more than 296 tokens below the head can have"),
-    "odds at T=2 down": (odds(2, -12.0), "log_tail_odds: at T=2 less than the drawn tokens alone have"),
-    "gold of the head lower": (gold(-1.0, slice(0, 1)), "gold_logprobs: not the head's"),
-    "gold of the drawn lower": (gold(-9.0, slice(1, 2)), "gold_logprobs: not the drawn one's"),
+    "odds at T=1 up": (odds(0, 12.0), "head and tail mass must sum to 1, got "),
+    "odds at T=1.5 up": (odds(1, 12.0), "log_tail_odds: at T=1.5 more mass than 296 tokens below the head can have"),
+    "odds at T=2 up": (odds(2, 12.0), "log_tail_odds: at T=2 more mass than 296 tokens below the head can have"),
+    "odds at T=2 down": (odds(2, -12.0), "log_tail_odds: at T=2 less mass than the drawn tokens alone have"),
+    "gold of the head lower": (gold(-1.0, slice(0, 1)), "gold_logprobs: differs from the head's"),
+    "gold of the drawn lower": (gold(-9.0, slice(1, 2)), "gold_logprobs: differs from the drawn token's"),
     "gold of others higher": (gold(30.0, slice(2, 3)), "gold_logprobs: above the head's last"),
     "other text": (lambda shard: replace(shard, input_ids=np.ones_like(shard.input_ids)), "gold_logprobs: "),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "told"), DAMAGE.values(), ids=DAMAGE)
-def test_labels_that_no_teacher_gave_are_told_whatever_their_digests(change: Change, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "problem"), DAMAGE.values(), ids=DAMAGE)
+def test_labels_that_no_teacher_gave_are_reported_whatever_their_digests(
+    change: Change, problem: str, tmp_path: Path
+) -> None:
     good = sound_shards(LABEL, [3, 2])
     assert len(good[0].targets) > 3
     write(tmp_path / "good", LABEL, good)
     assert verify(tmp_path / "good").problems == []
     write(tmp_path / "bad", LABEL, [good[0], change(good[1])])
-    found = verify(tmp_path / "bad").problems
-    assert any(line.startswith("shard 1: ") and told in line for line in found), found
-    assert not any(line.startswith("shard 0: ") for line in found)
+    problems = verify(tmp_path / "bad").problems
+    assert any(line.startswith("shard 1: ") and problem in line for line in problems), problems
+    assert not any(line.startswith("shard 0: ") for line in problems)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 3.0, 10.0, 300.0])  # from a flat teacher to a certain one

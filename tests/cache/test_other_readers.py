@@ -1,4 +1,4 @@
-"""Other readers of Zarr see the same arrays: tensorstore, and zarr-python with the codecs of zarrs."""
+"""Other Zarr readers see the same arrays: tensorstore, and zarr-python with the zarrs codecs."""
 
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,21 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def arrays(cache: Path) -> dict[str, NDArray[Any]]:
-    """Every array, by name, as zarr-python reads it."""
-    found = {}
+    """Return every array, by name, as zarr-python reads it."""
+    values = {}
     for name, member in zarr.open_group(cache, mode="r").members(max_depth=None):
         if isinstance(member, zarr.Array):
-            found[name] = np.asarray(member[...])
-    assert len(found) == 16
-    return found
+            values[name] = np.asarray(member[...])
+    assert len(values) == 16
+    return values
 
 
 def test_tensorstore_reads_the_same(cache: Path) -> None:
     for name, want in arrays(cache).items():
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(cache / name)}}
-        found = np.asarray(tensorstore.open(spec, read=True).result().read().result())
-        assert found.dtype == want.dtype
-        np.testing.assert_array_equal(found, want, err_msg=name)
+        values = np.asarray(tensorstore.open(spec, read=True).result().read().result())
+        assert values.dtype == want.dtype
+        np.testing.assert_array_equal(values, want, err_msg=name)
 
 
 def test_zarrs_reads_the_same(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""What ``cache info`` says of a cache is what lies in it."""
+"""``cache info`` reports what is in the cache."""
 
 import json
 import subprocess
@@ -35,9 +35,9 @@ def test_entropy_is_the_full_distributions_on_average(t: float) -> None:
     label = LabelSettings(vocab_size=300, head_size=4, tail_draws=16, temperatures=TEMPERATURES, seed=0)
     uniforms = torch.from_numpy(uniform_draws(0, 0, 400, 16))
     targets = sparsify(logits, torch.zeros(400, dtype=torch.long), uniforms, 4, TEMPERATURES)
-    found = entropies(targets, label, t)
+    estimates = entropies(targets, label, t)
     log_p = (logits.double() / t).log_softmax(1)
-    error = found - -(log_p.exp() * log_p).sum(1).numpy()
+    error = estimates - -(log_p.exp() * log_p).sum(1).numpy()
     assert abs(error.mean()) < 4 * error.std() / 20
     assert error.std() < 1.0
 
@@ -72,7 +72,7 @@ def test_an_unfinished_cache_is_described(tmp_path: Path) -> None:
     assert "committed: not finished" in render(info)
 
 
-def test_a_picture_is_drawn_and_json_is_whole(cache: Path, tmp_path: Path) -> None:
+def test_a_plot_is_drawn_and_json_is_complete(cache: Path, tmp_path: Path) -> None:
     done = info_command(cache, "--json", "--plot", str(tmp_path / "a.png"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["labels"]["positions"] > 0

@@ -1,4 +1,4 @@
-"""Every mistake of the user is one line on stderr, naming rule and value, with exit code 2 and nothing written."""
+"""Every mistake of the user is one line on stderr with the rule and the value, exit code 2, and nothing written."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ USER_TURN = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 class Place(NamedTuple):
-    """``stock``: teachers, data, caches, a student and a run, which no row may change; ``new``: a folder of the row."""
+    """``stock``: teachers, data, caches, a student and a run, which no row may change; ``new``: a folder per row."""
 
     stock: Path
     new: Path
@@ -50,7 +50,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line(command: str, options: dict[str, object]) -> list[str]:
-    """A command line; an option that is None is left out, one that is True is a switch."""
+    """Return a command line; an option that is None is left out, one that is True is a switch."""
     words = [command]
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
@@ -106,7 +106,7 @@ def parquet(data: bytes) -> Prepare:
 
 
 def flipped_parquet() -> bytes:
-    """A Parquet file whose footer is sound and whose first page is not."""
+    """Return a Parquet file whose footer is intact and whose first page is damaged."""
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a b c"] * 50}), sink)
     data = bytearray(sink.getvalue())
@@ -203,11 +203,11 @@ ROWS: list[Row] = [
     ("no assistant turn", data(json.dumps(USER_TURN), "chat"), ("data.jsonl:1", "no target", "assistant turn")),
     ("unknown columns", third_line('{"q": "a", "a": "b"}'), ("data.jsonl:3", "unknown columns", "'q'", "prompt")),
     ("unknown column beside", third_line('{"text": "a", "x": 1}'), ("data.jsonl:3", "unknown columns", "'x'", "text")),
-    ("no Parquet", parquet(b"hello"), ("data.parquet", "damaged or no Parquet file")),
-    ("damaged Parquet", parquet(flipped_parquet()), ("data.parquet", "damaged or no Parquet file")),
+    ("no Parquet", parquet(b"hello"), ("data.parquet", "damaged or not a Parquet file")),
+    ("damaged Parquet", parquet(flipped_parquet()), ("data.parquet", "damaged or not a Parquet file")),
     ("all cut away", stage_1(max_seq_length=2), ("no example has a target", "--max-seq-length 2", "raise it")),
     # the label
-    ("head and tail of 0", stage_1(head_size=0, tail_draws=0), ("head_size + tail_draws", "at least 1")),
+    ("head and tail of 0", stage_1(head_size=0, tail_draws=0), ("--head-size + --tail-draws", "at least 1, got 0")),
     ("negative head size", stage_1(head_size=-1), ("--head-size", "greater than or equal to 0", "'-1'")),
     ("label over the vocabulary", stage_1(head_size=290, tail_draws=50), ("--head-size + --tail-draws", "340")),
     ("precompute at T=0", stage_1(temperatures="1,0"), ("--temperatures", "greater than 0", "'0'")),
@@ -215,7 +215,7 @@ ROWS: list[Row] = [
     ("precompute at T=nan", stage_1(temperatures="nan"), ("--temperatures", "'nan'")),
     ("precompute at T=inf", stage_1(temperatures="inf"), ("--temperatures", "'inf'")),
     ("precompute at T=warm", stage_1(temperatures="1,warm"), ("--temperatures", "valid number", "'warm'")),
-    ("precompute at T twice", stage_1(temperatures="2,2.0"), ("temperatures must differ", "[2.0, 2.0]")),
+    ("precompute at T twice", stage_1(temperatures="2,2.0"), ("--temperatures must differ", "[2.0, 2.0]")),
     ("no temperatures", stage_1(temperatures=""), ("--temperatures", "valid number")),
     ("batch size not a number", stage_1(batch_size="many"), ("--batch-size", "valid integer", "'many'")),
     ("batch size 0", stage_1(batch_size=0), ("--batch-size", "greater than or equal to 1", "'0'")),
@@ -226,10 +226,10 @@ ROWS: list[Row] = [
     ("device not here", stage_1(device="cuda:77"), ("--device cuda:77", "no such device", "cpu")),
     ("unknown dtype", stage_1(dtype="int4"), ("--dtype", "'float32'", "'int4'")),
     ("required option left out", stage_1(teacher_model=None), ("--teacher-model is required",)),
-    ("devices of another engine", stage_1(engine="transformers", tensor_parallel_size=2), ("tensor_parallel_size 2",)),
-    ("devices of any engine", stage_1(tensor_parallel_size=2), ("tensor_parallel_size 2", "auto", "engine vllm")),
-    ("check of another engine", stage_1(engine="transformers", skip_engine_check=True), ("skip_engine_check",)),
-    ("workers without Ray", stage_1(workers=2), ("workers 2", "Ray", "add ray")),
+    ("devices of another engine", stage_1(engine="transformers", tensor_parallel_size=2), ("-parallel-size 2",)),
+    ("devices of any engine", stage_1(tensor_parallel_size=2), ("--tensor-parallel-size 2", "auto", "--engine vllm")),
+    ("check of another engine", stage_1(engine="transformers", skip_engine_check=True), ("--skip-engine-check",)),
+    ("workers without Ray", stage_1(workers=2), ("--workers 2 requires --ray", "add it")),
     # the cache as output
     ("complete cache", on_a_copy("cache", precompute), ("complete already", "--overwrite")),
     ("other settings", on_a_copy("incomplete", precompute, head_size=4, tail_draws=8, shard_positions=64, seed=7),
@@ -255,24 +255,24 @@ ROWS: list[Row] = [
     ("alpha over 1", stage_2(alpha=1.5), ("--alpha", "less than or equal to 1", "'1.5'")),
     ("alpha below 0", stage_2(alpha=-0.1), ("--alpha", "greater than or equal to 0", "'-0.1'")),
     ("alpha nan", stage_2(alpha="nan"), ("--alpha", "'nan'")),
-    ("alpha against logit", stage_2(alpha=0.3, distillation_type="logit"), ("alpha must be 0.0 for logit", "0.3")),
-    ("alpha against output", stage_2(alpha=0.3, distillation_type="output"), ("alpha must be 1.0 for output", "0.3")),
+    ("alpha against logit", stage_2(alpha=0.3, distillation_type="logit"), ("--alpha must be 0.0", "logit", "got 0.3")),
+    ("alpha against output", stage_2(alpha=0.3, distillation_type="output"), ("--alpha must be 1.0", "output", "0.3")),
     ("reverse KL without bucket", stage_2(divergence="reverse-kl"), ("reverse-kl", "tail bucket")),
     ("JSD on the bare head", stage_2(divergence="jsd", tail="renormalize"), ("jsd", "tail bucket", "renormalize")),
     ("unknown choice", stage_2(distillation_type="magic"), ("--distillation-type", "'hybrid'", "'magic'")),
     ("learning rate not a number", stage_2(learning_rate="fast"), ("--learning-rate", "valid number", "'fast'")),
     ("max steps not whole", stage_2(max_steps=1.5), ("--max-steps", "valid integer", "'1.5'")),
-    ("no source", stage_2(cache=None), ("exactly one of cache and train_data",)),
-    ("two sources", stage_2_in(train_data="train.jsonl"), ("exactly one of cache and train_data",)),
-    ("soft labels without a cache", stage_2(cache=None, train_data="x.jsonl"), ("hybrid needs cache",)),
+    ("no source", stage_2(cache=None), ("exactly one of --cache and --train-data",)),
+    ("two sources", stage_2_in(train_data="train.jsonl"), ("exactly one of --cache and --train-data",)),
+    ("soft labels without a cache", stage_2(cache=None, train_data="x.jsonl"), ("hybrid needs --cache",)),
     ("text without a tokenizer", lambda p: train(p, cache=None, train_data=p.stock / "train.jsonl",
                                                  distillation_type="output"), ("tokenizer", "--teacher-model")),
     ("no such training device", stage_2(device="warp"), ("--device", "'cpu'", "'warp'")),
     ("fidelity without a cache", stage_2(cache=None, train_data="x.jsonl", teacher_model="t", min_fidelity=0.9),
-     ("min_fidelity is of a cache",)),
+     ("--min-fidelity applies to a cache",)),
     # the student
-    ("no student", stage_2(student_config=None), ("exactly one of student_config",)),
-    ("two students", stage_2(student_model="x"), ("exactly one of student_config",)),
+    ("no student", stage_2(student_config=None), ("exactly one of --student-config",)),
+    ("two students", stage_2(student_model="x"), ("exactly one of --student-config",)),
     ("student config missing", stage_2(student_config="no.json"), ("--student-config no.json", "no such file")),
     ("student config is a folder", stage_2_in(student_config="plain"), ("--student-config", "plain", "not a readable")),
     ("student config not JSON", student("{,"), ("--student-config", "not a readable JSON file")),
@@ -284,7 +284,7 @@ ROWS: list[Row] = [
     ("student vocabulary too small", changed_student(vocab_size=100), ("vocabulary is 100", "300", "as large")),
     ("student too short", changed_student(max_position_embeddings=8), ("max_position_embeddings", "8")),
     ("student folder missing", stage_2(student_config=None, student_model="./no-student"), ("no-student", "no token")),
-    ("layers without a teacher", stage_2(student_config=None, init_from_teacher_layers="0"), ("needs teacher_model",)),
+    ("layers without a teacher", stage_2(student_config=None, init_from_teacher_layers="0"), ("--teacher-model",)),
     ("layer not there", lambda p: train(p, student_config=None, init_from_teacher_layers="0,2",
                                         teacher_model=p.stock / "teacher"), ("layers are 0 to 1", "0,2")),
     ("layers not numbers", lambda p: train(p, student_config=None, init_from_teacher_layers="all",
@@ -293,9 +293,9 @@ ROWS: list[Row] = [
     ("output folder not empty", on_a_copy("plain", train), ("--output-dir", "not an empty folder", "latest")),
     ("output is a file", output_is_a_file, ("--output-dir", "not an empty folder")),
     ("nothing to resume", stage_2(resume_from_checkpoint="latest"), ("no complete checkpoint", "start without it")),
-    ("checkpoint missing", stage_2(resume_from_checkpoint="runs/x"), ("runs/x", "no complete checkpoint")),
+    ("checkpoint missing", stage_2(resume_from_checkpoint="runs/x"), ("runs/x", "not a complete checkpoint")),
     ("checkpoint of another run", on_a_copy("run", train, resume_from_checkpoint="latest", learning_rate=0.1, seed=3),
-     ("another run", "learning_rate: checkpoint 0.0005, now 0.1", "seed: checkpoint 0, now 3")),
+     ("another run", "learning_rate: checkpoint has 0.0005, this run has 0.1", "seed: checkpoint has 0, this")),
     # config files
     ("unknown config key", config("batch_sise: 3\n"), ("run.yaml", "unknown key batch_sise", "batch_size")),
     ("config is a list", config("- 1\n"), ("run.yaml", "must be a mapping", "list")),
@@ -311,20 +311,20 @@ ROWS: list[Row] = [
     ("no such source", lambda p: line("generate-data", {"source_dir": "no/tree", "output_dir": p.new / "out"}),
      ("--source-dir no/tree", "no such folder")),
     ("source without functions", source_tree, ("--source-dir", "no documented Python function")),
-    ("data exists", lambda p: line("generate-data", {"output_dir": p.stock}), ("train.jsonl", "exists already")),
+    ("data exists", lambda p: line("generate-data", {"output_dir": p.stock}), ("train.jsonl", "already exists")),
     ("unknown provider", lambda p: line("generate-data", {"provider": "oracle", "output_dir": p.new / "out"}),
      ("--provider", "'source'", "'oracle'")),
 ]  # fmt: skip
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
-    """Every path below the folders with its size and time of change."""
-    found = [path for folder in folders for path in sorted(folder.rglob("*"))]
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+    """Return every path below the folders with its size and modification time."""
+    paths = [path for folder in folders for path in sorted(folder.rglob("*"))]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
 
 
 def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run a command in this process; its exit code."""
+    """Run a command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["logitcask", *words])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -353,13 +353,13 @@ def test_a_mistake_is_one_line(
     assert "Traceback" not in err
     assert [part for part in fragments if part not in err] == [], err
     assert out == ""
-    assert caplog.messages == []  # its stream is not this test's stderr
+    assert caplog.messages == []  # the log goes to another stream than this test's stderr
     assert code == 2
     assert snapshot(stock, tmp_path) == before
 
 
 @pytest.mark.parametrize("words", [["trian"], ["train", "--alhpa", "1"], ["train", "--alpha"], ["cache", "info"]])
-def test_a_mistyped_command_line_is_told_by_usage(
+def test_a_mistyped_command_line_prints_the_usage(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(words, monkeypatch) == 2

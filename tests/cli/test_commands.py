@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help, config files, what each prints and writes."""
+"""The commands as users see them: help, config files, and what each command prints and writes."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ STUDENT_CONFIGS = sorted((ROOT / "configs" / "students").glob("*.json"))
 
 
 def walk(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The words of every command."""
+    """Yield the words of every command."""
     for name, inner in getattr(command, "commands", {}).items():
         yield from walk(inner, (*words, name))
     if not getattr(command, "commands", None):
@@ -40,7 +40,7 @@ COMMANDS = list(walk(typer.main.get_command(app)))
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command in this process; its exit code and what it printed."""
+    """Return a function that runs a command in this process and returns its exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -53,12 +53,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_every_command_is_here() -> None:
+def test_the_commands_are_registered() -> None:
     assert set(COMMANDS) >= {("generate-data",), ("precompute-logits",), ("train",), ("generate",), ("cache", "info")}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_help_says_what_and_ends_with_an_example(words: tuple[str, ...], run: Any) -> None:
+def test_help_ends_with_an_example(words: tuple[str, ...], run: Any) -> None:
     code, out, err = run(*words, "--help")
     assert (code, err) == (0, "")
     last = " ".join(out.split("\n\n")[-1].split())
@@ -77,7 +77,7 @@ def test_examples_name_options_that_exist(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_stands_in_the_readme(words: tuple[str, ...]) -> None:
+def test_every_command_is_in_the_readme(words: tuple[str, ...]) -> None:
     assert f"logitcask {' '.join(words)}" in " ".join((ROOT / "README.md").read_text().split())
 
 
@@ -102,14 +102,14 @@ def test_student_configs_load(path: Path) -> None:
     assert {name: getattr(config, name) for name in values if name != "rope_parameters"} == {
         name: value for name, value in values.items() if name != "rope_parameters"
     }
-    assert "vocab_size" not in values  # it is the cache's
+    assert "vocab_size" not in values  # the cache determines it
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
 def test_run_configs_load(path: Path) -> None:
-    found = resolve(TrainSettings, path, {"cache": "c", "output_dir": "o"})
-    assert found.student_config is not None
-    assert config_file("students", found.student_config).is_file()
+    settings = resolve(TrainSettings, path, {"cache": "c", "output_dir": "o"})
+    assert settings.student_config is not None
+    assert config_file("students", settings.student_config).is_file()
 
 
 def test_there_are_configs() -> None:
@@ -127,19 +127,19 @@ def test_a_flag_overrides_the_config_file(tmp_path: Path, run: Any, monkeypatch:
 
 
 @pytest.mark.parametrize("model", [GenerateDataSettings, PrecomputeSettings, TrainSettings])
-def test_each_knob_is_one_option(model: type[Settings]) -> None:
+def test_each_setting_is_one_option(model: type[Settings]) -> None:
     names = {GenerateDataSettings: "generate-data", PrecomputeSettings: "precompute-logits", TrainSettings: "train"}
     command: Any = typer.main.get_command(app)
     options = {parameter.name: parameter for parameter in command.commands[names[model]].params}
     assert options.keys() - {"config", "help"} == model.model_fields.keys()
     for name, field in model.model_fields.items():
-        assert options[name].default is None  # what is not given does not override the config file
+        assert options[name].default is None  # an option that is not given does not override the config file
         assert options[name].secondary_opts == (
             ["--no-" + name.rstrip("_").replace("_", "-")] if field.annotation is bool else []
         )
 
 
-def test_a_report_needs_its_package(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reporting_needs_its_package(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     student = write_config(tmp_path / "student.json", STUDENT)
     code, _, err = run("train", "--use-wandb", "--cache", make_cache(tmp_path), "--student-config", student,
@@ -151,7 +151,7 @@ def test_a_report_needs_its_package(tmp_path: Path, run: Any, monkeypatch: pytes
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Python files with 12 documented functions, some of them methods, and things to pass over."""
+    """Create Python files with 12 documented functions, some of them methods, and code to skip."""
     folder = tmp_path / "tree"
     (folder / "package").mkdir(parents=True)
     one = 'def f{n}(a, b={n}):\n    """Add {n}."""\n    return a + b + {n}\n\n\n'
@@ -169,7 +169,7 @@ def generate_data(run: Any, tree: Path, output: Path, *more: object) -> Path:
     return output / "train.jsonl"
 
 
-def test_generated_data_depend_on_the_seed_only(tree: Path, tmp_path: Path, run: Any) -> None:
+def test_generated_data_depend_only_on_the_seed(tree: Path, tmp_path: Path, run: Any) -> None:
     one, again = (generate_data(run, tree, tmp_path / name, "--seed", 3).read_bytes() for name in ("one", "again"))
     other = generate_data(run, tree, tmp_path / "other", "--seed", 4).read_bytes()
     assert one == again
@@ -182,9 +182,9 @@ def test_generated_data_depend_on_the_seed_only(tree: Path, tmp_path: Path, run:
 def test_generated_data_are_examples(tree: Path, tmp_path: Path, run: Any) -> None:
     path = generate_data(run, tree, tmp_path / "data")
     encoder = Encoder(make_tokenizer(), prompt_loss=False)
-    found = list(read_records(str(path)))
-    assert len(found) == 12
-    for where, record in found:
+    records = list(read_records(str(path)))
+    assert len(records) == 12
+    for where, record in records:
         assert encoder.encode(where, record).target_mask.any()
         (function,) = ast.parse(record["response"]).body
         assert isinstance(function, ast.FunctionDef)
@@ -195,7 +195,7 @@ def test_generated_data_are_examples(tree: Path, tmp_path: Path, run: Any) -> No
 
 
 def test_from_text_to_text(tmp_path: Path, run: Any) -> None:
-    """Every stage by its command: precompute, info, train, generate."""
+    """Run every stage by its command: precompute, info, train, generate."""
     data, teacher = write_jsonl(tmp_path / "train.jsonl", RECORDS), make_teacher(tmp_path / "teacher")
     cache, output = tmp_path / "cache", tmp_path / "run"
     code, out, _ = run("precompute-logits", "--teacher-model", teacher, "--train-data", data, "--output", cache,
@@ -224,7 +224,7 @@ def test_from_text_to_text(tmp_path: Path, run: Any) -> None:
 
 
 def test_generated_text_is_the_models_own(tmp_path: Path, run: Any) -> None:
-    """A student that has learned one answer by heart gives it, through the chat template, and stops."""
+    """A student that memorised one answer gives it, through the chat template, and stops."""
     record: dict[str, object] = {"prompt": "Hello", "response": "apples and bread"}
     data = write_jsonl(tmp_path / "one.jsonl", [record])
     cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True), train_data=str(data))

@@ -1,4 +1,4 @@
-"""What people see: the live table on a real pseudo-terminal, --quiet, NO_COLOR, --version, shell completion."""
+"""Terminal output: the live table on a real pseudo-terminal, --quiet, NO_COLOR, --version, shell completion."""
 
 import errno
 import fcntl
@@ -50,18 +50,18 @@ def train_words(cache: Path, output: Path, *more: str) -> list[str]:
 
 
 def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **variables: str) -> tuple[int, str]:
-    """Exit code and output of the command on a terminal of 120 columns; what ``look`` gives is typed there."""
+    """Return a command's exit code and output on a terminal of 120 columns; what ``look`` returns is typed there."""
     unset = {"TQDM_DISABLE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 120))
 
-    def begin() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that what is typed can interrupt
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored, as in background jobs
+    def on_start() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C interrupts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
 
     with subprocess.Popen(
-        [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=begin,  # noqa: PLW1509
+        [*COMMAND, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=on_start,  # noqa: PLW1509
         env={**environment, "TERM": "xterm-256color", **variables},
     ) as process:  # fmt: skip
         os.close(theirs)
@@ -76,7 +76,7 @@ def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **v
                 os.write(ours, look())
                 time.sleep(0.02)
             except OSError as error:
-                if error.errno != errno.EIO:  # the last of those who had it open is gone
+                if error.errno != errno.EIO:  # nobody holds the other end open any more
                     raise
                 break
         else:
@@ -86,7 +86,7 @@ def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **v
 
 
 def shown(console: Console, *, rank_0: bool = True) -> str:
-    """A whole training of 88 steps that went on from step 22, as a console has it."""
+    """Return what a console shows of a whole run of 88 steps, resumed from step 22."""
     table = LiveTable(console, lambda: "finishing this step")
     state, control = TrainerState(max_steps=88, global_step=22, is_world_process_zero=rank_0), TrainerControl()
     arguments: Any = None
@@ -102,7 +102,7 @@ def shown(console: Console, *, rank_0: bool = True) -> str:
     return console.export_text()
 
 
-def test_the_table_has_the_last_lines_and_the_progress() -> None:
+def test_the_table_shows_the_last_lines_and_the_progress() -> None:
     text = shown(Console(record=True, force_terminal=True, width=100, file=io.StringIO()))
     rows = [line.split() for line in text[text.rindex("total") :].splitlines()]
     assert rows[0] == ["total", "hard", "soft", "perplexity", "rate", "tokens/s", "MB,", "peak"]
@@ -120,7 +120,7 @@ def test_the_table_has_the_last_lines_and_the_progress() -> None:
     ],
     ids=["no terminal", "quiet", "rank 1"],
 )
-def test_there_is_no_table(console: Console, rank_0: bool) -> None:
+def test_no_table_without_a_terminal_or_with_quiet_or_on_other_ranks(console: Console, rank_0: bool) -> None:
     assert shown(console, rank_0=rank_0) == ""
 
 
@@ -147,15 +147,14 @@ def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path,
     last = latest_checkpoint(run)
     assert last is not None
     step = int(last.name.rpartition("-")[2])
-    told = [line for line in seen.splitlines() if "interrupted" in line]
-    assert len(told) == 1
-    assert told[0].endswith(
-        f"interrupted: step {step} of 1000000 is saved: go on with the same command and --resume-from-checkpoint latest"
-    )
+    notices = [line for line in seen.splitlines() if "interrupted" in line]
+    assert len(notices) == 1
+    remedy = "resume with the same command and --resume-from-checkpoint latest"
+    assert notices[0].endswith(f"interrupted: step {step} of 1000000 is saved: {remedy}")
     assert read_log(run)[-1]["step"] == step
 
 
-def test_colour_is_there_but_for_no_color(cache: Path) -> None:
+def test_no_color_turns_colour_off(cache: Path) -> None:
     for value, styled in (("", True), ("1", False)):
         code, seen = on_a_terminal(["cache", "verify", str(cache)], NO_COLOR=value)
         assert code == 0
@@ -166,11 +165,11 @@ def test_colour_is_there_but_for_no_color(cache: Path) -> None:
 def test_quiet_on_a_terminal_leaves_the_result(cache: Path) -> None:
     assert on_a_terminal(["--quiet", "cache", "verify", str(cache)]) == (
         0,
-        f"{cache}: all {CacheReader(cache).manifest.shards.count} shards are whole\r\n",
+        f"{cache}: all {CacheReader(cache).manifest.shards.count} shards are intact\r\n",
     )
 
 
-def test_quiet_training_tells_its_result_alone(
+def test_quiet_training_prints_only_its_result(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for quiet in (["--quiet"], []):
@@ -188,7 +187,7 @@ def test_quiet_training_tells_its_result_alone(
         assert not QUIET.get()
 
 
-def test_quiet_tells_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["logitcask", "--quiet", "cache", "verify", "nowhere"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -202,10 +201,10 @@ def logitcask(*words: str, **variables: str) -> str:
     ).stdout
 
 
-def test_the_version_is_the_packages() -> None:
-    told = re.search(r'^version = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE)
-    assert told is not None
-    assert logitcask("--version") == f"logitcask {told[1]}\n"
+def test_the_version_is_that_of_the_package() -> None:
+    version = re.search(r'^version = "(.*)"$', (Path(__file__).parents[2] / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert logitcask("--version") == f"logitcask {version[1]}\n"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +230,8 @@ def test_completion_can_be_shown_and_installed(tmp_path: Path) -> None:
     assert "logitcask" in (tmp_path / ".bashrc").read_text()
 
 
-def test_bars_of_a_cache_tell_how_much_is_left(cache: Path, tmp_path: Path) -> None:
-    """The number of shards is known from the beginning; without it there is no time left."""
+def test_progress_bars_of_cache_commands_show_what_is_left(cache: Path, tmp_path: Path) -> None:
+    """The number of shards is known from the start; without it no remaining time could be shown."""
     shards = CacheReader(cache).manifest.shards.count
     for words in (["verify", str(cache)], ["copy", str(cache), str(tmp_path / "copy")]):
         code, seen = on_a_terminal(["cache", *words])

@@ -1,4 +1,4 @@
-"""Memory that runs out in a command without a student to train: a real refusal of the allocator, told in one line."""
+"""Commands other than train that run out of memory: the allocator really fails, and the error is one line."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.support.forked import limited
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
-LIMIT = 1 << 30  # bytes above what a process has after its imports: threads take some hundred MB of it
+LIMIT = 1 << 30  # bytes beyond what a process has after its imports; threads take a few hundred MB of it
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 60,000 wide features, 240 kB a token and product, and a cache for its tokenizer."""
+    """A model 60,000 features wide, 240 kB per token and product, and a cache for its tokenizer."""
     folder = tmp_path_factory.mktemp("stock")
     data = str(write_jsonl(folder / "train.jsonl", RECORDS * 6))
     make_cache(folder, make_teacher(folder / "teacher"), train_data=data)
@@ -33,20 +33,20 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "--batch-size=900", "--batch-size=1", ("--batch-size from 900", "--max-seq-length from 64", "--dtype")),
         ("evaluate --model {}/wide --cache {}/cache", "--batch-size=144", "--batch-size=1", ("--batch-size from 144",)),
         ("generate --model {}/wide --max-new-tokens 9", "--prompt=" + "apples " * 2400, "--prompt=apples",
-         ("--max-new-tokens than 9", "shorter --prompt")),
+         ("--max-new-tokens from 9", "shorter --prompt")),
     ],
     ids=["precompute-logits", "evaluate", "generate"],
 )  # fmt: skip
-def test_memory_that_runs_out_is_one_line_with_what_to_change(
+def test_running_out_of_memory_is_one_line_with_a_remedy(
     command: str, too_much: str, enough: str, remedy: tuple[str, ...], stock: Path, tmp_path: Path
 ) -> None:
     words = [*command.replace("{}", str(stock)).split(), "--device=cpu"]
-    ran = limited(tmp_path, [*words, too_much], LIMIT)
-    assert ran.returncode == 2, ran.stderr
-    assert "Traceback" not in ran.stderr, ran.stderr
-    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]  # libraries warn beside it
+    failed = limited(tmp_path, [*words, too_much], LIMIT)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr, failed.stderr
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]  # libraries print warnings
     assert line.startswith("error: memory ran out (")
     assert "can't allocate memory" in line
     assert [part for part in remedy if part not in line] == []
-    again = limited(tmp_path, [*words, enough], LIMIT)
-    assert again.returncode == 0, again.stderr  # the limit alone does not stop a run, nor what the other left
+    succeeded = limited(tmp_path, [*words, enough], LIMIT)
+    assert succeeded.returncode == 0, succeeded.stderr  # neither the limit nor the failed run's leftovers stop a run

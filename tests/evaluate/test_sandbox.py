@@ -1,4 +1,4 @@
-"""The sandbox: what programs may do, what ends them, and that nothing but the end of the tests counts as passing."""
+"""The sandbox: what programs may do, what stops them, and that only programs that run to their end pass."""
 
 import socket
 import subprocess
@@ -34,7 +34,7 @@ for fd in range(3, 64):
 
 
 @pytest.mark.parametrize("program", ["", "x = 1\nassert x == 1", HARMLESS], ids=["empty", "assertion", "libraries"])
-def test_what_holds_passes(program: str) -> None:
+def test_correct_programs_pass(program: str) -> None:
     assert run_program(program) == "passed"
 
 
@@ -43,16 +43,16 @@ def test_what_holds_passes(program: str) -> None:
     ["assert False", "def f(:", "1 / 0", "raise SystemExit(0)", "exit(0)", "\0", "input()", "x = bytearray(2**31)",
      "import os\nos.environ['SECRET']"],
 )  # fmt: skip
-def test_what_raises_fails(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_raise_fail(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "key")
     assert run_program(program) == "failed"
 
 
 @pytest.mark.parametrize("isolated", [True, False], ids=["namespaces", "interpreter"])
-def test_what_is_forbidden_fails_and_changes_nothing(
+def test_forbidden_actions_fail_and_change_nothing(
     isolated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All in one program, which passes where each attempt is refused."""
+    """All attempts in one program, which passes if each of them is refused."""
     if not isolated:
         monkeypatch.setattr(sandbox, "namespaces", tuple)
     victim, new = str(tmp_path / "victim"), str(tmp_path / "new")
@@ -82,9 +82,9 @@ def test_what_is_forbidden_fails_and_changes_nothing(
         ("import os\nos._exit(0)", (9, 30)),
         (f"{GUESSES}os._exit(0)", (9, 30)),
     ],
-    ids=["CPU", "clock", "leaves", "guesses"],
+    ids=["CPU", "clock", "exits", "guesses"],
 )
-def test_what_does_not_come_to_its_end_is_stopped(
+def test_a_program_that_does_not_reach_its_end_is_stopped(
     program: str, limits: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "CPU_SECONDS", limits[0])
@@ -94,22 +94,22 @@ def test_what_does_not_come_to_its_end_is_stopped(
     assert time.monotonic() - began < 15
 
 
-def test_nothing_of_a_program_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert run_program("import os\nassert sorted(os.listdir()) == ['program.py', 'result']") == "passed"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_machine_that_cannot_run_the_sandbox_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_run_the_sandbox_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.require_sandbox()
     monkeypatch.setattr(sandbox, "MEMORY", 2**22)
     with pytest.raises(LogitcaskError, match=r"the sandbox cannot run .* within 4,194,304 bytes"):
         sandbox.require_sandbox()
 
 
-@pytest.mark.skipif(not namespaces(), reason="this machine lets nobody make namespaces")
-def test_the_kernel_cuts_the_network_and_other_processes_off() -> None:
-    """Without the interpreter's hook: a server that is reached from here is not reached from inside."""
+@pytest.mark.skipif(not namespaces(), reason="this machine does not allow user namespaces")
+def test_the_kernel_isolates_from_network_and_other_processes() -> None:
+    """Without the interpreter's audit hook: a server that this process reaches cannot be reached from inside."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         connect = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 5)"
         reached = [

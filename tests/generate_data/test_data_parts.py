@@ -1,4 +1,4 @@
-"""The parts of data generation: prompts, the journal, duplicates, syntax, the split."""
+"""The parts of data generation: prompts, the journal, duplicates, syntax, and the split."""
 
 import random
 import resource
@@ -40,38 +40,38 @@ def templates(tmp_path: Path, text: str = FILE) -> Any:
 def test_there_are_prompt_files_and_each_loads() -> None:
     assert PROMPT_FILES
     for path in PROMPT_FILES:
-        found = read_templates(path)
-        prompts = make_prompts(found, 1000, seed=0)
+        read = read_templates(path)
+        prompts = make_prompts(read, 1000, seed=0)
         counts = Counter(prompt.category for prompt in prompts)
-        assert counts.keys() == found.categories.keys()
+        assert counts.keys() == read.categories.keys()
         assert max(counts.values()) - min(counts.values()) <= 1
-        assert {prompt.language for prompt in prompts} == set(found.languages)
+        assert {prompt.language for prompt in prompts} == set(read.languages)
         assert not any(mark in prompt.text for prompt in prompts for mark in "{}\n")
     wanted = {"function_implementation", "debugging", "refactoring", "explanation", "tests"}
     assert read_templates(ROOT / "configs/data/code.yaml").categories.keys() >= wanted
 
 
 def test_prompts_depend_on_the_seed_and_begin_alike(tmp_path: Path) -> None:
-    found = templates(tmp_path)
-    nine = make_prompts(found, 9, seed=3)
-    assert nine == make_prompts(found, 9, seed=3)
-    assert nine[:4] == make_prompts(found, 4, seed=3)
-    assert nine != make_prompts(found, 9, seed=4)
+    read = templates(tmp_path)
+    nine = make_prompts(read, 9, seed=3)
+    assert nine == make_prompts(read, 9, seed=3)
+    assert nine[:4] == make_prompts(read, 4, seed=3)
+    assert nine != make_prompts(read, 9, seed=4)
     assert len({prompt.id for prompt in nine}) == 9, "'2 a' is one prompt, whatever the language"
     assert [p.category for p in nine[:4]] == ["one", "two", "one", "two"]
     assert {p.text for p in nine} == {f"1 {x} {t}" for x in ("python", "go") for t in "abc"} | {f"2 {t}" for t in "abc"}
     with pytest.raises(LogitcaskError, match="--num-examples 10: the prompt file gives 9 different prompts"):
-        make_prompts(found, 10, seed=3)
+        make_prompts(read, 10, seed=3)
 
 
 def test_a_text_in_two_categories_is_asked_once_for_the_first(tmp_path: Path) -> None:
-    found = templates(tmp_path, FILE.replace("'1 {language} {topic}'", "'1 {language} {topic}', '2 {topic}'"))
-    prompts = make_prompts(found, 9, seed=0)
+    read = templates(tmp_path, FILE.replace("'1 {language} {topic}'", "'1 {language} {topic}', '2 {topic}'"))
+    prompts = make_prompts(read, 9, seed=0)
     assert [prompt.category for prompt in prompts] == ["one"] * 9
 
 
-def test_a_prompts_id_is_its_texts(tmp_path: Path) -> None:
-    """In a file with more templates the same text is the same prompt."""
+def test_the_id_of_a_prompt_depends_only_on_its_text(tmp_path: Path) -> None:
+    """The same text is the same prompt in a file with more templates."""
     more = make_prompts(templates(tmp_path, FILE.replace("topics: [a,", "topics: [z, a,")), 12, seed=1)
     ids = {prompt.text: prompt.id for prompt in more}
     assert all(ids[prompt.text] == prompt.id for prompt in make_prompts(templates(tmp_path), 9, seed=0))
@@ -87,16 +87,16 @@ def test_a_prompts_id_is_its_texts(tmp_path: Path) -> None:
         (("'2 {topic}'", "'2 {}'"), "only {language} and {topic} are filled in"),
         (("topics: [a, b, c]\n", ""), "topics: Field required"),
         (("[a, b, c]", "[]"), "topics: List should have at least 1 item"),
-        (("[a, b, c]", "[1, b]"), "topics.0: Input should be a valid string, is 1"),
+        (("[a, b, c]", "[1, b]"), "topics.0: must be a valid string, got 1"),
         (("topics", "subjects"), "subjects: Extra inputs are not permitted"),
-        (("languages:", "languages: x #"), "languages: Input should be a valid list, is 'x'"),
+        (("languages:", "languages: x #"), "languages: must be a valid list, got 'x'"),
     ],
 )
-def test_a_wrong_prompt_file_is_told(change: tuple[str, str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(LogitcaskError) as told:
+def test_a_wrong_prompt_file_is_an_error_that_names_it(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(LogitcaskError) as raised:
         templates(tmp_path, FILE.replace(*change))
-    assert str(tmp_path / "prompts.yaml") in str(told.value)
-    assert message in str(told.value)
+    assert str(tmp_path / "prompts.yaml") in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_braces_can_be_asked_about(tmp_path: Path) -> None:
@@ -118,32 +118,32 @@ def test_answers_come_back(tmp_path: Path) -> None:
         assert "id9" not in journal
         assert journal["id1"] == answer(1, texts[1])
     with Journal(tmp_path / "j") as journal:
-        assert [found.response for found in journal] == texts
+        assert [entry.response for entry in journal] == texts
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_is_torn(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with Journal(path) as journal:
         journal.append(answer(0))
-        kept = path.stat().st_size
+        size = path.stat().st_size  # of the first line
         journal.append(answer(1, "naïve 🙂"))
     whole = path.read_bytes()
-    for length in range(kept, len(whole)):
+    for length in range(size, len(whole)):
         path.write_bytes(whole[:length])
         with Journal(path) as journal:
-            assert [found.id for found in journal] == ["id0"]
-            assert path.read_bytes() == whole[:kept]
+            assert [entry.id for entry in journal] == ["id0"]
+            assert path.read_bytes() == whole[:size]
             journal.append(answer(2))
         with Journal(path) as journal:
-            assert [found.id for found in journal] == ["id0", "id2"]
+            assert [entry.id for entry in journal] == ["id0", "id2"]
 
 
 @pytest.mark.parametrize("line", ["{}", "no", '{"id": 1}', '["id"]', ""])
-def test_a_line_that_is_no_answer_is_told(line: str, tmp_path: Path) -> None:
+def test_a_line_that_is_not_an_answer_is_an_error(line: str, tmp_path: Path) -> None:
     path = tmp_path / "j"
     good = answer().model_dump_json()
     path.write_text(f"{good}\n{line}\n{good}\n")
-    with pytest.raises(LogitcaskError, match=f"{path}:2: is no answer of a model"):
+    with pytest.raises(LogitcaskError, match=f"{path}:2: not an answer of a model"):
         Journal(path)
     assert path.read_text() == f"{good}\n{line}\n{good}\n"
 
@@ -156,7 +156,7 @@ def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_part_of_an_answer(tmp_path: Path) -> None:
-    """The system takes a part of the line, then refuses the rest."""
+    """The system accepts part of the line, then refuses the rest."""
     path = tmp_path / "j"
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_no_part_of_an_answer(tmp_path: Path) -> None:
         assert path.read_bytes().decode() == answer(0).model_dump_json() + "\n"
         journal.append(answer(2))
     with Journal(path) as journal:
-        assert [found.id for found in journal] == ["id0", "id2"]
+        assert [entry.id for entry in journal] == ["id0", "id2"]
 
 
 # what becomes of an answer
@@ -232,7 +232,7 @@ WORDS = [f"w{n}" for n in range(400)]
 
 
 def overlapping(similarity: float, seed: int) -> tuple[str, str]:
-    """Two texts whose 5-word runs have about that Jaccard similarity: the same beginning, other ends."""
+    """Return two texts whose 5-word runs have about this Jaccard similarity: the same beginning, different ends."""
     same = round(300 * 2 * similarity / (1 + similarity))
     random.seed(seed)
     ends = random.sample(WORDS, 400)
@@ -244,17 +244,17 @@ def overlapping(similarity: float, seed: int) -> tuple[str, str]:
     ("similarity", "want"), [(0.95, "near-duplicate"), (0.87, "near-duplicate"), (0.68, ""), (0.2, "")]
 )
 def test_near_duplicates_are_those_above_the_threshold(similarity: float, want: str) -> None:
-    found = Counter[str]()
+    fates = Counter[str]()
     for seed in range(30):
         seen = Responses(0.8)
         first, second = overlapping(similarity, seed)
         assert seen.add(first) == ""
-        found[seen.add(second)] += 1
-    assert found[want] >= 27, "an estimate from 128 hashes errs by 0.04, seldom by twice that"
+        fates[seen.add(second)] += 1
+    assert fates[want] >= 27, "the estimate from 128 hashes has a standard error of about 0.04"
 
 
 def test_duplicates_among_many() -> None:
-    """Every text is near to exactly one other among a thousand."""
+    """Each of a thousand texts is a near-duplicate of exactly one other."""
     seen = Responses(0.8)
     pairs = [overlapping(0.97, seed) for seed in range(500)]
     assert [seen.add(first) for first, _ in pairs] == [""] * 500
@@ -262,14 +262,14 @@ def test_duplicates_among_many() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.3, 0.5, 0.9, 0.97, 0.999])
-def test_every_threshold_can_be_had(threshold: float) -> None:
+def test_every_threshold_is_possible(threshold: float) -> None:
     seen = Responses(threshold)
     assert seen.add(overlapping(0.5, 0)[0]) == ""
     assert seen.add(overlapping(0.5, 0)[0] + " ") == "duplicate"
     assert seen.add(overlapping(0.5, 0)[0].replace(" ", "  ")) == "near-duplicate"
 
 
-def test_exact_only() -> None:
+def test_a_threshold_of_one_drops_only_exact_duplicates() -> None:
     seen = Responses(1.0)
     assert [seen.add(text) for text in ("if a:\n  b", "if a:\nb", " if a:\n  b\n")] == ["", "", "duplicate"]
 
@@ -291,6 +291,6 @@ def test_more_answers_change_no_earlier_fate(texts: list[str], seed: int, data: 
 def test_the_split_is_a_share_by_seed_and_prompt() -> None:
     ids = [f"id{n}" for n in range(4000)]
     chosen = {seed: {i for i in ids if share(seed, i) < 0.1} for seed in (0, 1)}
-    assert all(330 < len(found) < 470 for found in chosen.values())
+    assert all(330 < len(ids_below) < 470 for ids_below in chosen.values())
     assert chosen[0] != chosen[1]
     assert all(0 <= share(0, i) < 1 for i in ids)

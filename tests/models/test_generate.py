@@ -1,4 +1,4 @@
-"""logitcask generate: streamed, with and without a chat template, and never hanging."""
+"""logitcask generate: it streams, with and without a chat template, and never hangs."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ def pieces(model: Path, **changes: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_text_is_the_models_own(chat: bool, tmp_path: Path) -> None:
-    """Greedy, by plain forward passes of the whole text, which the chat template wraps where there is one."""
+    """Compare with greedy decoding by plain forward passes over the text, in the chat template if there is one."""
     folder = make_teacher(tmp_path / "model", chat=chat)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n" if chat else PROMPT
@@ -38,8 +38,8 @@ def test_the_text_is_the_models_own(chat: bool, tmp_path: Path) -> None:
     assert "".join(pieces(folder, max_new_tokens=24)) == want
 
 
-def test_the_first_piece_is_seen_before_the_last_is_made(tmp_path: Path) -> None:
-    """The model waits at its fortieth token until the first piece was read."""
+def test_the_first_piece_arrives_before_the_last_is_generated(tmp_path: Path) -> None:
+    """The model waits at its fortieth token until the first piece has been read."""
     folder = make_teacher(tmp_path / "model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     seen, calls, in_time = threading.Event(), list[int](), list[bool]()
@@ -63,7 +63,7 @@ def test_the_first_piece_is_seen_before_the_last_is_made(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with a weight that is not finite, so that nothing can be drawn from its logits."""
+    """A model with a non-finite weight, so that sampling from its logits fails."""
     folder = make_teacher(tmp_path_factory.mktemp("broken") / "model")
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -72,35 +72,35 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_model_that_fails_while_it_writes_is_told(broken: Path) -> None:
-    """In a thread of its own, so that a reader that waits for ever fails this test instead of holding it."""
-    told = list[str]()
+def test_a_model_that_fails_while_generating_is_an_error(broken: Path) -> None:
+    """Read in a separate thread, so that a reader that waits forever fails this test instead of blocking it."""
+    messages = list[str]()
 
     def read() -> None:
         try:
             list(pieces(broken, temperature=1.0))
         except LogitcaskError as error:
-            told.append(str(error))
+            messages.append(str(error))
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     reader.join(30)
-    assert not reader.is_alive(), "the reader waits for a writer that has failed"
-    assert len(told) == 1
-    assert "the model failed while it wrote: RuntimeError: probability tensor" in told[0]
+    assert not reader.is_alive(), "the reader waits for a generator that has failed"
+    assert len(messages) == 1
+    assert "the model failed while generating: RuntimeError: probability tensor" in messages[0]
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"temperature": 1.0}, "error: the model failed while it wrote: RuntimeError"),
-        ({"prompt": ""}, "error: --prompt: must hold a token at least, is empty"),
-        ({"prompt": "xyz " * 50}, "error: --prompt: must leave room in the model's 128 positions, has 2"),
+        ({"temperature": 1.0}, "error: the model failed while generating: RuntimeError"),
+        ({"prompt": ""}, "error: --prompt: must hold at least one token, got none"),
+        ({"prompt": "xyz " * 50}, "error: --prompt: must leave room in the model's 128 positions, got 2"),
     ],
 )
 def test_a_failure_is_one_line(
     changes: dict[str, object],
-    told: str,
+    message: str,
     broken: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,10 +112,10 @@ def test_a_failure_is_one_line(
         main()
     out, err = capsys.readouterr()
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
-    assert told in err
+    assert message in err
 
 
-def test_new_tokens_end_with_the_models_positions(tmp_path: Path) -> None:
+def test_generation_stops_at_the_models_last_position(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "model", max_length=16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "".join(pieces(folder, max_new_tokens=500))

@@ -1,4 +1,4 @@
-"""A step of a Gemma 3 student at its vocabulary of 262,144 tokens: the plain loss, without its logits in memory."""
+"""A step of a Gemma 3 student with its 262,144 tokens: equal to the plain loss, without all logits in memory."""
 
 import ctypes
 import gc
@@ -25,7 +25,7 @@ STUDENT: dict[str, object] = {
 
 
 def batch(entries: int) -> Batch:
-    """Rows of N + ROWS tokens, all of them targets but the last of each row; labels from all over the vocabulary."""
+    """Return N + ROWS tokens in ROWS rows, all but the last of each row targets; labels span the whole vocabulary."""
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(0, V, (ROWS, N // ROWS + 1), generator=random)
     ids[0, :4] = torch.tensor([V - 1, 65_536, 131_072, V - 2])  # beyond 16 and 17 bits, and the last
@@ -44,45 +44,45 @@ def batch(entries: int) -> Batch:
 
 
 def peak() -> int:
-    """The most memory, in bytes, that this process has had since ``forget_peak``."""
+    """Return the peak memory of this process, in bytes, since ``reset_peak``."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def forget_peak() -> int:
-    """Begin to measure; returns what the process has now."""
+def reset_peak() -> int:
+    """Start measuring; return the current memory in bytes."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already would hide what is taken
+    ctypes.CDLL(None).malloc_trim(0)  # blocks already free would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured on Linux")
 @pytest.mark.parametrize("tail", ["sampled", "bucket"])
-def test_a_step_is_that_of_the_plain_loss_without_its_logits(tail: str, tmp_path: Path) -> None:
+def test_a_step_equals_the_plain_loss_without_its_logits_in_memory(tail: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     how = LossSettings(alpha=0.5, temperature=2.0, tail=tail, divergence="forward-kl")
     model = student_from_config(write_config(tmp_path / "student.json", STUDENT), vocab_size=V).eval()
     given, head = batch(HEAD + TAIL if tail == "sampled" else HEAD), model.get_output_embeddings().weight
     plain_forward = model.forward
     make_loss_forward(model, how)
-    before = forget_peak()
-    found = model(**given)
-    torch.autograd.backward(found.total)
+    before = reset_peak()
+    sums = model(**given)
+    torch.autograd.backward(sums.total)
     took = peak() - before
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    before = forget_peak()
+    before = reset_peak()
     logits = plain_forward(input_ids=given["input_ids"]).logits.flatten(0, 1)[given["target_index"]]
-    wanted = distillation_loss(logits, given["gold"], given["soft_labels"], how)
-    torch.autograd.backward(wanted.total)
+    expected = distillation_loss(logits, given["gold"], given["soft_labels"], how)
+    torch.autograd.backward(expected.total)
     plain_took = peak() - before
     assert head.shape == (V, 32)
     for name in ("total", "hard", "soft", "teacher_mass", "student_mass"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(sums, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5 * scale)
-    assert 4 * head.numel() < took < LOGITS, "the head's gradient and a slice of logits"
-    assert plain_took > 2 * LOGITS, "the measure itself"
+    assert 4 * head.numel() < took < LOGITS, "must be the head's gradient and a slice of logits"
+    assert plain_took > 2 * LOGITS, "the measurement must see the plain loss's logits"

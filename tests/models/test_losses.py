@@ -49,12 +49,12 @@ def label(z_NV: FloatArray64, head: int, draws: int, *, seed: int = 0, gold: int
 
 
 def as_tensors(soft: SoftLabels[Any]) -> SoftLabels[Tensor]:
-    """In float64, but for the ids."""
+    """Convert to tensors, in float64 except for the ids."""
     return soft.map(torch.from_numpy).map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
 def exact_labels(z_NV: FloatArray64, head: int, t: float) -> SoftLabels[Tensor]:
-    """The label's head and rest at T in float64, from the dense distribution."""
+    """Return a label's head and rest at T in float64, from the dense distribution."""
     p_NV = dense_log_probs(z_NV, t)
     ids = np.argsort(-z_NV, axis=1, kind="stable")[:, :head]
     log_p = np.take_along_axis(p_NV, ids, axis=1)
@@ -70,12 +70,12 @@ def kd_gradient(
     how = LossSettings(alpha=alpha, temperature=t, tail=tail, divergence="forward-kl")
     distillation_loss(z, torch.zeros(len(z), dtype=torch.long), labels, how).total.backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None
-    found: FloatArray64 = z.grad.numpy()
-    return found
+    gradient: FloatArray64 = z.grad.numpy()
+    return gradient
 
 
 def outcomes(log_NV: FloatArray64, ids_NK: Tensor) -> FloatArray64:
-    """Probabilities of the head's tokens and, last, of everything else."""
+    """Return the probabilities of the head's tokens and, last, of everything else."""
     p = np.exp(log_NV)
     head = np.take_along_axis(p, ids_NK.numpy(), axis=1)
     return np.concatenate([head, (p.sum(1) - head.sum(1))[:, None]], axis=1)
@@ -90,9 +90,9 @@ def test_the_whole_vocabulary_as_head_is_dense_kd(rows: int, vocab: int, spread:
     labels = exact_labels(teacher, vocab, t)
     gold = torch.zeros(rows, dtype=torch.long)
     for tail in ("sampled", "renormalize", "bucket"):
-        found = distillation_loss(torch.from_numpy(student), gold, labels, replace(how, tail=tail))
+        sums = distillation_loss(torch.from_numpy(student), gold, labels, replace(how, tail=tail))
         dense = t * t * (np.exp(p) * (p - q)).sum()
-        assert float(found.total) == pytest.approx(dense, rel=1e-6)
+        assert float(sums.total) == pytest.approx(dense, rel=1e-6)
         gradient = kd_gradient(student, labels, t, tail)
         np.testing.assert_allclose(gradient, dense_kd_gradient(teacher, student, t), rtol=1e-6, atol=1e-9)
 
@@ -118,14 +118,14 @@ def test_the_real_path_with_the_whole_vocabulary_is_dense_kd_in_float32(
     st.integers(0, 999),
 )
 def test_sampled_labels_are_unbiased(vocab: int, head: int, draws: int, spread: float, t: float, seed: int) -> None:
-    """The mean over many labels of one teacher lies on the dense gradient, within the error its own draws predict."""
+    """The mean over many labels of one teacher is the dense gradient, within the standard error of the draws."""
     teacher, student = random_logits(1, vocab, spread, seed), random_logits(1, vocab, 1.0, seed + 1000)
     dense = dense_kd_gradient(teacher, student, t)[0]
     direction = np.random.default_rng(seed).normal(size=vocab)
     rows = 3000
     soft = soft_labels(label(np.repeat(teacher, rows, 0), head, draws, seed=seed), TEMPERATURES, t, "sampled")
     q = np.exp(dense_log_probs(student, t))[0]
-    # T (q sum_s w_s - sum_s w_s e_s), the gradient of one label, seen along a random direction and along p - q
+    # T (q sum_s w_s - sum_s w_s e_s), the gradient of one label, projected on a random direction and on p - q
     for f in (direction, dense / np.abs(dense).max()):
         along = t * (soft.weights * ((q @ f) - f[soft.ids])).sum(1)
         error, scale = along.mean() - dense @ f, along.std() / math.sqrt(rows)
@@ -184,7 +184,7 @@ def test_a_near_certain_teacher_has_finite_unbiased_weights(mass: float, t: floa
         targets.log_tail_mass[0], [np.log(np.exp(dense_log_probs(z, s))[0, 1:].sum()) for s in TEMPERATURES], rtol=1e-5
     )
     np.testing.assert_allclose(soft.weights[:, 0], p[0], rtol=1e-5)
-    f = np.linspace(1.0, 2.0, vocab) / p[1:].sum()  # seen relative to the tail's mass, or 1e-30 would hide any bias
+    f = np.linspace(1.0, 2.0, vocab) / p[1:].sum()  # relative to the tail's mass, or 1e-30 would hide any bias
     along = (soft.weights[:, 1:] * f[soft.ids[:, 1:]]).sum(1, dtype=np.float64)
     assert abs(along.mean() - p[1:] @ f[1:]) < 5 * along.std() / math.sqrt(rows) + 1e-4
 
@@ -224,8 +224,8 @@ def test_bucket_is_finite_for_a_teacher_without_a_tail(divergence: str) -> None:
     z = np.full((1, 20), -np.inf)
     z[0, :2] = 0.0
     labels = as_tensors(soft_labels(label(z, 2, 3), TEMPERATURES, 2.0, "bucket"))
-    found = bucket_divergence(torch.randn(1, 20, dtype=torch.double).log_softmax(1), labels, divergence)
-    assert torch.isfinite(found).all()
+    divergences = bucket_divergence(torch.randn(1, 20, dtype=torch.double).log_softmax(1), labels, divergence)
+    assert torch.isfinite(divergences).all()
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)
@@ -256,8 +256,8 @@ def test_alpha_and_the_square_of_the_temperature_are_in_the_gradient(alpha: floa
     hard = np.exp(dense_log_probs(student)) - np.eye(25)[[0, 0, 0]]
     p, q = np.exp(dense_log_probs(teacher, t)), np.exp(dense_log_probs(student, t))
     want = alpha * hard + (1 - alpha) * t**2 * (q - p) / t  # 1 / T is the chain rule through z / T
-    found = kd_gradient(student, exact_labels(teacher, 25, t), t, "sampled", alpha)
-    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-9)
+    gradient = kd_gradient(student, exact_labels(teacher, 25, t), t, "sampled", alpha)
+    np.testing.assert_allclose(gradient, want, rtol=1e-6, atol=1e-9)
 
 
 def test_uniform_draws_depend_on_seed_and_example_only() -> None:
@@ -270,7 +270,7 @@ def test_uniform_draws_depend_on_seed_and_example_only() -> None:
     assert first.max() < 1.0
 
 
-def test_a_temperature_that_is_not_stored_is_refused_by_name() -> None:
+def test_a_temperature_that_is_not_stored_is_refused() -> None:
     with pytest.raises(LogitcaskError, match=r"temperature 3 is not stored.*1, 1\.5, 2"):
         soft_labels(label(random_logits(1, 9, 1.0, 0), 2, 2), TEMPERATURES, 3.0, "sampled")
 
@@ -291,10 +291,10 @@ def test_no_head_and_no_draws() -> None:
 def test_ids_of_large_vocabularies(vocab: int) -> None:
     z = np.full((1, vocab), -20.0)
     z[0, [vocab - 1, 65_537, 3]] = 5.0, 4.0, 3.0
-    found = label(z, 2, 5, gold=vocab - 2)
-    np.testing.assert_array_equal(found.head_ids, [[vocab - 1, 65_537]])
-    np.testing.assert_allclose(found.gold_logprobs, dense_log_probs(z)[0, vocab - 2], rtol=1e-5)
-    assert (found.tail_ids[0, 0], found.tail_counts.sum()) == (3, 5)
+    targets = label(z, 2, 5, gold=vocab - 2)
+    np.testing.assert_array_equal(targets.head_ids, [[vocab - 1, 65_537]])
+    np.testing.assert_allclose(targets.gold_logprobs, dense_log_probs(z)[0, vocab - 2], rtol=1e-5)
+    assert (targets.tail_ids[0, 0], targets.tail_counts.sum()) == (3, 5)
     flat = label(np.zeros((1, vocab)), 0, 2000)
     assert flat.tail_ids.max() > 0.99 * vocab
     coded = encode_targets(flat)
@@ -319,19 +319,19 @@ def test_batched_and_one_by_one_give_the_same_labels(tmp_path: Path) -> None:
         for i, mask in enumerate(random_masks(random, [3, 17, 9, 30, 2, 12]))
     ]
     together = teacher.label(examples, how).targets
-    for example, found in zip(reversed(examples), reversed(together), strict=True):
+    for example, batched in zip(reversed(examples), reversed(together), strict=True):
         alone = teacher.label([example], how).targets[0]
         assert len(alone) == example.target_mask.sum()
-        np.testing.assert_array_equal(alone.head_ids, found.head_ids)
-        np.testing.assert_array_equal(alone.tail_counts, found.tail_counts)
-        np.testing.assert_array_equal(alone.tail_ids, found.tail_ids)
+        np.testing.assert_array_equal(alone.head_ids, batched.head_ids)
+        np.testing.assert_array_equal(alone.tail_counts, batched.tail_counts)
+        np.testing.assert_array_equal(alone.tail_ids, batched.tail_ids)
         for name in ("head_logprobs", "tail_logprobs", "log_partition", "log_tail_mass", "gold_logprobs"):
-            np.testing.assert_allclose(getattr(alone, name), getattr(found, name), atol=1e-5)
+            np.testing.assert_allclose(getattr(alone, name), getattr(batched, name), atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab", [40, 300, 6400, 6463])
 @pytest.mark.parametrize("count", [1, 9])
-def test_the_largest_by_blocks_are_the_largest(vocab: int, count: int) -> None:
+def test_top_k_by_blocks_equals_topk(vocab: int, count: int) -> None:
     z = torch.randn(20, vocab, generator=torch.Generator().manual_seed(vocab)).round(decimals=1)  # with ties
     z[3] = 0.0
     values, ids = _top(z, count)

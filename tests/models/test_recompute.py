@@ -1,4 +1,4 @@
-"""Layers that keep the results of products only: the same losses and gradients, and fewer bytes kept."""
+"""Layers that save only the results of products: same losses and gradients, fewer bytes saved."""
 
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ def loss_and_gradients(model: Any, mixed: bool = False) -> tuple[Tensor, dict[st
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16 mixed"])
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *DROPOUT])
 def test_loss_and_gradients_are_the_same(name: str, mixed: bool, tmp_path: Path) -> None:
-    """Among them a mixture of experts, which must choose the same ones again, and dropout, the same places.
+    """Recomputation must choose the same experts and the same dropout masks again.
 
-    All are equal to the bit but gradients of GPT-2, which differ by rounding.
+    Everything is bit-identical except for GPT-2's gradients, which differ by rounding.
     """
     model = student(tmp_path, {**ARCHITECTURES, **DROPOUT}[name])
     expected = loss_and_gradients(model, mixed)
@@ -54,42 +54,46 @@ def test_loss_and_gradients_are_the_same(name: str, mixed: bool, tmp_path: Path)
 
 
 def kept_bytes(model: PreTrainedModel) -> int:
-    """What a forward pass leaves allocated."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    """Return the bytes that a forward pass leaves allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss = model(input_ids=IDS, labels=IDS).loss
     torch.autograd.backward(loss)
-    return sum(event.self_cpu_memory_usage for event in found.key_averages())
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
 
 
 def test_a_layer_keeps_its_input_and_the_results_of_its_products(tmp_path: Path) -> None:
-    found = []
+    sizes = []
     for layers in (2, 6):
         model = student(tmp_path, {**STUDENT, "num_hidden_layers": layers})
         before = kept_bytes(model)
         keep_products_only(model)
-        found.append((before, kept_bytes(model)))
-    before, after = ((more - less) / (4 * IDS.numel() * 4) for less, more in zip(*found, strict=True))  # a token, layer
-    # input, queries, keys and values of half as many heads, what attention gives, its logarithms, the map after it,
-    # gate and up
-    random = torch.get_rng_state().nbytes / (IDS.numel() * 4)  # the state of random numbers, once a layer
+        sizes.append((before, kept_bytes(model)))
+    before, after = (
+        (more - less) / (4 * IDS.numel() * 4) for less, more in zip(*sizes, strict=True)
+    )  # per token and layer
+    # input, queries, keys and values of half as many heads, attention output, its log-sum-exps, output projection, gate
+    # and up
+    random = torch.get_rng_state().nbytes / (
+        IDS.numel() * 4
+    )  # the state of the random number generator, once per layer
     assert after - random == pytest.approx(32 + 32 + 32 + (32 + 4) + 32 + 2 * 64, rel=0.02)
     assert after < 0.6 * before
 
 
 def test_no_product_is_computed_twice(tmp_path: Path) -> None:
-    model, found = student(tmp_path, STUDENT), []
+    model, flops = student(tmp_path, STUDENT), []
     for enable in (None, keep_products_only, PreTrainedModel.activation_checkpointing_enable):
         if enable is not None:
             enable(model)
         with FlopCounterMode(display=False) as counted:
             loss_and_gradients(model)
-        found.append(counted.get_total_flops())
-    plain, ours, all_again = found
+        flops.append(counted.get_total_flops())
+    plain, ours, full_recompute = flops
     assert ours == plain
-    assert all_again > plain
+    assert full_recompute > plain
 
 
-def test_results_that_were_overwritten_are_computed_again() -> None:
+def test_overwritten_results_are_recomputed() -> None:
     x, w = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True)
 
     def layer(x: Tensor) -> Tensor:
@@ -97,9 +101,9 @@ def test_results_that_were_overwritten_are_computed_again() -> None:
         return ((h * h) @ w).sin()
 
     expected = torch.autograd.grad(layer(x).sum(), w)
-    found = checkpoint(layer, x, use_reentrant=False, context_fn=_contexts).sum()
-    torch.testing.assert_close(torch.autograd.grad(found, w, retain_graph=True), expected)
-    torch.testing.assert_close(torch.autograd.grad(found, w), expected)  # and when asked a second time
+    total = checkpoint(layer, x, use_reentrant=False, context_fn=_contexts).sum()
+    torch.testing.assert_close(torch.autograd.grad(total, w, retain_graph=True), expected)
+    torch.testing.assert_close(torch.autograd.grad(total, w), expected)  # a second backward pass
 
 
 def test_lora(tmp_path: Path) -> None:
@@ -117,11 +121,13 @@ def test_torch_compile(tmp_path: Path) -> None:
     keep_products_only(model)
     torch._dynamo.reset()
     loss, gradients = loss_and_gradients(torch.compile(model, backend="aot_eager"))
-    found = loss, {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    actual = loss, {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_that_cannot_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_checkpointing_support_is_left_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = student(tmp_path, STUDENT)
     expected = loss_and_gradients(model)
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)

@@ -1,4 +1,4 @@
-"""A trained student in vLLM: the greedy tokens are those of transformers. Run by ``just test-vllm``."""
+"""A trained student in vLLM generates the same greedy tokens as in transformers. Run by ``just test-vllm``."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def final(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that training leaves, nothing added; heads as wide as vLLM's attention on a CPU wants them."""
+    """The folder that training leaves, unchanged; heads are as wide as vLLM's CPU attention requires."""
     folder = tmp_path_factory.mktemp("student")
     student = write_config(folder / "student.json", {**STUDENT, "hidden_size": 128, "intermediate_size": 256})
     options = {"distillation_type": "output", "max_steps": 100, "learning_rate": 1e-2, "logging_steps": 100}
@@ -43,11 +43,11 @@ def test_vllm_writes_what_transformers_writes(final: Path) -> None:
             log_p.append(model(whole).logits[0].log_softmax(1)[rows, whole[0, len(ids) :]].tolist())
     engine = LLM(str(final), dtype="float32", max_model_len=128, enforce_eager=True, kv_cache_memory_bytes=2**28)
     options = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=0)
-    found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], options, use_tqdm=False)
-    assert [list(each.outputs[0].token_ids) for each in found] == want
-    for each, ids, likely in zip(found, want, log_p, strict=True):
-        own = [place[token].logprob for place, token in zip(each.outputs[0].logprobs, ids, strict=True)]
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], options, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == want
+    for output, ids, likely in zip(outputs, want, log_p, strict=True):
+        own = [logprobs[token].logprob for logprobs, token in zip(output.outputs[0].logprobs, ids, strict=True)]
         assert own == pytest.approx(likely, abs=1e-3)
-    assert any(len(set(ids)) > 3 for ids in want), "students that repeat one token prove little"
-    by_text = engine.generate(TEXTS, options, use_tqdm=False)  # with the tokenizer that lies in the folder
-    assert [list(each.outputs[0].token_ids) for each in by_text] == want
+    assert any(len(set(ids)) > 3 for ids in want), "a student that repeats one token proves little"
+    by_text = engine.generate(TEXTS, options, use_tqdm=False)  # with the tokenizer saved in the folder
+    assert [list(output.outputs[0].token_ids) for output in by_text] == want

@@ -1,4 +1,4 @@
-"""precompute-logits --dry-run: its counts are those of the cache that is then made, and no weights are read."""
+"""precompute-logits --dry-run: its counts equal those of the cache made afterwards, and no weights are read."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.support.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
 
-CUT = 20  # tokens: some examples are longer, and of some no target is left
+CUT = 20  # tokens: some examples are longer, and some keep no target
 
 
 @pytest.fixture
@@ -27,16 +27,16 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_counts_are_those_of_the_cache(place: Path) -> None:
+def test_the_counts_equal_those_of_the_cache(place: Path) -> None:
     settings = precompute_settings(place, max_seq_length=CUT)
-    found = dry_run(settings)
+    report = dry_run(settings)
     assert not (place / "cache").exists()
     manifest = precompute(settings).manifest
     for name in ("examples", "tokens", "positions", "truncated", "dropped"):
-        assert getattr(found, name) == getattr(manifest.data, name) > 0, name
-    assert found.shards == manifest.shards.count > 1
+        assert getattr(report, name) == getattr(manifest.data, name) > 0, name
+    assert report.shards == manifest.shards.count > 1
     lengths = CacheReader(place / "cache").counts("token_count", range(manifest.shards.count))
-    assert found.lengths == {
+    assert report.lengths == {
         0: lengths.min(),
         50: np.sort(lengths)[(len(lengths) - 1) // 2],
         90: np.sort(lengths)[int(np.ceil(0.9 * len(lengths))) - 1],
@@ -45,7 +45,7 @@ def test_the_counts_are_those_of_the_cache(place: Path) -> None:
     }
 
 
-def test_bytes_are_the_plans_and_scale_with_the_label(place: Path) -> None:
+def test_bytes_equal_the_plans_and_scale_with_the_label(place: Path) -> None:
     standard = dry_run(precompute_settings(place, head_size=8, tail_draws=24))
     tokenizer = load_tokenizer(str(place / "teacher"))
     amount = Amount(standard.examples, standard.tokens, standard.positions)
@@ -70,31 +70,37 @@ def test_the_command_reads_no_weights_and_writes_nothing(
         main()
     assert not stopped.value.code
     out = capsys.readouterr().out
-    for word in ("24 examples", "examples at 20 tokens, 1 dropped", "bytes a target position", "H100 ", "2-core-CPU "):
+    for word in (
+        "24 examples",
+        "examples at 20 tokens, 1 dropped",
+        "bytes per target position",
+        "H100 ",
+        "2-core-CPU ",
+    ):
         assert word in out
     assert sorted(place.rglob("*")) == before
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
-    found = dry_run(precompute_settings(place, max_seq_length=CUT, head_size=8, tail_draws=24, batch_size=8,
-                                        shard_positions=65536))  # fmt: skip
-    assert DryRun.model_validate_json(capsys.readouterr().out) == found
+    report = dry_run(precompute_settings(place, max_seq_length=CUT, head_size=8, tail_draws=24, batch_size=8,
+                                         shard_positions=65536))  # fmt: skip
+    assert DryRun.model_validate_json(capsys.readouterr().out) == report
     assert sorted(place.rglob("*")) == before
 
 
-def test_json_is_of_a_dry_run(place: Path) -> None:
-    with pytest.raises(ValidationError, match="--json goes with --dry-run"):
+def test_json_requires_a_dry_run(place: Path) -> None:
+    with pytest.raises(ValidationError, match="--json requires --dry-run"):
         precompute_settings(place, json_=True)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
-    [({"--teacher-model": "none"}, "no model's config"), ({"--train-data": "none.jsonl"}, "none.jsonl")],
+    ("changes", "message"),
+    [({"--teacher-model": "none"}, "no model config"), ({"--train-data": "none.jsonl"}, "none.jsonl")],
 )
 def test_bad_input_is_one_line(
     changes: dict[str, str],
-    told: str,
+    message: str,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -106,5 +112,5 @@ def test_bad_input_is_one_line(
         main()
     err = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1

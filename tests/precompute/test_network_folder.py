@@ -1,4 +1,4 @@
-"""Stage 1 on a folder over the network: one that two clients mount, each by itself, as machines do."""
+"""Stage 1 on a network folder, which two clients mount separately, as two machines do."""
 
 import contextlib
 import os
@@ -20,16 +20,16 @@ SMALL = {"shard_positions": 32}
 
 @contextlib.contextmanager
 def mounted(server: SshServer, folder: Path, place: Path) -> Iterator[Path]:
-    """A folder of the server at a place of ours, through a connection of its own."""
+    """Mount a folder of the server at ``place``, over a separate connection."""
     if shutil.which("sshfs") is None or not os.access("/dev/fuse", os.W_OK):
         lacking("no sshfs or /dev/fuse here: apt-get install sshfs")
     place.mkdir()
     ssh = server.home / ".ssh"
     options = [f"IdentityFile={ssh / 'id_ed25519'}", f"UserKnownHostsFile={ssh / 'known_hosts'}", f"port={server.port}"]
     words = ["sshfs", f"{user()}@127.0.0.1:{folder}", str(place), *(word for each in options for word in ("-o", each))]
-    made = subprocess.run(words, capture_output=True, text=True, check=False)
-    if made.returncode:
-        lacking(f"this machine mounts nothing: {made.stderr.strip()}")
+    mount = subprocess.run(words, capture_output=True, text=True, check=False)
+    if mount.returncode:
+        lacking(f"sshfs cannot mount here: {mount.stderr.strip()}")
     try:
         yield place
     finally:
@@ -44,7 +44,7 @@ def part(folder: Path, output: Path, which: str) -> "subprocess.Popen[bytes]":
 
 
 def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -> None:
-    """Each labels a part through a mount of its own; one is killed in the middle, and run again."""
+    """Each labels a part through its own mount; one is killed midway and run again."""
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 2)
     make_cache(tmp_path, make_teacher(tmp_path / "teacher"), train_data=str(tmp_path / "train.jsonl"),
                output=tmp_path / "want", **SMALL)  # fmt: skip
@@ -57,11 +57,13 @@ def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -
     ):
         runs = [part(tmp_path, one / "cache", "1/2"), part(tmp_path, two / "cache", "2/2")]
         while not (commits.exists() and len(list(commits.iterdir())) > 2):
-            assert all(run.poll() is None for run in runs), "one ended before any was to be killed"
+            assert all(run.poll() is None for run in runs), "a run ended before it could be killed"
             time.sleep(0.005)
         runs[0].send_signal(signal.SIGKILL)
         assert runs[0].wait() == -signal.SIGKILL
         assert runs[1].wait(timeout=400) == 0
         assert part(tmp_path, one / "cache", "1/2").wait(timeout=400) == 0
         assert verify(two / "cache").problems == []
-    assert folder_bytes(shared / "cache") == folder_bytes(tmp_path / "want")  # a client's listing may be an old one
+    assert folder_bytes(shared / "cache") == folder_bytes(
+        tmp_path / "want"
+    )  # not through a mount, whose listing may be stale

@@ -1,4 +1,4 @@
-"""Several processes write one cache: parts beside each other, never two writers in one shard."""
+"""Several processes write one cache: parts side by side, never two writers in one shard."""
 
 import threading
 from pathlib import Path
@@ -46,8 +46,8 @@ def test_different_parts_hold_the_cache_together(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_another_part_staged_is_left_to_it(tmp_path: Path) -> None:
-    """It may be at work on a machine whose locks are not seen here, or killed; then it is run again, or all shards."""
+def test_files_staged_by_another_part_are_left_alone(tmp_path: Path) -> None:
+    """It may be running on a machine whose locks are invisible here, or was killed and will be run again."""
     staged = tmp_path / ".cache.staging/1-of-2"
     staged.mkdir(parents=True)
     with sole_writer(tmp_path / "cache", (2, 2)):
@@ -59,8 +59,8 @@ def test_what_another_part_staged_is_left_to_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_that_another_machine_removed_is_tried_again(tmp_path: Path) -> None:
-    """As a client of a network folder sees it for a while: a name that is there and cannot be opened."""
+def test_a_lock_that_another_machine_removed_is_retried(tmp_path: Path) -> None:
+    """A client of a network folder may for a while see a name that exists but cannot be opened."""
     (tmp_path / ".cache.lock").symlink_to(tmp_path / "away/lock")
     back = threading.Timer(0.2, (tmp_path / "away").mkdir)
     back.start()
@@ -72,11 +72,11 @@ def test_a_lock_that_another_machine_removed_is_tried_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", ["3/2", "0/2", "1", "a/b", "1/2/3"])
-def test_nonsense_parts_are_refused(tmp_path: Path, value: str) -> None:
+def test_invalid_parts_are_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ValueError, match="must be i/n with i from 1 to n"):
         precompute_settings(tmp_path, shards=value)
 
 
 def test_a_part_does_not_overwrite(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="overwrite does not go with shards"):
+    with pytest.raises(ValueError, match="--overwrite cannot be combined with --shards"):
         precompute_settings(tmp_path, shards="1/2", overwrite=True)

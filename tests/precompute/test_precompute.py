@@ -27,7 +27,7 @@ from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, 
 
 
 def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[TokenizedExample]]:
-    """Every batch that a teacher will be asked to label, in order."""
+    """Return a list that collects every batch that teachers label, in order."""
     asked: list[list[TokenizedExample]] = []
     label = TransformersTeacher.label
 
@@ -39,10 +39,10 @@ def spy_on_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[TokenizedExampl
     return asked
 
 
-def test_each_example_is_labelled_once_under_its_place_in_the_cache(
+def test_each_example_is_labelled_once_under_its_index_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The draws are keyed by that place."""
+    """The draws are keyed by its index."""
     asked = spy_on_batches(monkeypatch)
     reader = CacheReader(make_cache(tmp_path))
     examples = [example for batch in asked for example in batch]
@@ -56,14 +56,14 @@ def places(batches: list[list[TokenizedExample]]) -> list[list[int]]:
 
 
 class Stopped(Exception):
-    """Stands for a kill."""
+    """Stands in for a kill."""
 
 
 @pytest.mark.parametrize("moment", [1, 2, 9, 23, 35, 36, 61, 74])
 def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Stop instead of writing object number ``moment`` of 74: 22 to set up, 12 a shard and its commit record."""
+    """Stop instead of writing object ``moment`` of 74: 22 to set up, then 12 per shard and its commit record."""
     teacher = make_teacher(tmp_path / "teacher")
     asked = spy_on_batches(monkeypatch)
     small = {"batch_size": 1, "max_seq_length": 32}  # so that a shard is several batches
@@ -94,8 +94,8 @@ def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
     asked.clear()
     report = precompute(again)
     assert places(asked) == places(batches)[-len(asked) :]  # batches are planned from the data, not from progress
-    found = max(0, moment - 23) // 13
-    assert (report.shards_found, written) == (found, list(range(found, 4)))
+    committed = max(0, moment - 23) // 13
+    assert (report.shards_found, written) == (committed, list(range(committed, 4)))
     assert folder_bytes(killed) == folder_bytes(whole)
     with pytest.raises(LogitcaskError, match=r"complete already.*--overwrite"):
         precompute(again)
@@ -152,8 +152,8 @@ def test_parquet_gives_the_same_cache_as_jsonl(tmp_path: Path) -> None:
     assert folder_bytes(other) == folder_bytes(cache)
 
 
-def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only target positions meet the head, and no more of them at a time than the slice allows."""
+def test_logits_in_memory_are_bounded_at_any_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head runs on target positions only, at most a slice of them at a time."""
     seen: list[int] = []
 
     def spy(logits: torch.Tensor, *rest: Any) -> SparseTargets:
@@ -167,12 +167,12 @@ def test_logits_in_memory_are_bounded_whatever_the_batch(tmp_path: Path, monkeyp
     assert sum(seen) == CacheReader(cache).manifest.data.positions
 
 
-def test_overwrite_where_there_is_nothing_yet(tmp_path: Path) -> None:
+def test_overwrite_without_an_existing_cache(tmp_path: Path) -> None:
     assert folder_bytes(make_cache(tmp_path, overwrite=True))
 
 
-def test_responses_of_somebody_else_get_our_teachers_labels(tmp_path: Path) -> None:
-    """On the tokens of the response and its end alone, with the text as it was, against the model itself."""
+def test_responses_written_by_others_get_the_teachers_labels(tmp_path: Path) -> None:
+    """Labels cover only the response and its end, leave the text unchanged, and match the model itself."""
     answers = [{"id": n, "prompt": f"Say {word}.", "response": f" {word}!"} for n, word in enumerate(("figs", "eggs"))]
     data, folder = write_jsonl(tmp_path / "answers.jsonl", answers), make_teacher(tmp_path / "teacher")
     reader = CacheReader(make_cache(tmp_path, folder, train_data=str(data), head_size=4))
@@ -183,13 +183,13 @@ def test_responses_of_somebody_else_get_our_teachers_labels(tmp_path: Path) -> N
         prompt, response = (tokenizer.encode(answer[name]) for name in ("prompt", "response"))
         wanted[(*prompt, *response, tokenizer.eos_token_id)] = len(prompt)
     for index in range(len(answers)):
-        found = reader.example(index)
-        begin = wanted.pop(tuple(found.input_ids.tolist()))
-        np.testing.assert_array_equal(np.flatnonzero(found.target_mask), range(begin - 1, len(found.input_ids) - 1))
-        ids = torch.tensor(found.input_ids)
+        example = reader.example(index)
+        begin = wanted.pop(tuple(example.input_ids.tolist()))
+        np.testing.assert_array_equal(np.flatnonzero(example.target_mask), range(begin - 1, len(example.input_ids) - 1))
+        ids = torch.tensor(example.input_ids)
         with torch.no_grad():
             log_probs = model(ids[None]).logits[0, begin - 1 : -1].log_softmax(1)
-        np.testing.assert_array_equal(found.targets.head_ids, log_probs.topk(4).indices)
+        np.testing.assert_array_equal(example.targets.head_ids, log_probs.topk(4).indices)
         gold = log_probs.gather(1, ids[begin:, None])[:, 0]
-        np.testing.assert_allclose(found.targets.gold_logprobs, gold, atol=1 / 15)
+        np.testing.assert_allclose(example.targets.gold_logprobs, gold, atol=1 / 15)
     assert not wanted

@@ -1,4 +1,4 @@
-"""Stage 1 on a real local Ray cluster: the bytes of one process, whoever dies; a folder or an object store."""
+"""Stage 1 on a real local Ray cluster: same bytes as one process, whatever dies; a folder or an object store."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ SMALL = {"shard_positions": 32}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, data, and at ``want`` the cache that one process makes."""
+    """A teacher, data, and in ``want`` the cache that one process makes."""
     place = tmp_path_factory.mktemp("ray")
     write_jsonl(place / "train.jsonl", RECORDS * 2)
     make_cache(
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes on this machine, with one processor each."""
+    """The address of a cluster of two nodes on this machine, with one CPU each."""
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -65,11 +65,11 @@ def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: s
 
 @dataclass(frozen=True)
 class Machine:
-    """A network of its own, as another machine has; the disk is shared."""
+    """A separate network, as on another machine; the disk is shared."""
 
     name: str
     address: str
-    token: Path  # the cluster's own: whatever token this machine's user has is left alone
+    token: Path  # the cluster's: the token of this machine's user is left alone
 
     def popen(
         self, command: list[str], more: dict[str, str] | None = None, **options: Any
@@ -84,7 +84,7 @@ class Machine:
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=environment, **options)
 
     def remove(self) -> None:
-        """End whatever still runs there, and the network; neither need be there."""
+        """Kill whatever still runs there and delete the network, if they exist."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], check=False, capture_output=True, text=True).stdout
         for pid in map(int, pids.split()):
             with contextlib.suppress(ProcessLookupError):
@@ -101,28 +101,28 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[list[Machine]]:
-    """Two networks joined by a wire, with nothing else in them."""
+    """Two networks joined by a virtual cable, with nothing else in them."""
     if os.getuid() != 0 or shutil.which("ip") is None:
         lacking("networks need root and iproute2")
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
-    found = [Machine(f"logitcask-{os.getpid()}-{n}", f"10.213.77.{n}", token) for n in (1, 2)]
+    pair = [Machine(f"logitcask-{os.getpid()}-{n}", f"10.213.77.{n}", token) for n in (1, 2)]
     ends = [f"lc{os.getpid()}n{n}" for n in (1, 2)]
     try:
-        for machine in found:
+        for machine in pair:
             ip("netns", "add", machine.name)
         ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for machine, end, other in zip(found, ends, reversed(found), strict=True):
+        for machine, end, other in zip(pair, ends, reversed(pair), strict=True):
             ip("link", "set", end, "netns", machine.name)
             ip("-n", machine.name, "address", "add", f"{machine.address}/24", "dev", end)
             for name in (end, "lo"):
                 ip("-n", machine.name, "link", "set", name, "up")
             ip("-n", machine.name, "route", "add", "default", "via", other.address)
-        yield found
+        yield pair
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"this machine makes no networks: {error.stderr.strip()}")
+        pytest.skip(f"cannot create networks here: {error.stderr.strip()}")
     finally:
-        for machine in found:
+        for machine in pair:
             machine.remove()
 
 
@@ -141,7 +141,7 @@ def wait_for_nodes(count: int, last: "subprocess.Popen[bytes]", log: Path) -> No
 
 @contextlib.contextmanager
 def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
-    """A Ray node on each machine, started as README says."""
+    """Start a Ray node on each machine, as the README says."""
     address = f"{machines[0].address}:6379"
     roles = (HEAD, [f"--address={address}"])
     with log.open("wb") as out, contextlib.ExitStack() as running:
@@ -154,7 +154,7 @@ def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
 
 
 def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
-    """A worker in each network, none in this one."""
+    """A worker in each network, and none in this one."""
     networks: set[int] = set()
     with (
         cluster_of(machines, tmp_path / "ray.log") as address,
@@ -177,13 +177,13 @@ def network_of(process: int) -> int | None:
     return None
 
 
-def test_a_killed_worker_is_started_again(folder: Path, cluster: str, tmp_path: Path) -> None:
-    """A worker is killed in the middle, and one again; the run itself goes on."""
+def test_a_killed_worker_is_restarted(folder: Path, cluster: str, tmp_path: Path) -> None:
+    """A worker is killed midway, then another; the run itself continues."""
     run = start(folder, tmp_path / "cache", cluster)
     for shards in (1, 3):
         wait_for_shards(tmp_path / "cache", shards, run)
         victims = labellers(cluster)
-        assert victims, "no worker was found to kill"
+        assert victims, "there was no worker to kill"
         os.kill(victims[0], signal.SIGKILL)
     assert run.wait(timeout=400) == 0
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
@@ -199,10 +199,10 @@ def test_a_killed_driver_is_followed_by_the_same_command(folder: Path, cluster: 
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
 
 
-def test_an_object_store_is_a_target(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cluster started for the run, whose workers have its environment.
+def test_an_object_store_can_hold_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster started for the run, whose workers have its environment.
 
-    Not in this process: Ray then asks for the new cluster's token from all that this process has to do with later.
+    In another process: otherwise Ray would expect the new cluster's token in all later connections of this process.
     """
     with s3_server(tmp_path) as port:
         for name, value in s3_environment(port).items():
@@ -216,16 +216,16 @@ def test_an_object_store_is_a_target(folder: Path, tmp_path: Path, monkeypatch: 
     assert folder_bytes(tmp_path / "back") == folder_bytes(folder / "want")
 
 
-def test_what_a_worker_complains_of_is_one_line(folder: Path, cluster: str, tmp_path: Path) -> None:
-    """The tokenizer is read here, the weights by the workers."""
+def test_a_workers_error_is_one_line(folder: Path, cluster: str, tmp_path: Path) -> None:
+    """This process reads the tokenizer, the workers the weights."""
     shutil.copytree(folder / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
     wrong = settings(folder, tmp_path / "cache", cluster).model_copy(
         update={"teacher_model": str(tmp_path / "teacher")}
     )
     for _ in range(2):  # a run that failed has left the cluster
-        with pytest.raises(LogitcaskError) as told:
+        with pytest.raises(LogitcaskError) as refused:
             precompute(wrong)
-        assert str(told.value).startswith(f"{tmp_path / 'teacher'}: no causal language model could be loaded: ")
+        assert str(refused.value).startswith(f"{tmp_path / 'teacher'}: no causal language model could be loaded: ")
     with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
         precompute(settings(folder, tmp_path / "cache", "127.0.0.1:1"))
 
@@ -250,8 +250,8 @@ def command(folder: Path, output: Path | str, cluster: str) -> list[str]:
 
 
 def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:
-    found = settings(folder, output, cluster).model_dump(mode="json", exclude_defaults=True)
-    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+    options = settings(folder, output, cluster).model_dump(mode="json", exclude_defaults=True)
+    return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") -> None:
@@ -259,18 +259,18 @@ def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") ->
         with contextlib.suppress(OSError):
             if len(committed_shards(open_store(cache, read_only=False), 10_000)) >= shards:
                 return
-        assert run.poll() is None, "it ended before it was to be killed"
+        assert run.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     raise AssertionError("no shard was written")
 
 
 def labellers(cluster: str) -> list[int]:
-    """Processes of a cluster's actors that are at work: Ray names them so. Another test may have a cluster too."""
-    found = []
+    """Return the processes in which a cluster's actors run, by the name Ray gives them; other clusters may exist."""
+    processes = []
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if place.read_bytes().startswith(b"ray::Labeller"):
                 parent = (place.parent / "stat").read_text().rpartition(")")[2].split()[1]
                 if cluster.encode() in Path(f"/proc/{parent}/cmdline").read_bytes():
-                    found.append(int(place.parent.name))
-    return found
+                    processes.append(int(place.parent.name))
+    return processes

@@ -1,4 +1,4 @@
-"""Which Ray cluster stage 1 runs on, and what it asks of it: the one there is, one started here, one that grows."""
+"""Which Ray cluster stage 1 runs on, and the resources it requests: an existing, a new and an autoscaling one."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ __all__ = ["cluster", "folder", "machines"]  # fixtures
 
 @contextlib.contextmanager
 def growing_cluster(machine: Machine, folder: Path) -> Iterator[str]:
-    """Ray's own autoscaler, over its provider of nodes on one machine: none but the head, which has no processor."""
+    """Start Ray's autoscaler with its provider of nodes on one machine; at first only the head, which has no CPU."""
     kind = {"resources": {"CPU": 1, "GPU": 1, "object_store_memory": 100 << 20}, "node_config": {}, "max_workers": 2}
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     config = {
@@ -41,7 +41,7 @@ def growing_cluster(machine: Machine, folder: Path) -> Iterator[str]:
         **{name: [] for name in ("cluster_synced_files", "worker_setup_commands", "worker_start_ray_commands")},
     }
     (folder / "growing.json").write_text(json.dumps(config))
-    id_of_head = "f" * 51 + "00000"  # the provider's
+    id_of_head = "f" * 51 + "00000"  # as the provider expects
     more = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_CLOUD_INSTANCE_ID": id_of_head,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": id_of_head}  # fmt: skip
     options = ["--num-cpus=0", "--num-gpus=0", *HEAD, f"--node-ip-address={machine.address}"]
@@ -55,34 +55,36 @@ def growing_cluster(machine: Machine, folder: Path) -> Iterator[str]:
 
 
 def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
-    """From no processor to two workers, then from no accelerator to one."""
+    """The cluster grows from no CPU to two workers, then from no accelerator to one."""
     machine = machines[0]
     with growing_cluster(machine, tmp_path) as address:
         words = command(folder, tmp_path / "cache", address)
         with machine.popen(words, stderr=subprocess.PIPE) as run:
-            _, said = run.communicate(timeout=480)
-        assert run.returncode == 0, said.decode()
+            _, err = run.communicate(timeout=480)
+        assert run.returncode == 0, err.decode()
         assert (
-            b"waiting for Ray's autoscaler, or for nodes that you add: 2 workers want 2 CPUs, the cluster has 0" in said
+            b"waiting for Ray's autoscaler, or for nodes that you add: 2 workers need 2 CPUs, the cluster has 0" in err
         )
         assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
         words = [*command(folder, tmp_path / "other", address), "--device=cuda"]
         with machine.popen(words, stderr=subprocess.PIPE) as run:
-            _, said = run.communicate(timeout=480)
+            _, err = run.communicate(timeout=480)
         assert run.returncode == 2
-        assert said.splitlines()[-1] == b"error: --device cuda: no such device here: use auto or cpu", "of a worker"
+        assert err.splitlines()[-1] == b"error: --device cuda: no such device here: use auto or cpu", (
+            "the error of a worker"
+        )
 
 
-def test_accelerators_are_asked_for_where_the_device_says_so(folder: Path, tmp_path: Path) -> None:
-    """Of a cluster that has none yet, too."""
+def test_accelerators_are_requested_if_the_device_is_cuda(folder: Path, tmp_path: Path) -> None:
+    """Even on a cluster that has none yet."""
     cuda = teacher_spec(
         precompute_settings(folder, output=tmp_path, device="cuda", engine="vllm", tensor_parallel_size=2)
     )
     assert worker_options(cuda, 4, {"CPU": 8.0}) == {"num_gpus": 2}
     assert default_workers(2, {"CPU": 8.0}) == 1
     assert worker_options(replace(cuda, device="cpu"), 4, {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
-    told = "4 workers want 8 GPUs, the cluster has 2"
-    assert missing_resources({"num_gpus": 2}, 4, {"GPU": 2.0}).endswith(told)
+    notice = "4 workers need 8 GPUs, the cluster has 2"
+    assert missing_resources({"num_gpus": 2}, 4, {"GPU": 2.0}).endswith(notice)
     assert missing_resources({"num_gpus": 2}, 4, {"GPU": 8.0}) == ""
 
 
@@ -96,12 +98,12 @@ def test_accelerators_are_asked_for_where_the_device_says_so(folder: Path, tmp_p
         ([], None),
     ],
 )
-def test_ray_may_stand_without_an_address(words: list[str], address: str | None) -> None:
+def test_ray_may_be_given_without_an_address(words: list[str], address: str | None) -> None:
     command: Any = typer.main.get_command(app)
     assert command.commands["precompute-logits"].make_context("precompute-logits", words).params["ray"] == address
 
 
-def test_alone_it_takes_the_cluster_there_is(
+def test_without_an_address_an_existing_cluster_is_used(
     folder: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -120,8 +122,8 @@ def test_alone_it_takes_the_cluster_there_is(
         precompute(settings(folder, tmp_path / "other", "auto"))
 
 
-def test_alone_it_starts_one_where_there_is_none(folder: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:  # of Ray's own notes; the names of sockets must be short
+def test_without_an_address_a_cluster_is_started_if_there_is_none(folder: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as place:  # for Ray's files: socket names must be short
         words = [word for word in command(folder, tmp_path / "cache", "auto") if not word.startswith("--ray=")]
         subprocess.run([*words, "--ray"], check=True, env={**os.environ, "RAY_TMPDIR": place})
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")

@@ -1,4 +1,4 @@
-"""What the README says is so: its decoding snippet, its commands."""
+"""The README is correct: its decoding snippet, its commands, its messages."""
 
 import ast
 import re
@@ -23,16 +23,16 @@ def test_the_decoding_snippet_gives_the_weights_training_uses(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert snippet is not None
-    found: dict[str, Any] = {}
-    exec(snippet.group(1), found)  # noqa: S102
+    variables: dict[str, Any] = {}
+    exec(snippet.group(1), variables)  # noqa: S102
     reader = CacheReader(cache)
     want = soft_labels(reader.shard(0).targets[:1], reader.manifest.label.temperatures, 2.0, "sampled")
     used = want.weights[0] > 0
-    np.testing.assert_array_equal(found["ids"], want.ids[0][used])
-    np.testing.assert_allclose(found["weights"], want.weights[0][used], rtol=1e-4)
+    np.testing.assert_array_equal(variables["ids"], want.ids[0][used])
+    np.testing.assert_allclose(variables["weights"], want.weights[0][used], rtol=1e-4)
 
 
-def test_every_command_stands_in_the_readme() -> None:
+def test_every_command_is_in_the_readme() -> None:
     text = README.read_text()
     names = [command.name for command in app.registered_commands]
     nested = [command.name for command in cache_app.registered_commands]
@@ -55,16 +55,16 @@ def test_the_plan_prints_what_the_readme_shows(
 
 
 def source_texts() -> set[str]:
-    """Every text of the source, with an ellipsis for each part that varies."""
-    found = set()
+    """Return every string in the source, with an ellipsis for each part that varies."""
+    texts = set()
     for file in [*(README.parent / "cache").rglob("*.py"), *(README.parent / "pipeline").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
+                texts.add(node.value)
             elif isinstance(node, ast.JoinedStr):
                 parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-                found.add(re.sub("…+", "…", "".join(parts)))
-    return found
+                texts.add(re.sub("…+", "…", "".join(parts)))
+    return texts
 
 
 def test_the_messages_of_troubleshooting_are_the_programs() -> None:

@@ -1,4 +1,4 @@
-"""The recipes of the justfile hand on what they were given, word for word."""
+"""The recipes of the justfile pass their arguments on verbatim."""
 
 import os
 import subprocess
@@ -21,11 +21,13 @@ AWKWARD = [
     "*",
     "two\nlines",
 ]
-PRINT = "#!/bin/bash\nprintf '%s\\0' \"$@\"\n"  # stands in for a command: its arguments, and what ends each
+PRINT = (
+    "#!/bin/bash\nprintf '%s\\0' \"$@\"\n"  # stands in for a command: prints its arguments, each ended by a null byte
+)
 
 
 def stand_in(folder: Path, name: str) -> dict[str, str]:
-    """An environment in which a command prints its arguments."""
+    """Return an environment in which a command prints its arguments."""
     place = folder / name
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(PRINT)
@@ -34,12 +36,12 @@ def stand_in(folder: Path, name: str) -> dict[str, str]:
 
 
 def output(words: list[object], **options: object) -> str:
-    found: str = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, **options).stdout  # type: ignore[call-overload]
-    return found
+    printed: str = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True, **options).stdout  # type: ignore[call-overload]
+    return printed
 
 
-def test_the_slurm_script_starts_what_it_was_asked_for(tmp_path: Path) -> None:
-    """By a stand-in for SLURM's launcher: SLURM itself is not at hand."""
+def test_the_slurm_script_starts_the_command_it_was_given(tmp_path: Path) -> None:
+    """With a stand-in for SLURM's launcher, since SLURM itself is not available."""
     script = tmp_path / "job.sh"
     script.write_text(output([JUST, "precompute-slurm", 3, "my teacher", "it's.jsonl", "$out", *AWKWARD], cwd=ROOT))
     output(["bash", "-n", script])
@@ -69,7 +71,7 @@ def test_recipes_keep_quotes(tmp_path: Path, given: list[str], started: list[str
     assert output([JUST, *given, *AWKWARD], cwd=tmp_path).split("\0")[:-1] == [*started, *AWKWARD]
 
 
-def test_recipes_that_copy_know_which_way(tmp_path: Path) -> None:
+def test_recipes_copy_in_the_right_direction(tmp_path: Path) -> None:
     (tmp_path / "justfile").write_text((ROOT / "justfile").read_text())
     stand_in(tmp_path, ".venv/bin/logitcask")
     for given, copied in (

@@ -1,4 +1,4 @@
-"""The study's own arithmetic: its baselines are what they are called, its intervals and pairs are right."""
+"""The study's arithmetic: its baselines are what their names say, its intervals and pairs are correct."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, torch.Tensor]:
-    """Two windows of labels, all rows of one distribution, and its logits."""
+    """Label two windows whose rows all have one distribution; also return its logits."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, POSITIONS + 1))
     where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED | LARGER | ideas.STORED)
     logits = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
@@ -33,9 +33,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, t
 
 
 def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Tensor:
-    """Weights by token, averaged over positions."""
-    found = entries(where, EVERY_WAY[way], ROWS, temperature)
-    whole = torch.zeros(len(found.ids), VOCAB).scatter_add(1, found.ids, found.weights)
+    """Return weights by token, averaged over positions."""
+    labels = entries(where, EVERY_WAY[way], ROWS, temperature)
+    whole = torch.zeros(len(labels.ids), VOCAB).scatter_add(1, labels.ids, labels.weights)
     return whole.mean(0)
 
 
@@ -51,19 +51,19 @@ def mean_weights(where: TeacherFolder, way: str, temperature: float) -> torch.Te
         "standard, half the draws by need",
     ],
 )
-def test_sampled_labels_are_unbiased_also_where_they_were_drawn_at_another_temperature(
+def test_sampled_labels_are_unbiased_even_if_drawn_at_another_temperature(
     labelled: tuple[TeacherFolder, torch.Tensor], way: str, temperature: float
 ) -> None:
     where, logits = labelled
     p = (logits / temperature).softmax(0)
     rare = (logits < logits.topk(64).values[-1]).float()
-    found, wanted = float(mean_weights(where, way, temperature) @ rare), float(p @ rare)
+    estimated, wanted = float(mean_weights(where, way, temperature) @ rare), float(p @ rare)
     assert wanted > 0.01
-    assert found == pytest.approx(wanted, rel=0.2 if way.startswith("random") else 0.1)
+    assert estimated == pytest.approx(wanted, rel=0.2 if way.startswith("random") else 0.1)
     assert float(mean_weights(where, "top-64 renormalised", temperature) @ rare) == 0.0
 
 
-def test_draws_by_need_are_as_many_in_the_mean_and_more_where_the_tail_is_larger() -> None:
+def test_draws_by_need_have_the_same_mean_and_are_more_for_larger_tails() -> None:
     tails = torch.rand(2000, generator=torch.Generator().manual_seed(3)) ** 3
     sizes = ideas.sizes_by_need(tails)
     assert float(sizes.double().mean()) == pytest.approx(ideas.DRAWS, rel=0.1)
@@ -71,12 +71,12 @@ def test_draws_by_need_are_as_many_in_the_mean_and_more_where_the_tail_is_larger
     assert bool((sizes[tails.argsort()].diff() >= 0).all())
 
 
-def test_stratified_numbers_stand_one_in_each_part() -> None:
-    found = ideas.stratified(np.random.default_rng(0).random((5, 24)))
-    assert ((found * 24).astype(int) == np.arange(24)).all()
+def test_each_stratum_has_one_number() -> None:
+    numbers = ideas.stratified(np.random.default_rng(0).random((5, 24)))
+    assert ((numbers * 24).astype(int) == np.arange(24)).all()
 
 
-def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> None:
+def test_batches_depend_only_on_the_seed_and_epochs_repeat_the_same_windows() -> None:
     usual = batches(Setting("exact", 1.0, 0.0, 1, 0.002), 64, 16)
     assert sorted(np.concatenate([windows for _, windows in usual])) == list(range(64))
     assert all(
@@ -91,7 +91,7 @@ def test_batches_are_those_of_the_seed_and_epochs_go_over_the_same_windows() -> 
     assert [windows.tolist() for _, windows in large] == parts
 
 
-def test_a_wider_student_has_the_parameters_that_are_told_and_one_again_the_same_weights_but_for_rounding() -> None:
+def test_a_wider_student_has_the_stated_parameters_and_a_jittered_one_the_same_weights_up_to_rounding() -> None:
     usual, wide = (new_student(8_192, 0, TRAININGS[name]) for name in ("usual", "width 256"))
     assert (usual.num_parameters(), wide.num_parameters()) == (1_901_696, 5_507_328)
     assert wide.config.intermediate_size == 3 * wide.config.hidden_size == 768
@@ -100,7 +100,7 @@ def test_a_wider_student_has_the_parameters_that_are_told_and_one_again_the_same
     assert 1e-6 < max(moved) < 1e-5
 
 
-def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
+def test_the_learning_rate_rises_for_20_steps_then_stays_or_falls_to_zero() -> None:
     names = ("usual", "cosine", "rate 1.25")
     usual, cosine, more = ([TRAININGS[name].rate(step, 300) for step in (1, 20, 160, 300)] for name in names)
     assert usual == [0.05, 1.0, 1.0, 1.0]
@@ -108,18 +108,18 @@ def test_a_rate_rises_for_20_steps_then_stays_or_falls_to_nothing() -> None:
     assert more == [1.25 * rate for rate in usual]
 
 
-def test_the_usual_tempering_takes_the_tail_for_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:
+def test_the_usual_tempering_treats_the_tail_as_one_token(labelled: tuple[TeacherFolder, torch.Tensor]) -> None:
     where, logits = labelled
     where.stored["top"] = fidelity.STORED["top"]
-    found = fidelity.one_token_tail(where, np.arange(3), 2.0)
+    tempered = fidelity.one_token_tail(where, np.arange(3), 2.0)
     where.stored["top"] = STORED["top"]
     top = logits.softmax(0).sort(descending=True).values
     z = torch.cat([top[:64], top[64:].sum()[None]]).sqrt()
-    assert torch.allclose(found.log_probs[0].exp(), (z / z.sum())[:64], atol=2e-2)
-    assert float(found.log_probs[0].exp().sum() + found.log_rest[0].exp()) == pytest.approx(1.0, abs=1e-5)
+    assert torch.allclose(tempered.log_probs[0].exp(), (z / z.sum())[:64], atol=2e-2)
+    assert float(tempered.log_probs[0].exp().sum() + tempered.log_rest[0].exp()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_what_is_not_labelled_is_not_taken_for_labels(tmp_path: Path) -> None:
+def test_unlabelled_blocks_are_not_used_as_labels(tmp_path: Path) -> None:
     where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), 4, {})
     with pytest.raises(SystemExit, match="train: 0 of 1 blocks are labelled: `just study labels` does the rest"):
         where.labelled()
@@ -127,7 +127,7 @@ def test_what_is_not_labelled_is_not_taken_for_labels(tmp_path: Path) -> None:
     assert where.labelled() is where
 
 
-def test_a_new_label_is_made_of_the_kept_hidden_states_and_the_others_stay(tmp_path: Path) -> None:
+def test_a_new_label_is_computed_from_stored_hidden_states_and_the_others_stay(tmp_path: Path) -> None:
     config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
     torch.manual_seed(0)
@@ -142,12 +142,12 @@ def test_a_new_label_is_made_of_the_kept_hidden_states_and_the_others_stay(tmp_p
         later.labelled()
     later.put("standard", slice(0, 1), later.targets("standard", slice(1, 2)))
     with torch.no_grad():
-        teacher.model.layers[0].mlp.down_proj.weight.zero_()  # other hidden states, if it were asked again
+        teacher.model.layers[0].mlp.down_proj.weight.zero_()  # the hidden states would differ if it ran again
     label_windows(later, teacher, VOCAB, (0, 1))
     for name in names:
-        kept, wanted = (where.labelled().targets(name, slice(1, None)) for where in (later, at_once))
+        written, wanted = (where.labelled().targets(name, slice(1, None)) for where in (later, at_once))
         for field in ("head_ids", "tail_ids", "tail_counts", "tail_logprobs"):
-            assert (getattr(kept, field) == getattr(wanted, field)).all()
+            assert (getattr(written, field) == getattr(wanted, field)).all()
     first, second = (later.targets("standard", slice(row, row + 1)) for row in (0, 1))
     assert (first.tail_ids == second.tail_ids).all()
 
@@ -157,17 +157,17 @@ def run(way: str, seed: int, kl: float) -> dict[str, Any]:
     return {"setting": setting, "lengths": [{"steps": 10, "kl_at_2": kl}]}
 
 
-def test_differences_are_paired_by_seed_and_their_interval_is_students() -> None:
+def test_differences_are_paired_by_seed_with_students_t_interval() -> None:
     exact = [run("exact", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 2.0))]
     ours = [run("standard", seed, kl) for seed, kl in ((0, 1.1), (1, 3.3), (2, 2.2), (3, 9.0))]
-    found = against_exact(by_key(exact + ours), Key("standard", 2.0, 0.0), 10, "kl_at_2")
-    assert found is not None
-    assert found[0] == pytest.approx(0.2)
-    assert found[1] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    difference = against_exact(by_key(exact + ours), Key("standard", 2.0, 0.0), 10, "kl_at_2")
+    assert difference is not None
+    assert difference[0] == pytest.approx(0.2)
+    assert difference[1] == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert interval([5.0]) == (5.0, None)
 
 
-def test_an_idea_is_compared_with_the_same_without_it() -> None:
+def test_an_idea_is_compared_with_the_same_run_without_it() -> None:
     alone = "standard, drawn for T=2 alone"
     runs = [run("standard", 0, 2.0), run("standard", 1, 3.0), run(alone, 0, 1.9), run(alone, 1, 2.7)]
     runs += [run("exact", 0, 1.0), run("exact", 0, 1.5)]
@@ -182,7 +182,7 @@ def test_an_idea_is_compared_with_the_same_without_it() -> None:
     ]
 
 
-def test_an_idea_is_told_by_the_length_of_training() -> None:
+def test_an_idea_is_reported_by_length_of_training() -> None:
     runs = [run("standard", 0, 2.0), run("standard, half bucket", 0, 1.9)]
     for one, kl in zip(runs, (1.0, 1.2), strict=True):
         one["lengths"] = [{"steps": 75, "kl_at_2": one["lengths"][0]["kl_at_2"]}, {"steps": 300, "kl_at_2": kl}]
@@ -190,7 +190,7 @@ def test_an_idea_is_told_by_the_length_of_training() -> None:
     assert lines == ["| 75 | – | -0.100 |", "| 150 | – | – |", "| 300 | – | +0.200 |"]
 
 
-def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
+def test_students_of_another_alpha_are_beside_the_usual_ones() -> None:
     runs = [
         run("exact", 0, 1.0),
         run("lean", 0, 1.2),
@@ -210,7 +210,7 @@ def test_students_of_another_alpha_stand_beside_the_usual_ones() -> None:
     ]
 
 
-def test_differences_of_each_seed_stand_beside_those_of_exact_distillation_again() -> None:
+def test_differences_per_seed_are_beside_those_of_repeated_exact_distillation() -> None:
     runs = [run("exact", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 2.0))]
     runs += [run("rich", 0, 1.5), run("rich", 1, 2.9), run("rich", 2, 2.1), run("exact", 1, 3.2)]
     runs[-1]["setting"]["training"] = "jitter 1e-6"
@@ -222,7 +222,7 @@ def test_differences_of_each_seed_stand_beside_those_of_exact_distillation_again
     ]
 
 
-def test_a_label_has_one_colour_in_the_figure_and_in_its_legend_whatever_the_teachers_labels(tmp_path: Path) -> None:
+def test_a_label_has_one_colour_in_the_figure_and_its_legend_for_all_teachers(tmp_path: Path) -> None:
     parts = {"one": ["exact", "lean"], "other": ["exact", "standard", "rich", "lean"]}
     runs: dict[str, Sequence[dict[str, Any]]] = {n: [run(way, 0, 1.0) for way in ways] for n, ways in parts.items()}
     for one in (one for of_teacher in runs.values() for one in of_teacher):
@@ -247,7 +247,7 @@ def test_a_label_is_placed_on_the_curve_of_exact_distillation(ends: float, steps
     assert summary.as_exact_after(by_key([exact, label, run("lean", 1, 9.0)]), "lean", 2.0) == steps
 
 
-def test_the_designs_errors_are_those_of_drawing() -> None:
+def test_the_errors_of_the_designs_match_simulated_draws() -> None:
     random = torch.Generator().manual_seed(2)
     z = 2 * torch.randn(40, generator=random).double()
     p, r, draws, times = z.softmax(0), (z / 2).softmax(0), 12, 20_000
@@ -263,12 +263,12 @@ def test_the_designs_errors_are_those_of_drawing() -> None:
     for (design, size), numbers in zip(sizes.items(), (free, even, strata), strict=True):
         drawn = torch.searchsorted(ends, numbers).clamp_max(39)
         counts = torch.zeros(times, 40, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(numbers))
-        found = ((counts / draws * p / r - p) ** 2).sum(1).mean()
-        assert float(found) == pytest.approx(float(design(p[None], r[None], draws)), rel=0.03)
+        squared_error = ((counts / draws * p / r - p) ** 2).sum(1).mean()
+        assert float(squared_error) == pytest.approx(float(design(p[None], r[None], draws)), rel=0.03)
         assert float((counts > 0).double().sum(1).mean()) == pytest.approx(float(size), rel=0.01)
 
 
-def test_inclusion_probabilities_sum_to_the_size_and_keep_the_proposal_where_they_can() -> None:
+def test_inclusion_probabilities_sum_to_the_size_and_keep_the_proposal_if_possible() -> None:
     r = torch.tensor([[0.5, 0.2, 0.2, 0.05, 0.05]], dtype=torch.float64)
     pi = designs.inclusion(r, torch.tensor([2.0]))
     assert torch.allclose(pi, torch.tensor([[1.0, 0.4, 0.4, 0.1, 0.1]], dtype=torch.float64))
@@ -283,7 +283,7 @@ def test_a_result_is_claimed_once(tmp_path: Path) -> None:
         assert not third
 
 
-def test_the_tables_of_the_readme_and_of_the_study_are_those_of_the_results() -> None:
+def test_the_tables_of_the_readme_and_of_the_study_match_the_results() -> None:
     texts = [
         path.read_text(encoding="utf-8") for path in (Path("README.md"), Path(summary.__file__).parent / "README.md")
     ]
@@ -292,7 +292,7 @@ def test_the_tables_of_the_readme_and_of_the_study_are_those_of_the_results() ->
         assert "\n".join(lines) in texts[min(number, 1)]
 
 
-def test_the_readmes_figures_and_pages_are_there() -> None:
+def test_the_readmes_figures_and_pages_exist() -> None:
     for page in (Path("README.md"), Path(summary.__file__).parent / "README.md"):
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert len(links) > 0

@@ -1,4 +1,4 @@
-"""logitcask compare: two real runs side by side, and what is refused in one line."""
+"""logitcask compare: two real runs side by side, and which input is refused in one line."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A hybrid run that was evaluated, and one on the text alone."""
+    """A hybrid run that was evaluated, and a run on the text alone."""
     folder = tmp_path_factory.mktemp("runs")
     cache = make_cache(folder)
     one = train(cache, folder / "one", max_steps=4, eval_steps=2, student_config=student(folder))
@@ -41,7 +41,7 @@ def student(folder: Path) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; its exit code and what it printed."""
+    """Run the command in this process; returns its exit code, stdout and stderr."""
 
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -57,11 +57,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> None:
     code, out, _ = run(*runs, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert [one["run"] for one in found] == ["one", "two"]
-    assert [set(one["settings"]) for one in found] == [{"distillation_type", "eval_steps", "max_steps"}] * 2
-    assert found[1]["settings"] == {"distillation_type": "output", "eval_steps": None, "max_steps": 3}
-    for one, folder in zip(found, runs, strict=True):
+    records = json.loads(out)
+    assert [one["run"] for one in records] == ["one", "two"]
+    assert [set(one["settings"]) for one in records] == [{"distillation_type", "eval_steps", "max_steps"}] * 2
+    assert records[1]["settings"] == {"distillation_type": "output", "eval_steps": None, "max_steps": 3}
+    for one, folder in zip(records, runs, strict=True):
         log, ends = read_log(folder), metrics(folder)
         training = [line for line in log if "tokens" in line]
         assert one["before"] == held_out(ends["before"])
@@ -73,8 +73,8 @@ def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> Non
         assert one["training"]["total_loss"] == training[-1]["total_loss"]
         speeds = [line["tokens_per_second"] or 0 for line in training]
         assert min(speeds) <= one["tokens_per_second"] <= max(speeds)
-    assert found[0]["evaluation"] == json.loads((runs[0] / "evaluation.json").read_text())
-    assert found[1]["evaluation"] is None
+    assert records[0]["evaluation"] == json.loads((runs[0] / "evaluation.json").read_text())
+    assert records[1]["evaluation"] is None
 
 
 def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
@@ -94,7 +94,7 @@ def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) 
     assert any(line.startswith("| evaluation: KL to the teacher at T=2") and line.endswith("|  |") for line in lines)
 
 
-def test_the_soft_loss_is_called_what_it_is(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+def test_the_soft_loss_is_named_by_its_divergence(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     other = shutil.copytree(runs[0], tmp_path / "other")
     settings = json.loads((other / "final" / "settings.json").read_text())
     assert "held out: soft loss, T² KL, nats, before" in run(*runs)[1]
@@ -112,10 +112,12 @@ def test_a_bar_in_a_setting_does_not_break_the_table(runs: tuple[Path, Path], tm
 
 def test_an_evaluation_without_a_cache_is_shown(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
     other = shutil.copytree(runs[1], tmp_path / "other")
-    found = {"problems": 164, "samples": 20, "temperature": 0.8, "prompting": "chat", "stopped": 2, "without_room": 0,
-             "pass_rates": [{"k": 10, "rate": 0.25, "standard_error": 0.034}], "isolation": "namespaces"}  # fmt: skip
+    humaneval = {
+        "problems": 164, "samples": 20, "temperature": 0.8, "prompting": "chat", "stopped": 2, "without_room": 0,
+        "pass_rates": [{"k": 10, "rate": 0.25, "standard_error": 0.034}], "isolation": "namespaces",
+    }  # fmt: skip
     task = {"task": "t", "metric": "acc", "value": 0.5, "standard_error": None, "examples": 1000}
-    evaluation = {"model": "m", "on_cache": None, "humaneval": found, "tasks": [task]}
+    evaluation = {"model": "m", "on_cache": None, "humaneval": humaneval, "tasks": [task]}
     (other / "evaluation.json").write_text(json.dumps(evaluation))
     lines = run(runs[1], other)[1].splitlines()
     assert "| evaluation: HumanEval pass@10, 164 problems, 20 samples at T=0.8, chat |  | 0.2500 ± 0.0340 |" in lines
@@ -124,7 +126,9 @@ def test_an_evaluation_without_a_cache_is_shown(runs: tuple[Path, Path], tmp_pat
     assert not any("too long" in line or "evaluated on" in line for line in lines)
 
 
-def test_a_resumed_run_has_its_first_evaluation_from_its_log(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+def test_a_resumed_run_takes_its_first_evaluation_from_its_log(
+    runs: tuple[Path, Path], tmp_path: Path, run: Run
+) -> None:
     other = shutil.copytree(runs[0], tmp_path / "resumed")
     ends = json.loads((other / "metrics.json").read_text())
     (other / "metrics.json").write_text(json.dumps({**ends, "before": None}))
@@ -140,7 +144,7 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (shutil.rmtree, "metrics.jsonl: missing: not the folder of a run"),
         (remove("metrics.jsonl"), "metrics.jsonl: missing"),
@@ -156,23 +160,23 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
     ],
 )
 def test_a_damaged_run_is_one_line(
-    damage: Callable[[Path], Any], told: str, runs: tuple[Path, Path], tmp_path: Path, run: Run
+    damage: Callable[[Path], Any], message: str, runs: tuple[Path, Path], tmp_path: Path, run: Run
 ) -> None:
     damaged = shutil.copytree(runs[0], tmp_path / "damaged")
     damage(damaged)
     code, _, err = run(runs[0], damaged)
     assert code == 2
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [(["--plot", "x.doc"], "--plot must end in .png"), (["--output", "none/x.md"], "there is no folder none")],
 )
 def test_files_that_cannot_be_written_are_refused_first(
-    words: list[str], told: str, runs: tuple[Path, Path], run: Run
+    words: list[str], message: str, runs: tuple[Path, Path], run: Run
 ) -> None:
     code, out, err = run(*runs, *words)
     assert (code, out) == (2, "")
-    assert told in err
+    assert message in err

@@ -1,4 +1,4 @@
-"""logitcask plot: which curves are drawn, and what is refused in one line."""
+"""logitcask plot: which curves are drawn, and which input is refused in one line."""
 
 import builtins
 import json
@@ -16,7 +16,7 @@ from logitcask.pipeline.runs.run_folder import Line, curve, run_names
 
 
 def write_run(folder: Path, *, soft: float = 2.0, steps: int = 3) -> Path:
-    """A run's folder with nothing but a log."""
+    """Create a run's folder with nothing but a log."""
     folder.mkdir(parents=True)
     names = {"total_loss": 1.5, "hard_loss": 1.0, "soft_loss": soft, "perplexity": 2.7}
     lines = [{"step": 0, **{f"eval_{name}": value + 1 if value else 0 for name, value in names.items()}}]
@@ -28,15 +28,15 @@ def write_run(folder: Path, *, soft: float = 2.0, steps: int = 3) -> Path:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved."""
-    found: list[Figure] = []
+    figures: list[Figure] = []
     save = Figure.savefig
 
     def saved(figure: Figure, *arguments: Any, **named: Any) -> None:
-        found.append(figure)
+        figures.append(figure)
         save(figure, *arguments, **named)
 
     monkeypatch.setattr(Figure, "savefig", saved)
-    return found
+    return figures
 
 
 def plot(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -62,7 +62,7 @@ def test_each_panel_has_training_and_held_out_of_each_run(
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "linear", "log"]
 
 
-def test_of_several_lines_of_a_step_the_last_counts_and_null_is_none() -> None:
+def test_the_last_line_of_a_step_counts_and_null_is_skipped() -> None:
     lines: list[Line] = [
         {"step": 2, "x": 1.0},
         {"step": 1, "x": 5.0},
@@ -73,17 +73,17 @@ def test_of_several_lines_of_a_step_the_last_counts_and_null_is_none() -> None:
     assert curve(lines, "x") == ([1, 2], [5.0, 3.0])
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
     assert run_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
     assert run_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
 
 
-def test_a_run_without_a_line_gives_an_empty_picture(tmp_path: Path) -> None:
+def test_a_run_without_log_lines_gives_an_empty_plot(tmp_path: Path) -> None:
     assert draw_curves({"a": []}, tmp_path / "a.png") == 0
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["{0}/none"], "none/metrics.jsonl: missing: not the folder of a run"),
         (["{0}/a/metrics.jsonl"], "metrics.jsonl/metrics.jsonl: missing"),
@@ -94,13 +94,13 @@ def test_a_run_without_a_line_gives_an_empty_picture(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path / "a")
     (write_run(tmp_path / "damaged") / "metrics.jsonl").write_text("nonsense\n")
     assert plot(monkeypatch, *(word.format(tmp_path) for word in words)) == 2
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert err.count("\n") == 1
 
 

@@ -1,4 +1,4 @@
-"""Every file of configs/runs loads and plans, the processor's one trains, and the sweep goes on where it was."""
+"""Every file of configs/runs loads and can be planned, laptop-cpu trains, and an interrupted sweep resumes."""
 
 import os
 import re
@@ -26,40 +26,40 @@ TYPES, SIZES = ("output", "logit", "hybrid"), ("100m", "350m", "1b")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_file_is_settings_of_a_student_whose_memory_it_tells(file: Path, tmp_path: Path) -> None:
-    found = resolve(TrainSettings, file, {"cache": "c", "output_dir": str(tmp_path)})
-    assert found.student_config is not None
-    same = found.model_dump(include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"})
-    device = "2-core-CPU" if found.device == "cpu" else "L4"
+def test_every_file_is_valid_and_states_its_students_memory(file: Path, tmp_path: Path) -> None:
+    settings = resolve(TrainSettings, file, {"cache": "c", "output_dir": str(tmp_path)})
+    assert settings.student_config is not None
+    shared = settings.model_dump(include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"})
+    device = "2-core-CPU" if settings.device == "cpu" else "L4"
     fixed = {"tokens": 1_000_000, "teacher_model": "135M", "device": device}
-    plan = make_plan(PlanSettings.model_validate({**same, **fixed, "student_config": str(found.student_config)}))
-    told = re.search(r"([\d.]+) GB by\n# `logitcask plan ", file.read_text())
-    assert (told is None) == (file.stem == "hybrid-tiny")
-    if told is not None:
-        assert float(told[1]) == round(sum(plan.student_memory.values()) / 1e9, 2)
+    plan = make_plan(PlanSettings.model_validate({**shared, **fixed, "student_config": str(settings.student_config)}))
+    stated = re.search(r"([\d.]+) GB by\n# `logitcask plan ", file.read_text())
+    assert (stated is None) == (file.stem == "hybrid-tiny")
+    if stated is not None:
+        assert float(stated[1]) == round(sum(plan.student_memory.values()) / 1e9, 2)
         assert plan.student_fits
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_approaches_differ_in_nothing_else(size: str) -> None:
-    found = {kind: yaml.safe_load((RUNS / f"{kind}-{size}.yaml").read_text()) for kind in TYPES}
-    assert {kind: values.pop("distillation_type") for kind, values in found.items()} == {kind: kind for kind in TYPES}
-    assert found["output"] == found["logit"] == found["hybrid"]
+def test_the_approaches_differ_only_in_their_type(size: str) -> None:
+    configs = {kind: yaml.safe_load((RUNS / f"{kind}-{size}.yaml").read_text()) for kind in TYPES}
+    assert {kind: values.pop("distillation_type") for kind, values in configs.items()} == {kind: kind for kind in TYPES}
+    assert configs["output"] == configs["logit"] == configs["hybrid"]
 
 
-def test_the_laptops_are_there() -> None:
+def test_the_laptop_configs_exist() -> None:
     assert {"laptop-cpu", "laptop-mps", "laptop-8gb-gpu"} <= {file.stem for file in FILES}
 
 
-def test_the_processors_file_trains_a_step(tmp_path: Path) -> None:
+def test_laptop_cpu_trains_a_step(tmp_path: Path) -> None:
     flags = {"cache": str(make_cache(tmp_path)), "output_dir": str(tmp_path / "run"), "max_steps": 1,
              "student_config": str(write_config(tmp_path / "student.json", STUDENT)), "logging_steps": 1}  # fmt: skip
     run_training(resolve(TrainSettings, RUNS / "laptop-cpu.yaml", flags))
     assert len(losses(tmp_path / "run")) == 1
 
 
-# What stands for the command: it notes its words, a run wants an empty folder or to be
-# resumed, and leaves what a real one leaves, or dies in its first save.
+# A stand-in for the command: it records its arguments. Like a real run, train needs an empty folder or
+# --resume-from-checkpoint, and leaves a checkpoint and metrics, or dies in its first save.
 LOGITCASK = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> commands
 [[ $1 == train ]] || exit 0
@@ -72,7 +72,7 @@ touch "$2/checkpoint-20/settings.json" "$2/metrics.json"
 
 
 def sweep(folder: Path, dying: str) -> tuple[int, list[list[str]]]:
-    """The exit code of a sweep in which one run is killed, and the words of each command it gave."""
+    """Return the exit code of a sweep in which one run is killed, and the arguments of each command it ran."""
     (folder / "commands").unlink(missing_ok=True)
     (folder / "logitcask").write_text(LOGITCASK)
     (folder / "logitcask").chmod(0o755)
@@ -83,10 +83,10 @@ def sweep(folder: Path, dying: str) -> tuple[int, list[list[str]]]:
 
 
 def settings_of(words: list[str]) -> TrainSettings:
-    """What ``logitcask train`` makes of its words."""
+    """Return the settings that ``logitcask train`` makes from its arguments."""
     command: Any = typer.main.get_command(app)
     given = command.commands["train"].make_context("train", words).params
-    config = ROOT / given.pop("config")
+    config = given.pop("config")
     return resolve(TrainSettings, config, {name: value for name, value in given.items() if value is not None})
 
 
@@ -102,7 +102,7 @@ def test_a_sweep_skips_what_is_finished_and_resumes_what_was_interrupted(tmp_pat
     ]
     _, (again, _) = sweep(tmp_path, dying="hybrid-T2")
     assert settings_of(again[1:]).output_dir.name == "hybrid-T1"
-    assert settings_of(again[1:]).resume_from_checkpoint is None  # its checkpoint was not complete
+    assert settings_of(again[1:]).resume_from_checkpoint is None  # its checkpoint was incomplete
     (tmp_path / "sweep" / "hybrid-T2" / "checkpoint-20" / "settings.json").touch()
     code, (resumed, compared) = sweep(tmp_path, dying="nothing")
     assert code == 0

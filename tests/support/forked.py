@@ -1,4 +1,4 @@
-"""Processes that begin at once: forked from one that has imported what takes seconds, and done nothing else."""
+"""Processes that start at once: forked from one that has done nothing but the slow imports."""
 
 import multiprocessing
 import os
@@ -21,14 +21,14 @@ IMPORTED = [
 
 
 def forks() -> ForkServerContext:
-    """Where they come from. Their environment is that of the first one's start."""
+    """Return the context that forks them. All have the environment in which the first one started."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
 
 
 def limited(folder: Path, words: Sequence[str], limit: int | None) -> subprocess.CompletedProcess[str]:
-    """``logitcask`` as a process; under a limit of so many bytes above what it has after its imports."""
+    """Run ``logitcask`` as a process, optionally limited to so many bytes beyond those used after its imports."""
     said, errors = folder / "said", folder / "errors"
     child = forks().Process(target=_command, args=(words, limit, said, errors))
     child.start()

@@ -1,7 +1,7 @@
-"""The command with accelerate's gate to FSDP open for the CPU too; apart from the tests, for a launcher to start it.
+"""The command with FSDP enabled on the CPU too, as a module that a launcher can start.
 
-accelerate 1.15 takes no heed of FSDP's settings where there is no accelerator. Everything behind the gate is real:
-``fully_shard`` over gloo, the Trainer's own FSDP paths.
+accelerate 1.15 ignores FSDP's settings on machines without an accelerator. Beyond that check everything is real:
+``fully_shard`` over gloo and the Trainer's own FSDP paths.
 """
 
 import os
@@ -12,11 +12,11 @@ from accelerate.utils import DistributedType
 
 from logitcask.pipeline.cli import main
 
-begin = AcceleratorState.__init__
+original_init = AcceleratorState.__init__
 
 
-def open_gate(self: AcceleratorState, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None:
-    begin(self, *given, fsdp_plugin=fsdp_plugin, **named)
+def init_with_fsdp(self: AcceleratorState, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+    original_init(self, *given, fsdp_plugin=fsdp_plugin, **named)
     if fsdp_plugin is not None:
         if self.mixed_precision != "no":
             fsdp_plugin.set_mixed_precision(self.mixed_precision)
@@ -26,5 +26,5 @@ def open_gate(self: AcceleratorState, *given: Any, fsdp_plugin: Any = None, **na
 
 if __name__ == "__main__":
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
-    AcceleratorState.__init__ = open_gate
+    AcceleratorState.__init__ = init_with_fsdp
     main()

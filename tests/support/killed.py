@@ -1,6 +1,6 @@
-"""A copy that is killed at a chosen write, a run that is killed while it writes.
+"""A copy that is killed at a chosen write, and a run that is killed while it writes.
 
-Apart from the tests, so that a new process starts quickly.
+Separate from the tests, so that a new process starts quickly.
 """
 
 import os
@@ -16,15 +16,14 @@ from zarr.storage import LocalStore
 
 from logitcask.cache import copy
 from logitcask.cache.copy import copy_cache
-from logitcask.cache.storage import ownership as claim
-from logitcask.cache.storage import remote
+from logitcask.cache.storage import ownership, remote
 from logitcask.cache.storage.ownership import sole_writer
 
 Write = Callable[..., Coroutine[Any, Any, None]]
 
 
 def copy_and_die(source: str, destination: str, writes: int) -> None:
-    """Copy until ``writes`` objects are written, then SIGKILL."""
+    """Copy a cache and SIGKILL this process after ``writes`` objects."""
     left = [writes]
 
     def counted(write: Write) -> Write:
@@ -42,11 +41,11 @@ def copy_and_die(source: str, destination: str, writes: int) -> None:
 
 
 def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
-    """Copy to a .zip and SIGKILL inside ``pack``: after ``steps`` of its steps.
+    """Copy to a .zip file and SIGKILL this process inside ``pack``, after ``steps`` of its steps.
 
-    These are an object each, the flush, and the removal of the folder, which comes after the file was renamed.
+    The steps are each object, the flush, and the removal of the folder, after the file was renamed.
     """
-    plain, left = copy.pack, [steps]
+    original, left = copy.pack, [steps]
 
     def counted(step: Callable[..., object]) -> Callable[..., object]:
         def one(*arguments: Any, **named: Any) -> object:
@@ -60,19 +59,19 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
     def pack(folder: Path, destination: Path) -> None:
         for module, name in ((shutil, "copyfileobj"), (os, "fsync"), (shutil, "rmtree")):
             setattr(module, name, counted(getattr(module, name)))
-        plain(folder, destination)
+        original(folder, destination)
 
     copy.pack = pack
     copy_cache(source, destination, None)
 
 
-QUICK = {"RENEWED": 0.2, "LOST": 12.0}  # seconds
+QUICK = {"RENEW_EVERY": 0.2, "EXPIRE_AFTER": 12.0}  # seconds, in place of those in ownership
 
 
-def hold(url: str, begun: Event) -> None:
-    """Write a cache on another machine for as long as this process lives."""
+def hold(url: str, started: Event) -> None:
+    """Own the cache at a URL for as long as this process lives."""
     for name, seconds in QUICK.items():
-        setattr(claim, name, seconds)
+        setattr(ownership, name, seconds)
     with sole_writer(url):
-        begun.set()
+        started.set()
         time.sleep(3600)

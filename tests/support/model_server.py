@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's chat completions and Anthropic's messages over HTTP, with the faults real ones have."""
+"""A server with OpenAI's chat completions and Anthropic's messages over HTTP, and the faults of real ones."""
 
 import contextlib
 import json
@@ -24,16 +24,16 @@ INPUT_TOKENS, OUTPUT_TOKENS = 100, 50  # of every reply
 
 @dataclass
 class ModelServer:
-    """``faults``: what goes wrong at a prompt's first requests, one after another; ``always``: at every request."""
+    """``faults``: what goes wrong in a prompt's first requests, in order; ``always``: in every request."""
 
     port: int = 0
     faults: dict[str, list[str]] = field(default_factory=dict)
     always: str = ""
-    delay: float = 0.0  # seconds a reply takes
+    delay: float = 0.0  # seconds per reply
     replies: dict[str, str] = field(default_factory=dict)
     retry_after: str = "1"
-    asked: list[str] = field(default_factory=list)  # the prompt of each request, as they came
-    answered: Counter[str] = field(default_factory=Counter)  # prompts whose whole reply was sent
+    asked: list[str] = field(default_factory=list)  # the prompt of each request, in order of arrival
+    answered: Counter[str] = field(default_factory=Counter)  # prompts whose reply was sent completely
     at: list[float] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class ModelServer:
         return f"http://127.0.0.1:{self.port}"
 
     def reply(self, prompt: str) -> str:
-        """A text that no other prompt gets."""
+        """Return a text that is unique to the prompt."""
         return self.replies.get(prompt, " ".join(f"{prompt.replace(' ', '-')}{n}" for n in range(8)))
 
 
@@ -82,7 +82,7 @@ def anthropic_body(text: str | None, stop: str = "end_turn") -> dict[str, Any]:
 
 
 def body_of(fault: str, text: str, anthropic: bool) -> dict[str, Any]:
-    """The body of a reply with status 200."""
+    """Return the body of a reply with status 200."""
     if fault == "shapeless":
         return {"object": "chat.completion", "choices": [], "content": None}
     if fault == "empty":
@@ -91,10 +91,10 @@ def body_of(fault: str, text: str, anthropic: bool) -> dict[str, Any]:
         return anthropic_body(text, "max_tokens") if anthropic else openai_body(text, "length")
     if fault == "refusal":
         return anthropic_body(text, "refusal") if anthropic else openai_body(None, refusal="I cannot.")
-    found = anthropic_body(text) if anthropic else openai_body(text)
-    if fault == "untold":
-        del found["usage"]
-    return found
+    body = anthropic_body(text) if anthropic else openai_body(text)
+    if fault == "no usage":
+        del body["usage"]
+    return body
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, state: ModelServer, prompt: str, fault: str) -> None:
         time.sleep(30 if fault == "timeout" else state.delay)
         if fault in STATUS:
-            message = f"no, {self.headers.get('Authorization')}"  # some servers repeat what they were sent
+            message = f"no, {self.headers.get('Authorization')}"  # some servers echo what they were sent
             error = {"type": "error", "error": {"type": "some_error", "message": message}}
             extra = {"retry-after": state.retry_after} if fault == "429" else {}
             self.send(STATUS[fault], json.dumps(error).encode(), extra)
@@ -159,7 +159,7 @@ class Server(ThreadingHTTPServer):
     state: ModelServer
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is no error of the server's."""
+        """Ignore clients that hang up."""
 
 
 @contextlib.contextmanager
@@ -179,19 +179,19 @@ PROVIDERS = ("openai", "anthropic", "openai-compatible")
 
 @contextlib.contextmanager
 def model_server_with_keys() -> Iterator[ModelServer]:
-    """A server that the environment leads to, and keys for it."""
-    with model_server() as found, pytest.MonkeyPatch.context() as patch:
+    """Start a server, and set the environment variables that point to it and hold its keys."""
+    with model_server() as server, pytest.MonkeyPatch.context() as patch:
         for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "OPENAI_COMPATIBLE_API_KEY"):
             patch.setenv(name, KEY)
-        patch.setenv("OPENAI_BASE_URL", f"{found.url}/v1")
-        patch.setenv("ANTHROPIC_BASE_URL", found.url)
-        yield found
+        patch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        patch.setenv("ANTHROPIC_BASE_URL", server.url)
+        yield server
 
 
 def options(
     server: ModelServer, folder: Path, prompts: int, provider: str = "openai", **more: object
 ) -> dict[str, Any]:
-    """Options that ask ``prompts`` prompts."""
+    """Return options that ask ``prompts`` prompts."""
     path = folder / "prompts.yaml"
     topics = [f"word{n}" for n in range(40)]
     path.write_text(f"languages: [python, go]\ntopics: {topics}\ncategories: {{a: ['{{language}} {{topic}}']}}\n")
@@ -210,8 +210,8 @@ def records(folder: Path, name: str = "train") -> list[dict[str, Any]]:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "out" / "manifest.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "out" / "manifest.json").read_text())
+    return content
 
 
 def command(values: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Short training runs of tiny students, and what they leave behind."""
+"""Short training runs of tiny students, and the files they leave."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ STUDENT: dict[str, object] = {
 
 
 def write_config(path: Path, config: dict[str, object]) -> Path:
-    """A student config file."""
+    """Write a student config file and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config))
     return path
 
 
 def train_settings(cache: Path | str | None, output: Path, **changes: object) -> TrainSettings:
-    """Settings of a short run on the CPU; the student is ``STUDENT`` unless the changes name another."""
+    """Return the settings of a short run on the CPU; the student is ``STUDENT`` unless the changes name another."""
     values: dict[str, object] = {
         "cache": None if cache is None else str(cache),
         "output_dir": output,
@@ -47,29 +47,29 @@ def train_settings(cache: Path | str | None, output: Path, **changes: object) ->
 
 
 def train(cache: Path | str | None, output: Path, **changes: object) -> Path:
-    """A finished run; returns its folder."""
+    """Train a run and return its folder."""
     run_training(train_settings(cache, output, **changes))
     return output
 
 
 def history(run: Path) -> list[dict[str, float]]:
-    """The training log lines of a run, one a step, from its last checkpoint."""
+    """Return the training log lines of a run, one per step, from its last checkpoint."""
     last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
     lines: list[dict[str, float]] = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [line for line in lines if "total_loss" in line]
 
 
 def losses(run: Path, name: str = "total_loss") -> list[float]:
-    """One loss a step."""
+    """Return one loss per step."""
     return [line[name] for line in history(run)]
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    """The evaluations before and after a run."""
-    found: dict[str, Any] = json.loads((run / "metrics.json").read_text())
-    return found
+    """Return the evaluations before and after a run."""
+    evaluations: dict[str, Any] = json.loads((run / "metrics.json").read_text())
+    return evaluations
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder, by name."""
+    """Return the tensors of a model folder, by name."""
     return load_file(folder / "model.safetensors")

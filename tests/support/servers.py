@@ -1,4 +1,4 @@
-"""Local servers of the real kind: protocols of S3, Google and the hub, OpenSSH on loopback, and a wire that is cut."""
+"""Local servers: the protocols of S3, Google and the hub, OpenSSH on loopback, and a connection that is cut."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ def free_port() -> int:
 
 def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
-        assert process.poll() is None, f"the server ended with {process.returncode}"
+        assert process.poll() is None, f"the server exited with {process.returncode}"
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.05)
-    raise AssertionError(f"nothing listens on {port}")
+    raise AssertionError(f"nothing is listening on port {port}")
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def running(command: list[str], port: int, log: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def s3_server(folder: Path) -> Iterator[int]:
-    """A server of S3's protocol; gives its port."""
+    """Run a server of S3's protocol; yield its port."""
     port = free_port()
     with running([sys.executable, "-m", "moto.server", "-p", str(port)], port, folder / "s3.log"):
         yield port
@@ -60,7 +60,7 @@ def s3_environment(port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def gs_server(folder: Path, bucket: str) -> Iterator[int]:
-    """A server of Google Cloud Storage's JSON protocol with one bucket; gives its port."""
+    """Run a server of Google Cloud Storage's JSON protocol with one bucket; yield its port."""
     port = free_port()
     options = ["--host", "127.0.0.1", "--port", str(port), "--in-memory", "--quiet", "--default-bucket", bucket]
     with running([sys.executable, "-m", "gcp_storage_emulator", "start", *options], port, folder / "gs.log"):
@@ -86,7 +86,7 @@ offline = true
 
 @contextlib.contextmanager
 def hf_server(folder: Path) -> Iterator[int]:
-    """The hub's HTTP protocol, for reading, over the git repositories in ``mirrors/``; gives its port."""
+    """Serve the git repositories in ``mirrors/`` over the hub's HTTP protocol, for reading; yield the port."""
     port = free_port()
     (folder / "hub.toml").write_text(HUB.format(folder=folder))
     options = ["--config", str(folder / "hub.toml"), "--host", "127.0.0.1", "--port", str(port)]
@@ -96,13 +96,13 @@ def hf_server(folder: Path) -> Iterator[int]:
 
 
 def hf_environment(port: int, home: Path) -> dict[str, str]:
-    """For a process of its own: the hub's library reads it when it is imported."""
+    """Return the environment for a new process: the hub's library reads it at import."""
     return {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
 
 @dataclass(frozen=True)
 class SshServer:
-    """An OpenSSH server; ``home`` is that of a client with its key."""
+    """An OpenSSH server; ``home`` is the home folder of a client with a key for it."""
 
     port: int
     home: Path
@@ -117,7 +117,7 @@ class SshServer:
         return f"ssh://{user()}@127.0.0.1:{port or self.port}{path}"
 
     def command(self) -> str:
-        """The ssh command that rsync takes."""
+        """Return the ssh command for rsync."""
         ssh = self.home / ".ssh"
         return f"ssh -p {self.port} -i {ssh}/id_ed25519 -o UserKnownHostsFile={ssh}/known_hosts"
 
@@ -128,7 +128,7 @@ def user() -> str:
 
 @contextlib.contextmanager
 def ssh_server(folder: Path) -> Iterator[SshServer]:
-    """An OpenSSH server on loopback."""
+    """Run an OpenSSH server on loopback."""
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
     if sshd is None or shutil.which("ssh-keygen") is None:
         lacking("no OpenSSH server here: apt-get install openssh-server rsync")
@@ -151,7 +151,7 @@ def ssh_server(folder: Path) -> Iterator[SshServer]:
 
 
 class Wire:
-    """A port that leads to another; it is cut after ``cuts`` bytes each, then stays whole, or stays down."""
+    """A port that forwards to another and drops connections after each of ``cuts`` bytes, then works, or stays down."""
 
     def __init__(self, target: int, cuts: list[int], *, down_after: bool = False) -> None:
         self.target, self.cuts, self.down_after, self.times_cut = target, cuts, down_after, 0
@@ -176,7 +176,7 @@ class Wire:
                     client.close()
                     continue
                 server = socket.create_connection(("127.0.0.1", self.target))
-                for end in (client, server):  # small answers are not kept back for more
+                for end in (client, server):  # send small answers at once
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._lock:
                     self._open |= {client, server}

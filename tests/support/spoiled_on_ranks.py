@@ -1,4 +1,4 @@
-"""The command with the label of example 13 spoiled; apart from the tests, for a launcher to start it."""
+"""The command with the label of example 13 spoiled, as a module that a launcher can start."""
 
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.train.batches import CacheExamples

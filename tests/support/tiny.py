@@ -1,4 +1,4 @@
-"""Tiny real models, tokenizers, data and caches for the tests, and the slow dense reference.
+"""Tiny real models, tokenizers, data and caches for tests, and the slow dense reference.
 
 Legend: N positions, V vocabulary, z logits, T temperature. The reference computes in float64.
 """
@@ -37,7 +37,7 @@ CHATML = (
 
 
 def make_tokenizer(*, vocab_size: int = 300, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocab_size`` tokens; with ``chat`` a ChatML template."""
+    """Return a byte-level BPE tokenizer of at most ``vocab_size`` tokens, with a ChatML template if ``chat``."""
     specials = ["<|endoftext|>", *(["<|im_start|>", "<|im_end|>"] if chat else [])]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,7 +59,7 @@ def make_tokenizer(*, vocab_size: int = 300, chat: bool = False) -> PreTrainedTo
 def make_teacher(
     folder: Path, *, vocab_size: int = 300, chat: bool = False, max_length: int = 128, seed: int = 0, width: int = 32
 ) -> Path:
-    """A random two-layer Llama and its tokenizer, saved to ``folder``."""
+    """Save a random two-layer Llama and its tokenizer to ``folder`` and return it."""
     tokenizer = make_tokenizer(vocab_size=vocab_size, chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -81,14 +81,14 @@ def make_teacher(
 
 
 def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
-    """The records as lines of JSON."""
+    """Write the records as lines of JSON and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def precompute_settings(folder: Path, **changes: object) -> PrecomputeSettings:
-    """Settings of stage 1 for the teacher ``folder/teacher``, the data ``folder/train.jsonl``, to ``folder/cache``."""
+    """Return settings for stage 1: teacher ``folder/teacher``, data ``folder/train.jsonl``, output ``folder/cache``."""
     values: dict[str, object] = {
         "teacher_model": str(folder / "teacher"),
         "train_data": str(folder / "train.jsonl"),
@@ -104,7 +104,7 @@ def precompute_settings(folder: Path, **changes: object) -> PrecomputeSettings:
 
 
 def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> Path:
-    """A complete cache at ``folder/cache`` (or ``output``), from ``RECORDS`` unless ``train_data`` says otherwise."""
+    """Make a complete cache at ``folder/cache`` (or ``output``), from ``RECORDS`` unless ``train_data`` is given."""
     if "train_data" not in changes:
         write_jsonl(folder / "train.jsonl", RECORDS)
     if teacher is None and "teacher_model" not in changes:
@@ -115,14 +115,14 @@ def make_cache(folder: Path, teacher: Path | None = None, **changes: object) -> 
 
 
 def tiny_cache(tmp_path: Path, **changes: object) -> Path:
-    """A cache made by a new tiny teacher."""
+    """Make a cache with a new tiny teacher."""
     return make_cache(tmp_path, None, **changes)
 
 
 def sound_shards(label: LabelSettings, sizes: Sequence[int], scale: float = 3.0) -> list[Shard]:
-    """Shards of so many examples, labelled from random logits of a standard deviation ``scale``.
+    """Return valid shards of ``sizes`` examples, labelled from random logits of standard deviation ``scale``.
 
-    The next token is by turns one of the head, one that was drawn, and any.
+    The next token is in turn one from the head, one that was drawn, and any token.
     """
     random = np.random.default_rng(0)
 
@@ -135,36 +135,36 @@ def sound_shards(label: LabelSettings, sizes: Sequence[int], scale: float = 3.0)
         uniforms = torch.from_numpy(random.random((len(at), label.tail_draws)))
         gold = random.integers(0, label.vocab_size, len(at))
 
-        def made() -> SparseTargets:
+        def targets() -> SparseTargets:
             return sparsify(logits, torch.from_numpy(gold), uniforms, label.head_size, label.temperatures)
 
-        first = made()
+        first = targets()
         gold[::3] = first.head_ids[::3, 0] if label.head_size else gold[::3]
         drawn = first.tail_counts[1::3].any(1)
         gold[1::3][drawn] = first.tail_ids[1::3][drawn, 0] if label.tail_draws else gold[1::3][drawn]
         ids = random.integers(0, label.vocab_size, length)
         ids[at + 1] = gold
-        return Example(ids, mask, made())
+        return Example(ids, mask, targets())
 
     return [Shard.of([example() for _ in range(count)]) for count in sizes]
 
 
 def dense_log_probs(z_NV: NDArray[np.floating], temperature: float = 1.0) -> FloatArray64:
-    """log softmax(z / T) in float64, (N, V)."""
+    """Return log softmax(z / T) in float64, (N, V)."""
     z = z_NV.astype(np.float64) / temperature
     z -= z.max(1, keepdims=True)
-    found: FloatArray64 = z - np.log(np.exp(z).sum(1, keepdims=True))
-    return found
+    log_probs: FloatArray64 = z - np.log(np.exp(z).sum(1, keepdims=True))
+    return log_probs
 
 
 def dense_kd_gradient(teacher_NV: NDArray[np.floating], student_NV: NDArray[np.floating], t: float) -> FloatArray64:
-    """Gradient of T^2 KL(p_T || q_T) by the student's logits, (N, V): T (q_T - p_T)."""
-    found: FloatArray64 = t * (np.exp(dense_log_probs(student_NV, t)) - np.exp(dense_log_probs(teacher_NV, t)))
-    return found
+    """Return the gradient of T^2 KL(p_T || q_T) with respect to the student's logits, (N, V): T (q_T - p_T)."""
+    gradient: FloatArray64 = t * (np.exp(dense_log_probs(student_NV, t)) - np.exp(dense_log_probs(teacher_NV, t)))
+    return gradient
 
 
 def folder_bytes(folder: Path, skip: Iterable[str] = ()) -> dict[str, bytes]:
-    """Every file below a folder, by relative name."""
-    left_out = set(skip)
+    """Return the bytes of every file below a folder, by relative name."""
+    skipped = set(skip)
     files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-    return {name: data for name, data in files.items() if name not in left_out}
+    return {name: data for name, data in files.items() if name not in skipped}

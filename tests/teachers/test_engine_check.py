@@ -1,4 +1,4 @@
-"""The proof of an engine before it labels anything: the run stops where its labels are not those of transformers."""
+"""The check of an engine before it labels anything: the run stops if its labels differ from transformers'."""
 
 import shutil
 from dataclasses import replace
@@ -19,7 +19,7 @@ from logitcask.pipeline.teachers.transformers import TransformersTeacher
 from tests.support.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
 
 LABEL = LabelSettings(vocab_size=300, head_size=4, tail_draws=8, temperatures=[1.0, 2.0], seed=0, fidelity_positions=0)
-RARE = 299  # a token of the last example alone
+RARE = 299  # a token in the last example only
 ENGINE = "an engine"
 
 
@@ -45,14 +45,14 @@ def batch() -> list[TokenizedExample]:
 
 
 def loaded(settings: PrecomputeSettings, dtype: str = "float32", engine: str = ENGINE) -> TransformersTeacher:
-    """A teacher that goes by the name of another engine."""
+    """Load a teacher that claims to be another engine."""
     teacher = load_transformers(teacher_spec(settings), dtype, "cpu")
     teacher.facts = replace(teacher.facts, identity=teacher.facts.identity.model_copy(update={"engine": engine}))
     return teacher
 
 
 def altered(settings: PrecomputeSettings, name: str, row: int | slice, factor: float, to: Path) -> PrecomputeSettings:
-    """The same teacher, but for rows of one parameter."""
+    """Return settings of the same teacher, except for rows of one parameter."""
     shutil.copytree(settings.teacher_model, to)
     tensors = load_file(to / "model.safetensors")
     tensors[name][row] *= factor
@@ -61,19 +61,19 @@ def altered(settings: PrecomputeSettings, name: str, row: int | slice, factor: f
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_that_gives_the_same_passes(settings: PrecomputeSettings, dtype: str) -> None:
+def test_an_engine_with_the_same_labels_passes(settings: PrecomputeSettings, dtype: str) -> None:
     check_engine(loaded(settings, dtype), teacher_spec(settings), batch(), LABEL)
 
 
 @pytest.mark.parametrize(("dtype", "factor", "limit"), [("float32", 1.01, "0.001"), ("bfloat16", 3.0, "0.5")])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"])
-def test_an_engine_with_other_weights_is_told(
+def test_an_engine_with_other_weights_is_refused(
     settings: PrecomputeSettings, tmp_path: Path, name: str, dtype: str, factor: float, limit: str
 ) -> None:
     other = altered(settings, name, slice(None), factor, tmp_path / "altered")
-    with pytest.raises(LogitcaskError) as told:
+    with pytest.raises(LogitcaskError) as refused:
         check_engine(loaded(other, dtype), teacher_spec(settings), batch(), LABEL)
-    before, _, after = str(told.value).partition(" nats, ")
+    before, _, after = str(refused.value).partition(" nats, ")
     start, _, difference = before.partition(" differs by ")
     assert start == f"{ENGINE} and transformers disagree: gold_logprobs"
     assert float(difference) > float(limit)
@@ -84,7 +84,7 @@ def test_an_engine_with_other_weights_is_told(
 
 
 def test_one_wrong_example_is_enough(settings: PrecomputeSettings, tmp_path: Path) -> None:
-    """Also where what it gives is not a number."""
+    """Even if its labels are NaN."""
     for factor in (2.0, np.nan):
         other = altered(settings, "model.embed_tokens.weight", RARE, factor, tmp_path / str(factor))
         with pytest.raises(LogitcaskError, match="disagree"):

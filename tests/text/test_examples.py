@@ -1,7 +1,7 @@
-"""Records to tokens to shards to batches: the right label at the right token, every example exactly once.
+"""From records to tokens, shards and batches: the right label at the right token, every example exactly once.
 
 The alignment tests use a real Llama that predicts a known permutation: its layers add nothing, its embeddings are
-orthogonal, and its head's rows are permuted, so that after token v it is all but certain of permutation[v].
+orthogonal, and its head's rows are permuted, so that after token v it is almost certain of permutation[v].
 """
 
 import functools
@@ -45,7 +45,7 @@ quick = settings(deadline=None, max_examples=30, derandomize=True)
 
 @functools.cache
 def permutation(chat: bool) -> IntArray:
-    """Where each token leads: some of the data's own transitions, so that the gold token is at times the likely one."""
+    """Return each token's successor: some of the data's own transitions, so that the gold token is sometimes likely."""
     tokenizer = make_tokenizer(vocab_size=VOCAB, chat=chat)
     leads: dict[int, int] = {}
     for record in CHATS if chat else RECORDS:
@@ -87,7 +87,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 
 def responses(record: dict[str, object], ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Places of the tokens that belong to a response, found from the decoded text and not with the Encoder."""
+    """Return the indices of the tokens that belong to a response, found in the text without the Encoder."""
     if "text" in record:
         return list(range(1, len(ids)))
     places: list[int] = []
@@ -125,15 +125,15 @@ def test_labels_stand_at_the_tokens_that_predict_the_response(
     kept = [r for r in records if responses(r, encoded_text(tokenizer, r)[:max_seq_length], tokenizer)]
     order, leads, longest, likely = shuffled(len(kept), 0), permutation(kind == "messages"), 0, 0
     for index in range(len(reader)):
-        found = reader.example(index)
-        ids = found.input_ids.tolist()
+        example = reader.example(index)
+        ids = example.input_ids.tolist()
         record = kept[order[index]]
         assert ids == encoded_text(tokenizer, record)[:max_seq_length]
         want = [place - 1 for place in responses(record, ids, tokenizer)]
-        np.testing.assert_array_equal(np.flatnonzero(found.target_mask), want)
-        np.testing.assert_array_equal(found.targets.head_ids[:, 0], leads[found.input_ids[want]])
-        predicted = leads[found.input_ids[want]] == found.input_ids[np.array(want) + 1]
-        np.testing.assert_array_equal(found.targets.gold_logprobs > -1.0, predicted)
+        np.testing.assert_array_equal(np.flatnonzero(example.target_mask), want)
+        np.testing.assert_array_equal(example.targets.head_ids[:, 0], leads[example.input_ids[want]])
+        predicted = leads[example.input_ids[want]] == example.input_ids[np.array(want) + 1]
+        np.testing.assert_array_equal(example.targets.gold_logprobs > -1.0, predicted)
         longest, likely = longest + (len(ids) == max_seq_length), likely + int(predicted.sum())
     assert len(reader) == len(kept) == len(records) - reader.manifest.data.dropped
     assert (longest > 0) == cut
@@ -142,7 +142,7 @@ def test_labels_stand_at_the_tokens_that_predict_the_response(
 
 
 def encoded_text(tokenizer: PreTrainedTokenizerFast, record: dict[str, object]) -> list[int]:
-    """Tokens of a whole record, made without the Encoder."""
+    """Return the tokens of a whole record, without the Encoder."""
     if "messages" in record:
         text: str = tokenizer.apply_chat_template(record["messages"], tokenize=False)
         ids: list[int] = tokenizer.encode(text)
@@ -152,7 +152,7 @@ def encoded_text(tokenizer: PreTrainedTokenizerFast, record: dict[str, object]) 
 
 
 def assert_batches_agree(cache: Path, leads: IntArray) -> None:
-    """A padded batch holds the same labels at the same tokens: it goes through the flattened index."""
+    """Check that padded batches, with their flattened index, hold the same labels at the same tokens."""
     examples = CacheExamples(str(cache), with_targets=True)
     collate = Collator(pad_id=0, temperatures=(1.0, 1.5, 2.0), temperature=2.0, tail="sampled")
     for first in range(0, len(examples), 4):
@@ -168,20 +168,20 @@ def encode(tokenizer: PreTrainedTokenizerFast, record: dict[str, object], *, pro
 
 def test_a_response_ends_with_the_end_token_and_only_it_is_a_target() -> None:
     tokenizer = make_tokenizer()
-    found = encode(tokenizer, {"prompt": "ab", "response": "cd"})
+    encoded = encode(tokenizer, {"prompt": "ab", "response": "cd"})
     a, b, c, d = (tokenizer.encode(letter)[0] for letter in "abcd")
-    assert found.input_ids.tolist() == [a, b, c, d, tokenizer.eos_token_id]
-    assert found.target_mask.tolist() == [False, True, True, True, False]
+    assert encoded.input_ids.tolist() == [a, b, c, d, tokenizer.eos_token_id]
+    assert encoded.target_mask.tolist() == [False, True, True, True, False]
     with_prompt = encode(tokenizer, {"prompt": "ab", "response": "cd"}, prompt_loss=True)
     assert with_prompt.target_mask.tolist() == [True] * 4 + [False]
 
 
-def test_prompt_and_response_are_encoded_apart() -> None:
+def test_prompt_and_response_are_encoded_separately() -> None:
     tokenizer = make_tokenizer()
     whole = tokenizer.encode("There are")
     assert len(whole) == 2  # "There" is one token of the tiny vocabulary
-    found = encode(tokenizer, {"prompt": "The", "response": "re are"})
-    assert found.input_ids.tolist() == [*tokenizer.encode("The"), *tokenizer.encode("re are"), tokenizer.eos_token_id]
+    encoded = encode(tokenizer, {"prompt": "The", "response": "re are"})
+    assert encoded.input_ids.tolist() == [*tokenizer.encode("The"), *tokenizer.encode("re are"), tokenizer.eos_token_id]
 
 
 def test_a_begin_token_is_put_where_the_tokenizer_puts_one_and_is_no_target() -> None:
@@ -192,12 +192,12 @@ def test_a_begin_token_is_put_where_the_tokenizer_puts_one_and_is_no_target() ->
     plain.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", plain.bos_token_id)]
     )
-    found = encode(plain, {"text": "ab"})
-    assert found.input_ids[0] == plain.bos_token_id
-    assert found.target_mask.tolist() == [True, True, True, False]
-    found = encode(plain, {"prompt": "ab", "response": "c"})
-    assert found.input_ids.tolist().count(plain.bos_token_id) == 1
-    assert found.target_mask.tolist() == [False, False, True, True, False]
+    encoded = encode(plain, {"text": "ab"})
+    assert encoded.input_ids[0] == plain.bos_token_id
+    assert encoded.target_mask.tolist() == [True, True, True, False]
+    encoded = encode(plain, {"prompt": "ab", "response": "c"})
+    assert encoded.input_ids.tolist().count(plain.bos_token_id) == 1
+    assert encoded.target_mask.tolist() == [False, False, True, True, False]
 
 
 def test_a_sentencepiece_tokenizer_puts_no_blank_inside_a_text() -> None:
@@ -207,9 +207,9 @@ def test_a_sentencepiece_tokenizer_puts_no_blank_inside_a_text() -> None:
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("c")) == ["▁c"]
-    found = encode(tokenizer, {"prompt": "a", "response": "c b"})
-    assert tokenizer.convert_ids_to_tokens(found.input_ids.tolist()) == ["▁a", "c", "▁b", "</s>"]
-    assert found.target_mask.tolist() == [True, True, True, False]
+    encoded = encode(tokenizer, {"prompt": "a", "response": "c b"})
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids.tolist()) == ["▁a", "c", "▁b", "</s>"]
+    assert encoded.target_mask.tolist() == [True, True, True, False]
     spaced = encode(tokenizer, {"prompt": "a", "response": " c"})
     assert tokenizer.convert_ids_to_tokens(spaced.input_ids.tolist()) == ["▁a", "▁c", "</s>"]
 
@@ -217,10 +217,10 @@ def test_a_sentencepiece_tokenizer_puts_no_blank_inside_a_text() -> None:
 def test_a_chat_with_several_turns_has_each_assistant_turn_as_target() -> None:
     tokenizer = make_tokenizer(chat=True)
     chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    found = encode(tokenizer, {"messages": [{"role": role, "content": text} for role, text in chat]})
-    targets = found.input_ids[1:][found.target_mask[:-1]].tolist()
+    encoded = encode(tokenizer, {"messages": [{"role": role, "content": text} for role, text in chat]})
+    targets = encoded.input_ids[1:][encoded.target_mask[:-1]].tolist()
     assert tokenizer.decode(targets) == "b<|im_end|>d<|im_end|>"
-    assert tokenizer.decode(found.input_ids.tolist()).count("<|im_start|>") == 4
+    assert tokenizer.decode(encoded.input_ids.tolist()).count("<|im_start|>") == 4
     as_prompt = encode(tokenizer, {"prompt": "a", "response": "b"})
     assert tokenizer.decode(as_prompt.input_ids.tolist()) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
@@ -234,30 +234,32 @@ def test_a_chat_with_several_turns_has_each_assistant_turn_as_target() -> None:
         ({"prompt": "a", "response": " \n"}, "response needs text"),
         ({"question": "a"}, r"unknown columns \['question'\]: needs prompt and response"),
         ({"text": "a", "number": 3}, r"unknown columns \['number'\]"),
-        ({"text": 3}, "must be a string, is int"),
+        ({"text": 3}, "must be a string, got int"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no chat template|no assistant turn"),
     ],
 )
 @pytest.mark.parametrize("chat", [False, True])
-def test_records_without_a_target_are_refused_by_place(record: dict[str, object], message: str, chat: bool) -> None:
+def test_records_without_a_target_are_refused_with_their_location(
+    record: dict[str, object], message: str, chat: bool
+) -> None:
     with pytest.raises(LogitcaskError, match=f"here: .*(?:{message})"):
         encode(make_tokenizer(chat=chat), record)
     assert record_kind("here", {"text": "a", "category": "x"}) == "text"
 
 
-def test_records_are_read_with_their_place(tmp_path: Path) -> None:
+def test_records_are_read_with_their_location(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
     assert list(read_records(str(path))) == [(f"{path}:1", {"text": "a"}), (f"{path}:3", {"text": "b"})]
 
 
 def stage(folder: Path, examples: list[tuple[int, list[int]]], limit: int) -> TokenTable:
-    """A table of examples of a length, with target positions."""
+    """Return a table of examples, each given by its length and target positions."""
     encoded = [Encoded(np.arange(n), np.isin(np.arange(n), at)) for n, at in examples]
     return stage_tokens(iter(encoded), folder, max_seq_length=limit, prompt_loss=False, source="data")
 
 
-def test_long_examples_are_cut_and_dropped_where_no_target_is_left(tmp_path: Path) -> None:
+def test_long_examples_are_truncated_and_dropped_if_no_target_is_left(tmp_path: Path) -> None:
     table = stage(tmp_path, [(3, [0, 1]), (8, [2, 3, 4, 6]), (9, [6, 7]), (9, [4, 7]), (5, [0])], limit=5)
     assert (table.identity.truncated, table.identity.dropped, table.identity.examples) == (3, 2, 3)
     assert (table.identity.tokens, table.identity.positions) == (13, 5)
@@ -338,6 +340,6 @@ def test_an_epoch_holds_each_example_once_and_none_held_out(
         epochs.append([i for batch in batches for i in batch])
         assert Counter(epochs[-1]) == Counter(set(range(total)) - set(left_out.tolist()))
         shards = np.searchsorted(starts, epochs[-1], side="right")
-        assert (np.diff(shards) != 0).sum() == len(set(shards.tolist())) - 1  # a shard is read in one go
+        assert (np.diff(shards) != 0).sum() == len(set(shards.tolist())) - 1  # each shard is read once
     assert epochs[0] == sorted(epochs[0])
     assert len(epochs[0]) < 12 or (epochs[0] != epochs[1] != epochs[2] != epochs[0])

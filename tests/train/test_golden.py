@@ -1,6 +1,6 @@
-"""The golden run: the first losses of the smallest config, kept in a file. A change that moves them says why.
+"""The golden run: the first losses of the smallest config, stored in a file. A change that moves them must say why.
 
-``python -m tests.train.test_golden`` writes the file anew.
+``python -m tests.train.test_golden`` rewrites the file.
 """
 
 import json
@@ -21,7 +21,7 @@ STEPS = 20
 
 
 def golden_run(folder: Path) -> list[float]:
-    """Total losses of the first steps of configs/runs/hybrid-tiny.yaml, from the tiny random teacher's cache."""
+    """Return total losses of the first steps of configs/runs/hybrid-tiny.yaml, from a tiny random teacher's cache."""
     flags = {
         "cache": str(make_cache(folder)),
         "student_config": ROOT / "configs" / "students" / "tiny.json",

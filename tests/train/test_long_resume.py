@@ -1,4 +1,4 @@
-"""A run of a million examples goes on at step 100,000 within seconds: what was trained on is not read again."""
+"""A run of a million examples resumes at step 100,000 within seconds: it reads no example that it is past."""
 
 import json
 import time
@@ -24,7 +24,7 @@ NOBODY = np.zeros(0, dtype=np.int64)
 
 
 class Counted(Dataset[TrainingExample]):
-    """Examples of eight tokens, each read of which is a line of a file: readers may be other processes."""
+    """Examples of eight tokens; each read appends a line to a file, since readers may be other processes."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -55,7 +55,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
 
 
 @pytest.mark.parametrize(("done", "workers", "accumulation"), [(100_000, 0, 1), (100_000, 1, 1), (100_000, 0, 2)])
-def test_going_on_reads_only_what_comes_next(tmp_path: Path, done: int, workers: int, accumulation: int) -> None:
+def test_resuming_reads_only_the_next_examples(tmp_path: Path, done: int, workers: int, accumulation: int) -> None:
     trainer(tmp_path, 1, 0, accumulation).train()
     folder = (tmp_path / "checkpoint-1").rename(tmp_path / f"checkpoint-{done}")
     state = json.loads((folder / "trainer_state.json").read_text())
@@ -70,5 +70,5 @@ def test_going_on_reads_only_what_comes_next(tmp_path: Path, done: int, workers:
     next_ones = [i for step in range(done, done + 6) for i in again._sampler.step_examples(step)]
     assert reads == next_ones[: len(reads)]
     assert 2 * BATCH * accumulation <= len(reads) <= (2 * accumulation + 1 + 2 * workers) * BATCH
-    print(f"step {done}, {workers} workers, accumulation {accumulation}: {seconds:.2f} s, of the CPU {worked:.2f} s")
-    assert worked < 10  # seconds of this process alone, whatever else the machine does
+    print(f"step {done}, {workers} workers, accumulation {accumulation}: {seconds:.2f} s, {worked:.2f} s of CPU time")
+    assert worked < 10  # CPU seconds of this process, whatever else the machine does

@@ -1,4 +1,4 @@
-"""A teacher in memory: exact distillation, the reference that a cache is measured against."""
+"""A teacher in memory: exact distillation, the reference against which a cache is measured."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,12 @@ from tests.support.runs import history, losses, train
 from tests.support.tiny import make_cache, make_teacher
 from tests.train.test_train import dense
 
-WHOLE = {"batch_size": 24, "eval_fraction": 0.0, "max_steps": 1, "max_seq_length": 64}  # so that order does not matter
+WHOLE = {
+    "batch_size": 24,
+    "eval_fraction": 0.0,
+    "max_steps": 1,
+    "max_seq_length": 64,
+}  # one batch, so that order does not matter
 STILL = {"learning_rate": 1e-12, "weight_decay": 0.0}
 
 
@@ -43,14 +48,14 @@ def test_the_loss_is_that_of_the_full_distributions(stock: Path, tmp_path: Path,
 
 
 def test_a_cache_of_many_draws_comes_close(stock: Path, tmp_path: Path) -> None:
-    """The same batch, once with 8 + 64 entries a position from the cache, once with all of the teacher's."""
+    """The same batch, once with 8 + 64 entries per position from the cache, once with the teacher's full vocabulary."""
     exact = online(stock, tmp_path / "exact", distillation_type="logit", **WHOLE, learning_rate=1e-3)
     cached = train(stock / "cache", tmp_path / "cached", distillation_type="logit", **WHOLE, learning_rate=1e-3)
     np.testing.assert_allclose(losses(cached, "soft_loss"), losses(exact, "soft_loss"), rtol=0.1)
     np.testing.assert_allclose(losses(cached, "hard_loss"), losses(exact, "hard_loss"), rtol=1e-5)
 
 
-def test_it_stops_and_goes_on(stock: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes(stock: Path, tmp_path: Path) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     options = {"max_steps": 4, "save_steps": 2, "batch_size": 4, "max_seq_length": 64, "teacher_model": str(teacher)}
     straight = online(stock, tmp_path / "straight", **options)

@@ -1,5 +1,5 @@
-"""Stage 2 on two ranks over gloo, by torchrun and accelerate, replicated and sharded by FSDP: the losses and weights of
-one rank with the whole batch; a lost rank ends the run."""
+"""Stage 2 on two ranks over gloo, by torchrun and accelerate, replicated and sharded by FSDP: losses and weights equal
+those of one rank with the whole batch; a lost rank ends the run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ STEPS = {"save-steps": 3, "logging-steps": 1, "learning-rate": 1e-3, "warmup-ste
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache whose 22 examples for training fill no step of eight, at ``cache``."""
+    """At ``cache`` a cache of 22 training examples, which do not divide into steps of eight."""
     place = tmp_path_factory.mktemp("ranks")
     make_cache(place, shard_positions=64)
     write_config(place / "student.json", STUDENT)
@@ -56,9 +56,9 @@ def command(
 
 def run(folder: Path, output: str, launcher: tuple[str, ...], **options: Any) -> Path:
     started = command(folder, output, launcher, **options)
-    found = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert ("on 2 ranks" in found.stderr) == bool(launcher)
+    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ("on 2 ranks" in ran.stderr) == bool(launcher)
     return folder / output
 
 
@@ -66,11 +66,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "model.safetensors")
 
 
-def assert_same(found: Path, want: Path) -> None:
-    for a, b in zip(history(found), history(want), strict=True):
+def assert_same(actual: Path, expected: Path) -> None:
+    for a, b in zip(history(actual), history(expected), strict=True):
         assert a["total_loss"] == pytest.approx(b["total_loss"], rel=ROUNDING)
         assert a["hard_loss"] == pytest.approx(b["hard_loss"], rel=ROUNDING)
-    start, ends, wanted = weights_at_start(want), weights(found), weights(want)
+    start, ends, wanted = weights_at_start(expected), weights(actual), weights(expected)
     for name, tensor in wanted.items():
         update, difference = tensor - start[name], ends[name] - tensor
         assert difference.norm() <= ROUNDING * update.norm(), name
@@ -78,7 +78,7 @@ def assert_same(found: Path, want: Path) -> None:
 
 
 def weights_at_start(run: Path) -> dict[str, torch.Tensor]:
-    """Those of a run's student before its first step."""
+    """Return the weights of a run's student before its first step."""
     settings = json.loads((run / "final" / SETTINGS_FILE).read_text())
     set_seed(settings["seed"])
     vocabulary = len(weights(run)["model.embed_tokens.weight"])
@@ -87,12 +87,12 @@ def weights_at_start(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
-    """Two epochs of one rank."""
+    """Two epochs on one rank."""
     return run(folder, "one", (), batch_size=8, epochs=2)
 
 
 def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None:
-    """Gradients accumulated; the last step of an epoch has examples for one rank alone: each comes once."""
+    """With accumulation, and with a last step per epoch that has examples for one rank only: each occurs once."""
     two = run(folder, "two", TORCHRUN, batch_size=2, gradient_accumulation_steps=2, epochs=2)
     assert_same(two, one)
     assert [line["step"] for line in read_log(two)] == [line["step"] for line in read_log(one)]  # one rank writes
@@ -105,46 +105,48 @@ def test_accelerate_launches_the_same(folder: Path, one: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) -> None:
-    """Gradients accumulated, an evaluation with examples for one rank alone, a whole model, and one run resumed."""
+    """With accumulation, an evaluation that has examples for one rank only, an unsharded model, and a resumed run."""
     want, changes = one, {}
     if not tied:
         changes["student_config"] = write_config(folder / "untied.json", {**STUDENT, "tie_word_embeddings": False})
         want = run(folder, "one untied", (), batch_size=8, epochs=2, **changes)
-    sharded: dict[str, Any] = {"module": "tests.support.fsdp_on_cpu", "batch_size": 2, "gradient_accumulation_steps": 2}
-    found = run(folder, f"sharded {tied}", FSDP, epochs=2, **sharded, **changes)
-    assert_same(found, want)
-    assert weights(found).keys() == weights(want).keys()
-    assert not (found / "checkpoint-3/model.safetensors").exists()
-    assert (found / "checkpoint-3/pytorch_model_fsdp_0/__1_0.distcp").stat().st_size > 0
-    assert_same_model(found, want)
+    options: dict[str, Any] = {"module": "tests.support.fsdp_on_cpu", "batch_size": 2, "gradient_accumulation_steps": 2}
+    sharded_run = run(folder, f"sharded {tied}", FSDP, epochs=2, **options, **changes)
+    assert_same(sharded_run, want)
+    assert weights(sharded_run).keys() == weights(want).keys()
+    assert not (sharded_run / "checkpoint-3/model.safetensors").exists()
+    assert (sharded_run / "checkpoint-3/pytorch_model_fsdp_0/__1_0.distcp").stat().st_size > 0
+    assert_same_model(sharded_run, want)
     if not tied:
         return
     for name in ("checkpoint-6", "final"):
-        shutil.rmtree(found / name)
-    assert_same(run(folder, found.name, FSDP, epochs=2, resume_from_checkpoint="latest", **sharded, **changes), want)
+        shutil.rmtree(sharded_run / name)
+    assert_same(
+        run(folder, sharded_run.name, FSDP, epochs=2, resume_from_checkpoint="latest", **options, **changes), want
+    )
 
 
 def test_half_precision_under_fsdp_rounds_no_label(folder: Path) -> None:
     half = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16", "epochs": 1}
     want = run(folder, "half", (), batch_size=8, **half)
-    found = run(folder, "half sharded", FSDP, module="tests.support.fsdp_on_cpu", batch_size=4, **half)
-    for a, b in zip(history(found), history(want), strict=True):
+    sharded_run = run(folder, "half sharded", FSDP, module="tests.support.fsdp_on_cpu", batch_size=4, **half)
+    for a, b in zip(history(sharded_run), history(want), strict=True):
         assert a["total_loss"] == pytest.approx(b["total_loss"], rel=5e-4)
         assert a["soft_loss"] == pytest.approx(b["soft_loss"], rel=5e-4)
 
 
-def assert_same_model(found: Path, want: Path) -> None:
+def assert_same_model(actual: Path, expected: Path) -> None:
     ids = torch.arange(1, 9)[None]
-    logits = [AutoModelForCausalLM.from_pretrained(place / "final")(ids).logits for place in (found, want)]
+    logits = [AutoModelForCausalLM.from_pretrained(place / "final")(ids).logits for place in (actual, expected)]
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
 
 
-def test_fsdp_that_would_be_left_out_is_refused(folder: Path) -> None:
+def test_fsdp_that_would_be_skipped_is_refused(folder: Path) -> None:
     started = command(folder, "refused", FSDP, batch_size=4, max_steps=1)
-    found = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
-    assert found.returncode != 0
-    line = "error: accelerate's FSDP must be of fsdp_version 2, over several accelerators; it is 2, over 2 ranks on cpu"
-    assert line in found.stderr
+    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
+    assert ran.returncode != 0
+    rule = "accelerate's FSDP must have fsdp_version 2 and run on several accelerators"
+    assert f"error: {rule}, got version 2 and 2 ranks on cpu" in ran.stderr
     assert not (folder / "refused/final").exists()
 
 
@@ -155,7 +157,7 @@ def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path)
             if (folder / "lost/checkpoint-3" / SETTINGS_FILE).exists() and (victim := ranks_of(parent.pid)):
                 os.kill(victim[-1], signal.SIGKILL)
                 break
-            assert parent.poll() is None, "it ended before a rank was killed"
+            assert parent.poll() is None, "the run ended before a rank was killed"
             time.sleep(0.01)
         assert victim
         _, errors = parent.communicate(timeout=120)
@@ -165,13 +167,13 @@ def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path)
 
 
 def ranks_of(parent: int) -> list[int]:
-    """Processes that torchrun started."""
-    found = []
+    """Return the processes that torchrun started, ascending."""
+    ranks = []
     for place in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = place.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == parent and "logitcask" in (place.parent / "cmdline").read_text():
-            found.append(int(place.parent.name))
-    return sorted(found)
+            ranks.append(int(place.parent.name))
+    return sorted(ranks)

@@ -1,4 +1,4 @@
-"""What a run may not be resumed from, what it reports, and how it is interrupted."""
+"""Checkpoints from which a run must not be resumed, and the exit code after an interrupt."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.tiny import make_cache, make_teacher
 
 
 def test_a_run_is_not_resumed_on_the_labels_of_another_teacher(tmp_path: Path) -> None:
-    """The same text under other weights: the data's fingerprint alone would not tell them apart."""
+    """The same text, labelled by other weights: the data's fingerprint alone could not distinguish the two."""
     one = make_cache(tmp_path)
     other = make_cache(tmp_path, make_teacher(tmp_path / "other", seed=1), output=tmp_path / "labels of another")
     run = train(one, tmp_path / "run", save_steps=2)

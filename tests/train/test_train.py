@@ -1,4 +1,4 @@
-"""Stage 2 with the real Trainer on tiny students: what a step is, what resuming gives, what a run leaves behind."""
+"""Stage 2 with the real Trainer on tiny students: steps, resumption, and the files that a run leaves."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher and its cache of 24 examples, which no test changes."""
+    """A tiny teacher and its cache of 24 examples; no test changes them."""
     folder = tmp_path_factory.mktemp("stock")
     make_cache(folder)
     return folder
@@ -45,7 +45,7 @@ def cache(stock: Path) -> Path:
 
 
 def dense(model: Path, cache: Path, examples: list[int], temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """log q_T (N, V) of a plain model at every target position of some examples, and the next tokens (N,)."""
+    """Return log q_T (N, V) of a plain model at all target positions of some examples, and the next tokens (N,)."""
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rows, gold = [], []
     reader = CacheReader(cache)
@@ -65,7 +65,7 @@ def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
 
 @pytest.mark.parametrize(("batch", "parts"), [(8, 4), (10, 2)])
 def test_accumulation_equals_one_batch(cache: Path, tmp_path: Path, batch: int, parts: int) -> None:
-    """Also where the last step of an epoch is shorter, and across epochs."""
+    """Also if the last step of an epoch is shorter, and across epochs."""
     options = {"max_steps": 7, "eval_fraction": 0.0, "learning_rate": 1e-3}
     whole = train(cache, tmp_path / "whole", batch_size=batch, **options)
     cut = train(cache, tmp_path / "cut", batch_size=batch // parts, gradient_accumulation_steps=parts, **options)
@@ -91,7 +91,7 @@ def test_the_total_is_alpha_hard_and_the_rest_soft(cache: Path, tmp_path: Path) 
 def test_evaluation_is_the_loss_of_training_on_the_same_examples(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over unequal batches: a mean of means would differ."""
+    """Over batches of unequal size: a mean of means would differ."""
     nobody = np.zeros(0, dtype=np.int64)
     monkeypatch.setattr("logitcask.pipeline.train.train.held_out", lambda count, *_: np.arange(count))
     monkeypatch.setattr(
@@ -115,7 +115,7 @@ def test_a_moved_cache_gives_the_same_run(cache: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 3 epochs of 3 steps with dropout and every checkpoint kept."""
+    """A run of 3 epochs of 3 steps each, with dropout, that keeps every checkpoint."""
     folder = tmp_path_factory.mktemp("straight")
     return train(cache, folder / "run", **long_run(folder))
 
@@ -127,7 +127,9 @@ def long_run(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("stop", [3, 4, 8], ids=["after an epoch", "within an epoch", "before the end"])
-def test_stopped_and_resumed_is_the_uninterrupted_run(straight: Path, cache: Path, tmp_path: Path, stop: int) -> None:
+def test_stopped_and_resumed_equals_the_uninterrupted_run(
+    straight: Path, cache: Path, tmp_path: Path, stop: int
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     shutil.copytree(straight / f"checkpoint-{stop}", run / f"checkpoint-{stop}")
@@ -140,7 +142,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(straight: Path, cache: Pat
 
 
 def test_a_checkpoint_without_settings_is_not_complete(straight: Path, cache: Path, tmp_path: Path) -> None:
-    """A kill while a checkpoint is written: the one before it is taken."""
+    """After a kill while a checkpoint is written, the previous one is used."""
     run = tmp_path / "run"
     for step in (5, 6):
         shutil.copytree(straight / f"checkpoint-{step}", run / f"checkpoint-{step}")
@@ -158,15 +160,15 @@ def test_old_checkpoints_are_dropped(cache: Path, tmp_path: Path) -> None:
 def test_the_parts_of_the_loss_are_logged(straight: Path) -> None:
     for entry in history(straight):
         assert entry.keys() >= LOGGED
-        assert "loss" not in entry  # Trainer's own mean of means
+        assert "loss" not in entry  # the Trainer's own mean of means
         assert entry["perplexity"] == pytest.approx(np.exp(entry["hard_loss"]), rel=1e-4)
         assert 0.0 < entry["teacher_captured_mass"] < 1.0
         assert 0.0 < entry["student_head_mass"] < 1.0
 
 
-def test_the_soft_loss_draws_the_student_to_the_teacher(stock: Path, tmp_path: Path) -> None:
-    """Measured by the dense KL at T of the plain models, which shares nothing with the loss. Many draws: a student that
-    sees so few examples so often learns a few draws by heart."""
+def test_the_soft_loss_pulls_the_student_towards_the_teacher(stock: Path, tmp_path: Path) -> None:
+    """Measured by the dense KL of the plain models at T, which shares no code with the loss. Many draws, because a
+    student that sees so few examples so often would memorize a few draws."""
     cache = make_cache(tmp_path, stock / "teacher", head_size=64, tail_draws=236)
     options = {"distillation_type": "logit", "batch_size": 12, "eval_fraction": 0.0, "temperature": 1.5}
     begun = train(cache, tmp_path / "begun", **options, max_steps=1, learning_rate=1e-9)
@@ -179,7 +181,7 @@ def test_the_soft_loss_draws_the_student_to_the_teacher(stock: Path, tmp_path: P
 
 
 def test_text_alone_gives_the_hard_loss_of_the_cache(stock: Path, cache: Path, tmp_path: Path) -> None:
-    """One batch of everything, so that the order does not matter; only the tokenizer of the teacher is loaded."""
+    """One batch of all examples, so that their order does not matter; of the teacher only the tokenizer is loaded."""
     options = {"distillation_type": "output", "batch_size": 24, "eval_fraction": 0.0, "max_steps": 2}
     (stock / "tokenizer").mkdir(exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -189,7 +191,7 @@ def test_text_alone_gives_the_hard_loss_of_the_cache(stock: Path, cache: Path, t
     np.testing.assert_allclose(losses(text), losses(train(cache, tmp_path / "cached", **options)), rtol=1e-5)
 
 
-def test_a_student_goes_on_from_a_folder(cache: Path, tmp_path: Path) -> None:
+def test_a_student_continues_from_a_folder(cache: Path, tmp_path: Path) -> None:
     first = train(cache, tmp_path / "first", learning_rate=5e-3)
     second = train(cache, tmp_path / "second", student_model=str(first / "final"))
     assert {**metrics(second)["before"], "epoch": 1.0} == metrics(first)["after"]
@@ -197,7 +199,7 @@ def test_a_student_goes_on_from_a_folder(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("chosen", "places"), [("1", [1]), ("1,0", [1, 0])])
-def test_a_student_begins_with_layers_of_the_teacher(
+def test_a_student_starts_with_layers_of_the_teacher(
     stock: Path, cache: Path, tmp_path: Path, chosen: str, places: list[int]
 ) -> None:
     run = train(cache, tmp_path / "run", init_from_teacher_layers=chosen, teacher_model=str(stock / "teacher"),
@@ -219,8 +221,8 @@ def test_the_whole_teacher_as_student_has_no_soft_loss(stock: Path, cache: Path,
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, cache: Path, tmp_path: Path) -> None:
-    """The loss of a student's saved folder, by its own forward, is the one that training reports: scales and soft-caps
-    between hidden states and logits are in both."""
+    """The loss of the saved student, by its own forward, is the one that training reports: both apply the scales and
+    soft-caps between hidden states and logits."""
     student = write_config(tmp_path / "student.json", ARCHITECTURES[name])
     run = train(cache, tmp_path / "run", student_config=student, max_steps=2, learning_rate=1e-2)
     assert np.isfinite(losses(run)).all()
@@ -240,7 +242,7 @@ def test_architectures(name: str, cache: Path, tmp_path: Path) -> None:
     ],
     ids=["bf16", "checkpointing", "a worker", "auto"],
 )
-def test_memory_and_speed_options_change_little_and_warn_of_nothing(
+def test_memory_and_speed_options_change_little_and_raise_no_warnings(
     change: dict[str, object], rtol: float, cache: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     plain, changed = train(cache, tmp_path / "plain"), train(cache, tmp_path / "changed", **change)
@@ -250,7 +252,7 @@ def test_memory_and_speed_options_change_little_and_warn_of_nothing(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "name"),
     [
         ({}, "KL to the teacher at T=1, nats"),
         ({"tail": "bucket", "divergence": "jsd", "temperature": 2}, "JSD (tail bucket) to the teacher at T=2, nats"),
@@ -258,7 +260,7 @@ def test_memory_and_speed_options_change_little_and_warn_of_nothing(
     ],
 )
 def test_the_table_names_the_divergence(
-    stock: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], told: str
+    stock: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], name: str
 ) -> None:
     train(stock / "cache", tmp_path / "run", max_steps=1, **options)
-    assert told in " ".join(capsys.readouterr().out.split())
+    assert name in " ".join(capsys.readouterr().out.split())

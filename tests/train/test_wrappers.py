@@ -1,4 +1,4 @@
-"""The loss sits in the student's own forward: what wraps a model sees an ordinary module, and gives the same loss."""
+"""The loss is part of the student's forward: a wrapper sees an ordinary module and returns the same loss."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache
 
-HOW = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
+LOSS = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def student(cache: Path, tmp_path: Path) -> PreTrainedModel:
     torch.manual_seed(0)
     label = CacheReader(cache).manifest.label
     model = student_from_config(write_config(tmp_path / "student.json", STUDENT), label.vocab_size)
-    make_loss_forward(model, HOW)
+    make_loss_forward(model, LOSS)
     return model
 
 
@@ -50,8 +50,8 @@ def loss_and_gradients(model: Any, named: PreTrainedModel, batch: Batch) -> tupl
 def test_torch_compile(student: PreTrainedModel, batch: Batch) -> None:
     expected = loss_and_gradients(student, student, batch)
     torch._dynamo.reset()
-    found = loss_and_gradients(torch.compile(student, backend="aot_eager"), student, batch)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    compiled = loss_and_gradients(torch.compile(student, backend="aot_eager"), student, batch)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing(student: PreTrainedModel, batch: Batch) -> None:
@@ -61,7 +61,7 @@ def test_gradient_checkpointing(student: PreTrainedModel, batch: Batch) -> None:
 
 
 def test_lora(student: PreTrainedModel, batch: Batch, tmp_path: Path) -> None:
-    """Adapters begin as nothing: the loss is the student's; only they get a gradient, and they learn."""
+    """Adapters start at zero, so the loss is the student's; only they have gradients, and they learn."""
     expected, whole = loss_and_gradients(student, student, batch)
     adapted = get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     total, gradients = loss_and_gradients(adapted, student, batch)

@@ -1,1 +1,1 @@
-"""What watches, logs and stops a run of stage 2."""
+"""Callbacks that check, log, report and stop a run of stage 2."""

@@ -1,4 +1,4 @@
-"""The live table of stage 2: losses, speed, memory and time left, on a terminal while a student is trained."""
+"""The live table of stage 2: losses, speed, memory and time left, on a terminal while a student trains."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from logitcask.pipeline.runs.run_folder import Line
 
-COLUMNS = {  # of the table: what is logged, and its form
+COLUMNS = {  # heading: logged quantity, format
     "total": ("total_loss", ".4g"),
     "hard": ("hard_loss", ".4g"),
     "soft": ("soft_loss", ".4g"),
@@ -28,10 +28,10 @@ COLUMNS = {  # of the table: what is logged, and its form
 
 
 class LiveTable(TrainerCallback):
-    """The last log lines of training and of the held-out examples above a bar of the steps, on rank 0.
+    """Shows the latest log lines of training and evaluation above a progress bar of steps, on rank 0.
 
-    As a context it ends the display, however the training ends. It shows nothing where the console is no terminal or
-    is quiet. ``note`` gives a line to show below.
+    As a context manager it ends the display, however the training ends. It shows nothing if the console is quiet or not
+    a terminal. ``note`` returns a line to show below the bar.
     """
 
     def __init__(self, console: Console, note: Callable[[], str] = str) -> None:
@@ -48,12 +48,12 @@ class LiveTable(TrainerCallback):
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
-            speed_estimate_period=math.inf,  # by the last 1,000 steps: one may take longer than any period
+            speed_estimate_period=math.inf,  # estimate from the last 1,000 steps: a single one may exceed any period
         )
         self._live = Live(console=console, get_renderable=self._render, redirect_stdout=sys.stdout.isatty())
 
     def replace_bar(self, trainer: Trainer) -> None:
-        """Take the place of the Trainer's own bar and, but for a stdout that is kept, of the log lines it prints."""
+        """Remove the Trainer's own bar and its printed log lines; the lines stay if stdout goes to a file or a pipe."""
         if self._shown or self._live.console.quiet:
             for own in (ProgressCallback, PrinterCallback):
                 trainer.remove_callback(own)
@@ -61,24 +61,24 @@ class LiveTable(TrainerCallback):
             trainer.add_callback(PrinterCallback)
 
     def show(self, line: Line) -> None:
-        """Take a line of the run's log."""
+        """Show a line of the run's log."""
         if "total_loss" in line:
             self._training = line
         else:
             self._held_out = line
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begin the display, at the step that the run goes on from."""
+        """Start the display at the step from which the run starts or resumes."""
         self._bar.add_task("", total=state.max_steps, completed=state.global_step)
         if self._shown and state.is_world_process_zero:
             self._live.start(refresh=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End the display; it stays on the screen."""
+        """Stop updating; the table stays on the screen."""
         self._live.stop()
 
     def __enter__(self) -> Self:

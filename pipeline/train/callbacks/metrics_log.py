@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line of JSON for each log line and evaluation of a run of stage 2."""
+"""metrics.jsonl: one JSON object per log line and per evaluation of a run of stage 2."""
 
 import json
 import math
@@ -18,38 +18,38 @@ from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
 
 
 class MetricsLog(TrainerCallback):
-    """Writes ``metrics.jsonl`` into the run's folder, on rank 0: what the Trainer logs of training and evaluations.
+    """Writes what the Trainer logs of training and evaluations to ``metrics.jsonl`` in the run's folder, on rank 0.
 
-    Each line has ``step``, ``epoch``, ``seconds`` (of the run; what a resumed run had done before counts) and
-    ``peak_memory_mb`` (of 10^6 bytes, since the process began: of the accelerator where there is one, else of the
-    process); those of training ``tokens`` since the line before and ``tokens_per_second`` without evaluations and
-    saves. A resumed run drops the lines past its checkpoint; each checkpoint's step has a line, so none is counted
-    twice or lost. ``tell`` gets each line, too.
+    Each line has ``step``, ``epoch``, ``seconds`` (since the run started, including the time before it was resumed)
+    and ``peak_memory_mb`` (10^6 bytes, since the process started: of the CUDA device if there is one, else of the
+    process). Lines of training also have ``tokens`` since the previous such line, and ``tokens_per_second`` excluding
+    evaluations and saves. A resumed run drops the lines past its checkpoint; each checkpoint's step has a line, so no
+    tokens are lost or counted twice. ``report`` receives each line, too.
     """
 
-    def __init__(self, output: Path, tell: Callable[[Line], None] = lambda line: None) -> None:
-        self._output, self._tell = output, tell
+    def __init__(self, output: Path, report: Callable[[Line], None] = lambda line: None) -> None:
+        self._output, self._report = output, report
         self._started = self._last = time.monotonic()
-        self._training = 0.0  # seconds of training since the last line of training
-        self._begun = False
+        self._training = 0.0  # seconds of training since the last training line
+        self._opened = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop the lines past the checkpoint, and start the clock."""
-        self._begin(state)
+        self._open_log(state)
         self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Count the step's time; have a line where a checkpoint is about to be saved, as at the end."""
+        """Count the step's time; request a log line if a checkpoint is about to be saved, as after the last step."""
         self._tick()
         if control.should_save:
             control.should_log = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the evaluation out of the time of training."""
+        """Exclude the evaluation from the training time."""
         self._last = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the saving out of the time of training."""
+        """Exclude the save from the training time."""
         self._last = time.monotonic()
 
     def on_log(
@@ -60,10 +60,10 @@ class MetricsLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write a line; the Trainer's last one, of the whole run, is none of these."""
+        """Write a line of training or of an evaluation; the Trainer's final summary of the run is skipped."""
         if logs is None or not {"total_loss", "eval_total_loss"} & logs.keys() or not state.is_world_process_zero:
             return
-        self._begin(state)
+        self._open_log(state)
         line: Line = {**logs, "step": state.global_step, "epoch": state.epoch or 0.0}
         line["peak_memory_mb"] = peak_memory() / 1e6
         line["seconds"] = time.monotonic() - self._started
@@ -72,22 +72,22 @@ class MetricsLog(TrainerCallback):
             line["tokens_per_second"] = logs["tokens"] / max(self._training, 1e-9)
             self._training = 0.0
         with (self._output / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(_written(line))
-        self._tell(line)
+            file.write(_to_json(line))
+        self._report(line)
 
-    def _begin(self, state: TrainerState) -> None:
-        """Once: keep the lines up to the step that the run goes on from."""
-        if self._begun or not state.is_world_process_zero:
+    def _open_log(self, state: TrainerState) -> None:
+        """Create the log at the first call; a resumed run keeps the lines up to its checkpoint's step."""
+        if self._opened or not state.is_world_process_zero:
             return
-        self._begun = True
+        self._opened = True
         file = self._output / LOG_FILE
         lines = read_log(self._output) if state.global_step and file.exists() else []
-        kept = [line for line in lines if (line["step"] or 0) <= state.global_step]
-        if kept:
-            self._started -= kept[-1].get("seconds") or 0.0
+        earlier = [line for line in lines if (line["step"] or 0) <= state.global_step]
+        if earlier:
+            self._started -= earlier[-1].get("seconds") or 0.0
         self._output.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{LOG_FILE}.new") if kept else file
-        new.write_text("".join(map(_written, kept)), encoding="utf-8")
+        new = file.with_name(f"{LOG_FILE}.new") if earlier else file
+        new.write_text("".join(map(_to_json, earlier)), encoding="utf-8")
         os.replace(new, file)
 
     def _tick(self) -> None:
@@ -96,14 +96,14 @@ class MetricsLog(TrainerCallback):
         self._last = now
 
 
-def _written(line: Line) -> str:
-    """A line of strict JSON: null for what is not finite."""
+def _to_json(line: Line) -> str:
+    """Return a line of strict JSON, with null for non-finite numbers."""
     finite = {name: value if value is None or math.isfinite(value) else None for name, value in line.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def peak_memory() -> int:
-    """Bytes at most since the process began: allocated on the accelerator, or resident where there is none."""
+    """Return the peak memory since the process started, in bytes: allocated by CUDA, or resident without CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Where a run of stage 2 is reported to, beside its own log: Weights & Biases, TensorBoard, trackio."""
+"""Trackers that a run of stage 2 reports to besides its own log: Weights & Biases, TensorBoard, trackio."""
 
 import atexit
 import contextlib
@@ -19,10 +19,10 @@ from logitcask.pipeline.console import say
 
 
 class _Trackio(TrackioCallback):
-    """Trackio's run, one notice in place of its own words on stdout; it ends with the process."""
+    """Reports to trackio, with one notice instead of trackio's output on stdout; the run ends with the process."""
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **named: Any) -> None:
-        """Begin the run, or go on with that of its name: the folder's, so that a resumed run does."""
+        """Start the run or continue that of the same name, by default the output folder's: a resumed run continues."""
         args = copy.copy(args)
         args.run_name = args.run_name or args.output_dir
         with contextlib.redirect_stdout(io.StringIO()):
@@ -32,7 +32,7 @@ class _Trackio(TrackioCallback):
             say(f"trackio: run {args.run_name}; see it with trackio show --project {args.project}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Keep the run open: the last evaluation is to come."""
+        """Keep the run open for the last evaluation."""
 
 
 def _finish_trackio() -> None:
@@ -43,17 +43,17 @@ def _finish_trackio() -> None:
 
 
 def trackers(output_dir: Path, project: str, *, wandb: bool, tensorboard: bool, trackio: bool) -> list[TrainerCallback]:
-    """Callbacks for the trackers asked for. Raises LogitcaskError if a package for one is not installed."""
-    asked: dict[str, tuple[bool, Callable[[], TrainerCallback]]] = {
+    """Return callbacks for the chosen trackers. Raises LogitcaskError if the package of one is not installed."""
+    known: dict[str, tuple[bool, Callable[[], TrainerCallback]]] = {
         "wandb": (wandb, lambda: _wandb(project)),
         "tensorboard": (tensorboard, lambda: _tensorboard(output_dir)),
         "trackio": (trackio, _Trackio),
     }
-    wanted = {name: make for name, (on, make) in asked.items() if on}
-    for name in wanted:
+    chosen = {name: make for name, (on, make) in known.items() if on}
+    for name in chosen:
         if find_spec(name) is None:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
-    return [make() for make in wanted.values()]
+    return [make() for make in chosen.values()]
 
 
 def _wandb(project: str) -> TrainerCallback:
@@ -62,7 +62,7 @@ def _wandb(project: str) -> TrainerCallback:
 
 
 def _tensorboard(output_dir: Path) -> TrainerCallback:
-    """All events in one folder: the Trainer's choice leaves those before and after training elsewhere."""
+    """Write all events to one folder: by default those before and after training go to another."""
     callback = TensorBoardCallback()
     callback.logging_dir = str(output_dir / "tensorboard")
     return callback

@@ -41,20 +41,20 @@ WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
-MORE_SEEDS = (3, 4, 5, 6, 7)  # of what differs by hundredths, with the second teacher
+MORE_SEEDS = (3, 4, 5, 6, 7)  # for differences of hundredths, with the second teacher
 FIRST = ("exact", "standard", "top-64 renormalised")
 THEN = ("lean", "random sampling, 32", "top-64 bucket", "top-12 renormalised")
 ORDER = ((FIRST, 0.0), (FIRST[1:2], 0.5), (THEN, 0.0), (FIRST, 0.5), (THEN, 0.5))  # of the runs: ways, alpha
-BETWEEN = (0.1, 0.25)  # alphas that are tried at T=1, of the standard label alone
+BETWEEN = (0.1, 0.25)  # alphas tried at T=1, with the standard label only
 IDEAS = ("standard, half bucket", "standard, stratified draws", "standard, half the draws by need")
 ALONE = ((1.0, "standard, drawn for T=1 alone"), (2.0, "standard, drawn for T=2 alone"))
 
 
 def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
-    """Windows to train on and held out, and the vocabulary's size."""
+    """Return training and held-out windows, and the size of the vocabulary."""
     tokenizer = load_tokenizer(teacher_path())
     train_ids = windows(code_files(held_out=False), tokenizer, LENGTHS[-1] * WINDOWS)
-    held_ids = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]  # of several files
+    held_ids = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]  # from several files
     return (
         TeacherFolder(FOLDER / "train", train_ids, WIDTH, STORED),
         TeacherFolder(FOLDER / "held_out", held_ids, WIDTH, {}),
@@ -63,14 +63,14 @@ def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
 
 
 def the_teacher() -> Teacher:
-    """What training needs of the teacher: the head alone stays in memory."""
+    """Return what training needs of the teacher: only its head stays in memory."""
     kept, held_out, vocabulary = folders()
     head = read_head(load_causal_lm(teacher_path(), dtype=torch.float32).eval().requires_grad_(False))
     return Teacher(head, vocabulary, kept.labelled(), held_out.labelled())
 
 
 def label_part(part: tuple[int, int]) -> None:
-    """Stage 1 of the study."""
+    """Run stage 1 of the study: label the windows."""
     kept, held_out, vocabulary = folders()
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
     for where in (held_out, kept, *texts().values()):
@@ -78,12 +78,12 @@ def label_part(part: tuple[int, int]) -> None:
 
 
 def compare_designs(path: Path, teacher: Teacher) -> None:
-    """The part on ways to draw, in closed form."""
+    """Run the part on ways to draw, in closed form."""
     write_atomically(path, compare(teacher.train, teacher.head, teacher.vocabulary))
 
 
 def texts() -> dict[str, TeacherFolder]:
-    """What gradients are compared on."""
+    """Return the windows on which gradients are compared."""
     tokenizer, count = load_tokenizer(teacher_path()), max(fidelity.BATCHES)
     sources = {"code": code_files(held_out=True), "english": english()}
     return {
@@ -93,7 +93,7 @@ def texts() -> dict[str, TeacherFolder]:
 
 
 def compare_gradients(part: tuple[int, int], until: float) -> None:
-    """The part on gradients, at the stages of a student of exact distillation at T=1."""
+    """Run the part on gradients, at two stages of a student trained by exact distillation at T=1."""
     saved, teacher = saved_students(FOLDER), the_teacher()
     stages = [fidelity.stage("fresh", teacher.vocabulary, None)]
     stages += [fidelity.stage(name, teacher.vocabulary, path) for name, path in saved.items()]
@@ -105,7 +105,7 @@ def compare_gradients(part: tuple[int, int], until: float) -> None:
 
 
 def saved_students(folder: Path) -> dict[str, Path]:
-    """The weights that the students' part kept, by stage."""
+    """Return the weights that the part on students saved, by stage."""
     saved = {name: folder / "states" / f"{kept_run(tuned()).name}_{steps}.pt" for name, steps in STAGES.items()}
     if missing := [path for path in saved.values() if not path.exists()]:
         raise SystemExit(f"{missing[0]}: is not there yet: train the students first, it is one of theirs")
@@ -113,23 +113,23 @@ def saved_students(folder: Path) -> dict[str, Path]:
 
 
 def kept_run(rate: float) -> Setting:
-    """The run whose weights are kept, for the part on gradients."""
+    """Return the run whose weights are saved for the part on gradients."""
     return Setting("exact", 1.0, 0.0, 0, rate)
 
 
 def tuned() -> float:
-    """The learning rate with the least held-out loss of output distillation, on a seed of its own."""
+    """Return the learning rate with the lowest held-out loss of output distillation, on a separate seed."""
     found = {rate: json.loads((RUNS / f"{tuning(rate).name}.json").read_text()) for rate in RATES}
     return min(found, key=lambda rate: float(found[rate]["lengths"][-1]["hard_loss"]))
 
 
 def tuning(rate: float) -> Setting:
-    """The run that tries a learning rate."""
+    """Return the run that tries a learning rate."""
     return Setting("output", 1.0, 1.0, 100, rate)
 
 
 def grid(rate: float) -> list[Setting]:
-    """SmolLM2's runs, those that tell most first, a seed at a time."""
+    """Return SmolLM2's runs, the most informative first, seed by seed."""
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
     for ways, alpha in ORDER:
         found += each_seed(ways, alpha, rate)
@@ -138,7 +138,7 @@ def grid(rate: float) -> list[Setting]:
 
 
 def second_grid(rate: float) -> list[Setting]:
-    """The second teacher's runs, which are quicker: the ideas, T=1 first; a falling rate, alphas; as SmolLM2's."""
+    """Return the second teacher's runs, which are faster: ideas, T=1 first; a falling rate; alphas; SmolLM2's runs."""
     found = [Setting("output", 1.0, 1.0, seed, rate) for seed in SEEDS]
     for t, alone in ALONE:
         usual = each_seed((*FIRST[:2], *IDEAS, alone), 0.0, rate) + each_seed(FIRST[:2], 0.0, rate, "beta2 0.95")
@@ -157,12 +157,12 @@ def second_grid(rate: float) -> list[Setting]:
 
 
 def between(rate: float) -> list[Setting]:
-    """The alphas between."""
+    """Return runs of intermediate alphas."""
     return [Setting("standard", 1.0, alpha, seed, rate) for seed, alpha in itertools.product(SEEDS, BETWEEN)]
 
 
 def more_seeds(rate: float) -> list[Setting]:
-    """What differs by hundredths, of the second teacher: larger labels, the default alpha, exact distillation again."""
+    """Return the second teacher's runs that differ by hundredths: larger labels, default alpha, repeated exact runs."""
     found = each_seed(("rich",), 0.0, rate) + each_seed((*FIRST[:2], "rich"), 0.0, rate, seeds=MORE_SEEDS)
     found += [Setting("standard", 1.0, BETWEEN[0], seed, rate) for seed in MORE_SEEDS]
     found += each_seed(FIRST[:1], 0.0, rate, "jitter 1e-6", SEEDS + MORE_SEEDS)
@@ -172,13 +172,13 @@ def more_seeds(rate: float) -> list[Setting]:
 def each_seed(
     ways: Sequence[str], alpha: float, rate: float, training: str = "usual", seeds: Sequence[int] = SEEDS
 ) -> list[Setting]:
-    """Some ways at T=1 and T=2, a seed at a time."""
+    """Return some ways at T=1 and T=2, seed by seed."""
     return [Setting(way, t, alpha, seed, rate, training) for seed, t, way in itertools.product(seeds, (1.0, 2.0), ways)]
 
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Whether this process may make a result; the system drops a claim when its process ends, however it ends."""
+    """Yield whether this process may compute a result; the system releases the lock however the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:
@@ -192,7 +192,7 @@ def claim(path: Path) -> Iterator[bool]:
 def run_all(
     folder: Path, teacher: Teacher, settings: list[Setting], until: float, lengths: tuple[int, ...] = LENGTHS
 ) -> None:
-    """Train what has no result yet and no other process is at, until it is time to stop."""
+    """Train the runs that have no result and that no other process works on, until it is time to stop."""
     for setting in settings:
         path = folder / "runs" / f"{setting.name}.json"
         with claim(path) as free:
@@ -208,7 +208,7 @@ def run_all(
 
 
 def processes(stage: str, count: int, minutes: float) -> None:
-    """A stage in several processes of one thread."""
+    """Run a stage in several single-threaded processes."""
     command = [sys.executable, "-m", "tests.benchmarks.study", stage, "--minutes", str(minutes), "--part"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([*command, f"{i}/{count}"], env=environment) for i in range(count)]
@@ -218,7 +218,7 @@ def processes(stage: str, count: int, minutes: float) -> None:
 
 
 def work(stage: str, part: tuple[int, int], until: float) -> None:
-    """One process's part of a stage."""
+    """Run one process's part of a stage."""
     match stage:
         case "labels":
             label_part(part)
@@ -239,7 +239,7 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the study; see the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.study", description=__doc__)
     parser.add_argument("stage", nargs="?", choices=[*STAGES_OF_WORK, "report"])
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no run of a student after so many")

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
 
-LENGTH = 256  # tokens a window: LENGTH - 1 target positions
+LENGTH = 256  # tokens per window: LENGTH - 1 target positions
 
 
 def code_files(held_out: bool) -> Iterator[str]:
-    """Sources of the standard library in an order of its own; each tenth file is held out."""
+    """Return sources of the standard library in a fixed random order; every tenth file is held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & {*p.parts})
     order = np.random.default_rng(0).permutation(len(files))
@@ -24,12 +24,12 @@ def code_files(held_out: bool) -> Iterator[str]:
 
 
 def english() -> Iterator[str]:
-    """Chapters of Python's language reference."""
+    """Return chapters of Python's language reference."""
     yield from (pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 
 
 def windows(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, count: int) -> IntArray:
-    """The first ``count`` whole windows of the texts, shape (count, LENGTH); none spans two texts."""
+    """Return the first ``count`` full windows of the texts, shape (count, LENGTH); none spans two texts."""
     found: list[list[int]] = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

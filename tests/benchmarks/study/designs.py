@@ -25,31 +25,31 @@ STORED = "head 8 + tail 24, as stored"
 
 
 def outside(logits_NV: Tensor, head: int, temperatures: Sequence[float]) -> dict[float, Tensor]:
-    """p_T of the tokens outside the head, 0 in it, (N, V) in float64, by temperature."""
+    """Return p_T of the tokens outside the head, and 0 inside, (N, V) in float64, by temperature."""
     z = logits_NV.double()
     top = z.topk(head, dim=1).indices
     return {t: (z / t).softmax(1).scatter(1, top, 0.0) for t in temperatures}
 
 
 def proposal(tails: dict[float, Tensor], temperatures: Iterable[float]) -> Tensor:
-    """r (N, V): the mean of the tails at these temperatures, each made to sum to 1."""
+    """Return the proposal r (N, V): the mean of the tails at these temperatures, each normalised to sum to 1."""
     shares = [tails[t] / tails[t].sum(1, keepdim=True).clamp_min(TINY) for t in temperatures]
     return torch.stack(shares).mean(0).clamp_min(TINY)
 
 
 def independent(p: Tensor, r: Tensor, draws: int | Tensor) -> Tensor:
-    """Squared error (N,) of M independent draws, the same for all or (N, 1): counts are multinomial."""
+    """Return the squared error (N,) of M independent draws, M a number or (N, 1): counts are multinomial."""
     return (p * p * (1 - r) / (draws * r)).sum(1)
 
 
 def systematic(p: Tensor, r: Tensor, draws: int) -> Tensor:
-    """Of draws at even steps from one random start: a count is x = M r rounded down or up."""
+    """Return the squared error of draws at equal steps from one random start: a count is x = M r rounded down or up."""
     fraction = (draws * r).frac()
     return ((p / (draws * r)) ** 2 * fraction * (1 - fraction)).sum(1)
 
 
 def overlaps(r: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How much of the M-th in which a token begins, and of that in which it ends, is its own; whether one is whole."""
+    """Return the shares a token has of the M-th where it begins and of the one where it ends; whether it fills one."""
     ends = (draws * r).cumsum(1)
     starts = ends - draws * r
     first = (torch.minimum(ends, starts.floor() + 1) - starts).clamp(0.0, 1.0)
@@ -58,14 +58,14 @@ def overlaps(r: Tensor, draws: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stratified(p: Tensor, r: Tensor, draws: int) -> Tensor:
-    """Of one draw in each M-th of the distribution, in the order of ids: a token may begin and end inside a part."""
+    """Return the squared error of one draw in each M-th of the distribution, by id: a token may straddle parts."""
     first, last, _ = overlaps(r, draws)
     variance = first * (1 - first) + last * (1 - last)
     return ((p / (draws * r)) ** 2 * variance).sum(1)
 
 
 def inclusion(r: Tensor, sizes_N: Tensor) -> Tensor:
-    """Probabilities min(1, c r) (N, V) that sum to a size: without replacement, each token once at most."""
+    """Return probabilities min(1, c r) (N, V) that sum to a size: without replacement, each token at most once."""
     ordered = r.sort(1, descending=True).values
     left = ordered.flip(1).cumsum(1).flip(1)
     factor = (sizes_N[:, None] - torch.arange(r.shape[1])) / left  # c, if so many tokens are certain
@@ -74,24 +74,24 @@ def inclusion(r: Tensor, sizes_N: Tensor) -> Tensor:
 
 
 def without_replacement(p: Tensor, r: Tensor, sizes_N: Tensor) -> Tensor:
-    """Squared error (N,) of distinct tokens with weight p / inclusion."""
+    """Return the squared error (N,) of distinct tokens with weight p / inclusion."""
     pi = inclusion(r, sizes_N)
     return (p * p * (1 - pi) / pi).sum(1)
 
 
 def distinct(r: Tensor, draws: int | Tensor) -> Tensor:
-    """Expected number (N,) of different tokens among M independent draws."""
+    """Return the expected number (N,) of distinct tokens among M independent draws."""
     return (1 - (1 - r) ** draws).sum(1)
 
 
 def entered(r: Tensor, draws: int) -> Tensor:
-    """Expected number (N,) of different tokens among stratified draws."""
+    """Return the expected number (N,) of distinct tokens among stratified draws."""
     first, last, whole = overlaps(r, draws)
     return torch.where(whole, 1.0, 1 - (1 - first) * (1 - last)).sum(1)
 
 
 def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each design at T: squared error and entries stored, both (N,)."""
+    """Return, for each design at T, its squared error and number of stored entries, both (N,)."""
     head, draws = PRESETS["standard"]
     tails = outside(logits_NV, head, DEFAULT)
     p, r = tails[t], proposal(tails, DEFAULT)
@@ -115,7 +115,7 @@ def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def compare(where: TeacherFolder, head: LMHead, vocabulary: int) -> dict[str, Any]:
-    """Mean squared error by design and temperature over positions spread over a folder, as parts of what is stored.
+    """Return the mean squared error by design and temperature over positions of a folder, relative to stored labels.
 
     The last design shares as many draws out in proportion to the root of each position's variance at T, which is
     optimal for the mean (Neyman, 1934); its number of entries is taken for today's.

@@ -1,4 +1,4 @@
-"""The study's first part: gradients and AdamW updates from sparse labels beside those of exact distillation.
+"""The study's first part: gradients and AdamW updates from sparse labels against those of exact distillation.
 
 A student at three stages of training; one batch after another of windows it has not seen, so that the first k windows
 are a batch of k: what shrinks as k grows is noise, what stays is bias. Exact gradients are taken in float64.
@@ -27,7 +27,7 @@ from tests.benchmarks.study.students import CLIP, new_student, write_atomically
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # windows
-USED = 127  # target positions of a window
+USED = 127  # target positions per window
 STORED = {name: Stored(*sizes, TEMPERATURES) for name, sizes in PRESETS.items()} | {
     "random": Stored(0, 32, (1.0,)),
     "top": Stored(64, 0, TEMPERATURES),
@@ -47,7 +47,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A student somewhere in its training, with AdamW's averages: mean (P,) and square (P,) of gradients, steps."""
+    """A student at some point of its training, with AdamW's state: mean (P,) and square (P,) of gradients, steps."""
 
     name: str
     student: PreTrainedModel
@@ -57,7 +57,7 @@ class Stage:
 
 
 def stage(name: str, vocabulary: int, saved: Path | None) -> Stage:
-    """A fresh student, or one as the students' part kept it."""
+    """Return a new student, or one that the part on students saved."""
     student = new_student(vocabulary, 0)
     size = sum(p.numel() for p in student.parameters())
     if saved is None:
@@ -70,7 +70,7 @@ def stage(name: str, vocabulary: int, saved: Path | None) -> Stage:
 
 
 def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> SoftLabels[Tensor]:
-    """The usual tempering: the tail's mass at T=1 is raised to 1 / T as if it were one token's."""
+    """Return labels with the usual tempering: the tail's mass at T=1 is raised to 1 / T as if it were one token's."""
     targets, how = where.targets("top", rows), where.stored["top"]
     log_tail = targets.log_tail_mass[:, temperature_index(how.temperatures, 1.0)]
     z = np.concatenate([targets.head_logprobs, log_tail[:, None]], axis=1) / temperature
@@ -79,7 +79,7 @@ def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> 
 
 
 def target_of(way: str, where: TeacherFolder, head: LMHead, rows: IntArray, temperature: float) -> Target:
-    """What some rows' loss is taken against; exact: in the dtype of ``head``."""
+    """Return the target of the loss of some rows; exact: in the dtype of ``head``."""
     if way == "exact":
         hidden = torch.from_numpy(np.asarray(where.hidden[rows])).to(head.weight.dtype)
         return TeacherRows(hidden, head, len(head.weight))
@@ -89,7 +89,7 @@ def target_of(way: str, where: TeacherFolder, head: LMHead, rows: IntArray, temp
 
 
 def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, head: LMHead, t: float) -> list[Tensor]:
-    """Mean gradients (P,) of the soft loss over the first k windows, for each k of BATCHES, in float64."""
+    """Return the mean gradients (P,) of the soft loss over the first k windows, for each k in BATCHES, in float64."""
     dtype = torch.float64 if way == "exact" else torch.float32
     student = copy.deepcopy(student).to(dtype).eval()
     own, found = read_head(student), []
@@ -107,7 +107,7 @@ def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, head: LM
 
 
 def update(gradient_P: Tensor, at: Stage) -> Tensor:
-    """The direction of AdamW's next step, the gradient clipped as in training (betas 0.9 and 0.999)."""
+    """Return the direction of AdamW's next step, with the gradient clipped as in training (betas 0.9 and 0.999)."""
     g = gradient_P * min(1.0, CLIP / float(gradient_P.norm()))
     t = at.steps + 1
     mean = (0.9 * at.mean_P + 0.1 * g) / (1 - 0.9**t)
@@ -116,7 +116,7 @@ def update(gradient_P: Tensor, at: Stage) -> Tensor:
 
 
 def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
-    """Bytes a position of each way's label."""
+    """Return bytes per position of each way's label."""
     found: dict[str, float] = {}
     for way, how in WAYS.items():
         kept = where.stored[how.stored]
@@ -127,7 +127,7 @@ def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
 
 
 def cell(at: Stage, where: TeacherFolder, head: LMHead, temperature: float) -> dict[str, Any]:
-    """Angles and lengths of every way at one stage and temperature, by batch."""
+    """Return angles and lengths of every way at one stage and temperature, by batch."""
     precise = LMHead(head.weight.detach().double(), None, head.scale, head.softcap)
     exact = gradients(at.student, where, "exact", precise, temperature)
     found: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def measure(
     part: tuple[int, int],
     until: float,
 ) -> None:
-    """Every cell of part i of n that has no result yet, until it is time to stop."""
+    """Compute the cells of part i of n that have no result yet, until it is time to stop."""
     jobs = [(at, t) for t in sorted(TEMPERATURES, key=lambda t: t not in (1.0, 2.0)) for at in stages]
     for at, t in jobs[part[0] :: part[1]]:
         path = folder / f"{text}_{at.name}_T{t:g}.json"

@@ -1,4 +1,4 @@
-"""Ways to take noise out of the label at the same size, tried on students: how they are drawn, stored and used.
+"""Ways to reduce the label's noise at the same size, tried on students: how labels are drawn, stored and used.
 
 What was expected of each, before any student, is in designs.py; the README has what came of it.
 """
@@ -13,9 +13,9 @@ from logitcask.cache.labels import SparseTargets
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.labels import DEFAULT, Stored, Way
 
-SIZES = (12, 24, 48, 96)  # draws of a position whose tail is small, middling, large
+SIZES = (12, 24, 48, 96)  # draws per position, from a small tail to a large one
 HEAD, DRAWS = PRESETS["standard"]
-SETS = 4  # of draws, one an epoch where they are redrawn
+SETS = 4  # of draws: one per epoch if they are redrawn
 STANDARD = Stored(HEAD, DRAWS, DEFAULT)
 STORED = {
     "stratified": replace(STANDARD, numbers="stratified"),
@@ -35,21 +35,21 @@ REDRAWN = ("standard", *[f"standard, set {number}" for number in range(1, SETS)]
 
 
 def sizes_by_need(tail_mass_N: Tensor) -> Tensor:
-    """Draws (N,) of each position, DRAWS in the mean: half the same for all, half in proportion to the tail at T=1."""
+    """Return draws per position (N,), DRAWS on average: half equal for all, half in proportion to the tail at T=1."""
     wanted_N = DRAWS / 2 * (1 + tail_mass_N / tail_mass_N.mean().clamp_min(1e-6))
     sizes = wanted_N.new_tensor(SIZES)
     return sizes[(wanted_N[:, None].log() - sizes.log()).abs().argmin(1)].long()
 
 
 def stratified(uniforms_NM: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One number in each M-th of [0, 1)."""
+    """Map the numbers to one in each M-th of [0, 1)."""
     draws = uniforms_NM.shape[1]
     numbers: NDArray[np.float64] = (np.arange(draws) + uniforms_NM) / draws
     return numbers
 
 
 def widened(targets: SparseTargets, draws: int) -> SparseTargets:
-    """The same labels with room for more draws."""
+    """Return the same labels padded for more draws."""
     room = ((0, 0), (0, draws - targets.tail_ids.shape[1]))
     names = ("tail_ids", "tail_logprobs", "tail_counts")
     return replace(targets, **{name: np.pad(getattr(targets, name), room) for name in names})

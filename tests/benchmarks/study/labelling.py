@@ -1,4 +1,4 @@
-"""The teacher's pass of the study: hidden states and every label of some windows, by the product's own functions."""
+"""The teacher's pass of the study: hidden states and all labels of some windows, by Logitcask's own functions."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ ROWS = 255  # target positions at a time
 
 
 def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int, part: tuple[int, int]) -> None:
-    """Run the teacher over the windows of part i of n that it has not seen yet, and make the labels they lack."""
+    """Run the teacher over the windows of part i of n that have no hidden states yet, and make missing labels."""
     head = read_head(model)
     for block in range(part[0], where.blocks, part[1]):
         missing = where.missing(block)
@@ -44,9 +44,9 @@ def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int,
 
 
 def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice, names: Sequence[str]) -> None:
-    """Labels of some rows, those of ``names``, from the teacher's logits."""
+    """Write the labels ``names`` of some rows from the teacher's logits."""
     gold_N = where.ids[:, 1:].reshape(-1)[rows]
-    redrawn = rows.start < len(where.hidden) // ideas.SETS  # the windows of training with several epochs
+    redrawn = rows.start < len(where.hidden) // ideas.SETS  # windows of the runs with several epochs
     for name, how in where.stored.items():
         if name not in names or (how.seed and not redrawn):
             continue
@@ -60,7 +60,7 @@ def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows
 
 
 def drawn(logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64], label: LabelSettings) -> SparseTargets:
-    """Labels by the product's functions, as they come back from a cache."""
+    """Return labels made by Logitcask's functions, as they are read back from a cache."""
     unmeasured = np.zeros(len(gold_N), dtype=np.bool_)
     targets, _ = label_rows(
         lambda logits: logits, logits_NV, gold_N, uniforms_NM, unmeasured, label, None, len(logits_NV)
@@ -71,7 +71,7 @@ def drawn(logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64],
 def by_need(
     logits_NV: Tensor, gold_N: IntArray, uniforms_NM: NDArray[np.float64], how: Stored, vocabulary: int
 ) -> SparseTargets:
-    """Labels of more draws where the tail is larger: each position's are its first so many of ``uniforms_NM``."""
+    """Return labels with more draws for larger tails: each position uses its first ones of ``uniforms_NM``."""
     top = logits_NV.topk(how.head, dim=1).values
     tail_mass_N = -torch.expm1(top.logsumexp(1) - logits_NV.logsumexp(1))
     sizes_N = ideas.sizes_by_need(tail_mass_N).numpy()
@@ -87,7 +87,7 @@ def by_need(
 
 
 def through_codes(targets: SparseTargets, label: LabelSettings) -> SparseTargets:
-    """Labels as they come back from a cache."""
+    """Return labels as they are read back from a cache."""
     coded = encode_targets(targets)
     kept = {s.name: coded[s.name].astype(s.dtype) for s in array_specs(label) if s.axis == "position"}
     return decode_targets(kept, label)

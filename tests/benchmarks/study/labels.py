@@ -19,14 +19,14 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.corpus import LENGTH
 
-POSITIONS = LENGTH - 1  # of a window
-BLOCK = 8  # windows that are done at a time
+POSITIONS = LENGTH - 1  # per window
+BLOCK = 8  # windows at a time
 HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A label as it is drawn: K, M (where it differs the most), the temperatures it is drawn for, seed and numbers."""
+    """How a label is drawn: K, M (the maximum if it varies), the temperatures it is drawn for, seed, random numbers."""
 
     head: int
     draws: int
@@ -35,7 +35,7 @@ class Stored:
     numbers: str = "independent"  # or stratified, by need: see ideas.py
 
     def settings(self, vocabulary: int) -> LabelSettings:
-        """For the cache's codes."""
+        """Return the label settings for the cache's codes."""
         return LabelSettings(
             vocab_size=vocabulary,
             head_size=self.head,
@@ -57,7 +57,7 @@ LARGER = {"middle": Stored(16, 48, DEFAULT), "rich": Stored(*PRESETS["rich"], DE
 
 @dataclass(frozen=True)
 class Way:
-    """How a student uses a label: which, how many of the head, and what becomes of the rest."""
+    """How a student uses a label: which one, how much of the head, and how it treats the rest."""
 
     stored: str
     tail: str
@@ -108,22 +108,22 @@ class TeacherFolder:
 
     @property
     def blocks(self) -> int:
-        """How many there are."""
+        """Return the number of windows."""
         return len(self.done[HIDDEN])
 
     def missing(self, block: int) -> list[str]:
-        """What is not done of a block: the hidden states, labels."""
+        """Return what a block lacks: hidden states, labels."""
         return [name for name, done in self.done.items() if not done[block]]
 
     def labelled(self) -> Self:
-        """This folder, if its windows are all labelled; otherwise their labels would be zeros."""
+        """Return this folder; exit if not all windows are labelled, since their labels would be zeros."""
         done, of = sum(not self.missing(block) for block in range(self.blocks)), self.blocks
         if done < of:
             raise SystemExit(f"{self.folder}: {done} of {of} blocks are labelled: `just study labels` does the rest")
         return self
 
     def targets(self, name: str, rows: IntArray | slice) -> SparseTargets:
-        """Labels of some rows."""
+        """Return the labels of some rows."""
         found = {field: np.asarray(values[rows]) for field, values in self._fields[name].items()}
         wide: dict[str, Any] = {
             field: v.astype(np.int64 if v.dtype.kind == "i" else np.float32) for field, v in found.items()
@@ -131,7 +131,7 @@ class TeacherFolder:
         return SparseTargets(**wide)
 
     def put(self, name: str, rows: slice, targets: SparseTargets) -> None:
-        """Keep labels of some rows."""
+        """Store the labels of some rows."""
         for field in fields(SparseTargets):
             self._fields[name][field.name][rows] = getattr(targets, field.name)
 
@@ -145,11 +145,11 @@ def _shape(field: str, how: Stored, rows: int) -> tuple[tuple[int, ...], type[np
 
 
 def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature: float) -> SoftLabels[Tensor]:
-    """What the loss needs of some rows. A label drawn at T=1 alone is carried to T by p_T / p_1, still unbiased."""
+    """Return what the loss needs of some rows. A label drawn only at T=1 is reweighted by p_T / p_1: still unbiased."""
     how, targets = where.stored[way.stored], shorter(where.targets(way.stored, rows), way.head)
     if temperature in how.temperatures:
         found = soft_labels(targets, how.temperatures, temperature, way.tail)
-        if how.numbers == "by need":  # each row has an M of its own
+        if how.numbers == "by need":  # M differs by row
             found.weights[:, how.head :] *= how.draws / targets.tail_counts.sum(1, keepdims=True).clip(1)
     else:
         partition = where.targets("top", rows).log_partition[:, where.stored["top"].temperatures.index(temperature)]
@@ -161,7 +161,7 @@ def entries(where: TeacherFolder, way: Way, rows: IntArray | slice, temperature:
 
 
 def shorter(targets: SparseTargets, head: int | None) -> SparseTargets:
-    """The first ``head`` of the head alone, for a use that ignores the rest; all of it for None."""
+    """Return labels cut to the first ``head`` of the head, for uses that ignore the rest; None keeps all of it."""
     values = {field.name: getattr(targets, field.name) for field in fields(SparseTargets)}
     values |= {name: values[name][:, :head] for name in ("head_ids", "head_logprobs")}
     return SparseTargets(**values)

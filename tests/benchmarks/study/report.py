@@ -28,7 +28,7 @@ Run = dict[str, Any]
 
 
 class Key(NamedTuple):
-    """What runs of several seeds have in common."""
+    """What the runs of several seeds share."""
 
     way: str
     temperature: float
@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what figures were made."""
+    """Return the machine and the versions that made the figures."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -53,14 +53,14 @@ def machine() -> dict[str, Any]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % confidence interval over seeds; None of a single one."""
+    """Return the mean and half the width of its 95 % confidence interval over seeds, None for a single seed."""
     if len(values) < 2:
         return values[0], None
     return statistics.mean(values), T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def by_key(runs: Sequence[Run]) -> dict[Key, dict[int, Run]]:
-    """Runs of a way, temperature, alpha and training, by seed."""
+    """Group runs by way, temperature, alpha and training, then by seed."""
     found: dict[Key, dict[int, Run]] = {}
     for run in runs:
         s = run["setting"]
@@ -70,27 +70,27 @@ def by_key(runs: Sequence[Run]) -> dict[Key, dict[int, Run]]:
 
 
 def measured(run: Run, steps: int, name: str) -> float | None:
-    """A figure of a run at a length."""
+    """Return a figure of a run at a length."""
     return next((float(at[name]) for at in run["lengths"] if at["steps"] == steps), None)
 
 
 def against_exact(
     groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str
 ) -> tuple[float, float | None] | None:
-    """Mean difference to exact distillation of the same seed, temperature, alpha and training, with its interval."""
+    """Return the mean difference, with interval, to exact distillation at equal seed, temperature, alpha, training."""
     return against(groups, key, key._replace(way="exact"), steps, name)
 
 
 def against(
     groups: dict[Key, dict[int, Run]], key: Key, base: Key, steps: int, name: str
 ) -> tuple[float, float | None] | None:
-    """Mean difference of a figure to another setting's of the same seed, with its interval over the seeds of both."""
+    """Return the mean difference to another setting of the same seed, and its interval over the seeds of both."""
     found = differences(groups, key, base, steps, name)
     return interval(list(found.values())) if found else None
 
 
 def differences(groups: dict[Key, dict[int, Run]], key: Key, base: Key, steps: int, name: str) -> dict[int, float]:
-    """A figure less another setting's, by the seeds of both."""
+    """Return a figure minus another setting's, for the seeds of both."""
     own, others = groups.get(key, {}), groups.get(base, {})
     pairs = {s: (measured(own[s], steps, name), measured(others[s], steps, name)) for s in own if s in others}
     return {seed: a - b for seed, (a, b) in pairs.items() if a is not None and b is not None}
@@ -104,7 +104,7 @@ def _cell(value: tuple[float, float | None] | None, sign: bool = False) -> str:
 
 
 def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
-    """One line a way: means over seeds, and paired differences to exact distillation."""
+    """Return one line per way: means over seeds, and paired differences to exact distillation."""
     groups = by_key(runs)
     found = Table("label", "T", "alpha", "seeds", "KL at T=1", "KL at T=2", "hard loss", "to exact, KL at own T", "ECE")
     found.title = (
@@ -130,7 +130,7 @@ def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
 
 
 def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> "Figure":
-    """KL to the teacher at T of training, less that of exact distillation of the same seed; a label has one colour."""
+    """Plot KL to the teacher at T of training minus exact distillation's of the same seed; a label has one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4 * len(parts)), layout="constrained")
@@ -162,7 +162,7 @@ def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> "
 
 
 def gradient_table(cells: Sequence[Run], text: str) -> Table:
-    """Angles of gradient and update to exact distillation's over the largest batch, by stage."""
+    """Return angles of gradient and update to exact distillation's over the largest batch, by stage."""
     chosen = [c for c in cells if c["text"] == text]
     columns = [(c["temperature"], c["stage"]) for c in chosen]
     found = Table("label", *[f"T={t:g} {stage}" for t, stage in columns])
@@ -174,7 +174,7 @@ def gradient_table(cells: Sequence[Run], text: str) -> Table:
 
 
 def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) -> None:
-    """Above, angle against bytes a position, a panel a temperature, a point a stage; below, against the batch."""
+    """Plot the angle against bytes per position (above; a panel per temperature) and against the batch (below)."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -204,12 +204,12 @@ def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) ->
 
 
 def read(folder: Path, pattern: str) -> list[Run]:
-    """JSON files of a folder, by name."""
+    """Return the content of a folder's JSON files, by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(pattern))]
 
 
 def write_result(name: str, found: dict[str, Any]) -> None:
-    """Write one of results, with the machine it was made on; one that says the same already keeps its own."""
+    """Write a result with the machine that made it; an equal one that exists keeps its machine."""
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known.pop("machine", None)

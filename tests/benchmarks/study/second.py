@@ -1,4 +1,4 @@
-"""A second teacher, of another vocabulary: trained here on the study's code; none comes by pip alone."""
+"""A second teacher with another vocabulary, trained here on the study's code, since pip alone provides none."""
 
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from tests.benchmarks.study.labels import LARGER, STORED, TeacherFolder
 from tests.benchmarks.study.students import LENGTHS, WINDOWS, Teacher, write_atomically
 
 VOCABULARY, WIDTH, LAYERS = 8_192, 256, 6
-STEPS, BATCH, RATE = 400, 8, 2e-3  # of its own training, on windows of code
+STEPS, BATCH, RATE = 400, 8, 2e-3  # of this teacher's training, on windows of code
 NAME = "code, vocabulary of 8,192"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the code to train on."""
+    """Train a byte-level BPE tokenizer on the training code."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher and its tokenizer; trained, or trained on, where they are not there yet."""
+    """Return the teacher and its tokenizer; train them, or resume training, if they are not finished."""
     final = folder / "final"
     if not (final / "config.json").exists():
         tokenizer = make_tokenizer()
@@ -80,7 +80,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def prepare(folder: Path) -> tuple[Teacher, TeacherFolder]:
-    """What training needs of the teacher, and the held-out windows that gradients are compared on."""
+    """Return what training needs of the teacher, and the held-out windows on which gradients are compared."""
     model, tokenizer = load(folder)
     ids = windows(code_files(held_out=False), tokenizer, max(LENGTHS) * WINDOWS)
     held = windows(code_files(held_out=True), tokenizer, max(fidelity.BATCHES))
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> tuple[Teacher, TeacherFolder]:
 
 
 def measure(folder: Path, cells: Path, stages: dict[str, Path], part: tuple[int, int], until: float) -> None:
-    """Angles and sizes of every way, for a fresh student and those saved."""
+    """Compute angles and sizes of every way, for a new student and the saved ones."""
     teacher, where = prepare(folder)
     students = [fidelity.stage("fresh", VOCABULARY, None)]
     students += [fidelity.stage(name, VOCABULARY, path) for name, path in stages.items()]

@@ -1,4 +1,4 @@
-"""The students of the study: one training run a setting, all of one seed from the same weights over the same batches.
+"""The students of the study: one training run per setting; those of a seed share initial weights and batches.
 
 A plain loop on the product's loss: AdamW, a warm-up, then a constant rate, so that one run shows several lengths; or
 a rate that falls to nothing, as the product's own.
@@ -37,33 +37,33 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-LENGTHS = (75, 150, 300)  # steps after which a student is looked at
-WINDOWS = 4  # a step: 1,020 target positions
+LENGTHS = (75, 150, 300)  # steps after which a student is evaluated
+WINDOWS = 4  # per step: 1,020 target positions
 WARMUP, CLIP = 20, 1.0
-ROWS = 256  # of an evaluation at a time
+ROWS = 256  # per pass of an evaluation
 
 
 @dataclass(frozen=True)
 class Training:
-    """What differs from the usual training.
+    """Differences from the usual training.
 
     ``epochs`` are passes over as many times fewer windows, ``batch`` takes as many times more of them a step, over as
     many times fewer steps.
     """
 
     beta2: float = 0.999
-    eps: float = 1e-8  # added to what AdamW divides by
-    clip: float = CLIP  # the norm of the gradient
-    tied: bool = True  # the student's embeddings
+    eps: float = 1e-8  # AdamW's
+    clip: float = CLIP  # maximum norm of the gradient
+    tied: bool = True  # whether the student's embeddings are tied
     epochs: int = 1
     batch: int = 1
     cosine: bool = False
-    times: float = 1.0  # the learning rate
+    times: float = 1.0  # factor on the learning rate
     width: int = CONFIG["hidden_size"]  # of the student
-    jitter: float = 0.0  # of the initial weights, relative: what training makes of a rounding error
+    jitter: float = 0.0  # relative, of the initial weights: shows how training amplifies a rounding error
 
     def rate(self, step: int, steps: int) -> float:
-        """Of the learning rate, at a step (from 1) of so many."""
+        """Return the factor on the learning rate at a step (from 1) of ``steps``."""
         if step <= WARMUP or not self.cosine:
             return self.times * min(1.0, step / WARMUP)
         return self.times * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
@@ -89,7 +89,7 @@ EPS = tuple(name for name in TRAININGS if name.startswith("eps"))  # tried at T=
 
 @dataclass(frozen=True)
 class Setting:
-    """One run."""
+    """Settings of one run."""
 
     way: str  # output, exact, one of EVERY_WAY, of MIXES or REDRAWN
     temperature: float
@@ -100,7 +100,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Return the name of the run's file."""
         way = self.way.replace(",", "").replace(" ", "-")
         training = "" if self.training == "usual" else f"_{self.training.replace(' ', '-')}"
         return f"{way}_T{self.temperature:g}_alpha{self.alpha:g}_lr{self.learning_rate:g}_seed{self.seed}{training}"
@@ -113,7 +113,7 @@ MIXES = {"standard, half bucket": {"standard": 0.5, "standard bucket": 0.5}}  # 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's head, and what was kept of it over the windows to train on and those held out."""
+    """The teacher's head, and its stored outputs on the training and held-out windows."""
 
     head: LMHead
     vocabulary: int
@@ -122,7 +122,7 @@ class Teacher:
 
 
 def new_student(vocabulary: int, seed: int, how: Training = TRAININGS["usual"]) -> PreTrainedModel:
-    """Fresh weights of a seed, in float32."""
+    """Return a student with new weights of a seed, in float32."""
     torch.manual_seed(seed)
     widths = {"hidden_size": how.width, "intermediate_size": 3 * how.width}
     values = CONFIG | widths | {"tie_word_embeddings": how.tied, "vocab_size": vocabulary}
@@ -136,7 +136,7 @@ def new_student(vocabulary: int, seed: int, how: Training = TRAININGS["usual"]) 
 
 
 def target_of(way: str, temperature: float, teacher: Teacher, rows: IntArray) -> Target:
-    """What a batch's loss is taken against."""
+    """Return the target of a batch's loss."""
     if way == "output":
         return None
     if way == "exact":
@@ -148,7 +148,7 @@ def target_of(way: str, temperature: float, teacher: Teacher, rows: IntArray) ->
 def loss(
     setting: Setting, hidden_NH: Tensor, head: LMHead, gold_N: Tensor, teacher: Teacher, rows: IntArray, epoch: int
 ) -> Tensor:
-    """The loss of a batch, summed over its N positions."""
+    """Return the loss of a batch, summed over its N positions."""
     total = hidden_NH.new_zeros(())
     chosen = ideas.REDRAWN[epoch] if setting.way == REDRAWN else setting.way
     for way, share in MIXES.get(chosen, {chosen: 1.0}).items():
@@ -159,12 +159,12 @@ def loss(
 
 
 def tail_of(way: str) -> str:
-    """How a way treats what is outside the head."""
+    """Return how a way treats the mass outside the head."""
     return EVERY_WAY[way].tail if way in EVERY_WAY else "sampled"
 
 
 def batches(setting: Setting, windows: int, steps: int) -> list[tuple[int, IntArray]]:
-    """Epoch and windows of each step: the same of one seed, whatever the label; each epoch is shuffled anew."""
+    """Return epoch and windows of each step: they depend on the seed, not the label; each epoch is reshuffled."""
     how = TRAININGS[setting.training]
     epochs, size = how.epochs, WINDOWS * how.batch
     orders = [
@@ -179,7 +179,7 @@ def batches(setting: Setting, windows: int, steps: int) -> list[tuple[int, IntAr
 
 
 def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Path | None = None) -> dict[str, Any]:
-    """Train to the longest of ``lengths`` steps; what the held-out windows say at each, and seconds of training.
+    """Train to the longest of ``lengths`` steps; return held-out figures at each, and seconds of training.
 
     ``keep`` is a folder for the weights and the optimizer's state at each length.
     """
@@ -202,7 +202,9 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
         optimizer.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - began
-        if step in lengths and (step == steps or not how.cosine):  # what the rate has not fallen for is no student yet
+        if step in lengths and (
+            step == steps or not how.cosine
+        ):  # a falling rate gives a finished student only at the end
             found.append(
                 {"steps": step, "positions": step * how.batch * WINDOWS * POSITIONS, **evaluate(student, teacher)}
             )
@@ -216,7 +218,7 @@ def train(setting: Setting, teacher: Teacher, lengths: tuple[int, ...], keep: Pa
 
 @torch.inference_mode()
 def evaluate(student: PreTrainedModel, teacher: Teacher) -> dict[str, float]:
-    """Means over the held-out positions: cross-entropy, exact KL to the teacher, agreement; calibration error."""
+    """Return means over held-out positions: cross-entropy, exact KL to the teacher, agreement; calibration error."""
     student.eval()
     head, where, sums = read_head(student), teacher.held_out, np.zeros(4)
     bins = np.zeros((15, 2))
@@ -249,7 +251,7 @@ def _kl(z_teacher: Tensor, z: Tensor, t: float) -> float:
 
 
 def write_atomically(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The study's tables, as Markdown, from tests/benchmarks/results: the README's first, then those of its own page."""
+"""The study's tables as Markdown, from tests/benchmarks/results: the README's first, then those of the study's page."""
 
 import itertools
 import json
@@ -22,14 +22,14 @@ from tests.benchmarks.study.report import (
 from tests.benchmarks.study.students import EPS, LENGTHS, TRAININGS, WINDOWS
 
 NONE = "–"
-Students = tuple[Key, int]  # of a setting, after so many steps
-USUAL = Key("exact", 1.0, 0.0)  # but for way and temperature
-BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # trainings that have tables of their own
-OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "rate 1.25", "untied", *EPS)  # what differs, whatever the label
+Students = tuple[Key, int]  # a setting and its number of steps
+USUAL = Key("exact", 1.0, 0.0)  # except way and temperature
+BESIDE = ("cosine", "4 times the batch", "width 256", "jitter 1e-6")  # trainings with separate tables
+OPTIMIZERS = ("beta2 0.95", "clipped at 0.2", "rate 1.25", "untied", *EPS)  # differences that apply to every label
 
 
 def found(values: tuple[float, float | None] | None, sign: str = "", digits: int = 2) -> str:
-    """A mean and its interval."""
+    """Format a mean and its interval."""
     if values is None:
         return NONE
     mean = f"{values[0]:{sign}.{digits}f}"
@@ -37,7 +37,7 @@ def found(values: tuple[float, float | None] | None, sign: str = "", digits: int
 
 
 def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -> tuple[float, float | None] | None:
-    """Mean and interval of a figure over the seeds of a setting."""
+    """Return mean and interval of a figure over the seeds of a setting."""
     values = [value for run in groups.get(key, {}).values() if (value := measured(run, steps, name)) is not None]
     return interval(values) if values else None
 
@@ -45,7 +45,7 @@ def figure(groups: dict[Key, dict[int, Run]], key: Key, steps: int, name: str) -
 def at_own_temperature(
     groups: dict[Key, dict[int, Run]], way: str, like: Sequence[Students], digits: int = 2
 ) -> list[str]:
-    """KL of students of T=1 and T=2 at their own temperature; but for exact distillation, what it is more than its."""
+    """Return KL of students of T=1 and T=2 at their temperature; except for exact ones, as difference to exact."""
     cells = []
     for t, (one, steps) in itertools.product((1.0, 2.0), like):
         name, key = f"kl_at_{t:g}", one._replace(way=way, temperature=t)
@@ -57,12 +57,12 @@ def at_own_temperature(
 
 
 def row(cells: Sequence[str]) -> str:
-    """A line of a table."""
+    """Format a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], steps: int) -> list[str]:
-    """One line a label: bytes, angles of the late student's largest batch of code, what students came to."""
+    """Return one line per label: bytes, angles on the late student's largest batch of code, the students' results."""
     groups, sizes = [by_key(runs) for runs in parts], gradients["bytes_a_position"]["code"]
     late = {c["temperature"]: c["ways"] for c in gradients["cells"] if c["text"] == "code" and c["stage"] == "late"}
     titles = ["gradient, T=1", "T=2", "AdamW, T=1", "T=2", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]
@@ -80,7 +80,7 @@ def labels_table(parts: Sequence[Sequence[Run]], gradients: dict[str, Any], step
 
 
 def angles_table(gradients: dict[str, Any]) -> list[str]:
-    """One line a text, T and stage of the student: degrees of gradient and of AdamW's update, of the largest batch."""
+    """Return one line per text, T and stage: angles of gradient and AdamW's update on the largest batch, degrees."""
     ways = list(gradients["bytes_a_position"]["code"])
     lines = [row(["text", "T", "student", *ways]), "|" + "---|" * (len(ways) + 3)]
     for cell in gradients["cells"]:
@@ -90,7 +90,7 @@ def angles_table(gradients: dict[str, Any]) -> list[str]:
 
 
 def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "standard") -> list[str]:
-    """One line an alpha and T, of one label: held-out hard loss, KL at T=1 and calibration error, by teacher.
+    """Return one line per alpha and T for a label: held-out hard loss, KL at T=1, calibration error, by teacher.
 
     The last are each alpha less alpha 0 at T=1, paired by seed.
     """
@@ -115,7 +115,7 @@ def settings_table(parts: Sequence[Sequence[Run]], steps: int, way: str = "stand
 
 
 def beside_table(runs: Sequence[Run], like: dict[str, Students], digits: int) -> list[str]:
-    """One line a label: KL at T as in ``labels_table``, of students that are ``like`` some, by their names."""
+    """Return one line per label: KL at T as in ``labels_table``, of the students named in ``like``."""
     groups, keys = by_key(runs), [key for key, _ in like.values()]
     titles = [f"T={t}, {name}" for t in (1, 2) for name in like]
     lines = [row(["label", *titles]), "|" + "---|" * (len(titles) + 1)]
@@ -128,7 +128,7 @@ def beside_table(runs: Sequence[Run], like: dict[str, Students], digits: int) ->
 
 
 def as_exact_after(groups: dict[Key, dict[int, Run]], way: str, t: float) -> str:
-    """Steps after which exact distillation is where a label's students end, over the same seeds, KL by log steps."""
+    """Return the steps after which exact distillation reaches the final KL of a label's students, by log steps."""
     name, exact, of_label = f"kl_at_{t:g}", groups.get(Key("exact", t, 0.0), {}), groups.get(Key(way, t, 0.0), {})
     seeds = sorted(exact.keys() & of_label.keys())
     if not seeds:
@@ -142,7 +142,7 @@ def as_exact_after(groups: dict[Key, dict[int, Run]], way: str, t: float) -> str
 
 
 def steps_table(parts: Sequence[Sequence[Run]]) -> list[str]:
-    """One line a label: after how many steps exact distillation is where its students are after the last, alpha 0."""
+    """Return one line per label: the steps after which exact distillation reaches its students' end, at alpha 0."""
     groups = [by_key(runs) for runs in parts]
     lines = [row(["label", "SmolLM2, T=1", "T=2", "second, T=1", "T=2"]), "|" + "---|" * 5]
     return lines + [row([way, *[as_exact_after(one, way, t) for one in groups for t in (1.0, 2.0)]]) for way in WAYS
@@ -150,7 +150,7 @@ def steps_table(parts: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def all_table(parts: Sequence[Sequence[Run]], steps: int) -> list[str]:
-    """One line a label, alpha and T: seeds, held-out hard loss, KL at that T and calibration error, by teacher."""
+    """Return one line per label, alpha and T: seeds, held-out hard loss, KL at T, calibration error, by teacher."""
     groups = [by_key(runs) for runs in parts]
     titles = ("seeds", "hard loss", "KL at T", "calibration error")
     heads = [f"{teacher}: {title}" for teacher in ("SmolLM2", "second") for title in titles]
@@ -169,7 +169,7 @@ def all_table(parts: Sequence[Sequence[Run]], steps: int) -> list[str]:
 
 
 def designs_table(teachers: dict[str, Any]) -> list[str]:
-    """One line a way to draw: entries, and squared error of the weights as part of what is stored, by teacher."""
+    """Return one line per design: entries, and squared error relative to the stored design, by teacher."""
     columns = [(name, t, at["designs"]) for name, one in teachers.items() for t, at in one["temperatures"].items()]
     heads = [name if t == "1" else "" for name, t, _ in columns]
     heads = [f"{name}: entries, T={t}" if name else f"T={t}" for name, (_, t, _) in zip(heads, columns, strict=True)]
@@ -185,19 +185,19 @@ def designs_table(teachers: dict[str, Any]) -> list[str]:
 
 
 def is_idea(way: str) -> bool:
-    """Whether a run is one of an idea or of what it is compared with."""
+    """Return whether a run is that of an idea or of its baseline."""
     return way in ("exact", "standard") or way.startswith("standard, ")
 
 
 def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
-    """One line an idea, by T: KL at it less that of the same without the idea, and less exact distillation's."""
+    """Return one line per idea, by T: KL minus that of the same without the idea, and minus exact distillation's."""
     groups = {key: of_seed for key, of_seed in by_key(runs).items() if key.alpha == 0 and is_idea(key.way)}
     heads = [f"T={t}: {what}" for t in (1, 2) for what in ("less without", "less exact")]
     lines = [row(["tried", *heads]), "|" + "---|" * 5]
     for way, training in sorted({(key.way, key.training) for key in groups}):
         optimizer = training in OPTIMIZERS
         if training in BESIDE or way.endswith("T=2 alone") or (way == "exact" and not optimizer):
-            continue  # told elsewhere; told with T=1; is what others are compared with
+            continue  # reported elsewhere; reported with T=1; the baseline
         cells = []
         for t in (1.0, 2.0):
             name, key = f"kl_at_{t:g}", Key(way.replace("T=1", f"T={t:g}"), t, 0.0, training)
@@ -210,7 +210,7 @@ def ideas_table(runs: Sequence[Run], steps: int) -> list[str]:
 
 
 def lengths_table(runs: Sequence[Run], way: str) -> list[str]:
-    """One line a length: KL at T of an idea's students, less that of the same without it."""
+    """Return one line per length: KL at T of an idea's students minus that of the same without it."""
     groups = by_key(runs)
     lines = [row(["steps", "T=1: less without", "T=2: less without"]), "|" + "---|" * 3]
     for steps in LENGTHS:
@@ -220,7 +220,7 @@ def lengths_table(runs: Sequence[Run], way: str) -> list[str]:
 
 
 def seeds_table(runs: Sequence[Run], ways: Sequence[str], steps: int) -> list[str]:
-    """One line a label and T: KL at T less exact distillation's, seed by seed.
+    """Return one line per label and T: KL at T minus exact distillation's, seed by seed.
 
     The first is exact distillation again, with what is as small as a rounding error in its initial weights.
     """
@@ -239,7 +239,7 @@ def seeds_table(runs: Sequence[Run], ways: Sequence[str], steps: int) -> list[st
 
 
 def tables() -> list[list[str]]:
-    """All of them, of the results as they stand."""
+    """Return all tables of the current results."""
     students, second, gradients, designs = (
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("students", "second", "gradients", "designs")

@@ -1,4 +1,4 @@
-"""The machine refuses: a full disk, a read-only target, a second writer. One line, nothing committed is lost."""
+"""A full disk, a read-only target, a second writer: a one-line error, and nothing committed is lost."""
 
 import contextlib
 import os
@@ -50,10 +50,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_finishes(tmp_path: Path, s
 
 
 @pytest.mark.parametrize(("width", "written"), [(32, "optimizer.pt"), (128, "config.json")])
-def test_a_full_disk_in_training_is_one_line_and_the_run_goes_on(
+def test_a_full_disk_in_training_is_one_line_and_the_run_resumes(
     tmp_path: Path, small_disk: Path, width: int, written: str
 ) -> None:
-    """While the optimizer's state is written, and while the weights are: torch and safetensors tell it differently."""
+    """While writing the optimizer's state or the weights: torch and safetensors report it differently."""
     cache, student = make_cache(tmp_path), tmp_path / "student.json"
     write_config(student, {**STUDENT, "hidden_size": width})
     changes = {"student_config": student, "max_steps": 4, "save_steps": 2}
@@ -64,7 +64,7 @@ def test_a_full_disk_in_training_is_one_line_and_the_run_goes_on(
     train(cache, small_disk / "other", **changes)
     shutil.rmtree(small_disk / "other" / "final")
     (small_disk / "fill").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 2**16))
-    with pytest.raises(LogitcaskError, match=r"then go on with --resume-from-checkpoint .*checkpoint-4"):
+    with pytest.raises(LogitcaskError, match=r"then resume with --resume-from-checkpoint .*checkpoint-4"):
         train(cache, small_disk / "other", **changes, resume_from_checkpoint="latest")
 
 
@@ -106,7 +106,7 @@ def test_a_folder_of_somebody_else_is_one_line_and_the_same_command_finishes() -
 )
 @pytest.mark.parametrize("part", [None, "1/2"])
 def test_what_cannot_be_made_beside_the_cache_is_named(there: list[str], refused: str, part: str | None) -> None:
-    """A lock that anybody may open, and nothing else."""
+    """Even if anybody may open the lock, but create nothing else."""
     if part and len(there) == 2:
         there, refused = [".cache.lock", ".cache.staging/other"], "setup.lock"
     with tempfile.TemporaryDirectory() as place:
@@ -129,7 +129,7 @@ def test_what_cannot_be_made_beside_the_cache_is_named(there: list[str], refused
 
 @contextlib.contextmanager
 def nobody(folder: Path) -> Iterator[None]:
-    """Be a user who may read there and not write."""
+    """Act as a user who may read there but not write."""
     subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
     os.seteuid(65534)
     try:
@@ -164,7 +164,7 @@ def test_a_target_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
-    """A folder where a tmpfs shows that stays after the folder is unmounted, as a disk stays that was pulled out."""
+    """A mountpoint of a tmpfs whose contents survive unmounting, like those of an unplugged disk."""
     disk, place = tmp_path / "disk", tmp_path / "mount"
     disk.mkdir()
     place.mkdir()
@@ -181,7 +181,7 @@ def mount(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("loading", [True, False], ids=["while the teacher is loaded", "between shards"])
 @pytest.mark.parametrize("below", [True, False], ids=["cache below the mountpoint", "cache at the mountpoint"])
 def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path, loading: bool, below: bool) -> None:
-    """Nothing begins anew in the bare folder, nothing is lost."""
+    """Nothing is started in the bare folder, nothing is lost."""
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 6)
     make_teacher(tmp_path / "teacher")
     cache = mount / "cache" if below else mount
@@ -192,26 +192,26 @@ def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path,
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
         while not (".staging/mask" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
-            assert run.poll() is None, "it ended before the disk was unmounted"
+            assert run.poll() is None, "the run ended before the disk was unmounted"
             time.sleep(0.002)
         subprocess.run(["umount", "-l", mount], check=True)
         _, errors = run.communicate(timeout=120)
     assert run.returncode == 2, errors
     assert errors.count("\n") == 1
-    assert "; committed shards are kept: mend that and run the same command again to finish" in errors
+    assert "; committed shards are kept: fix that and run the same command again to finish" in errors
     assert not (mount / "zarr.json").exists()
     assert not (mount / "cache/zarr.json").exists()
     assert not list(mount.rglob("commits/**/0")), "a shard was committed in the bare folder"
     subprocess.run(["mount", "--bind", tmp_path / "disk", mount], check=True)
     report = precompute(settings)
     assert report.shards_found >= (0 if loading else 4)
-    assert report.shards_written > 0, "it was unmounted too late"
+    assert report.shards_written > 0, "the disk was unmounted too late"
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=64)
     precompute(want)
     assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
 
 
-def test_a_folder_is_watched_from_before_it_is_there(tmp_path: Path) -> None:
+def test_a_folder_is_watched_before_it_exists(tmp_path: Path) -> None:
     (tmp_path / "parent").mkdir()
     check = watch_folder(tmp_path / "parent/cache")
     check()
@@ -226,7 +226,7 @@ def test_a_folder_is_watched_from_before_it_is_there(tmp_path: Path) -> None:
 
 
 def test_shards_no_reader_would_take_are_refused() -> None:
-    one_line = pytest.raises(LogitcaskError, match=r"tokens .* less than or equal to .*: lower --shard-positions")
+    one_line = pytest.raises(LogitcaskError, match=r"tokens: .* less than or equal to .*: lower --shard-positions")
     with one_line, explain_limits():
         plan_strides(np.array([1]), np.array([2**27]), np.array([2**27]))
 

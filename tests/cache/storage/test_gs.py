@@ -1,4 +1,4 @@
-"""Caches in Google Cloud Storage: its JSON protocol over HTTP, by gcsfs. Killed, cut off, refused."""
+"""Caches in Google Cloud Storage: its JSON protocol over HTTP, through gcsfs. Killed, cut off, refused."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def url(port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A folder of its own in the bucket."""
+    """A separate folder in the bucket."""
     reach(port, monkeypatch)
     return f"gs://bucket/{request.node.name}/cache"
 
@@ -83,14 +83,14 @@ def test_a_student_learns_the_same_from_a_part_over_a_wire_that_is_cut(
     assert losses(far) == losses(near)
 
 
-def test_stage_1_writes_there(cache: Path, url: str, tmp_path: Path) -> None:
+def test_stage_1_writes_to_a_bucket(cache: Path, url: str, tmp_path: Path) -> None:
     make_cache(tmp_path, cache.parent / "teacher", output=url, shard_positions=64)
     copy_cache(url, str(tmp_path / "back"), None)
     assert folder_bytes(tmp_path / "back") == folder_bytes(cache)
 
 
 def test_data_of_any_size_is_written_whole(url: str) -> None:
-    """Objects beyond the size that is sent in parts, and empty ones."""
+    """Objects large enough to be sent in parts, and empty ones."""
     big = random.Random(0).randbytes(60 << 20)
     store = RemoteStore(url, read_only=False)
     store.set_all({"big": big, "empty": b""})
@@ -106,7 +106,7 @@ def test_a_bucket_that_is_not_there_is_one_line(cache: Path, url: str) -> None:
 
 @pytest.fixture
 def answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A server that gives Google's answer of one kind to all requests, whose paths it keeps."""
+    """Paths of the requests to a server that answers all of them alike, as Google does."""
     code, text = request.param
     asked: list[str] = []
 
@@ -144,7 +144,7 @@ def test_a_refusal_is_one_line_at_once(answers: list[str], capfd: pytest.Capture
 
 @pytest.mark.parametrize("answers", [(416, "Request range not satisfiable")], indirect=True)
 def test_an_empty_object_is_no_error(answers: list[str]) -> None:
-    """Google has no range of an empty object to give; the server above gives one."""
+    """Google refuses a range of an empty object; the emulator does not."""
     store = RemoteStore("gs://bucket/cache", read_only=True)
     assert digest(store, "empty") == hashlib.sha256(b"").digest()
     assert len(answers) == 1

@@ -1,6 +1,6 @@
-"""Caches on the Hugging Face hub, over its HTTP protocol from olah, a mirror that serves git repositories.
+"""Caches on the Hugging Face hub: its HTTP protocol, served by olah, a mirror of git repositories.
 
-It takes no commits, so what writes to the hub has not been run. Its repositories want a revision in the URL.
+The mirror accepts no commits, so writing to the hub is not tested. It requires a revision in the URL.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def port(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]
 
 
 def keep_as_lfs(file: Path, objects: Path) -> None:
-    """As the hub keeps all that is not text: a pointer in git, the bytes beside it."""
+    """Store a file as the hub stores all but text: a pointer in git, the bytes beside it."""
     data = file.read_bytes()
     name = hashlib.sha256(data).hexdigest()
     place = objects / name[:2] / name[2:4] / name
@@ -58,7 +58,7 @@ def keep_as_lfs(file: Path, objects: Path) -> None:
 
 @pytest.fixture
 def reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Points new processes at a port."""
+    """A function that points new processes at a port."""
 
     def at(port: int) -> None:
         for name, value in hf_environment(port, tmp_path / "home").items():
@@ -87,11 +87,11 @@ def test_a_killed_copy_from_the_hub_is_finished(
     whole, back = folder_bytes(cache), tmp_path / "back"
     assert in_new_process(copy_and_die, URL, str(back), len(whole) // 2) == -signal.SIGKILL
     for _ in range(2):
-        found = run("cache", "copy", URL, str(back))
-        assert found.returncode == 0, found.stderr
+        done = run("cache", "copy", URL, str(back))
+        assert done.returncode == 0, done.stderr
     assert folder_bytes(back) == whole
-    found = run("cache", "verify", URL)
-    assert found.returncode == 0, found.stderr
+    done = run("cache", "verify", URL)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_student_learns_the_same_from_a_part_over_a_wire_that_is_cut(
@@ -101,12 +101,12 @@ def test_a_student_learns_the_same_from_a_part_over_a_wire_that_is_cut(
     near = train(cache, tmp_path / "near_run", save_steps=3)
     with Wire(port, [20_000, 5_000]) as wire:
         reach(wire.port)
-        found = run("cache", "copy", URL, str(tmp_path / "far"), "--shards", "1:4")
-        assert found.returncode == 0, found.stderr
+        done = run("cache", "copy", URL, str(tmp_path / "far"), "--shards", "1:4")
+        assert done.returncode == 0, done.stderr
         assert wire.times_cut == 2
         wire.cuts += [8_000, 4_000]
-        kept = {"save_steps": 3, "local_copies": tmp_path / "kept"}
-        assert in_new_process(train, URL, tmp_path / "far_run", **kept) == 0
+        settings = {"save_steps": 3, "local_copies": tmp_path / "kept"}
+        assert in_new_process(train, URL, tmp_path / "far_run", **settings) == 0
         assert wire.times_cut == 4
     assert folder_bytes(tmp_path / "far") == folder_bytes(tmp_path / "near")
     weights = "final/model.safetensors"
@@ -115,16 +115,16 @@ def test_a_student_learns_the_same_from_a_part_over_a_wire_that_is_cut(
 
 def test_a_repository_that_is_not_there_is_one_line(port: int, reach: Callable[[int], None], tmp_path: Path) -> None:
     reach(port)
-    found = run("cache", "copy", "hf://datasets/me/none@main/code", str(tmp_path / "back"))
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1
-    assert "not a logit cache" in found.stderr
+    refused = run("cache", "copy", "hf://datasets/me/none@main/code", str(tmp_path / "back"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "not a logit cache" in refused.stderr
 
 
 def test_a_refusal_is_one_line_at_once(cache: Path, port: int, reach: Callable[[int], None]) -> None:
-    """The server answers 401 to who asks for a folder that is not in the repository."""
+    """The server answers 401 to a request for a folder that is not in the repository."""
     reach(port)
-    found = run("cache", "copy", str(cache), f"{REPOSITORY}/new")
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1
-    assert "refused: RepositoryNotFoundError: 401" in found.stderr
+    refused = run("cache", "copy", str(cache), f"{REPOSITORY}/new")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "refused: RepositoryNotFoundError: 401" in refused.stderr

@@ -1,4 +1,4 @@
-"""Listing a folder over SFTP, whose folders are asked for many at the same time."""
+"""Listing a folder over SFTP, many of its folders at the same time."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The right to write a cache where there are no file locks: S3, Google Cloud Storage, SFTP, each to a local server."""
+"""Ownership of a cache where there are no file locks: S3, Google Cloud Storage and SFTP, each on a local server."""
 
 import multiprocessing
 import threading
@@ -10,7 +10,7 @@ import pytest
 
 from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.storage import ownership as claim
+from logitcask.cache.storage import ownership
 from logitcask.cache.storage.open import list_objects
 from logitcask.cache.storage.ownership import Part, sole_writer
 from logitcask.cache.storage.remote import RemoteStore, filesystem
@@ -23,12 +23,12 @@ from tests.support.tiny import folder_bytes, make_cache, precompute_settings
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in QUICK.items():
-        monkeypatch.setattr(claim, name, seconds)
+        monkeypatch.setattr(ownership, name, seconds)
 
 
 @pytest.fixture(params=["s3", "gs", "ssh"])
 def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A place for a cache."""
+    """The URL of a cache to write."""
     if request.param == "ssh":
         with ssh_server(tmp_path) as server:
             monkeypatch.setenv("HOME", str(server.home))
@@ -48,22 +48,22 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def beside(url: str) -> set[str]:
-    """What lies beside the cache."""
-    found = list_objects(RemoteStore(url.rpartition("/")[0], read_only=True), "")
-    return {name for name in found if not name.startswith("cache/") and not name.endswith(".partial")}
+    """Return the names of the objects beside the cache."""
+    names = list_objects(RemoteStore(url.rpartition("/")[0], read_only=True), "")
+    return {name for name in names if not name.startswith("cache/") and not name.endswith(".partial")}
 
 
 def another(url: str) -> BaseProcess:
-    """Another process that writes the cache until it is killed."""
+    """Start another process that writes the cache until it is killed."""
     context = multiprocessing.get_context("spawn")
-    begun = context.Event()
-    process = context.Process(target=hold, args=(url, begun))
+    started = context.Event()
+    process = context.Process(target=hold, args=(url, started))
     process.start()
-    assert begun.wait(120)
+    assert started.wait(120)
     return process
 
 
-def test_a_second_run_is_refused_and_a_killed_one_is_followed(
+def test_a_second_run_is_refused_and_a_killed_one_is_succeeded(
     url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make_cache(tmp_path)
@@ -77,8 +77,10 @@ def test_a_second_run_is_refused_and_a_killed_one_is_followed(
     assert len(beside(url)) == 1
     capfd.readouterr()
     precompute(settings)
-    told = f"{url}: another run has begun to write this cache; without a sign of it for 12 s, this one goes on"
-    assert told in capfd.readouterr().err
+    notice = (
+        f"{url}: another run has started to write this cache; if it shows no sign of life for 12 s, this run continues"
+    )
+    assert notice in capfd.readouterr().err
     assert beside(url) == set()
     copy_cache(url, str(tmp_path / "back"), None)
     assert folder_bytes(tmp_path / "back") == folder_bytes(tmp_path / "cache")
@@ -104,20 +106,20 @@ def test_parts_are_written_side_by_side(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["s3"], indirect=True)
-def test_another_cache_and_what_else_lies_there_are_nothing_to_it(url: str) -> None:
+def test_other_caches_in_the_same_folder_do_not_conflict(url: str) -> None:
     with sole_writer(f"{url}-2"), sole_writer(url.removesuffix("he")), sole_writer(url):
         assert len(beside(url)) == 3
 
 
 @pytest.mark.parametrize("url", ["s3"], indirect=True)
-def test_of_two_that_begin_at_once_no_more_than_one_goes_on(url: str) -> None:
-    together, went_on, refused = threading.Barrier(2), [], threading.Event()
+def test_of_two_runs_that_start_at_once_at_most_one_continues(url: str) -> None:
+    together, owners, refused = threading.Barrier(2), [], threading.Event()
 
     def run() -> None:
         together.wait()
         try:
             with sole_writer(url):
-                went_on.append(threading.get_ident())
+                owners.append(threading.get_ident())
                 refused.wait(30)
         except LogitcaskError:
             refused.set()
@@ -127,7 +129,7 @@ def test_of_two_that_begin_at_once_no_more_than_one_goes_on(url: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(went_on) <= 1
+    assert len(owners) <= 1
     assert refused.is_set()
     assert beside(url) == set()
 

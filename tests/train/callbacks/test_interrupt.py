@@ -1,4 +1,4 @@
-"""The first SIGINT or SIGTERM of a training saves and stops it, the next ends it at once; on several ranks, too."""
+"""The first SIGINT or SIGTERM saves a training run and stops it, the second stops it at once; also on several ranks."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from tests.support.tiny import make_cache
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache, a student with dropout, and a run of 9 steps that nothing interrupted, at ``whole``."""
+    """A cache, a student with dropout, and at ``whole`` an uninterrupted run of 9 steps."""
     place = tmp_path_factory.mktemp("interrupts")
     make_cache(place)
     write_config(place / "student.json", {**STUDENT, "attention_dropout": 0.2})
@@ -37,8 +37,8 @@ def options(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def listens() -> Iterator[None]:
-    """These tests may run where SIGINT is ignored, as in background jobs."""
+def default_sigint() -> Iterator[None]:
+    """Restore Python's SIGINT handler: background jobs, and tests run as one, ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,7 +50,7 @@ def interrupt(
     *signals: signal.Signals,
     send: Callable[[signal.Signals], None] = signal.raise_signal,
 ) -> None:
-    """Have signals come in the middle of a step, in its first of two forward passes."""
+    """Send signals in the middle of a step, in the first of its two forward passes."""
     plain, left = DistillationTrainer.training_step, list(signals)
 
     def interrupted(trainer: DistillationTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
@@ -62,7 +62,7 @@ def interrupt(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_saves_and_the_run_goes_on_as_if_nothing_had_been(
+def test_the_first_saves_and_the_resumed_run_equals_the_uninterrupted_one(
     number: signal.Signals,
     folder: Path,
     tmp_path: Path,
@@ -73,15 +73,15 @@ def test_the_first_saves_and_the_run_goes_on_as_if_nothing_had_been(
     interrupt(monkeypatch, 4, number)
     with pytest.raises(KeyboardInterrupt):
         train(folder / "cache", run, **options(folder))
-    told = "interrupted: step 4 of 9 is saved: go on with the same command"
-    assert capsys.readouterr().err.splitlines()[-1] == f"{told} and --resume-from-checkpoint latest"
+    line = "interrupted: step 4 of 9 is saved: resume with the same command"
+    assert capsys.readouterr().err.splitlines()[-1] == f"{line} and --resume-from-checkpoint latest"
     assert signal.getsignal(number) is before
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (run / "final").exists()
     interrupt(monkeypatch, 7, number)
     with pytest.raises(KeyboardInterrupt):
         train(folder / "cache", run, **options(folder), resume_from_checkpoint="latest")
-    assert capsys.readouterr().err.splitlines()[-1] == told.replace("4", "7")
+    assert capsys.readouterr().err.splitlines()[-1] == line.replace("4", "7")
     train(folder / "cache", run, **options(folder), resume_from_checkpoint="latest")
     torch.testing.assert_close(weights(run / "final"), weights(folder / "whole/final"), rtol=0.0, atol=0.0)
     assert losses(run) == losses(folder / "whole")
@@ -100,7 +100,7 @@ def test_in_the_last_step_the_run_just_ends(folder: Path, tmp_path: Path, monkey
     assert_whole(folder, tmp_path)
 
 
-def test_what_is_ignored_stays_so(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_signal_stays_ignored(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupt(monkeypatch, 4, signal.SIGINT)
     assert_whole(folder, tmp_path)
@@ -109,7 +109,7 @@ def test_what_is_ignored_stays_so(folder: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_terminals_interrupt_leaves_the_loaders_workers_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step still needs them; whether to stop is for the Trainer's process to say, which gets no signal here."""
+    """The step still needs them; the Trainer's process decides whether to stop, and gets no signal here."""
 
     def send(number: signal.Signals) -> None:
         (worker,) = multiprocessing.active_children()
@@ -118,19 +118,19 @@ def test_a_terminals_interrupt_leaves_the_loaders_workers_alone(
 
     interrupt(monkeypatch, 2, signal.SIGINT, send=send)
     run = train(folder / "cache", tmp_path / "run", **options(folder), num_workers=1)
-    assert len(losses(run)) == 9  # with a worker dropout differs from the second epoch on
+    assert len(losses(run)) == 9  # with a worker, dropout differs after the first epoch
 
 
 def assert_whole(folder: Path, place: Path) -> None:
-    """A run that ends as the one that nothing interrupted."""
+    """Train a run and require it to end like the uninterrupted one."""
     try:
         run = train(folder / "cache", place / "run", **options(folder))
     except KeyboardInterrupt:
-        pytest.fail("it was stopped")
+        pytest.fail("the run was stopped")
     assert metrics(run)["after"] == metrics(folder / "whole")["after"]
 
 
-def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> None:
+def test_all_ranks_stop_after_the_same_step_if_one_is_interrupted(folder: Path) -> None:
     context = forks()
     settings, port = train_settings(folder / "cache", folder / "ranks", **options(folder)), free_port()
     ranks = [context.Process(target=train_as_a_rank, args=(settings, rank, port)) for rank in range(2)]
@@ -141,8 +141,8 @@ def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> 
         process.kill()
     assert [process.exitcode for process in ranks] == [130, 130]
     said = [(folder / f"said by {rank}").read_text() for rank in range(2)]
-    told = "interrupted: step 5 of 9 is saved: go on with the same command and --resume-from-checkpoint latest\n"
-    assert said[0].endswith(told)
+    line = "interrupted: step 5 of 9 is saved: resume with the same command and --resume-from-checkpoint latest\n"
+    assert said[0].endswith(line)
     assert "interrupted" not in said[1]
     (saved,) = (folder / "ranks").glob("checkpoint-*")
     assert saved.name == "checkpoint-5"
@@ -150,7 +150,7 @@ def test_all_ranks_stop_after_the_same_step_where_one_was_told(folder: Path) -> 
 
 
 def train_as_a_rank(settings: TrainSettings, rank: int, port: int) -> None:
-    """One of two ranks, as a launcher starts them; rank 1 alone is interrupted, in its step 4."""
+    """Train as one of two ranks, as a launcher would start it; rank 1 alone is interrupted, in step 4."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what stands in it, and that a run that was cut off and resumed leaves the same as one that was not."""
+"""metrics.jsonl: its contents, and that a run killed and resumed leaves the same log as an uninterrupted one."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.runs.run_folder import curve, read_log
-from logitcask.pipeline.train.callbacks.metrics_log import _written
+from logitcask.pipeline.train.callbacks.metrics_log import _to_json
 from tests.support.runs import history, metrics, train
 from tests.support.tiny import make_cache
 
@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learned(run: Path) -> list[dict[str, float | None]]:
-    """The lines without what a clock says."""
+    """The lines without measured times, speeds and memory."""
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_log(run)]
 
 
@@ -44,7 +44,7 @@ def test_the_log_is_the_trainers(cache: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_the_epochs_examples(cache: Path, tmp_path: Path) -> None:
-    """The steps that no log line was due for stand in the line of the last step."""
+    """Steps after the last regular log line are covered by the line of the last step."""
     run = train(cache, tmp_path / "run", max_steps=None, epochs=2, logging_steps=4, eval_fraction=0)
     manifest = json.loads((cache / "zarr.json").read_text())["attributes"]["logitcask"]
     steps, tokens = curve(read_log(run), "tokens")
@@ -52,7 +52,7 @@ def test_tokens_are_those_of_the_epochs_examples(cache: Path, tmp_path: Path) ->
     assert sum(tokens) == 2 * manifest["data"]["tokens"]
 
 
-def test_a_run_cut_off_and_resumed_leaves_the_log_of_one_that_was_not(cache: Path, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_has_the_log_of_an_uninterrupted_one(cache: Path, tmp_path: Path) -> None:
     whole = train(cache, tmp_path / "whole", max_steps=6, save_steps=3, logging_steps=2)
     run = tmp_path / "run"
     train(cache, run, max_steps=6, save_steps=3, logging_steps=2)
@@ -60,13 +60,13 @@ def test_a_run_cut_off_and_resumed_leaves_the_log_of_one_that_was_not(cache: Pat
         folder.rename(tmp_path / f"lost {folder.name}")
     before = read_log(run)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "total')  # killed while it wrote
+        file.write('{"step": 6, "total')  # killed while writing
     train(cache, run, max_steps=6, save_steps=3, logging_steps=2, resume_from_checkpoint="latest")
     assert learned(run) == learned(whole)
     after = read_log(run)
     assert after[:3] == before[:3]  # steps 0, 2, 3
     assert after[2]["step"] == 3
-    assert (after[3]["seconds"] or 0) > (after[2]["seconds"] or 0)  # the time before counts
+    assert (after[3]["seconds"] or 0) > (after[2]["seconds"] or 0)  # time before the kill counts
 
 
 def test_a_log_alone_does_not_block_a_new_run(cache: Path, tmp_path: Path) -> None:
@@ -80,13 +80,13 @@ def test_a_log_alone_does_not_block_a_new_run(cache: Path, tmp_path: Path) -> No
         train(cache, run, max_steps=1)
 
 
-def test_what_is_not_finite_is_null() -> None:
-    text = _written({"step": 1, "perplexity": math.inf, "total_loss": math.nan})
+def test_non_finite_numbers_become_null() -> None:
+    text = _to_json({"step": 1, "perplexity": math.inf, "total_loss": math.nan})
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "perplexity": None, "total_loss": None}
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": 1.5}', '{"step": 1, "total_loss": "x"}', '{"step": true}'])
-def test_a_damaged_log_is_told(line: str, tmp_path: Path) -> None:
+def test_a_damaged_log_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     with pytest.raises(LogitcaskError, match=r"metrics\.jsonl: line 2 is damaged"):
         read_log(tmp_path)

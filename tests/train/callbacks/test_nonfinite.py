@@ -1,4 +1,4 @@
-"""What stops a run: numbers that are not finite, memory that runs out; what the log tells before it starts."""
+"""What stops a run: non-finite numbers, or memory that runs out; what the log shows before it starts."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_command(cache: Path, output: Path, *options: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """``logitcask train`` as a process; under a limit of so many bytes above what it has after its imports."""
+    """Run ``logitcask train`` as a process, optionally limited to so many bytes beyond those used after its imports."""
     student = write_config(output.with_suffix(".json"), STUDENT)
     words = ["train", f"--cache={cache}", f"--output-dir={output}", f"--student-config={student}", "--device=cpu",
              "--eval-fraction=0.1", *options]  # fmt: skip
@@ -55,11 +55,11 @@ def test_a_rising_loss_stops_the_run_at_its_step_and_saves_nothing_of_it(cache: 
                       "--max-steps=9", "--batch-size=4", "--gradient-accumulation-steps=2")  # fmt: skip
     assert ran.returncode == 2, ran.stderr
     (line,) = errors(ran)
-    step = int(re.findall(r"step (\d+): not finite any more", line)[0])
+    step = int(re.findall(r"step (\d+): non-finite", line)[0])
     sampler = BatchSampler(CacheReader(cache).shard_starts, held_out(24, 0.1, 0), 4, 0)
-    rest = [batch for epoch in range(9) for batch in batches_of(sampler, epoch)]
-    an_epoch = [rest[i : i + 6] for i in range(0, len(rest), 6)]
-    steps = [[*part[i], *part[i + 1]] for part in an_epoch for i in range(0, 6, 2)]
+    batches = [batch for epoch in range(9) for batch in batches_of(sampler, epoch)]
+    epochs = [batches[i : i + 6] for i in range(0, len(batches), 6)]
+    steps = [[*epoch[i], *epoch[i + 1]] for epoch in epochs for i in range(0, 6, 2)]
     assert f"examples of the cache or data are {', '.join(map(str, steps[step - 1]))}; " in line
     assert "likely cause: --learning-rate 1e+30 is too high" in line
     saved = sorted(int(folder.name.rpartition("-")[2]) for folder in (tmp_path / "run").glob("checkpoint-*"))
@@ -74,11 +74,11 @@ def batches_of(sampler: BatchSampler, epoch: int) -> list[list[int]]:
     return list(sampler)
 
 
-def test_a_checkpoint_before_the_step_is_named_and_goes_on(cache: Path, tmp_path: Path) -> None:
-    """Weight decay makes parameters grow by 1e9 a step at this rate: the first checkpoints are finite."""
+def test_a_checkpoint_before_the_step_is_named_and_resumes(cache: Path, tmp_path: Path) -> None:
+    """At this rate weight decay multiplies parameters by about 1e9 per step: the first checkpoints are finite."""
     run = tmp_path / "run"
     options = {"learning_rate": 1e8, "weight_decay": 10.0, "save_steps": 1, "max_steps": 30, "save_total_limit": 99}
-    with pytest.raises(LogitcaskError, match=r"step \d+: not finite any more") as stopped:
+    with pytest.raises(LogitcaskError, match=r"step \d+: non-finite: loss") as stopped:
         train(cache, run, **options)
     last = latest_checkpoint(run)
     assert last is not None
@@ -86,21 +86,21 @@ def test_a_checkpoint_before_the_step_is_named_and_goes_on(cache: Path, tmp_path
     for folder in run.glob("checkpoint-*"):
         assert all(bool(tensor.isfinite().all()) for tensor in weights(folder).values())
     first = run / "checkpoint-1"
-    with pytest.raises(LogitcaskError, match="not finite any more"):
+    with pytest.raises(LogitcaskError, match=r"step \d+: non-finite: loss"):
         train(cache, run, **options, resume_from_checkpoint=str(first))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
-def test_a_student_with_a_damaged_parameter_does_not_begin(
+def test_a_student_with_a_damaged_parameter_does_not_start(
     cache: Path, tmp_path: Path, name: str, value: float
 ) -> None:
     first = train(cache, tmp_path / "first", max_steps=1)
     damage(first / "final", name, value)
-    with pytest.raises(LogitcaskError, match=rf"the student: 1 parameters are already not finite, the first is {name}"):
+    with pytest.raises(LogitcaskError, match=rf"the student: already has non-finite .*: 1, the first is {name}"):
         train(cache, tmp_path / "second", student_model=str(first / "final"))
     damage(first / "checkpoint-1", name, value)
-    with pytest.raises(LogitcaskError, match=rf"checkpoint-1: 1 parameters are already not finite.*{name}"):
+    with pytest.raises(LogitcaskError, match=rf"checkpoint-1: already has non-finite parameters: 1.*{name}"):
         train(cache, first, max_steps=1, resume_from_checkpoint=str(first / "checkpoint-1"))
 
 
@@ -110,31 +110,33 @@ def damage(folder: Path, name: str, value: float) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_label_that_is_not_finite_is_named_with_its_example(
+def test_a_non_finite_label_is_named_with_its_example(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No cache gives one, its reader refuses it: memory that went bad does."""
+    """A reader refuses such a label in a cache; faulty memory can still produce one."""
     monkeypatch.setattr(CacheExamples, "__getitem__", damaged_at(13))
     held = 13 in held_out(24, 0.1, 0)
     assert not held
-    with pytest.raises(LogitcaskError, match=r"step 2: not finite.*label of example 13 is not finite: check the data"):
+    with pytest.raises(
+        LogitcaskError, match=r"step 2: non-finite: .*label of example 13 is non-finite: run logitcask cache verify"
+    ):
         train(cache, tmp_path / "run", batch_size=8, max_steps=3)
 
 
 def damaged_at(bad: int) -> Callable[[CacheExamples, int], TrainingExample]:
-    """A way to read examples that spoils the label of one."""
+    """Return a way to read examples that spoils the label of one."""
     plain = CacheExamples.__getitem__
 
     def damaged(self: CacheExamples, index: int) -> TrainingExample:
-        found = plain(self, index)
-        if index == bad and found.targets is not None:
-            found.targets.head_logprobs[0, 0] = np.nan
-        return found
+        example = plain(self, index)
+        if index == bad and example.targets is not None:
+            example.targets.head_logprobs[0, 0] = np.nan
+        return example
 
     return damaged
 
 
-def stopper(cache: Path, output: Path, learning_rate: float) -> StopOnNonFinite:
+def stopper(cache: Path, output: Path, learning_rate: float, *, fp16: bool = False) -> StopOnNonFinite:
     reader = CacheReader(cache)
     sampler = BatchSampler(reader.shard_starts, np.zeros(0, dtype=np.int64), 8, 0)
     return StopOnNonFinite(
@@ -144,54 +146,54 @@ def stopper(cache: Path, output: Path, learning_rate: float) -> StopOnNonFinite:
         label_is_finite=lambda index: True,
         learning_rate=learning_rate,
         warmup_steps=0,
-        fp16=False,
+        fp16=fp16,
     )
 
 
 def steps(
-    watch: StopOnNonFinite, rows: list[tuple[float, float, bool]], look: list[bool], device: str
+    callback: StopOnNonFinite, rows: list[tuple[float, float, bool]], logged: list[bool], device: str
 ) -> Iterator[int]:
-    """Feed a watch the loss, the norm and whether the step was skipped, and whether the Trainer logs at the step."""
+    """Feed the callback loss, gradient norm and whether the step was skipped, and whether the Trainer logs it."""
     arguments: Any = SimpleNamespace(device=torch.device(device), gradient_accumulation_steps=1)
-    for number, ((loss, norm, skipped), logs) in enumerate(zip(rows, look, strict=True), start=1):
-        watch.note_loss(torch.tensor(loss))
-        watch.note_norm(torch.tensor(norm))
+    for number, ((loss, norm, skipped), logs) in enumerate(zip(rows, logged, strict=True), start=1):
+        callback.note_loss(torch.tensor(loss))
+        callback.note_norm(torch.tensor(norm))
         state: Any = SimpleNamespace(global_step=number)
         control: Any = SimpleNamespace(
             should_log=logs, should_evaluate=False, should_save=False, should_training_stop=False
         )
-        watch.on_step_end(arguments, state, control, optimizer=SimpleNamespace(step_was_skipped=skipped))
+        callback.on_step_end(arguments, state, control, optimizer=SimpleNamespace(step_was_skipped=skipped))
         yield number
 
 
-def test_on_an_accelerator_steps_are_looked_at_when_the_trainer_logs_and_the_first_is_named(
+def test_on_an_accelerator_steps_are_checked_when_the_trainer_logs_and_the_first_is_named(
     cache: Path, tmp_path: Path
 ) -> None:
-    watch = stopper(cache, tmp_path / "run", 5e-4)
+    callback = stopper(cache, tmp_path / "run", 5e-4)
     rows = [(1.0, 1.0, False), (2.0, np.inf, False), (np.nan, np.nan, False), (np.nan, np.nan, False)]
     done: list[int] = []
-    with pytest.raises(LogitcaskError, match="step 2: not finite any more: loss 2, gradient norm inf"):
-        done.extend(steps(watch, rows, [False, False, False, True], "cuda"))
+    with pytest.raises(LogitcaskError, match="step 2: non-finite: loss 2, gradient norm inf"):
+        done.extend(steps(callback, rows, [False, False, False, True], "cuda"))
     assert done == [1, 2, 3]
-    watch = stopper(cache, tmp_path / "run", 5e-4)
+    callback = stopper(cache, tmp_path / "run", 5e-4)
     done = []
     with pytest.raises(LogitcaskError, match="step 2: "):
-        done.extend(steps(watch, rows, [False] * 4, "cpu"))
+        done.extend(steps(callback, rows, [False] * 4, "cpu"))
     assert done == [1]
 
 
 def test_fp16_may_skip_steps_but_not_all(cache: Path, tmp_path: Path) -> None:
-    watch = stopper(cache, tmp_path / "run", 1e-3)
+    callback = stopper(cache, tmp_path / "run", 1e-3, fp16=True)
     skipped = (1.0, np.inf, True)
     count = SKIPPED_IN_A_ROW - 1
     rows = [*[skipped] * count, (1.0, 1.0, False), *[skipped] * count]
-    assert len(list(steps(watch, rows, [True] * len(rows), "cuda"))) == len(rows)
-    with pytest.raises(LogitcaskError, match=r"fp16 holds: use --mixed-precision-dtype bf16 and begin again"):
-        list(steps(watch, [skipped], [True], "cuda"))
+    assert len(list(steps(callback, rows, [True] * len(rows), "cuda"))) == len(rows)
+    with pytest.raises(LogitcaskError, match=r"largest in fp16: use --mixed-precision-dtype bf16 and start over"):
+        list(steps(callback, [skipped], [True], "cuda"))
 
 
 def test_fp16_needs_a_gpu(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(LogitcaskError, match="fp16 needs a GPU, the device is cpu: use bf16"):
+    with pytest.raises(LogitcaskError, match="fp16 needs a GPU, but the device is cpu: use bf16"):
         train(cache, tmp_path / "run", use_mixed_precision=True, mixed_precision_dtype="fp16")
 
 
@@ -202,11 +204,11 @@ def test_fp16_needs_a_gpu(cache: Path, tmp_path: Path) -> None:
         (
             "tests.support.spoiled_on_ranks",
             1e-3,
-            "likely cause: the label of example 13 is not finite",
-        ),  # one rank has it
+            "likely cause: the label of example 13 is non-finite",
+        ),  # only one rank has it
     ],
 )
-def test_both_ranks_stop_where_one_is_not_finite(
+def test_both_ranks_stop_if_one_is_non_finite(
     cache: Path, tmp_path: Path, module: str, rate: float, cause: str
 ) -> None:
     write_config(tmp_path / "student.json", STUDENT)
@@ -214,16 +216,16 @@ def test_both_ranks_stop_where_one_is_not_finite(
     words = command(tmp_path, "run", TORCHRUN, module=module, **options)
     ran = subprocess.run(words, capture_output=True, text=True, check=False)
     assert ran.returncode != 0
-    found = [line for line in ran.stderr.splitlines() if line.startswith("error: step")]
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert "not finite any more: loss nan" in found[0] or rate > 1
-    assert "the step's 8 examples" in found[0]
-    assert cause in found[0]
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("error: step")]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert "non-finite: loss nan" in lines[0] or rate > 1
+    assert "the step's 8 examples" in lines[0]
+    assert cause in lines[0]
 
 
-def test_memory_that_runs_out_is_one_line_with_what_to_change(cache: Path, tmp_path: Path) -> None:
-    """A real refusal of the allocator: one forward pass of 2,000 wide features on all examples."""
+def test_out_of_memory_is_one_line_with_what_to_change(cache: Path, tmp_path: Path) -> None:
+    """The allocator really refuses: one forward pass over all examples of a student that is 60,000 features wide."""
     wide = write_config(tmp_path / "wide.json", {**STUDENT, "intermediate_size": 60_000})
     ran = run_command(cache, tmp_path / "run", "--batch-size=24", f"--student-config={wide}", limit=400 << 20)
     assert ran.returncode == 2, ran.stderr
@@ -232,9 +234,9 @@ def test_memory_that_runs_out_is_one_line_with_what_to_change(cache: Path, tmp_p
     assert "can't allocate memory" in line
     assert "halve --batch-size from 24 and double --gradient-accumulation-steps from 1 (-" in line
     assert "--use-gradient-checkpointing (-" in line
-    assert re.search(r"--max-seq-length in stage 1, the longest example has \d+ tokens", line)
-    assert re.search(r"a student smaller than [\d,]+ parameters", line)
-    assert "--use-mixed-precision" not in line  # no gain on a CPU
+    assert re.search(r"--max-seq-length \d+ in stage 1, half the longest example's \d+ tokens", line)
+    assert re.search(r"a student with half of this one's [\d,]+ parameters", line)
+    assert "--use-mixed-precision" not in line  # saves nothing on a CPU
     gains = [float(gain) for gain in re.findall(r"\(-([\d.]+) GB\)", line)]
     assert gains == sorted(gains, reverse=True)
     assert len(gains) == 4
@@ -242,26 +244,26 @@ def test_memory_that_runs_out_is_one_line_with_what_to_change(cache: Path, tmp_p
     assert small.returncode == 0, small.stderr  # the limit alone does not stop a run
 
 
-def test_a_worker_ended_from_outside_is_one_line_with_what_to_change(
+def test_a_killed_worker_is_one_line_with_what_to_change(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, run = DistillationTrainer.training_step, tmp_path / "run"
 
-    def bereaved(trainer: DistillationTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
+    def kill_workers(trainer: DistillationTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
         if trainer.state.global_step == 2:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid or 0, signal.SIGKILL)
-            time.sleep(0.5)  # until the system has told us
+            time.sleep(0.5)  # until SIGCHLD has arrived
         return plain(trainer, *arguments, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DistillationTrainer, "training_step", bereaved)
-        with pytest.raises(LogitcaskError) as told:
+        patched.setattr(DistillationTrainer, "training_step", kill_workers)
+        with pytest.raises(LogitcaskError) as refused:
             train(cache, run, num_workers=1, batch_size=4, max_steps=5, save_steps=2)
-    line = str(told.value)
-    assert line.startswith("a process that reads batches was ended, as systems do where memory runs out (DataLoader ")
-    assert "fewer --num-workers than 1, each holds a shard; " in line
-    assert f"go on with --resume-from-checkpoint {run / 'checkpoint-2'}" in line
+    line = str(refused.value)
+    assert line.startswith("a process that reads batches was killed, usually because memory ran out (DataLoader ")
+    assert "fewer --num-workers than 1 (each holds a shard); " in line
+    assert f"resume with --resume-from-checkpoint {run / 'checkpoint-2'}" in line
     train(cache, run, batch_size=4, max_steps=5, save_steps=2, resume_from_checkpoint="latest")
     assert len(losses(run)) == 5
 
@@ -272,20 +274,21 @@ def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
         student=shape, longest=1024, on_cpu=False, batch_size=8, accumulation=1, checkpointing=False, mixed=False,
         from_cache=False,
     )  # fmt: skip
-    found = step.savings()
-    assert {words.rpartition(" (")[0] for words in found} == {
+    savings = step.savings()
+    assert {words.rpartition(" (")[0] for words in savings} == {
         "halve --batch-size from 8 and double --gradient-accumulation-steps from 1",
-        "a smaller --max-seq-length, the longest example has 1024 tokens, half",
-        "--use-gradient-checkpointing", "--use-mixed-precision", "a student smaller than 100,000,000 parameters, half",
+        "--max-seq-length 512, half the longest example's 1024 tokens",
+        "--use-gradient-checkpointing", "--use-mixed-precision",
+        "a student with half of this one's 100,000,000 parameters",
     }  # fmt: skip
     less = step.memory() - replace(step, batch_size=4).memory()
-    assert any(words.startswith("halve") and f"(-{less / 1e9:.2f} GB)" in words for words in found)
+    assert any(words.startswith("halve") and f"(-{less / 1e9:.2f} GB)" in words for words in savings)
     one = replace(step, batch_size=1, checkpointing=True, on_cpu=True)
     assert not any("batch" in words or "checkpointing" in words for words in one.savings())
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "line"),
     [
         ({"max_steps": 3}, "steps: 3, 1.00 epochs"),
         ({"epochs": 2, "max_steps": None}, "steps: 6, 2.00 epochs"),
@@ -293,12 +296,12 @@ def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
         ({"epochs": 0.5, "max_steps": None}, "steps: 2, 0.67 epochs"),
     ],
 )
-def test_the_log_tells_what_the_run_will_do(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], told: str
+def test_the_log_shows_what_the_run_will_do(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, object], line: str
 ) -> None:
     run = train(cache, tmp_path / "run", batch_size=4, gradient_accumulation_steps=2, **options)
     said = capsys.readouterr().err
-    assert told in said
+    assert line in said
     reader = CacheReader(cache)
     every, kept = [reader.example(i) for i in range(24)], held_out(24, 0.1, 0).tolist()
     tokens, positions = sum(len(e.input_ids) for e in every), sum(int(e.target_mask.sum()) for e in every)
@@ -313,23 +316,23 @@ def test_the_log_tells_what_the_run_will_do(
     assert said.index("steps: ") < said.index("student -> ")
     folder = latest_checkpoint(run)
     assert folder is not None
-    assert json.loads((folder / "trainer_state.json").read_text())["max_steps"] == int(told.split()[1].rstrip(","))
+    assert json.loads((folder / "trainer_state.json").read_text())["max_steps"] == int(line.split()[1].rstrip(","))
 
 
-def test_a_step_has_no_more_than_the_examples_there_are(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_has_at_most_all_examples(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(cache, tmp_path / "run", batch_size=500, eval_fraction=0.0, max_steps=1)
     positions = int(CacheReader(cache).manifest.data.positions)
     assert f"x ranks 1), about {positions:,} target positions" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_half_the_batch_and_twice_the_accumulation(cache: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_half_the_batch_and_twice_the_accumulation(cache: Path, tmp_path: Path) -> None:
     student = write_config(tmp_path / "student.json", STUDENT)
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": 9, "student_config": student}
     whole = train(cache, tmp_path / "whole", batch_size=8, **options)
     resumed = {**options, "resume_from_checkpoint": str(whole / "checkpoint-2"), "batch_size": 4}
-    with pytest.raises(LogitcaskError, match=r"batch_size \* gradient_accumulation_steps: checkpoint 8, now 4"):
+    with pytest.raises(
+        LogitcaskError, match=r"batch_size \* gradient_accumulation_steps: checkpoint has 8, this run has 4"
+    ):
         train(cache, tmp_path / "half", **resumed)
     half = train(cache, tmp_path / "half", **resumed, gradient_accumulation_steps=2)
     np.testing.assert_allclose(losses(half), losses(whole), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""What stops a run whose loss of the held-out examples is not finite: the first of them is named."""
+"""A non-finite loss of the held-out examples stops the run and names the first such example."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("stock"))
 
 
-def test_the_first_held_out_example_that_is_not_finite_is_named(
+def test_the_first_non_finite_held_out_example_is_named(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a student that went wrong for tokens that only some held-out examples have."""
+    """The student is damaged only for tokens that occur in a few held-out examples."""
     kept = held_out(24, 0.3, 0).tolist()
     reader = CacheReader(cache)
     tokens = [set(reader.example(i).input_ids.tolist()) for i in kept]
@@ -34,11 +34,11 @@ def test_the_first_held_out_example_that_is_not_finite_is_named(
             model.get_parameter("model.embed_tokens.weight")[alone] = torch.nan
 
     monkeypatch.setattr("logitcask.pipeline.train.train.require_finite", damage_after)
-    with pytest.raises(LogitcaskError) as told:
+    with pytest.raises(LogitcaskError) as refused:
         train(cache, tmp_path / "run", batch_size=2, eval_fraction=0.3, student_config=untied(tmp_path))
-    assert str(told.value).startswith(
-        f"step 0: the loss of the held-out examples is nan, the first is example {kept[bad[0]]} of the cache or data; "
-        "likely cause: --learning-rate"
+    assert str(refused.value).startswith(
+        f"step 0: non-finite loss (nan) of the held-out examples, first at example {kept[bad[0]]} of the cache or "
+        "data; likely cause: --learning-rate"
     )
 
 
@@ -46,14 +46,12 @@ def untied(folder: Path) -> Path:
     return write_config(folder / "untied.json", {**STUDENT, "tie_word_embeddings": False})
 
 
-def test_a_held_out_label_that_is_not_finite_is_named(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_non_finite_held_out_label_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = int(held_out(24, 0.1, 0)[1])
     monkeypatch.setattr(CacheExamples, "__getitem__", damaged_at(bad))
-    with pytest.raises(LogitcaskError) as told:
+    with pytest.raises(LogitcaskError) as refused:
         train(cache, tmp_path / "run", batch_size=8, max_steps=3)
     assert (
-        f"nan, the first is example {bad} of the cache or data; likely cause: the label of example {bad} is not finite"
-        in str(told.value)
+        f"(nan) of the held-out examples, first at example {bad} of the cache or data; "
+        f"likely cause: the label of example {bad} is non-finite" in str(refused.value)
     )

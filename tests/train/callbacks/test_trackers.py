@@ -1,4 +1,4 @@
-"""Reports of a run to Weights & Biases, TensorBoard and trackio, all at once and without a network."""
+"""A run reports to Weights & Biases, TensorBoard and trackio at the same time, without a network."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LOSSES = ("total_loss", "hard_loss", "soft_loss", "perplexity")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 3 steps with evaluations before, at steps 2 and 3, and after; wandb/ and trackio/ lie beside it."""
+    """A run of 3 steps with evaluations before, at steps 2 and 3, and after; wandb/ and trackio/ lie next to it."""
     folder = tmp_path_factory.mktemp("reports")
     cache, student = make_cache(folder), write_config(folder / "student.json", STUDENT)
     words = ["train", f"--cache={cache}", f"--student-config={student}", f"--output-dir={folder / 'run'}",
@@ -45,9 +45,9 @@ def test_tensorboard_has_every_line_in_one_folder(run: Path) -> None:
     for name in LOSSES:
         for prefix, ours in (("train/", ""), ("eval/", "eval_")):
             steps, values = curve(read_log(run), ours + name)
-            found = {event.step: event.value for event in events.Scalars(prefix + name)}
-            assert sorted(found) == steps
-            assert [found[step] for step in steps] == pytest.approx(values, rel=1e-6)
+            reported = {event.step: event.value for event in events.Scalars(prefix + name)}
+            assert sorted(reported) == steps
+            assert [reported[step] for step in steps] == pytest.approx(values, rel=1e-6)
 
 
 def test_wandb_has_every_line(run: Path) -> None:
@@ -64,20 +64,20 @@ def test_trackio_has_every_line_in_one_run(run: Path) -> None:
 
 
 def compare(run: Path, lines: list[dict[str, float]]) -> None:
-    """Have the lines that were reported be those of the run's log."""
+    """Require the reported lines to equal those of the run's log."""
     for name in LOSSES:
         for prefix, ours in (("train/", ""), ("eval/", "eval_")):
             steps, values = curve(read_log(run), ours + name)
-            found = {int(line["train/global_step"]): line[prefix + name] for line in lines if prefix + name in line}
-            assert sorted(found) == steps
-            assert [found[step] for step in steps] == pytest.approx(values)
+            reported = {int(line["train/global_step"]): line[prefix + name] for line in lines if prefix + name in line}
+            assert sorted(reported) == steps
+            assert [reported[step] for step in steps] == pytest.approx(values)
 
 
 def wandb_lines(file: Path) -> list[dict[str, float]]:
-    """The history that a file of an offline run holds."""
+    """Return the history in the file of an offline run."""
     from wandb.proto import wandb_internal_pb2 as messages
 
-    found, whole = [], b""
+    lines, whole = [], b""
     for part, ends in wandb_parts(file.read_bytes()):
         whole += part
         if ends:
@@ -86,12 +86,12 @@ def wandb_lines(file: Path) -> list[dict[str, float]]:
             whole = b""
             if record.HasField("history"):
                 items = record.history.item
-                found.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return found
+                lines.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return lines
 
 
 def wandb_parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Parts of records, and whether each is its record's last: LevelDB's log format behind a header of 7 bytes."""
+    """Yield parts of records, and whether each ends its record: LevelDB's log format after a header of 7 bytes."""
     place, block = 7, 32768
     while place < len(data):
         if block - place % block < 7:
