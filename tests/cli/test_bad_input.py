@@ -295,7 +295,8 @@ ROWS: list[Row] = [
     ("nothing to resume", stage_2(resume_from_checkpoint="latest"), ("no complete checkpoint", "start without it")),
     ("checkpoint missing", stage_2(resume_from_checkpoint="runs/x"), ("runs/x", "not a complete checkpoint")),
     ("checkpoint of another run", on_a_copy("run", train, resume_from_checkpoint="latest", learning_rate=0.1, seed=3),
-     ("another run", "learning_rate: checkpoint has 0.0005, this run has 0.1", "seed: checkpoint has 0, this")),
+     ("another run", "learning_rate: checkpoint has 0.0005, this run has 0.1",
+      "seed: checkpoint has 0, this run has 3")),
     # config files
     ("unknown config key", config("batch_sise: 3\n"), ("run.yaml", "unknown key batch_sise", "batch_size")),
     ("config is a list", config("- 1\n"), ("run.yaml", "must be a mapping", "list")),

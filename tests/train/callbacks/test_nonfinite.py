@@ -97,10 +97,11 @@ def test_a_student_with_a_damaged_parameter_does_not_start(
 ) -> None:
     first = train(cache, tmp_path / "first", max_steps=1)
     damage(first / "final", name, value)
-    with pytest.raises(LogitcaskError, match=rf"the student: already has non-finite .*: 1, the first is {name}"):
+    rule = f"already has non-finite parameters: 1, the first is {name}"
+    with pytest.raises(LogitcaskError, match=f"the student: {rule}"):
         train(cache, tmp_path / "second", student_model=str(first / "final"))
     damage(first / "checkpoint-1", name, value)
-    with pytest.raises(LogitcaskError, match=rf"checkpoint-1: already has non-finite parameters: 1.*{name}"):
+    with pytest.raises(LogitcaskError, match=f"checkpoint-1: {rule}"):
         train(cache, first, max_steps=1, resume_from_checkpoint=str(first / "checkpoint-1"))
 
 
