@@ -31,6 +31,12 @@ setup-vllm:
 test-vllm *args: setup-vllm
     HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/teachers/test_vllm.py tests/generate_data/test_vllm_server.py tests/models/test_vllm_student.py "$@"
 
+# the core's tests with the lowest versions that the metadata admits, in .venv-lowest
+test-lowest *args:
+    test -x .venv-lowest/bin/python || {{base}} -m venv .venv-lowest
+    .venv-lowest/bin/python -m pip install --quiet --constraint configs/lowest.txt --editable '.[dev]'
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cache tests/text tests/models tests/settings tests/train/test_golden.py "$@"
+
 # format check, lint, strict types, import layers
 lint:
     {{bin}}/ruff format --check .

@@ -36,20 +36,22 @@ from logitcask.cache.integrity import (
     read_verified,
     shard_keys,
 )
-from logitcask.cache.layout import array_specs
+from logitcask.cache.layout import shard_specs
 from logitcask.cache.manifest import Manifest, PartIdentity, flatten
 from logitcask.cache.reader import CacheReader, read_manifest
 from logitcask.cache.storage.bounded import read_bounded
 from logitcask.cache.storage.open import (
     delete_objects,
     drop_partial_objects,
+    flush_names_above,
     is_empty,
     is_url,
+    is_zip,
     open_store,
     write_objects,
 )
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
-from logitcask.cache.writer import create_cache, plan_digest
+from logitcask.cache.writer import create_cache, is_torn, plan_digest
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal caches give equal files
 AT_ONCE = 8  # objects read or checked at the same time
@@ -74,7 +76,7 @@ def copy_cache(
     CacheFormatError if it is damaged, CacheMismatchError if another cache is at the destination.
     """
     store = open_store(source, read_only=True)
-    manifest = read_manifest(store, source)
+    opened, manifest = digest(store, "zarr.json"), read_manifest(store, source)
     chosen = _chosen_shards(store, source, manifest.shards.count, shards)
     with contextlib.ExitStack() as stack:
         constants = store
@@ -82,12 +84,12 @@ def copy_cache(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-"))) / "part"
             manifest = _write_part_constants(source, chosen, folder)
             constants = open_store(folder, read_only=True)
-        job = _Copy(store, constants, manifest, chosen, destination, advance)
+        job = _Copy(store, opened, constants, manifest, chosen, destination, advance)
         if is_url(destination):
             return job.run(open_store(destination, read_only=False))
         stack.enter_context(sole_writer(destination))
         stack.enter_context(explain_write_errors(destination))
-        copy = _copy_to_zip if destination.endswith(".zip") else _copy_to_folder
+        copy = _copy_to_zip if is_zip(destination) else _copy_to_folder
         return copy(job, Path(destination))
 
 
@@ -105,10 +107,13 @@ def pack(folder: Path, destination: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(destination)
+    flush_names_above(destination)  # before what it was made from is gone
     shutil.rmtree(folder)
 
 
 def _copy_to_folder(job: "_Copy", folder: Path) -> Copied:
+    folder.mkdir(parents=True, exist_ok=True)
+    flush_names_above(folder)
     store = open_store(folder, read_only=False)
     drop_partial_objects(store, lambda key: False)
     return job.run(store)
@@ -166,6 +171,7 @@ class _Copy:
     """A copy of the ``chosen`` shards of ``source``; objects that belong to no shard come from ``constants``."""
 
     source: Store
+    opened: bytes | None  # digest of the source's manifest document
     constants: Store
     manifest: Manifest
     chosen: range
@@ -175,7 +181,7 @@ class _Copy:
     def run(self, target: Store) -> Copied:
         """Copy what a store lacks into it; a read-only one must lack nothing."""
         _require_same_cache(target, self.place, self.manifest)
-        specs = array_specs(self.manifest.label)
+        specs = shard_specs(self.manifest)
         already_there = written = 0
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for step in self._constant_steps():
@@ -189,6 +195,8 @@ class _Copy:
                 brought = self._bring(
                     pool, self.source, target, {key: (origin_key, proof) for key, origin_key, proof in keys}
                 )
+                if digest(self.source, "zarr.json") != self.opened:
+                    raise CacheMismatchError(f"{self.place}: its source was replaced by another cache: copy again")
                 brought += self._bring(pool, self.source, target, dict([commit]))
                 already_there += not brought
                 written += brought
@@ -200,7 +208,7 @@ class _Copy:
 
         The manifest comes first, since it identifies an interrupted copy; then what it describes; then the seal.
         """
-        objects = constant_objects(array_specs(self.manifest.label), list(self.manifest.tokenizer.files))
+        objects = constant_objects(shard_specs(self.manifest), list(self.manifest.tokenizer.files))
         sealed = read_bounded(self.constants, SEAL_OBJECTS[1], 32 * len(objects)) or b""
         if len(sealed) != 32 * len(objects):
             raise CacheFormatError(f"{SEAL_OBJECTS[1]}: missing or truncated")
@@ -232,8 +240,11 @@ def _digests(joined: bytes) -> list[bytes]:
 
 
 def _require_same_cache(target: Store, place: str, wanted: Manifest) -> None:
-    """Raise CacheFormatError or CacheMismatchError if anything but (part of) this copy is there."""
-    if is_empty(target):
+    """Raise CacheFormatError or CacheMismatchError if anything but (part of) this copy is there.
+
+    A copy whose manifest a power cut tore resumes too: each object is compared with its digest anyway.
+    """
+    if is_empty(target) or (not target.read_only and is_torn(target)):
         return
     mismatches = differences(flatten(dict(read_manifest(target, place))), flatten(dict(wanted)))
     if mismatches:

@@ -35,6 +35,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def shown_reason(error: BaseException, limit: int = 300) -> str:
+    """Return why a library refused somebody's files, as one line: the class of its error and its message, cut."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def shown(value: object, limit: int = 80) -> str:
     """Return untrusted input as one line of ASCII, control characters escaped, of at most ``limit`` characters."""
     text = ascii(value)

@@ -118,19 +118,16 @@ def constant_layout(length: int, dtype: str) -> dict[str, Any]:
 
 def write_seal(root: zarr.Group, objects: list[str]) -> None:
     """Write the digests of the objects outside the shards, which include the seal's own metadata."""
-    if SEAL not in root:
-        root.create_array(
-            SEAL,
-            shape=(len(objects), 32),
-            chunks=(len(objects), 32),
-            dtype="uint8",
-            compressors=None,
-            fill_value=0,
-            dimension_names=("object", "byte"),
-            attributes={"meaning": "SHA-256 of each object outside the shards", "objects": objects},
-        )
-    array = root[SEAL]
-    assert isinstance(array, zarr.Array)
+    array: zarr.Array[Any] = root.create_array(
+        SEAL,
+        shape=(len(objects), 32),
+        chunks=(len(objects), 32),
+        dtype="uint8",
+        compressors=None,
+        fill_value=0,
+        dimension_names=("object", "byte"),
+        attributes={"meaning": "SHA-256 of each object outside the shards", "objects": objects},
+    )
     array[:] = digests(root.store, objects)
 
 

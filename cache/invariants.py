@@ -1,23 +1,89 @@
 """Invariants of a shard's numbers. Digests do not replace them: a stranger's may match and the labels still be wrong.
 
-``unusable`` finds what would crash a student or spoil its loss, on every read. ``inconsistent`` finds labels that no
-teacher can have given, in ``cache.verify``.
+``impossible`` finds labels that no teacher can have given before they are coded, ``unusable`` what would crash a
+student or spoil its loss, on every write and read. ``inconsistent`` looks deeper into coded labels, for
+``cache.verify``.
 
 Legend: N target positions, K head tokens, M tail draws, V vocabulary. l is a log-probability in nats, at T=1.
 """
 
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import FloatArray, IntArray, Shard, SparseTargets
-from logitcask.cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
-from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.layout import DECODED_AT_ONCE, GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
+from logitcask.cache.manifest import LabelSettings, Manifest, label_entries
 
 ROUNDING = 1e-3  # nats: the rounding of float32
 HALF_STEP = np.float32(np.exp(0.5 / TAIL_STEPS))  # half a code of a drawn token, as a factor on d + TAIL_UNIT
+LOST_MASS = 0.02  # by which head and tail may differ from 1: the rounding of float32 at logits of 65,504
 Flags = NDArray[np.bool_]
+
+
+def impossible(targets: SparseTargets, label: LabelSettings) -> tuple[int, str] | None:
+    """Return a row that no teacher can have given, and why; None if there is none.
+
+    For labels before they are coded: codes have no NaN and no sign, so NaN would become 0, which is certainty.
+    """
+    with np.errstate(all="ignore"):
+        return next(_impossible_rows(targets, label), None)
+
+
+def require_possible(index: int, shard: Shard, manifest: Manifest) -> None:
+    """Raise LogitcaskError if a shard holds what readers would refuse or no teacher can have given."""
+    flaw = impossible(shard.targets, manifest.label)
+    if flaw is not None:
+        token = int(np.flatnonzero(shard.target_mask)[flaw[0]])
+        ends = np.cumsum(shard.token_count)
+        example = int(np.searchsorted(ends, token, side="right"))
+        raise LogitcaskError(
+            f"shard {index} is not written: the label of its example {example}, position "
+            f"{token - int(ends[example] - shard.token_count[example])}, is impossible: {flaw[1]}; "
+            f"the teacher ran in {manifest.teacher.dtype}: use bfloat16 or float32"
+        )
+    problem = next(unusable(shard, manifest), None)
+    if problem is None and shard.fidelity is not None and not np.isfinite(shard.fidelity.row).all():
+        problem = "fidelity: must be finite"
+    if problem is not None:
+        raise LogitcaskError(f"shard {index} is not written: readers would refuse it: {problem}: label it again")
+
+
+def _impossible_rows(targets: SparseTargets, label: LabelSettings) -> Iterator[tuple[int, str]]:
+    """Yield the first row with each fault. Whole arrays first: rows are looked at only if there is a fault."""
+    for name in ("gold_logprobs", "head_logprobs", "log_tail_mass", "tail_logprobs"):
+        values = getattr(targets, name)
+        if not values.max(initial=-np.inf) <= ROUNDING:  # nor if it is NaN
+            yield _first(values, ~(values <= ROUNDING), f"{name} must be at most 0")
+    if np.isneginf(targets.tail_logprobs.min(initial=0)):
+        yield _first(targets.tail_logprobs, np.isneginf(targets.tail_logprobs), "tail_logprobs must be finite")
+    partition, tail, one = targets.log_partition, targets.log_tail_mass, np.ones(label.head_size, np.float32)
+    if not np.isfinite(partition).all():
+        yield _first(partition, ~np.isfinite(partition), "log_partition must be finite")
+    for j, temperature in enumerate(label.temperatures):
+        head = targets.head_logprobs / np.float32(temperature) - partition[:, j, None]
+        mass = np.exp(head) @ one + np.exp(tail[:, j])
+        if not np.abs(mass - 1).max(initial=0) <= LOST_MASS:
+            name = f"the masses of head and tail at T={temperature:g} must sum to 1"
+            yield _first(mass, ~(np.abs(mass - 1) <= LOST_MASS), name)
+        normal = np.abs(partition[:, j]) if temperature == 1.0 else np.zeros(0)
+        if normal.max(initial=0) > HEAD_SCALE + ODDS_SCALE:
+            yield _first(partition[:, j], normal > HEAD_SCALE + ODDS_SCALE, "log_partition at T=1 must be 0")
+    if label.tail_draws:
+        massless = np.isneginf(tail).any(1)
+        if not np.array_equal(massless, targets.tail_counts[:, 0] == 0):
+            wrong = massless != (targets.tail_counts[:, 0] == 0)
+            yield _first(targets.tail_counts[:, 0], wrong, "a tail must have draws if it has mass, and none if not")
+
+
+def _first(values: NDArray[Any], wrong: Flags, rule: str) -> tuple[int, str]:
+    """Return the first row with a wrong value, and the rule with that value."""
+    row = int(wrong.reshape(len(wrong), -1).any(1).argmax())
+    return row, f"{rule}, got {values[row][wrong[row]].flat[0]:.6g}"
 
 
 def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
@@ -34,7 +100,8 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
         yield f"token_count: an example must have 1 to {longest} tokens"
         return
     ends = np.cumsum(shard.token_count)
-    labelled = np.diff(np.cumsum(shard.target_mask)[ends - 1], prepend=0)
+    spans = zip((ends - shard.token_count).tolist(), ends.tolist(), strict=True)
+    labelled = [np.count_nonzero(shard.target_mask[start:end]) for start, end in spans]
     if not np.array_equal(labelled, shard.position_count):
         yield "target_mask and position_count disagree"
     if shard.target_mask[ends - 1].any():
@@ -49,13 +116,22 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
 
 
 def inconsistent(shard: Shard, label: LabelSettings) -> list[str]:
-    """Return what no teacher can have given: repeated ids, masses or next tokens that contradict the label."""
+    """Return what no teacher can have given: repeated ids, masses or next tokens that contradict the label.
+
+    Positions are compared some at a time; of problems of one kind the first is returned.
+    """
+    problems: dict[str, str] = {}
+    next_ids = shard.input_ids[1:][shard.target_mask[:-1]]
+    step = max(1, DECODED_AT_ONCE // label_entries(label))
     with np.errstate(divide="ignore", invalid="ignore"):  # minus infinities compare as they should
-        return list(_problems(shard, label))
+        for first in range(0, len(shard.targets), step):
+            rows = slice(first, first + step)
+            for problem in _problems(shard.targets[rows], next_ids[rows], label):
+                problems.setdefault(re.sub(r"[0-9.e+-]+", "", problem), problem)
+    return list(problems.values())
 
 
-def _problems(shard: Shard, label: LabelSettings) -> Iterator[str]:
-    targets = shard.targets
+def _problems(targets: SparseTargets, next_ids: IntArray, label: LabelSettings) -> Iterator[str]:
     counts = targets.tail_counts
     if not np.isin(counts.sum(1), (0, label.tail_draws)).all():
         yield f"tail_counts: a row must sum to 0 or {label.tail_draws}"
@@ -66,7 +142,7 @@ def _problems(shard: Shard, label: LabelSettings) -> Iterator[str]:
     yield from _repeated_ids(targets)
     drawn = _drawn_range(targets)
     yield from _masses(targets, drawn[0], label)
-    yield from _next_tokens(targets, drawn, shard.input_ids[np.flatnonzero(shard.target_mask) + 1])
+    yield from _next_tokens(targets, drawn, next_ids)
 
 
 def _repeated_ids(targets: SparseTargets) -> Iterator[str]:
@@ -77,9 +153,9 @@ def _repeated_ids(targets: SparseTargets) -> Iterator[str]:
         return
     in_head, in_tail = _rows_with_repeats(head), _rows_with_repeats(tail)
     if in_head:
-        yield f"head_ids: an id is repeated in {in_head} rows"
+        yield f"head_ids: an id is repeated in {in_head} rows or more"
     if in_tail:
-        yield f"tail_ids: an id is repeated in {in_tail} rows"
+        yield f"tail_ids: an id is repeated in {in_tail} rows or more"
     if not (in_head or in_tail):
         yield "tail_ids: a drawn id is in the head too"
 

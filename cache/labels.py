@@ -74,7 +74,7 @@ class Shard:
 
     token_count: IntArray  # (E,)
     position_count: IntArray  # (E,)
-    input_ids: IntArray  # (sum of token_count,)
+    input_ids: IntArray  # (sum of token_count,); its type may be narrower, as in the cache
     target_mask: NDArray[np.bool_]  # (sum of token_count,)
     targets: SparseTargets  # sum of position_count rows
     fidelity: FidelitySums | None = None  # the shard's row of the certificate; None if not measured, or not read
@@ -97,7 +97,7 @@ class Shard:
     def example(self, index: int) -> Example:
         """Return the example at an index of the shard."""
         tokens, rows = (slice(starts[index], starts[index + 1]) for starts in self._starts)
-        return Example(self.input_ids[tokens], self.target_mask[tokens], self.targets[rows])
+        return Example(self.input_ids[tokens].astype(np.int64), self.target_mask[tokens], self.targets[rows])
 
     @functools.cached_property
     def _starts(self) -> tuple[list[int], list[int]]:

@@ -7,17 +7,20 @@ as unsigned codes: l = -code * scale.
 Legend: N target positions, K head tokens, M tail draws, J temperatures. Log-probabilities are in nats.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from zarr.codecs import BloscCodec, TransposeCodec
 
+from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.fidelity import row_width
-from logitcask.cache.labels import SparseTargets
-from logitcask.cache.manifest import LabelSettings, ShardPlan
+from logitcask.cache.labels import NAMES, SparseTargets
+from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, ShardPlan, label_entries
 
 Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}
@@ -28,6 +31,14 @@ PARTITION_SCALE = 2.0**-8
 TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser the lower
 ABSENT = 65535  # the code of minus infinity
 NO_TAIL = -(2**15)  # the code of log-odds of minus infinity
+DECODED_AT_ONCE = 1 << 22  # label entries, so that what decoding needs beside its result stays small
+MADE_BY_WIDTH = 512  # bytes of a shard's record of what labelled it
+MADE_BY_TEXT = 48  # characters kept of each of its values, so that they fit
+KEPT = ("head_ids", "tail_ids", "tail_counts")  # labels that keep their stored types
+ARRAYS = (  # the names of all arrays that ``shard_specs`` may return
+    *("token_count", "position_count", "input_ids", "target_mask", "head_ids", "head_logprobs", "tail_ids"),
+    *("tail_logprobs", "tail_counts", "log_tail_odds", "log_partition", "gold_logprobs", "fidelity", "made_by"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,14 @@ def id_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def array_specs(label: LabelSettings) -> list[ArraySpec]:
+def shard_specs(manifest: Manifest) -> list[ArraySpec]:
     """Return all arrays written shard by shard, in the order of their digests in a commit record."""
+    made_by = ArraySpec("made_by", "shard", "uint8", MADE_BY_WIDTH, "what labelled the shard: JSON, padded with zeros")
+    return [*array_specs(manifest.label), *([made_by] if manifest.format_version >= 5 else [])]
+
+
+def array_specs(label: LabelSettings) -> list[ArraySpec]:
+    """Return the arrays of examples, labels and the certificate, in the order of ``shard_specs``."""
     ids, k, m, j = id_dtype(label.vocab_size), label.head_size, label.tail_draws, len(label.temperatures)
     count = "uint8" if m < 256 else "uint32"
     specs = [
@@ -83,6 +100,32 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
     absent = [*(("head_", "log_tail_odds") if k == 0 else ("log_partition",))]
     absent += ["tail_"] * (m == 0) + ["fidelity"] * (label.fidelity_positions == 0)
     return [spec for spec in specs if not spec.name.startswith(tuple(absent))]
+
+
+def encode_made_by(made_by: MadeBy | None) -> NDArray[np.uint8]:
+    """Return a shard's record of what labelled it, (MADE_BY_WIDTH,); all zeros if that is not known."""
+    row = np.zeros(MADE_BY_WIDTH, dtype=np.uint8)
+    if made_by is not None:
+        versions = {name: _short(version) for name, version in sorted(made_by.versions.items())}
+        record = {"device": _short(made_by.device), "engine": _short(made_by.engine), "versions": versions}
+        data = json.dumps(record, separators=(",", ":")).encode()
+        assert len(data) <= MADE_BY_WIDTH, "a record has few versions"
+        row[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+    return row
+
+
+def _short(text: str) -> str:
+    return text[:MADE_BY_TEXT].encode("ascii", "replace").decode()
+
+
+def decode_made_by(row: NDArray[Any]) -> MadeBy | None:
+    """Invert ``encode_made_by``. Raises CacheFormatError if the record is not one."""
+    data = row.astype(np.uint8).tobytes().rstrip(b"\0")
+    try:
+        return MadeBy.model_validate_json(data) if data else None
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise CacheFormatError(f"made_by: must be a record of what labelled the shard: {reason}") from error
 
 
 def strides(plan: ShardPlan) -> dict[Axis, int]:
@@ -161,7 +204,27 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
 
 
 def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
-    """Invert ``encode_targets``, up to the declared quantisation; ids and counts keep their stored types."""
+    """Invert ``encode_targets``, up to the declared quantisation; ids and counts keep their stored types.
+
+    Of many positions the arrays are taken over: ``tail_ids`` is decoded in place.
+    """
+    n, step = len(arrays["gold_logprobs"]), max(1, DECODED_AT_ONCE // label_entries(label))
+    if n <= step:
+        return _decode(arrays, label)
+    whole: dict[str, NDArray[Any]] = {name: arrays[name] for name in KEPT if name in arrays}
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        part = _decode({name: values[rows] for name, values in arrays.items()}, label)
+        for name in NAMES:
+            values = getattr(part, name)
+            if name not in whole:
+                whole[name] = np.empty((n, *values.shape[1:]), values.dtype, order="F")
+            if name not in KEPT or name == "tail_ids":
+                whole[name][rows] = values
+    return SparseTargets(**whole)
+
+
+def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
     none = np.zeros((len(arrays["gold_logprobs"]), 0), dtype=np.uint8)
     counts = arrays.get("tail_counts", none)
     head = _values(_sums(arrays.get("head_logprobs", none)), HEAD_SCALE)

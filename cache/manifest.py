@@ -1,21 +1,35 @@
 """The manifest: what a cache was made from, stored in the attributes of the Zarr group under ``logitcask``.
 
 Stage 2 compares it with the run and refuses every difference. It does not depend on when, where or by whom the cache
-was made, so equal inputs give equal bytes.
+was made, so equal inputs give equal bytes; what labelled a shard (``MadeBy``) is kept with the shard.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from logitcask.cache.errors import CacheFormatError, shown
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+READABLE_FORMATS = (4, 5)
+# recorded, but not part of what a cache is: a run may resume it whatever these are
+REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
 ATTRIBUTE = "logitcask"
-MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard: the most a reader holds in memory, a few GB decoded
+MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
+MAX_SHARD_BYTES = 896 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -25,16 +39,33 @@ FileName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    absent: ClassVar[frozenset[str]] = frozenset()  # fields that are left out while None: not every format has them
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None or name not in self.absent}
 
 
 class TeacherIdentity(_Part):
     """The model that produced the labels."""
+
+    absent = frozenset({"versions"})
 
     id: Name = Field(description="hub id, or the last component of a local path")
     revision: Name
     weights: Digest = Field(description="SHA-256 over names, shapes, dtypes and a sample of every parameter")
     dtype: Name
     engine: Name
+    versions: Annotated[dict[Name, Name], Field(max_length=64)] | None = Field(
+        default=None, description="of format 4; later formats record them with each shard"
+    )
+
+
+class MadeBy(_Part):
+    """What labelled a shard. Shards of one cache may differ in it: it is reported, never compared."""
+
+    engine: Name
+    device: Name
     versions: Annotated[dict[Name, Name], Field(max_length=64)]
 
 
@@ -48,8 +79,14 @@ class TokenizerIdentity(_Part):
     )
 
 
+def _day(text: str) -> str:
+    return datetime.date.fromisoformat(text).isoformat()
+
+
 class DataIdentity(_Part):
     """The tokenized examples, before shuffling."""
+
+    absent = frozenset({"date"})
 
     fingerprint: Digest
     examples: Count
@@ -60,6 +97,9 @@ class DataIdentity(_Part):
     max_seq_length: Count
     longest: Count = Field(description="tokens in the longest example")
     prompt_loss: bool
+    date: Annotated[str, AfterValidator(_day)] | None = Field(
+        default=None, description="the day that the chat template wrote into the examples, if it writes the date"
+    )
 
 
 class LabelSettings(_Part):
@@ -110,12 +150,22 @@ class Manifest(_Part):
         entries = self.shards.positions * label_entries(self.label)
         if entries > MAX_SHARD_ENTRIES:
             raise ValueError(f"a shard must hold at most {MAX_SHARD_ENTRIES} label entries, got {entries}")
+        size = shard_bytes(self.label, self.shards)
+        if size > MAX_SHARD_BYTES:
+            raise ValueError(f"a shard must take at most {MAX_SHARD_BYTES} bytes in memory, got {size}")
         return self
 
 
 def label_entries(label: LabelSettings) -> int:
     """Return the number of entries of a label: head, tail and one per temperature."""
     return label.head_size + label.tail_draws + len(label.temperatures)
+
+
+def shard_bytes(label: LabelSettings, plan: ShardPlan) -> int:
+    """Return the bytes that a full shard takes in memory while it is read: its codes and what they stand for."""
+    drawn = 10 if label.tail_draws < 256 else 13
+    position = 10 * label.head_size + drawn * label.tail_draws + 12 * len(label.temperatures) + 10
+    return plan.positions * position + plan.tokens * 6 + plan.examples * 32
 
 
 def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
@@ -128,6 +178,11 @@ def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
         else:
             flat[name] = values
     return flat
+
+
+def identity(parts: Mapping[str, Any]) -> dict[str, object]:
+    """Return what must be equal to resume a cache, of a manifest's parts, by dotted name."""
+    return {name: value for name, value in flatten(parts).items() if not name.startswith(REPORTED)}
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:
@@ -150,10 +205,9 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
         first = error.errors()[0]
         place = shown(".".join(str(part) for part in first["loc"]))[1:-1]
         raise CacheFormatError(f"{where}: damaged manifest: {place}: {first['msg']}") from error
-    if version != FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{where}: cache format {shown(version)} is not readable: this version reads {FORMAT_VERSION}"
-        )
+    if version not in READABLE_FORMATS:
+        readable = " and ".join(map(str, READABLE_FORMATS))
+        raise CacheFormatError(f"{where}: cache format {shown(version)} is not readable: this version reads {readable}")
     return manifest
 
 

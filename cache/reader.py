@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,18 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.store import Store
 
-from logitcask.cache.errors import CacheFormatError, IncompleteCacheError, shown
+from logitcask.cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, shown
 from logitcask.cache.fidelity import FidelitySums, unsound
-from logitcask.cache.integrity import commit_record, committed_shards, constant_layout, read_verified, shard_keys
+from logitcask.cache.integrity import (
+    commit_record,
+    committed_shards,
+    constant_layout,
+    digest,
+    read_verified,
+    shard_keys,
+)
 from logitcask.cache.invariants import unusable
 from logitcask.cache.labels import Example, IntArray, Shard
-from logitcask.cache.layout import ArraySpec, Axis, array_specs, decode_targets, zarr_layout
-from logitcask.cache.manifest import Manifest, ShardPlan, parse_manifest, sha256
+from logitcask.cache.layout import ArraySpec, Axis, decode_made_by, decode_targets, shard_specs, zarr_layout
+from logitcask.cache.manifest import MadeBy, Manifest, ShardPlan, parse_manifest, sha256, shard_bytes
 from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
 from logitcask.cache.storage.disk_cache import DiskCache
-from logitcask.cache.storage.open import open_store
+from logitcask.cache.storage.open import open_store, what_is_there
 
 SHARDS_KEPT = 2  # decoded shards kept in memory: a batch may straddle two
+KEPT_BYTES = 800 << 20  # at most, if more than one is kept
 AT_ONCE = 4  # objects of a shard read at the same time
 MAX_TOKENIZER_FILE = 1 << 26  # bytes; the largest in use are half of it
 
@@ -34,7 +43,8 @@ def read_manifest(store: Store, where: str) -> Manifest:
     except CacheFormatError as error:
         raise CacheFormatError(f"{where}: not a logit cache: {error}") from error
     if group is None or (group.get("zarr_format"), group.get("node_type")) != (3, "group"):
-        raise CacheFormatError(f"{where}: not a logit cache: no Zarr v3 group with a manifest in it")
+        there = what_is_there(store) if group is None else ""
+        raise CacheFormatError(f"{where}: not a logit cache: no Zarr v3 group with a manifest in it{there}")
     return parse_manifest(group.get("attributes"), where)
 
 
@@ -55,20 +65,31 @@ def _decoder(spec: ArraySpec, plan: ShardPlan) -> Decoder:
 class CacheReader:
     """A complete cache, opened for reading.
 
-    ``manifest`` records what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard.
+    ``manifest`` records what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard;
+    ``opened`` is the digest of the manifest's document.
     """
 
     def __init__(
-        self, place: str | Path | Store, *, partial: bool = False, disk_cache: DiskCache | None = None
+        self,
+        place: str | Path | Store,
+        *,
+        partial: bool = False,
+        disk_cache: DiskCache | None = None,
+        opened: bytes | None = None,
     ) -> None:
         """Open a cache in a folder, in a .zip file, at a URL (reads are cached in ``disk_cache``) or in a Zarr store.
 
-        Raises CacheFormatError if it is not a sound cache, and, unless ``partial``, IncompleteCacheError if shards are
-        missing.
+        Raises CacheFormatError if it is not a sound cache, unless ``partial`` IncompleteCacheError if shards are
+        missing, and CacheMismatchError if ``opened``, the attribute of another reader, is of another cache. Every read
+        of a shard raises CacheMismatchError if another cache has taken the place of the one that was opened.
         """
         self.path = str(place)
         self._store = place if isinstance(place, Store) else open_store(place, read_only=True, disk_cache=disk_cache)
+        self.opened = digest(self._store, "zarr.json")
         self.manifest = read_manifest(self._store, self.path)
+        if opened is not None:
+            self.opened = opened
+            self._require_unchanged()
         count = self.manifest.shards.count
         committed = committed_shards(self._store, count)
         if len(committed) < count and not partial:
@@ -76,7 +97,7 @@ class CacheReader:
                 f"{self.path}: {len(committed)} of {count} shards are committed: finish it with the same "
                 "logitcask precompute-logits or cache copy command that started it"
             )
-        self._specs = array_specs(self.manifest.label)
+        self._specs = shard_specs(self.manifest)
         try:
             self._decoders = {spec.name: _decoder(spec, self.manifest.shards) for spec in self._specs}
             for decoder in self._decoders.values():
@@ -84,14 +105,25 @@ class CacheReader:
             self.shard_starts = self._read_starts(count)
         except CacheFormatError as error:
             raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
-        self._decoded = functools.lru_cache(maxsize=SHARDS_KEPT)(self._read_shard)
+        size = shard_bytes(self.manifest.label, self.manifest.shards)
+        self._keep = SHARDS_KEPT if SHARDS_KEPT * size <= KEPT_BYTES else 1
+        self._decoded: dict[int, Shard] = {}
+        self._keeping = threading.Lock()
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
 
     def shard(self, index: int) -> Shard:
         """Return a whole shard; the last few stay in memory. Raises CacheFormatError if it is damaged."""
-        return self._decoded(index)
+        shard = self._decoded.get(index)
+        if shard is None:
+            with self._keeping:  # room is made before, so that no more are in memory than are kept
+                while len(self._decoded) >= self._keep:
+                    del self._decoded[next(iter(self._decoded))]
+            shard = self._read_shard(index)
+            with self._keeping:
+                self._decoded[index] = shard
+        return shard
 
     def example(self, index: int) -> Example:
         """Return an example by its index in the cache. Raises CacheFormatError if its shard is damaged."""
@@ -101,41 +133,48 @@ class CacheReader:
     def tokenizer_files(self) -> dict[str, bytes]:
         """Return the tokenizer's files, by name. Raises CacheFormatError if one is damaged."""
         files = {}
-        for name, digest in self.manifest.tokenizer.files.items():
+        for name, wanted in self.manifest.tokenizer.files.items():
             key = f"tokenizer/{name}"
             try:
                 data = self._constant(key, self._length(key), "uint8").tobytes()
             except CacheFormatError as error:
                 raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
-            if sha256(data) != digest:
+            if sha256(data) != wanted:
                 raise CacheFormatError(f"{self.path}: {key} is damaged: its digest differs from the manifest's")
             files[name] = data
         return files
 
     def shard_fidelity(self, index: int) -> FidelitySums:
         """Return a shard's row of the fidelity certificate. Raises CacheFormatError if it is damaged or missing."""
-        names = [spec.name for spec in self._specs]
-        if "fidelity" not in names:
+        if "fidelity" not in self._decoders:
             raise CacheFormatError(
                 f"{self.path}: has no fidelity certificate: make it with --fidelity-positions above 0"
             )
         with self._naming_shard(index):
-            record = commit_record(self._store, self._specs, index)
-            row = FidelitySums(self._slots(names.index("fidelity"), index, record, 1)[0].astype(np.float64))
+            row = FidelitySums(self._row("fidelity", index).astype(np.float64))
             problem = unsound(row, len(self.manifest.label.temperatures), self.manifest.shards.positions)
             if problem:
                 raise CacheFormatError(problem)
         return row
 
+    def made_by(self, index: int) -> MadeBy | None:
+        """Return what labelled a shard, None if that is not recorded. Raises CacheFormatError if it is damaged."""
+        if "made_by" not in self._decoders:
+            teacher = self.manifest.teacher
+            return MadeBy(engine=teacher.engine, device="", versions=teacher.versions or {})
+        with self._naming_shard(index):
+            return decode_made_by(self._row("made_by", index))
+
     def counts(self, name: str, shards: range) -> IntArray:
         """Return ``token_count`` or ``position_count`` of all examples of some shards, reading one object per shard."""
-        position = [spec.name for spec in self._specs].index(name)
+        position = self._position(name)
         parts = []
         for index in shards:
-            with self._naming_shard(index):
+            with self._naming_shard(index, whole=False):
                 record = commit_record(self._store, self._specs, index)
                 examples = int(self.shard_starts[index + 1] - self.shard_starts[index])
                 parts.append(self._slots(position, index, record, examples).astype(np.int64))
+        self._require_unchanged()
         return np.concatenate(parts)
 
     def _read_shard(self, index: int) -> Shard:
@@ -154,7 +193,7 @@ class CacheReader:
             shard = Shard(
                 token_count=arrays.pop("token_count").astype(np.int64),
                 position_count=arrays.pop("position_count").astype(np.int64),
-                input_ids=arrays.pop("input_ids").astype(np.int64),
+                input_ids=arrays.pop("input_ids"),
                 target_mask=arrays.pop("target_mask").astype(bool),
                 targets=decode_targets(arrays, self.manifest.label),
             )
@@ -176,14 +215,37 @@ class CacheReader:
         data = read_verified(self._store, key, record[32 * position : 32 * position + 32])
         return self._decoders[spec.name].decode(key, data, count)
 
+    def _row(self, name: str, index: int) -> NDArray[Any]:
+        """Return a shard's row of an array with the axis ``shard``."""
+        record = commit_record(self._store, self._specs, index)
+        row: NDArray[Any] = self._slots(self._position(name), index, record, 1)[0]
+        return row
+
+    def _position(self, name: str) -> int:
+        return [spec.name for spec in self._specs].index(name)
+
     @contextlib.contextmanager
-    def _naming_shard(self, index: int) -> Iterator[None]:
+    def _naming_shard(self, index: int, *, whole: bool = True) -> Iterator[None]:
+        """Name the shard in errors, and check after the reads (``whole``) that they were of the cache that was opened.
+
+        A cache that takes another's place has its manifest before its first commit record.
+        """
         try:
             yield
+            if whole:
+                self._require_unchanged()
         except CacheFormatError as error:
+            self._require_unchanged()
             raise CacheFormatError(
                 f"{self.path}: shard {index} is damaged: {error}; run logitcask cache verify --repair"
             ) from error
+
+    def _require_unchanged(self) -> None:
+        """Raise CacheMismatchError if the manifest is no longer the one that was opened."""
+        if digest(self._store, "zarr.json") != self.opened:
+            raise CacheMismatchError(
+                f"{self.path}: was replaced by another cache, or removed, while it was read: start again"
+            )
 
     def _read_starts(self, count: int) -> IntArray:
         examples = self._constant("shard_examples", count, "int64").astype("<i8")

@@ -18,7 +18,7 @@ from logitcask.cache.integrity import (
 )
 from logitcask.cache.invariants import inconsistent
 from logitcask.cache.labels import IntArray
-from logitcask.cache.layout import array_specs
+from logitcask.cache.layout import shard_specs
 from logitcask.cache.manifest import Manifest
 from logitcask.cache.reader import CacheReader, read_manifest
 from logitcask.cache.storage.bounded import require_inside
@@ -41,6 +41,15 @@ class Verification:
         lines = [*self.constants, *(f"shard {shard}: not committed" for shard in self.missing)]
         return lines + [f"shard {shard}: {line}" for shard, problems in self.damaged.items() for line in problems]
 
+    @property
+    def remedy(self) -> str:
+        """What to do about the problems."""
+        if self.constants:
+            return "copy the objects outside the shards again from a good cache"
+        if self.damaged:
+            return "drop damaged shards with --repair"
+        return "no shard is damaged: run the command that made the cache again to finish it"
+
 
 def verify(path: str | Path | Store, advance: Callable[[int], None] = lambda shards: None) -> Verification:
     """Check a whole cache, calling ``advance(1)`` after each shard.
@@ -49,7 +58,7 @@ def verify(path: str | Path | Store, advance: Callable[[int], None] = lambda sha
     """
     store = path if isinstance(path, Store) else open_store(path, read_only=True)
     manifest = read_manifest(store, str(path))
-    specs = array_specs(manifest.label)
+    specs = shard_specs(manifest)
     constants = constant_damage(store, constant_objects(specs, list(manifest.tokenizer.files)))
     reader = None
     if not constants:
@@ -85,7 +94,7 @@ def repair(path: str | Path, verification: Verification) -> list[int]:
     if verification.constants:
         raise LogitcaskError(
             f"{path}: cannot be repaired: {'; '.join(verification.constants)}: "
-            "copy these objects again from a good cache"
+            "copy these objects again from a good cache, or run the command that made the cache again"
         )
     if is_url(path) or not Path(path).is_dir():
         raise LogitcaskError(
@@ -93,7 +102,7 @@ def repair(path: str | Path, verification: Verification) -> list[int]:
         )
     with sole_writer(path):
         store = open_store(path, read_only=False)
-        specs = array_specs(read_manifest(store, str(path)).label)
+        specs = shard_specs(read_manifest(store, str(path)))
         for index in verification.damaged:
             for key in shard_keys(specs, index):
                 require_inside(store, key)
@@ -116,4 +125,8 @@ def _label_problems(reader: CacheReader, index: int, manifest: Manifest, totals:
                 problems.append(f"fidelity: measured on {measured:g} positions, but the shard has {len(shard.targets)}")
         except CacheFormatError as error:
             problems.append(str(error))
+    try:
+        reader.made_by(index)
+    except CacheFormatError as error:
+        problems.append(str(error))
     return problems

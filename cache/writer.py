@@ -1,10 +1,16 @@
 """Writing a cache: create it or resume it, then write its shards, each committed last.
 
-``check_output`` refuses a place that holds anything else, ``create_cache`` writes what belongs to no shard, and
+``stored_manifest`` refuses a place that holds anything else, ``create_cache`` writes what belongs to no shard, and
 ``CacheWriter`` the shards. A shard without a commit record does not exist for readers.
+
+A power cut leaves a cache that the same command finishes: the manifest is on the disk before the other constants, those
+before the seal, the seal before the first shard. An old cache that is replaced loses its commit records first; its
+manifest stays until the new one takes its place.
 """
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,34 +18,63 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.sync import sync
+from zarr.abc.store import Store
+from zarr.storage import LocalStore, MemoryStore
 
-from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differences
+from logitcask.cache.errors import CacheFormatError, CacheMismatchError, differences
 from logitcask.cache.integrity import (
+    SEAL_OBJECTS,
     commit_key,
     committed_shards,
+    constant_damage,
     constant_layout,
     constant_objects,
+    digest,
     digests,
     shard_keys,
     write_seal,
 )
+from logitcask.cache.invariants import require_possible
 from logitcask.cache.labels import Shard
-from logitcask.cache.layout import array_specs, encode_targets, strides, zarr_layout
-from logitcask.cache.manifest import ATTRIBUTE, Manifest, flatten, sha256
+from logitcask.cache.layout import ARRAYS, encode_made_by, encode_targets, shard_specs, strides, zarr_layout
+from logitcask.cache.manifest import ATTRIBUTE, MadeBy, Manifest, identity, sha256
 from logitcask.cache.reader import read_manifest
-from logitcask.cache.storage.open import drop_partial_objects, flush_objects, is_empty, is_url, open_store
+from logitcask.cache.storage.bounded import MAX_JSON, read_bounded, read_json
+from logitcask.cache.storage.open import (
+    drop_partial_objects,
+    flush_names_above,
+    flush_objects,
+    is_empty,
+    is_url,
+    list_objects,
+    open_store,
+    remove_objects,
+    write_objects,
+)
 from logitcask.cache.storage.ownership import explain_write_errors, setting_up, watch_folder
+
+OWN_KEYS = re.compile(
+    rf"zarr\.json|(commits|seal|shard_examples|tokenizer|{'|'.join(ARRAYS)})/zarr\.json"
+    rf"|(commits|{'|'.join(ARRAYS)})/c/[0-9]+(/0)?|shard_examples/c/0|seal/c/0/0"
+    r"|tokenizer/[^/]+/(zarr\.json|c/0)|.*\.partial"
+)  # of a cache's objects, whatever its manifest
 
 
 class CacheWriter:
     """Writes shards of a cache that ``create_cache`` created. Several processes may write different shards at once."""
 
-    def __init__(self, path: str | Path, manifest: Manifest, *, shards: Collection[int] | None = None) -> None:
-        """Open a cache for writing ``shards``, all of them by default."""
-        self.path, self.manifest = path, manifest
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Manifest,
+        *,
+        shards: Collection[int] | None = None,
+        made_by: MadeBy | None = None,
+    ) -> None:
+        """Open a cache for writing ``shards``, all of them by default, each with a record of what labelled it."""
+        self.path, self.manifest, self._made_by = path, manifest, made_by
         self._shards = set(range(manifest.shards.count) if shards is None else shards)
-        self._specs = array_specs(manifest.label)
+        self._specs = shard_specs(manifest)
         zarr.config.set({"array.write_empty_chunks": True})
         with explain_write_errors(path):
             self._store = open_store(path, read_only=False)
@@ -52,7 +87,8 @@ class CacheWriter:
         return sorted(self._shards - committed_shards(self._store, self.manifest.shards.count))
 
     def write_shard(self, index: int, shard: Shard) -> None:
-        """Write every object of a shard, then its commit record."""
+        """Write every object of a shard, then its commit record. Raises LogitcaskError if a label is impossible."""
+        require_possible(index, shard, self.manifest)
         plan = self.manifest.shards
         values: dict[str, Any] = {
             "token_count": shard.token_count,
@@ -64,6 +100,8 @@ class CacheWriter:
         if self.manifest.label.fidelity_positions:
             assert shard.fidelity is not None, "the manifest promises a certificate"
             values["fidelity"] = shard.fidelity.row[None]
+        if "made_by" in self._arrays:
+            values["made_by"] = encode_made_by(self._made_by)[None]
         stride = strides(plan)
         keys = shard_keys(self._specs, index)
         with explain_write_errors(self.path):
@@ -89,59 +127,68 @@ def create_cache(
     overwrite: bool = False,
     shards: Collection[int] | None = None,
 ) -> CacheWriter:
-    """Create a cache, or resume an interrupted one made from the same inputs; return the writer of its shards.
+    """Create a cache, or resume one that is the same but for what a manifest only reports; return its writer.
 
-    ``shards`` limits the writer to some shards while other processes write the rest, each under ``sole_writer`` of its
-    part. Raises CacheMismatchError, listing every difference, if another cache is there, and LogitcaskError if a
-    complete one is, unless ``overwrite``.
+    The writer's manifest is that of the cache. ``shards`` limits the writer to some shards while other processes write
+    the rest, each under ``sole_writer`` of its part. Raises CacheMismatchError, listing every difference, if another
+    cache is there, and CacheFormatError if anything else is, or a damaged cache that this run cannot complete.
     """
     alone = shards is None
     with explain_write_errors(path), contextlib.nullcontext() if alone else setting_up(path):
+        stored = stored_manifest(path, overwrite=overwrite)
+        if stored and not overwrite:
+            require_same(path, stored, dict(manifest))
         store = open_store(path, read_only=False)
-        check_output(path, dict(manifest), overwrite=overwrite, alone=alone)
-        if overwrite and not is_empty(store):
-            sync(store.clear())
-        specs = array_specs(manifest.label)
-        mine, shared = set(shards or ()), {"commits", *(spec.name for spec in specs)}
+        mine, shared = set(shards or ()), {"commits", *ARRAYS}
         drop_partial_objects(store, lambda key: not alone and _belongs_to_others(key, mine, shared))
-        # write objects that are all zeros too: the commit record holds their digests
-        zarr.config.set({"array.write_empty_chunks": True})
-        attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}  # one write with the group
-        root = zarr.open_group(store, mode="a", zarr_format=3, attributes=attributes)
-        for spec in specs:
-            if spec.name not in root:
-                root.create_array(spec.name, **zarr_layout(spec, manifest.shards), fill_value=0)
-        _create_commits(root, manifest.shards.count, [spec.name for spec in specs])
-        _constant(root, "shard_examples", shard_examples.astype("<i8"))
-        for name, data in tokenizer_files.items():
-            _constant(root, f"tokenizer/{name}", np.frombuffer(data, dtype=np.uint8))
-        write_seal(root, constant_objects(specs, list(tokenizer_files)))
+        if overwrite:
+            _clear(store)
+            stored = None
+        if isinstance(store, LocalStore):
+            store.root.mkdir(parents=True, exist_ok=True)
+            flush_names_above(store.root)
+        manifest = _settle_constants(store, str(path), stored, manifest, shard_examples, tokenizer_files)
         return CacheWriter(path, manifest, shards=shards)
 
 
-def check_output(path: str | Path, wanted: Mapping[str, Any], *, overwrite: bool, alone: bool = True) -> None:
-    """Check that a cache with these parts of a manifest may be written to a path.
+def stored_manifest(path: str | Path, *, overwrite: bool) -> Manifest | None:
+    """Return the manifest of the cache at a path where a cache is to be written; None if there is none.
 
-    Raises CacheFormatError if anything but a cache is there. Unless ``overwrite``, raises CacheMismatchError, listing
-    every difference, if another cache is there, and LogitcaskError if a complete one is; a run of a part (not
-    ``alone``) accepts a complete cache, in which it has nothing to do.
+    There is none either in what a killed run or a power cut left of a cache. Raises CacheFormatError if anything but a
+    cache is there, or, unless ``overwrite``, one of a format that cannot be resumed.
     """
     if not is_url(path) and not Path(path).exists():
-        return
+        return None
     store = open_store(path, read_only=True)
     if is_empty(store):
-        return  # nothing was there, or a run was killed before it wrote the manifest
-    stored = read_manifest(store, str(path))
-    if overwrite:
-        return
-    if alone and len(committed_shards(store, stored.shards.count)) == stored.shards.count:
-        raise LogitcaskError(f"{path}: the cache is complete already; pass --overwrite to make it again")
+        return None
+    try:
+        return read_manifest(store, str(path))
+    except CacheFormatError:
+        if is_torn(store) or (overwrite and ATTRIBUTE in _attributes(store)):
+            return None
+        raise
+
+
+def is_torn(store: Store) -> bool:
+    """Return whether a store holds a cache's objects, nothing else, and no legible group document."""
+    try:
+        legible = read_json(store, "zarr.json") is not None
+    except CacheFormatError:
+        legible = False
+    return not legible and all(OWN_KEYS.fullmatch(key) for key in list_objects(store, ""))
+
+
+def require_same(path: str | Path, stored: Manifest, wanted: Mapping[str, Any]) -> None:
+    """Raise CacheMismatchError, listing every difference, unless a run with these parts of a manifest may resume it."""
     parts = {name: value for name, value in dict(stored).items() if name in wanted}
-    mismatches = differences(flatten(parts), flatten(wanted))
+    mismatches = differences(identity(parts), identity(wanted))
     if mismatches:
+        begun = any(line.startswith("data.date: cache has '") for line in mismatches)
+        remedy = "run the same command again, which takes the cache's date; or " if begun else ""
         raise CacheMismatchError(
             f"{path}: holds a cache made from other inputs: {'; '.join(mismatches)}; "
-            "choose another --output or pass --overwrite"
+            f"{remedy}choose another --output or pass --overwrite"
         )
 
 
@@ -157,30 +204,111 @@ def require_array(root: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
+def _attributes(store: Store) -> Collection[str]:
+    with contextlib.suppress(CacheFormatError):
+        attributes = (read_json(store, "zarr.json") or {}).get("attributes")
+        return attributes if isinstance(attributes, dict) else ()
+    return ()
+
+
 def _belongs_to_others(key: str, mine: Collection[int], shared: Collection[str]) -> bool:
     """Return whether a partial object belongs to a shard that another process may be writing now."""
     name, *rest = key.split("/")
     return rest[:1] == ["c"] and name in shared and int(rest[1].split(".")[0]) not in mine
 
 
-def _create_commits(root: zarr.Group, shards: int, arrays: list[str]) -> None:
-    if "commits" in root:
-        return
-    width = 32 * len(arrays)
-    root.create_array(
-        "commits",
-        shape=(shards, width),
-        chunks=(1, width),
-        dtype="uint8",
-        compressors=None,
-        fill_value=0,
-        dimension_names=("shard", "byte"),
-        attributes={"meaning": "SHA-256 of each object of the shard", "arrays": arrays},
-    )
+def _clear(store: Store) -> None:
+    """Remove the objects of a cache, commit records first, but its manifest; leave any other file alone."""
+    keys = sorted(key for key in list_objects(store, "") if OWN_KEYS.fullmatch(key) and key != "zarr.json")
+    commits = [key for key in keys if key.startswith("commits/c/")]
+    for step in (commits, sorted(set(keys) - set(commits))):
+        if step:
+            remove_objects(store, step)
+
+
+def _settle_constants(
+    store: Store,
+    place: str,
+    stored: Manifest | None,
+    wanted: Manifest,
+    shard_examples: NDArray[np.int64],
+    tokenizer_files: dict[str, bytes],
+) -> Manifest:
+    """Write what is missing or damaged of the objects outside the shards; return the manifest that is there then.
+
+    Raises CacheFormatError if shards are committed and this run would write other objects than those that are lost.
+    """
+    same_files = stored is not None and stored.tokenizer.files == wanted.tokenizer.files
+    if stored:
+        objects = constant_objects(shard_specs(stored), list(stored.tokenizer.files))
+        if not constant_damage(store, objects):
+            return stored
+    if not (committed_shards(store, stored.shards.count) if stored else list_objects(store, "commits/c/")):
+        if not stored:
+            _clear(store)  # it may be of another cache
+        manifest = stored if stored and same_files else wanted
+        _write_constants(store, _constants(manifest, shard_examples, tokenizer_files))
+        return manifest
+    manifest = stored or wanted
+    made = _constants(manifest, shard_examples, tokenizer_files)
+    objects = constant_objects(shard_specs(manifest), list(manifest.tokenizer.files))
+    sealed = read_bounded(store, SEAL_OBJECTS[1], MAX_JSON) or b""
+    if len(sealed) == 32 * len(objects):
+        proofs = {key: sealed[32 * i : 32 * i + 32] for i, key in enumerate(objects)}
+        lost = {key: made.get(key, b"") for key in objects if digest(store, key) != proofs[key]}
+        unproven = [key for key, data in lost.items() if hashlib.sha256(data).digest() != proofs[key]]
+    else:
+        lost = {key: data for key, data in made.items() if digest(store, key) != hashlib.sha256(data).digest()}
+        unproven = ([] if stored else ["zarr.json"]) + ([] if same_files else [SEAL_OBJECTS[1]])
+    if unproven:
+        raise CacheFormatError(
+            f"{place}: {unproven[0]} is missing or damaged, and this run would write another one: run the command that "
+            "made the cache where it was made, copy the object from a good copy, or pass --overwrite"
+        )
+    _write_constants(store, lost)
+    return manifest
+
+
+def _write_constants(store: Store, objects: Mapping[str, bytes]) -> None:
+    """Write objects outside the shards durably: the manifest, then what it describes, then the seal."""
+    first, last = "zarr.json", SEAL_OBJECTS[1]
+    between = [key for key in objects if key not in (first, last)]
+    for step in ([first], between, [last]):
+        if chosen := {key: objects[key] for key in step if key in objects}:
+            write_objects(store, chosen)
+
+
+def _constants(
+    manifest: Manifest, shard_examples: NDArray[np.int64], tokenizer_files: dict[str, bytes]
+) -> dict[str, bytes]:
+    """Return the objects outside the shards, by key in the order of the seal, whose content comes last."""
+    memory, specs = MemoryStore(), shard_specs(manifest)
+    attributes: dict[str, Any] = {ATTRIBUTE: manifest.model_dump(mode="json")}
+    with zarr.config.set({"array.write_empty_chunks": True}):  # the seal holds the digests of objects of zeros too
+        root = zarr.open_group(memory, mode="w", zarr_format=3, attributes=attributes)
+        for spec in specs:
+            root.create_array(spec.name, **zarr_layout(spec, manifest.shards), fill_value=0)
+        width = 32 * len(specs)
+        root.create_array(
+            "commits",
+            shape=(manifest.shards.count, width),
+            chunks=(1, width),
+            dtype="uint8",
+            compressors=None,
+            fill_value=0,
+            dimension_names=("shard", "byte"),
+            attributes={"meaning": "SHA-256 of each object of the shard", "arrays": [spec.name for spec in specs]},
+        )
+        _constant(root, "shard_examples", shard_examples.astype("<i8"))
+        names = [name for name in manifest.tokenizer.files if name in tokenizer_files]
+        for name in names:
+            _constant(root, f"tokenizer/{name}", np.frombuffer(tokenizer_files[name], dtype=np.uint8))
+        objects = constant_objects(specs, names)
+        write_seal(root, objects)
+    return {key: memory._store_dict[key].to_bytes() for key in (*objects, SEAL_OBJECTS[1])}
 
 
 def _constant(root: zarr.Group, name: str, data: NDArray[Any]) -> None:
     """Write a small array in one object."""
-    if name not in root:
-        root.create_array(name, **constant_layout(len(data), data.dtype.name))
-    require_array(root, name)[:] = data
+    array: zarr.Array[Any] = root.create_array(name, **constant_layout(len(data), data.dtype.name))
+    array[:] = data

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from logitcask.pipeline.settings.base import Command, options_from
+from logitcask.pipeline.settings.base import Command, Group, expand_home, home_path, options_from, require_plain_text
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
@@ -27,13 +27,16 @@ QUIET_PACKAGES = {
 }
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     context_settings={"color": False},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
 )
-cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect, verify and copy logit caches.")
+cache_app = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Inspect, verify and copy logit caches."
+)
 app.add_typer(cache_app, name="cache")
 
 
@@ -64,7 +67,21 @@ def _options(
 
 
 def _example(text: str) -> dict[str, Any]:
-    return {"epilog": f"Example: logitcask {text}"}
+    """Return what every command is registered with: its class, and an example at the end of its help."""
+    return {"cls": Command, "epilog": f"Example: logitcask {text}"}
+
+
+def _place(name: str, words: str) -> Any:
+    """Return the argument that names a cache: a path, with ``~`` expanded, or a URL."""
+    return typer.Argument(parser=expand_home, metavar=name, help=words)
+
+
+def _runs(words: str) -> Any:
+    return typer.Argument(parser=home_path, metavar="RUNS", help=words)
+
+
+def _file(words: str) -> Any:
+    return typer.Option(parser=home_path, metavar="PATH", help=words)
 
 
 @app.command(
@@ -84,7 +101,6 @@ def generate_data(settings: GenerateDataSettings) -> None:
 
 @app.command(
     "precompute-logits",
-    cls=Command,
     **_example("precompute-logits --teacher-model Qwen/Qwen3-8B --train-data data/train.jsonl --output data/cache"),
 )
 @options_from(PrecomputeSettings)
@@ -102,6 +118,10 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
 
     report = precompute(settings)
     data = report.manifest.data
+    if not report.shards_written:
+        part = f" of part {settings.shards}" if settings.shards else ""
+        typer.echo(f"complete  {settings.output} has all {report.shards_found} shards{part}; nothing to do")
+        return
     typer.echo(
         f"{data.examples} examples, {data.positions} target positions -> {settings.output} "
         f"({report.shards_written} shards written, {report.shards_found} already present)\n"
@@ -135,8 +155,8 @@ def plan(settings: PlanSettings) -> None:
 
 @app.command("plot", **_example("plot runs/a runs/b --output curves.png"))
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="folders of runs, finished or not")],
-    output: Annotated[Path, typer.Option(help="the figure to write: .png, .svg or .pdf")] = Path("curves.png"),
+    runs: Annotated[list[Path], _runs("folders of runs, finished or not")],
+    output: Annotated[Path, _file("the figure to write: .png, .svg or .pdf")] = Path("curves.png"),
 ) -> None:
     """Plot the losses and perplexities of runs, in training and on held-out examples, from their metrics.jsonl."""
     from logitcask.pipeline.runs.curves import plot_runs
@@ -164,10 +184,10 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 @app.command("compare", **_example("compare runs/a runs/b --output comparison.md --plot curves.png"))
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
+    runs: Annotated[list[Path], _runs("folders of finished runs")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    output: Annotated[Path | None, typer.Option(help="write the table to this file, as Markdown")] = None,
-    plot: Annotated[Path | None, typer.Option(help="plot the total losses to this .png, .svg or .pdf")] = None,
+    output: Annotated[Path | None, _file("write the table to this file, as Markdown")] = None,
+    plot: Annotated[Path | None, _file("plot the total losses to this .png, .svg or .pdf")] = None,
 ) -> None:
     """Compare runs in one table: the settings that differ, what they cost, and their results."""
     from logitcask.pipeline.runs.compare import compare as compare_runs
@@ -195,11 +215,9 @@ def generate(settings: GenerateSettings) -> None:
 
 @cache_app.command("info", **_example("cache info data/cache --plot cache.png"))
 def cache_info(
-    path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
+    path: Annotated[str, _place("PATH", "folder, .zip file or URL of the cache")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="plot mass by rank and entropies to this .png, .svg or .pdf")
-    ] = None,
+    plot: Annotated[Path | None, _file("plot mass by rank and entropies to this .png, .svg or .pdf")] = None,
 ) -> None:
     """Show what a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
     from logitcask.cache.errors import IncompleteCacheError
@@ -226,8 +244,8 @@ def _shard_count(path: str) -> int:
 
 @cache_app.command("copy", **_example("cache copy data/cache s3://bucket/caches/code --shards 0:10"))
 def cache_copy(
-    source: Annotated[str, typer.Argument(help="folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
-    destination: Annotated[str, typer.Argument(help="the same; an interrupted copy there is resumed")],
+    source: Annotated[str, _place("SOURCE", "folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
+    destination: Annotated[str, _place("DESTINATION", "the same; an interrupted copy there is resumed")],
     shards: Annotated[
         str | None, typer.Option(metavar="FIRST:STOP", help="copy only these, as a cache in itself")
     ] = None,
@@ -248,7 +266,7 @@ def cache_copy(
 
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))
 def cache_verify(
-    path: Annotated[str, typer.Argument(help="folder, .zip file or URL of the cache")],
+    path: Annotated[str, _place("PATH", "folder, .zip file or URL of the cache")],
     repair: Annotated[
         bool, typer.Option("--repair", help="drop damaged shards, so that stage 1 computes them again")
     ] = False,
@@ -269,12 +287,11 @@ def cache_verify(
     if not report.problems:
         return
     if not repair:
-        raise CacheFormatError(f"{path}: {len(report.problems)} problems: drop damaged shards with --repair")
+        raise CacheFormatError(f"{path}: {len(report.problems)} problems: {report.remedy}")
     dropped = verification.repair(path, report)
     if not json:
-        typer.echo(
-            f"dropped shards {dropped}: run the same logitcask precompute-logits command again to recompute them"
-        )
+        again = f"dropped shards {dropped}: run the same logitcask precompute-logits command again to recompute them"
+        typer.echo(again if dropped else f"nothing to repair: {report.remedy}")
 
 
 def main() -> None:
@@ -282,12 +299,13 @@ def main() -> None:
     from logitcask.cache.errors import LogitcaskError
 
     try:
+        require_plain_text("the command line", sys.argv[1:])
         app()
     except LogitcaskError as error:
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
     except OSError as error:  # such as a full disk or a missing permission
-        sys.stderr.write(f"error: {error}: fix that and run the same command again\n")
+        sys.stderr.write("error: " + " ".join(f"{error}: fix that and run the same command again".split()) + "\n")
         sys.exit(2)
 
 

@@ -30,6 +30,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a device is: the product's name of a GPU, otherwise its kind, such as cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def free_large_blocks() -> None:
     """Make the allocator return every freed block of 1 MiB or more to the system immediately (for stage 2).
 

@@ -1,6 +1,7 @@
 """What a cache holds, as figures and as text: the output of ``logitcask cache info``."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -9,7 +10,7 @@ from zarr.abc.store import Store
 from logitcask.cache.fidelity import BATCH, Fidelity, figures
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.layout import array_specs
-from logitcask.cache.manifest import Manifest
+from logitcask.cache.manifest import MadeBy, Manifest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from logitcask.cache.storage.open import object_sizes, open_store
@@ -25,12 +26,20 @@ class FidelityFigures(BaseModel):
     top_k_renormalized: Fidelity  # of as many most probable tokens as a label has entries
 
 
+class Makers(BaseModel):
+    """How many of the committed shards were labelled by what; None if that is not recorded."""
+
+    made_by: MadeBy | None
+    shards: int
+
+
 class CacheInfo(BaseModel):
     """Figures of one cache. ``bytes`` is the sum of ``bytes_by_array`` and ``bytes_beside``."""
 
     path: str
     manifest: Manifest
     shards_committed: int
+    made_by: list[Makers]  # most shards first
     bytes: int
     bytes_by_array: dict[str, int]  # objects of the shards
     bytes_beside: dict[str, int]  # all other objects, which hardly grow with the labels
@@ -65,6 +74,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
         path=str(place),
         manifest=manifest,
         shards_committed=len(committed),
+        made_by=_makers(reader, committed),
         bytes=total,
         bytes_by_array=arrays,
         bytes_beside=beside,
@@ -79,12 +89,19 @@ def describe(place: str | Path | Store) -> CacheInfo:
     )
 
 
+def _makers(reader: CacheReader, shards: Sequence[int]) -> list[Makers]:
+    made_by = [reader.made_by(shard) for shard in shards]
+    counts = Counter("" if each is None else each.model_dump_json() for each in made_by)
+    parsed = {"" if each is None else each.model_dump_json(): each for each in made_by}
+    return [Makers(made_by=parsed[key], shards=count) for key, count in counts.most_common()]
+
+
 def _part(key: str) -> str:
     """Return what kind of object outside the label and text arrays this is, as a key of ``bytes_beside``."""
     name = key.split("/", maxsplit=1)[0]
     if name == "tokenizer":
         return "tokenizer"
-    if key.endswith("zarr.json"):
+    if key.endswith("zarr.json") or name == "made_by":
         return "metadata"
     return "digests" if name in ("commits", "seal", "shard_examples") else "other"
 
@@ -100,18 +117,31 @@ def _identity(info: CacheInfo) -> Iterator[str]:
     count, missing = m.shards.count, m.shards.count - info.shards_committed
     state = f"{info.shards_committed:,} of {count:,} committed: not finished" if missing else "all committed"
     temperatures = ", ".join(f"{t:g}" for t in label.temperatures)
-    versions = ", ".join(f"{name} {version}" for name, version in m.teacher.versions.items())
     yield f"cache       {info.path}, format {m.format_version}"
     yield f"teacher     {m.teacher.id} ({m.teacher.dtype}, {m.teacher.engine}), revision {m.teacher.revision or 'none'}"
-    yield f"            weights {m.teacher.weights[:12]}; {versions}"
+    yield f"            weights {m.teacher.weights[:12]}"
+    yield from _made_by(info)
     yield f"tokenizer   {label.vocab_size:,} tokens, fingerprint {m.tokenizer.fingerprint[:12]}"
     yield f"data        {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions"
     yield f"            fingerprint {data.fingerprint[:12]}; at most {data.max_seq_length:,} tokens per example"
     yield f"            {data.truncated:,} examples truncated, {data.dropped:,} dropped"
+    if data.date:
+        yield f"            the chat template writes the date: {data.date}"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
     yield f"shards      {count:,}, {state}{part}"
+
+
+def _made_by(info: CacheInfo) -> Iterator[str]:
+    """Yield a line on what labelled the shards, or one for each of several that differ."""
+    heading = "made by     "
+    for makers in info.made_by:
+        by = makers.made_by
+        text = "not recorded" if by is None else ", ".join(f"{name} {version}" for name, version in by.versions.items())
+        text += f" on {by.device}" if by and by.device else ""
+        yield f"{heading}{text}" + (f" ({makers.shards:,} shards)" if len(info.made_by) > 1 else "")
+        heading = " " * 12
 
 
 def _sizes(info: CacheInfo) -> Iterator[str]:

@@ -135,20 +135,24 @@ class Decoder:
         Raises CacheFormatError if the bytes do not fit the layout.
         """
         rows, *width = self._array.chunks
+        dtype = self._array.dtype.newbyteorder("<")
         size = math.prod(self._array.chunks) * self._array.dtype.itemsize
         (codec,), columns = self._array.compressors, bool(self._array.filters)
-        parts = []
+        values: np.ndarray[Any, Any] = (
+            np.empty((*width, count), dtype).T if columns else np.empty((count, *width), dtype)
+        )
         for number, (start, end) in enumerate(self._spans(key, data)):
             chunk = memoryview(data)[start:end]
             if _declared_size(codec, chunk) != size:
                 raise CacheFormatError(f"{key}: a chunk declares another size than its layout's {size} bytes")
-            if number * rows < max(1, count):  # decode one chunk even for no slots, to have the right type
+            if (first := number * rows) < count:
                 try:
-                    flat = np.frombuffer(_decompress(codec, chunk), self._array.dtype.newbyteorder("<"))
-                    parts.append(flat.reshape(*width, rows).T if columns else flat.reshape(rows, *width))
+                    flat = np.frombuffer(_decompress(codec, chunk), dtype)
+                    part = flat.reshape(*width, rows).T if columns else flat.reshape(rows, *width)
+                    values[first : first + rows] = part[: count - first]
                 except (RuntimeError, ValueError) as error:
                     raise CacheFormatError(f"{key}: cannot be decoded") from error
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[:count]
+        return values
 
     def _spans(self, key: str, data: bytes) -> list[tuple[int, int]]:
         """Return where each chunk starts and ends: back to back in any order, before the index."""

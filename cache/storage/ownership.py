@@ -1,14 +1,14 @@
 """Ownership of a cache: one run at a time writes it, or each of its parts. Write errors become one-line messages.
 
 A cache in a folder is owned through file locks: one file beside the cache is locked exclusively by a run of all shards
-and shared by the runs of parts, each of which locks its part's file too. The system releases the locks when the process
-ends, however it ends. A cache at a URL is owned through leases: each run keeps a small object beside the cache and
-renews it; a lease that is no longer renewed expires.
+and shared by the runs of parts, each of which locks its part's file too. The file is inside the folder if that is a
+volume or nothing can be written beside it. The system releases the locks when the process ends, however it ends. A
+cache at a URL is owned through leases: each run keeps a small object beside the cache and renews it; a lease that is no
+longer renewed expires.
 """
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,14 +18,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.storage.open import delete_objects, is_url, write_objects
-from logitcask.cache.storage.remote import RemoteStore
+from logitcask.cache.storage.open import OWN, delete_objects, is_url, write_objects
+from logitcask.cache.storage.remote import RemoteStore, split_url
 
 Part = tuple[int, int]  # part i of n, from 1
 LOCK_PATIENCE = 1.0  # seconds: the last of several parts holds the lock exclusively for a moment while it cleans up
@@ -49,13 +49,14 @@ def sole_writer(
             yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-")))
             return
         with explain_write_errors(path):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(_lock(path, fcntl.LOCK_EX if part is None else fcntl.LOCK_SH))
-        stack.callback(_clean_up, path, lock, part)
+            Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+            stem = _stem(path)
+            lock = stack.enter_context(_lock(path, stem, shared=part is not None))
+        stack.callback(_clean_up, stem, lock, part)
         with explain_write_errors(path):
-            folder = _staging(path)
+            folder = _staging(stem)
             if part is not None:
-                stack.enter_context(_part_lock(path, part))
+                stack.enter_context(_part_lock(path, folder, part))
                 folder /= _part_name(part)
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
@@ -64,14 +65,28 @@ def sole_writer(
         yield folder
 
 
+def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file until it is closed.
+
+    The file must be open for reading and writing: where locks are emulated, as on NFS, a shared lock needs the one and
+    an exclusive lock the other. Raises BlockingIOError if another process holds it, unless ``wait``, OSError if the
+    file system has no locks, LogitcaskError if the operating system has none.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise LogitcaskError("writing needs file locks, which this system lacks: use Linux or macOS") from error
+    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+
+
 @contextlib.contextmanager
 def setting_up(path: str | Path) -> Iterator[None]:
     """Let the runs of parts of a cache create what belongs to no shard one at a time; wait for the turn."""
     if is_url(path):
         yield
         return
-    with (_staging(path) / "setup.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (_staging(_stem(path)) / "setup.lock").open("a+") as lock:
+        lock_file(lock, wait=True)
         yield
 
 
@@ -105,59 +120,94 @@ def watch_folder(path: str | Path) -> Callable[[], None]:
     return check
 
 
-def _staging(path: str | Path) -> Path:
-    return Path(path).parent / f".{Path(path).name}.staging"
+def _stems(path: str | Path) -> tuple[Path, Path]:
+    """Return the beginning of the paths of the lock and the staging folder: beside the cache's folder, and inside."""
+    folder = Path(os.path.realpath(path))
+    return folder.parent / f".{folder.name}", folder / OWN
+
+
+def _stem(path: str | Path) -> Path:
+    """Return the one of ``_stems`` that a run uses: inside if that is a volume or its parent cannot be written.
+
+    What lies beside a volume is not seen where the volume is mounted too, as in another container.
+    """
+    beside, inside = _stems(path)
+    folder = inside.parent
+    if not folder.is_dir():
+        return beside
+    return inside if os.path.ismount(folder) or not _may_write(folder.parent) else beside
+
+
+def _may_write(place: Path) -> bool:
+    return os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _staging(stem: Path) -> Path:
+    return Path(f"{stem}.staging")
 
 
 def _part_name(part: Part) -> str:
     return f"{part[0]}-of-{part[1]}"
 
 
-def _lock(path: str | Path, kind: int) -> IO[str]:
-    """Return the locked file beside the cache. Raises LogitcaskError if another run holds it."""
+def _lock(path: str | Path, stem: Path, *, shared: bool) -> IO[str]:
+    """Return the locked file of a cache. Raises LogitcaskError if another run holds it, or the one in the other place.
+
+    Users who can write beside a cache and users who cannot have their locks in different places.
+    """
     deadline = time.monotonic() + LOCK_PATIENCE
+    others = [Path(f"{other}.lock") for other in _stems(path) if other != stem]
     while True:
+        late = time.monotonic() > deadline
         try:
-            lock = (Path(path).parent / f".{Path(path).name}.lock").open("w")
+            lock = _try_lock(Path(f"{stem}.lock"), others, shared=shared)
         except FileNotFoundError:  # clients of a network folder keep seeing for a while what another machine removed
-            if time.monotonic() > deadline:
+            if late:
                 raise
-            time.sleep(0.02)
-            continue
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+        else:
+            if lock is not None:
                 return lock
-        except (BlockingIOError, FileNotFoundError):  # held, or removed by its holder while we waited
-            pass
-        except OSError:
-            lock.close()
-            raise
-        lock.close()
-        if time.monotonic() > deadline:
-            raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it")
+            if late:
+                raise LogitcaskError(f"{path}: another run is writing this cache: wait for it or stop it")
         time.sleep(0.02)
 
 
-def _clean_up(path: str | Path, lock: IO[str], part: Part | None) -> None:
+def _try_lock(place: Path, others: list[Path], *, shared: bool) -> IO[str] | None:
+    """Return the locked file; None if another run holds it, removed it meanwhile, or holds one of the others."""
+    if any(map(_is_held, others)):
+        return None
+    lock = place.open("a+")
+    try:
+        lock_file(lock, shared=shared)
+        if os.path.samestat(os.stat(place), os.fstat(lock.fileno())) and not any(map(_is_held, others)):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        lock.close()
+        raise
+    lock.close()
+    return None
+
+
+def _clean_up(stem: Path, lock: IO[str], part: Part | None) -> None:
     """Remove the staging folder and the lock if this is the last run to end.
 
     Keep them while another part's folder is there: of a killed run, or of one on a machine whose locks are not visible
     here.
     """
     with contextlib.suppress(OSError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if part is None or not any(other.is_dir() for other in _staging(path).glob(f"*-of-{part[1]}")):
-            shutil.rmtree(_staging(path), ignore_errors=True)
+        lock_file(lock)
+        if part is None or not any(other.is_dir() for other in _staging(stem).glob(f"*-of-{part[1]}")):
+            shutil.rmtree(_staging(stem), ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
 
 
-def _part_lock(path: str | Path, part: Part) -> IO[str]:
-    """Return the locked file of a part.
+def _part_lock(path: str | Path, folder: Path, part: Part) -> IO[str]:
+    """Return the locked file of a part, in the staging folder.
 
     Raises LogitcaskError if another run holds it, or holds a part of another number of parts.
     """
-    folder = _staging(path)
     folder.mkdir(exist_ok=True)
     with setting_up(path):
         for other in folder.glob("*-of-*.lock"):
@@ -166,9 +216,9 @@ def _part_lock(path: str | Path, part: Part) -> IO[str]:
                     f"{path}: another run is writing part {other.stem.replace('-of-', '/')}, this is part "
                     f"{part[0]}/{part[1]}: wait for it or use the same number of parts"
                 )
-        lock = (folder / f"{_part_name(part)}.lock").open("w")
+        lock = (folder / f"{_part_name(part)}.lock").open("a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
         except BlockingIOError as error:
             lock.close()
             raise LogitcaskError(
@@ -178,12 +228,17 @@ def _part_lock(path: str | Path, part: Part) -> IO[str]:
 
 
 def _is_held(file: Path) -> bool:
-    with file.open("w") as lock:
+    """Return whether a run holds a lock file, which need not be there."""
+    try:
+        lock = file.open("r+" if _may_write(file) else "r")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock, shared=lock.mode == "r")
         except BlockingIOError:
             return True
-        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -194,6 +249,7 @@ def _lease(url: str, part: Part | None, notify: Callable[[str], None]) -> Iterat
     few commits per hour, and for a cache that is a whole bucket: there two runs at once are not refused, and write the
     same objects.
     """
+    split_url(url)
     parent, _, name = url.rstrip("/").rpartition("/")
     if url.startswith("hf:") or parent.endswith("/"):
         yield

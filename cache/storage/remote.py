@@ -42,32 +42,79 @@ SCHEMES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "ssh": ("sshfs", "SSHFileSystem", "ssh", _SSH),
     "sftp": ("sshfs", "SSHFileSystem", "ssh", _SSH),
 }
+SSH = ("ssh", "sftp")
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """Return the scheme of a URL, its bucket, host or first folder, and the path below it, all as they are written.
+
+    ``#``, ``?`` and ``%`` are characters like others, as in the stores' own tools; over SSH percent escapes stand for
+    their characters. Raises LogitcaskError if the scheme is unknown, the host is missing, or stores and their tools
+    would read the path in different ways.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise LogitcaskError(f"{url}: {scheme}:// is not supported: give a folder, a .zip file or {known}")
+    name, _, path = rest.partition("/")
+    if not name:
+        raise LogitcaskError(f"{url}: names no bucket, repository or host: give {scheme}://NAME/FOLDER")
+    path = path.rstrip("/")
+    problem = _url_problem(scheme.lower(), name.rpartition("@")[2], path)
+    if problem:
+        raise LogitcaskError(f"{ascii(url)[1:-1]}: {problem}")
+    return scheme.lower(), name, path
+
+
+def _url_problem(scheme: str, name: str, path: str) -> str | None:
+    try:
+        shown = unquote(path, errors="strict") if scheme in SSH else path
+    except UnicodeDecodeError:
+        return "its percent escapes must be UTF-8"
+    folders = shown.split("/")
+    if not f"{name}/{shown}".isprintable():
+        return "holds a character that cannot be printed: remove it"
+    if set("#?% ") & set(name):
+        return f"the name of a bucket or host must not hold '#', '?', '%' or a space, got {name!r}"
+    if "" in folders[:-1] or {".", ".."} & set(folders):
+        return "must not have '//', '.' or '..' in its path: stores take them for different places"
+    if scheme == "s3" and "?versionId=" in path:
+        return "versions of objects cannot be read: remove '?versionId=' and what follows"
+    return None
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL, newly connected, and the path in it.
 
-    Raises LogitcaskError if the scheme is unknown, the host is missing or a package is not installed.
+    Raises LogitcaskError if ``split_url`` does or a package is not installed.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise LogitcaskError(f"{url}: {parts.scheme}:// is not supported: give a folder, a .zip file or {known}")
-    module, name, extra, options = SCHEMES[parts.scheme]
-    if not parts.netloc:
-        raise LogitcaskError(f"{url}: names no bucket, repository or host: give {parts.scheme}://NAME/FOLDER")
+    scheme, name, path = split_url(url)
+    module, maker, extra, options = SCHEMES[scheme]
     try:
-        make = getattr(importlib.import_module(module), name)
+        make = getattr(importlib.import_module(module), maker)
     except ImportError as error:
         package = f"logitcask[{extra}]" if extra else module
         raise LogitcaskError(f"{url}: needs {module}, which is not installed: pip install '{package}'") from error
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of exceptions it also raises
-    path = f"{parts.netloc}{parts.path}"
-    if module == "sshfs":
-        given = {"host": parts.hostname, "username": parts.username, "password": parts.password, "port": parts.port}
-        options = {**options, **{key: value for key, value in given.items() if value is not None}}
-        path = unquote(parts.path)
-    return make(**options, skip_instance_cache=True), path.rstrip("/")
+    root = f"{name}/{path}" if path else name
+    if scheme in SSH:
+        options = {**options, **_ssh_login(url, name)}
+        root = f"/{unquote(path)}" if path else ""
+    return make(**options, skip_instance_cache=True), root
+
+
+def _ssh_login(url: str, name: str) -> dict[str, Any]:
+    """Return the arguments in ``USER:PASSWORD@HOST:PORT``. Raises LogitcaskError if host or port is invalid."""
+    login, _, place = name.rpartition("@")
+    user, _, password = login.partition(":")
+    try:
+        parts = urlsplit(f"//{place}")
+        given = {"host": parts.hostname, "port": parts.port, "username": unquote(user), "password": unquote(password)}
+    except ValueError as error:
+        raise LogitcaskError(f"{url}: must be ssh://USER@HOST:PORT/FOLDER: {error}") from error
+    if not given["host"]:
+        raise LogitcaskError(f"{url}: names no host: give ssh://HOST/FOLDER")
+    return {key: value for key, value in given.items() if value}
 
 
 class RemoteStore(Store):
@@ -79,9 +126,14 @@ class RemoteStore(Store):
         """Prepare a store, which connects at the first operation.
 
         ``disk_cache`` holds objects that were checked against their digests. ``tries`` is the number of attempts per
-        operation, 0 for the default.
+        operation, 0 for the default. Raises LogitcaskError if ``split_url`` does, or if ``disk_cache`` is foreign.
         """
         super().__init__(read_only=read_only)
+        split_url(url)
+        if disk_cache and disk_cache.is_foreign():
+            raise LogitcaskError(
+                f"{disk_cache.folder}: must be a folder that logitcask made: rename it or choose another --local-copies"
+            )
         self.url, self.disk_cache, self._tries = url.rstrip("/"), disk_cache, tries or TRIES
         self._connected: tuple[Any, str] | None = None
         self._connecting = asyncio.Lock()
@@ -209,12 +261,19 @@ class RemoteStore(Store):
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """Yield the names directly below a folder."""
+
+        def names(fs: Any, root: str) -> list[str]:
+            folder = f"{root}/{prefix}".rstrip("/")
+            entries = [(str(entry["name"]).rstrip("/"), entry.get("size")) for entry in fs.ls(folder, detail=True)]
+            # consoles mark a folder that they create by an empty object with its name
+            return [name.rsplit("/", 1)[-1] for name, size in entries if name != folder or size]
+
         try:
-            names = await self._try(lambda fs, root: fs.ls(f"{root}/{prefix}".rstrip("/"), detail=False))
+            listed = await self._try(names)
         except GONE:
             return
-        for name in names:
-            yield str(name).rstrip("/").rsplit("/", 1)[-1]
+        for name in listed:
+            yield name
 
     async def sizes(self, prefix: str) -> dict[str, int]:
         """Return the size of every object in a folder in bytes, by key, from one listing."""
@@ -222,7 +281,8 @@ class RemoteStore(Store):
         def find(fs: Any, root: str) -> dict[str, int]:
             folder = f"{root}/{prefix}".rstrip("/")
             entries = _find_by_level(fs, folder) if _is_ssh(fs) else fs.find(folder, detail=True)
-            return {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in entries.items()}
+            sizes = {str(name).removeprefix(f"{root}/"): int(info["size"] or 0) for name, info in entries.items()}
+            return {key: size for key, size in sizes.items() if key and not key.endswith("/")}  # less marks of folders
 
         try:
             return await self._try(find)

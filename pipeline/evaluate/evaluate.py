@@ -7,7 +7,7 @@ from rich.table import Table
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.console import results
+from logitcask.pipeline.console import results, say
 from logitcask.pipeline.evaluate.humaneval import humaneval, load_problems
 from logitcask.pipeline.evaluate.lm_eval import Tasks
 from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
@@ -15,9 +15,10 @@ from logitcask.pipeline.evaluate.sandbox import require_sandbox
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.runs.evaluation import Evaluation, rows
+from logitcask.pipeline.runs.run_folder import source_of
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer
-from logitcask.pipeline.train.source import require_tokenizer
+from logitcask.pipeline.train.source import cache_identity, require_tokenizer
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
@@ -37,6 +38,8 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     reader = None if settings.cache is None else CacheReader(settings.cache)
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
+        if source_of(Path(settings.model)) == cache_identity(reader):
+            say(f"{reader.path}: {settings.model} was trained on it: only other examples show what it has learnt")
     problems = load_problems(settings.problems) if settings.humaneval else None
     if problems is not None:
         require_sandbox()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,8 @@ def namespaces() -> tuple[str, ...]:
 
 def require_sandbox() -> None:
     """Raise LogitcaskError if not even an empty program runs to its end: every score would be 0."""
+    if find_spec("resource") is None:
+        raise LogitcaskError("--humaneval needs limits on processes, which this system lacks: use Linux or macOS")
     if run_program("") != "passed":
         raise LogitcaskError(
             f"the sandbox cannot run {sys.executable} within {MEMORY:,} bytes and {WALL_SECONDS} s on this machine: "

@@ -5,7 +5,6 @@ program. The nonce in the result file proves that the program ran to its end: a 
 """
 
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ def forbid(event: str, arguments: tuple[Any, ...]) -> None:
 
 def limit(cpu_seconds: int, memory: int) -> None:
     """Set this process's limits: CPU seconds, bytes of memory, no core file, files of 4 KiB, 64 open files."""
+    import resource  # Windows has none
+
     for kind, most in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory),

@@ -4,7 +4,6 @@ A prompt whose answer is in the journal is never sent again. A process killed wh
 next one drops it.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.storage.ownership import lock_file
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -41,7 +41,7 @@ class Journal:
         self._path = path
         self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._file)
         except BlockingIOError as error:
             self._file.close()
             raise LogitcaskError(f"{path}: another run is writing it: wait for that run or stop it") from error

@@ -1,15 +1,26 @@
 """The output head of a causal language model, hidden states to logits, separated so that it can run on chosen rows.
 
-Legend: N rows of hidden states, V vocabulary.
+What a model does beside its head's product is measured, not read from its config: Granite divides logits by
+``logits_scaling``, HyperCLOVA X multiplies them by it, MiniCPM3 divides hidden states by it; MPT ignores its
+``logit_scale``.
+Hidden states and raw logits of our choice are put in place of the model's own, in float32 whatever its dtype, up to
+values that saturate any soft-cap; what arrives at the head and what comes out show the function itself.
+
+Legend: N rows of hidden states, L probed tokens, H width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError
+
+EXACT = 1e-5  # relative difference allowed of what is measured in float32
+PROBED = 8  # tokens
+SAMPLED_ROWS = 512  # of the head, compared with the model's own logits
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class LMHead:
     def logits(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
         """Return the logits (N, V) of hidden states (N, width), in the dtype of the weights.
 
+        Those that are scaled or capped are in at least float32: near the cap, bfloat16 would round them to 1/8.
         If ``room`` is given, they are written to its first N rows: on a CPU, page faults in fresh memory, one per
         4 kB, would cost a tenth of the product's time.
         """
@@ -32,6 +44,9 @@ class LMHead:
             raw = torch.mm(hidden, self.weight.t(), out=out)
         else:
             raw = torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        if self.scale == 1.0 and self.softcap is None:
+            return raw
+        raw = raw if raw.dtype == torch.float64 else raw.float()
         if self.scale != 1.0:
             raw = raw.mul_(self.scale)
         if self.softcap is None:
@@ -47,8 +62,16 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: 
     ``keeps_apart``.
     """
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    hidden: Tensor = _body(model)(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
     return hidden
+
+
+def _body(model: PreTrainedModel) -> torch.nn.Module:
+    """Return a causal LM without its head. Llama 4's ``base_model`` is the whole model, for want of its prefix."""
+    body: torch.nn.Module = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    if body is model:
+        raise _not_supported(model, "its body and its head are one module")
+    return body
 
 
 @torch.no_grad()
@@ -74,31 +97,151 @@ def keeps_apart(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def read_head(model: PreTrainedModel) -> LMHead:
-    """Return a model's head, with scale and soft-cap inferred from and checked against the model's own logits.
+    """Return a model's head, its scale and soft-cap measured, and checked against the model's own logits.
 
-    Raises LogitcaskError if the architecture does anything else between hidden states and logits.
+    Raises LogitcaskError if the architecture does anything else between hidden states and logits, or if no logits are
+    finite.
     """
     head = model.get_output_embeddings()
-    name = type(model).__name__
     if head is None:
-        raise LogitcaskError(f"{name}: has no language-model head: choose a causal language model")
+        raise LogitcaskError(f"{type(model).__name__}: has no language-model head: choose a causal language model")
+    bias = getattr(head, "bias", None)
+    own_parameters = sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"})
+    if own_parameters:
+        raise _not_supported(model, f"its head has parameters of its own, {', '.join(own_parameters)}")
     was_training = model.training
     model.eval()
-    probe = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
-    own = model(input_ids=probe).logits[0].double()
-    raw = torch.nn.functional.linear(
-        last_hidden_states(model, probe)[0], head.weight, getattr(head, "bias", None)
-    ).double()
-    model.train(was_training)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    uncapped = own if cap is None else cap * torch.atanh((own / cap).clamp(-1 + 1e-7, 1 - 1e-7))
-    scale = float((raw * uncapped).sum() / (raw * raw).sum().clamp_min(1e-30))
-    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
-    scale = 1.0 if abs(scale - 1.0) < tolerance / 10 else scale
-    rebuilt = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
-    if not torch.allclose(rebuilt, own, rtol=tolerance, atol=tolerance * max(1.0, float(own.abs().max()))):
-        raise LogitcaskError(
-            f"{name}: not supported: its logits must be scale * (h W' + b), soft-capped or not: "
-            "choose another architecture"
+    try:
+        ids = torch.arange(1, 1 + PROBED, device=head.weight.device)[None] % head.weight.shape[0]
+        hidden = last_hidden_states(model, ids)
+        probe, raw = _probe_hidden(hidden), _probe_raw(head.weight)
+        given, logits = _run_with(model, head, ids, probe, raw)
+        before = _factor_before(model, given, probe)
+        if before != 1.0 and bias is not None:
+            raise _not_supported(model, f"it multiplies hidden states by {before:g} before a head with a bias")
+        scale, cap = _scale_and_cap(model, raw, logits)
+        config = model.config.get_text_config()
+        read = LMHead(head.weight, bias, _as_configured(before * scale, config), cap and _as_configured(cap, config))
+        _compare(model, read, hidden[0], model(input_ids=ids, use_cache=False).logits[0])
+    finally:
+        model.train(was_training)
+    return read
+
+
+def non_finite_remedy(dtype: str) -> str:
+    """Return what to do about a model whose numbers are not finite in a dtype."""
+    if dtype == "float16":
+        return "float16 overflows above 65,504: use bfloat16 or float32"
+    return "use float32, or another model if that is no better" if dtype != "float32" else "its weights are damaged"
+
+
+def _not_supported(model: PreTrainedModel, reason: str) -> LogitcaskError:
+    return LogitcaskError(
+        f"{type(model).__name__}: not supported: its logits must be scale * (h W' + b), soft-capped or not, but "
+        f"{reason}: choose another architecture"
+    )
+
+
+def _probe_hidden(like: Tensor) -> Tensor:
+    """Return hidden states of a shape and device that differ by known factors, each exact in 16 bits, in float32."""
+    places = torch.arange(like.numel()).view(like.shape)
+    values = (1 - 2 * (places % 2)) * (1 + places % 7 / 4) * 2.0 ** (places % 5 - 2)
+    return values.to(like.device)
+
+
+def _probe_raw(weight: Tensor) -> Tensor:
+    """Return raw logits (1, L, V) in float32 from 2 ** -10, where a cap changes nothing, to what saturates any cap."""
+    magnitudes = torch.tensor([m * 2.0**k for k in range(-10, 16) for m in (1.0, 1.3, 1.7)])
+    grid = torch.cat([magnitudes, -magnitudes])
+    return grid[torch.arange(PROBED * len(weight)) % len(grid)].view(1, PROBED, -1).to(weight.device)
+
+
+def _run_with(
+    model: PreTrainedModel, head: torch.nn.Module, ids: Tensor, hidden: Tensor, raw: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Run a model with ``hidden`` and ``raw`` in place of its own hidden states and of what its head returns.
+
+    Return what its head was given, call by call, and the model's logits. OPT's forward passes by its ``base_model``.
+    """
+    given: list[Tensor] = []
+
+    def replace_hidden(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = hidden
+        return output
+
+    def record(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(args[0])
+        return (args[0].to(next(head.parameters()).dtype),)
+
+    hooks = [
+        *(body.register_forward_hook(replace_hidden) for body in {_body(model), model.get_decoder()} - {model}),
+        head.register_forward_pre_hook(record),
+        head.register_forward_hook(lambda module, args, output: raw),
+    ]
+    try:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return given, logits
+
+
+def _factor_before(model: PreTrainedModel, given: list[Tensor], hidden: Tensor) -> float:
+    """Return by what a model multiplies hidden states before its head. Raises LogitcaskError if it does more."""
+    if len(given) != 1 or given[0].shape != hidden.shape:
+        raise _not_supported(model, "its head does not get the hidden states of its body")
+    ratio = given[0].cpu().double() / hidden.cpu().double()
+    factor = float(ratio.mean())
+    if not ((ratio - factor).abs() <= EXACT * abs(factor)).all():
+        raise _not_supported(model, "it changes hidden states before its head by more than a factor")
+    return factor
+
+
+def _scale_and_cap(model: PreTrainedModel, raw: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """Return the scale and the soft-cap that a model applies to raw logits. Raises LogitcaskError if it does more."""
+    if logits.shape != raw.shape:
+        raise _not_supported(model, f"it gives {logits.shape[-1]} logits and its head {raw.shape[-1]}")
+    x, y = raw.cpu().double().flatten(), logits.cpu().double().flatten()
+    least, most = int(x.abs().argmin()), int(x.argmax())
+    scale = float(y[least] / x[least])  # tanh(u) = u so near 0; exact without a cap, since x is a power of 2
+    cap = float(y[most]) if float(y[most]) < 0.99 * scale * float(x[most]) else None
+    expected = scale * x if cap is None else cap * torch.tanh(scale * x / cap)
+    difference = ((y - expected) / expected).abs().nan_to_num(torch.inf)
+    worst = int(difference.argmax())
+    if float(difference[worst]) > EXACT:
+        raise _not_supported(
+            model,
+            f"a raw logit of {float(x[worst]):.5g} becomes {float(y[worst]):.5g}, not {float(expected[worst]):.5g}",
         )
-    return LMHead(head.weight, getattr(head, "bias", None), scale, cap)
+    return scale, cap
+
+
+def _as_configured(value: float, config: Any) -> float:
+    """Return the number of a config, or its inverse, that a measured value is up to rounding; itself if it is none."""
+    numbers = [float(n) for n in vars(config).values() if isinstance(n, int | float) and n and not isinstance(n, bool)]
+    choices = (1.0, *numbers, *(1 / n for n in numbers))
+    return next((choice for choice in choices if abs(value / choice - 1.0) < EXACT / 10), value)
+
+
+def _compare(model: PreTrainedModel, read: LMHead, hidden_LH: Tensor, own_LV: Tensor) -> None:
+    """Raise LogitcaskError if a model's own logits are not those of the head that was read, on finite hidden states."""
+    dtype = read.weight.dtype
+    finite = (own_LV.isfinite().all(1) & hidden_LH.isfinite().all(1)).nonzero().flatten()
+    if not len(finite):
+        name = str(dtype).removeprefix("torch.")
+        raise LogitcaskError(
+            f"{type(model).__name__}: no finite logits from its first {PROBED} tokens in {name}: "
+            f"{non_finite_remedy(name)}"
+        )
+    ids = torch.linspace(0, len(read.weight) - 1, min(SAMPLED_ROWS, len(read.weight)), dtype=torch.float64).long()
+    ids = ids.to(read.weight.device)
+    bias = None if read.bias is None else read.bias[ids].cpu().double()
+    sampled = LMHead(read.weight[ids].cpu().double(), bias, read.scale, read.softcap)
+    expected = sampled.logits(hidden_LH[finite].cpu().double())
+    own = own_LV[finite][:, ids].cpu().double()
+    allowed = max(1e-3, 8 * torch.finfo(dtype).eps) * float(expected.abs().max())
+    difference = float((own - expected).abs().max())
+    if not difference <= allowed:
+        raise _not_supported(
+            model, f"they differ by {difference:.3g} from those of its head, {allowed:.3g} is expected in {dtype}"
+        )

@@ -1,37 +1,122 @@
-"""Loading causal language models from the hub, a local folder or a GGUF file."""
+"""Causal language models: loaded from the hub, a folder or a GGUF file, new from a config, and compared."""
 
 import hashlib
+import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.cache.errors import LogitcaskError, shown, shown_reason
+from logitcask.pipeline.machine import out_of_memory
+from logitcask.pipeline.settings.base import config_file
 
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
+# Weights that checkpoints of causal language models hold beside those of the language model: constants, which each
+# version computes itself, towers for images and sound, and heads that predict several tokens.
+NOT_OF_THE_LM = re.compile(
+    r"(^|[._])(inv_freq|masked_bias|attn\.bias|attention\.bias|mtp|vision|visual|image|audio|multi_modal)([._]|$)"
+)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Number of parameters of a model."""
+
+    total: int
+    without_embeddings: int
 
 
 def load_causal_lm(
     source: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model with plain float weights. Raises LogitcaskError if it cannot be loaded."""
+    folder = source
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, then refused
     path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LogitcaskError(f"{source}: no such GGUF file: give the path of one, or a model's folder or hub id")
+        folder, options["gguf_file"] = str(path.parent), path.name
     try:
-        if source.endswith(".gguf"):
-            if not path.is_file():
-                raise LogitcaskError(f"{source}: no such GGUF file")
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
-            _forget_gguf(model)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except Exception as error:  # each format and architecture refuses a damaged model in its own way
+        if out_of_memory(error):
+            raise
+        raise LogitcaskError(f"{source}: no causal language model could be loaded: {shown_reason(error)}") from error
+    _require_all_weights(source, report)
+    if path.suffix == ".gguf":
+        _forget_gguf(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _require_all_weights(source: str, report: dict[str, Any]) -> None:
+    """Raise LogitcaskError if weights of a model are missing, which leaves random ones, of other shapes, or unused."""
+    unused = {name for name in report["unexpected_keys"] if not NOT_OF_THE_LM.search(name)}
+    kinds = {"are missing": report["missing_keys"], "have other shapes": report["mismatched_keys"]}
+    for kind, keys in {**kinds, "are of another architecture": unused}.items():
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+        if names:
+            raise LogitcaskError(
+                f"{source}: must hold all weights of its config's model and no others, but {len(names)} {kind}, the "
+                f"first is {names[0]}: copy the whole model again, or save it with save_pretrained"
+            )
+
+
+def require_plain_weights(source: str) -> None:
+    """Raise LogitcaskError if a model to train is an adapter or quantised, by its config."""
+    if Path(source, "adapter_config.json").is_file():
+        raise LogitcaskError(
+            f"{source}: is an adapter (adapter_config.json), but a student must be a whole model: merge it first, with "
+            f"peft.AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(FOLDER)"
+        )
+    try:
+        quantised: Any = PreTrainedConfig.get_config_dict(source)[0].get("quantization_config")
+    except Exception:  # no config, or not a sound one: loading says what is wrong with it
+        return
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise LogitcaskError(
+            f"{source}: its weights are quantised ({shown(method)}), but a student needs float weights: take the model "
+            "it was quantised from, or save it dequantised"
+        )
+
+
+def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
+    """Build a new model in float32. Raises LogitcaskError if the file is not the config of a causal language model."""
+    try:
+        path = config_file("students", path)
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LogitcaskError(f"--student-config {path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LogitcaskError(f"--student-config {path}: not a readable JSON file: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise LogitcaskError(f"--student-config {path}: must be a Hugging Face config: a JSON object with model_type")
+    values.setdefault("vocab_size", vocab_size)
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # configs are validated by each architecture in its own way
+        raise LogitcaskError(
+            f"--student-config {path}: no causal language model can be built from it: {shown_reason(error)}"
+        ) from error
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> ParameterCount:
+    """Count parameters with and without the embedding matrices."""
+    embeddings = {
+        id(p): p.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ParameterCount(total, total - sum(embeddings.values()))
 
 
 def require_finite(model: torch.nn.Module, where: str) -> None:
@@ -48,6 +133,53 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model takes, None if its config sets no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """Return a row of token ids (1, L) on which models are compared, on the model's device."""
+    length = min(24, max_positions(model) or 24)
+    device = next(model.parameters()).device
+    ids: Tensor = torch.arange(length, device=device)[None] * 7 % model.get_input_embeddings().num_embeddings
+    return ids
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, *, sharded: bool = False) -> Tensor:
+    """Return a model's logits (L, V) for ``probe_ids`` by its class's own forward, in float32 on the CPU.
+
+    A ``sharded`` model must be called as it is wrapped, by all ranks.
+    """
+    was_training = model.training
+    model.eval()
+    forward = model if sharded else type(model).forward.__get__(model)  # an instance's may be another, or in 16 bits
+    logits: Tensor = forward(input_ids=probe_ids(model)).logits
+    model.train(was_training)
+    return logits[0].float().cpu()
+
+
+def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None, *, exact: bool) -> None:
+    """Load a saved student as anybody would, and compare it with the one in memory, which gave ``logits_LV``.
+
+    Weights are compared, too, if the ``model`` is given. Unless ``exact``, another device or dtype computed the logits:
+    half of the positions must agree to a few percent. Raises LogitcaskError with the difference.
+    """
+    saved = load_causal_lm(str(folder), dtype=torch.float32)
+    advice = "the checkpoints of this run hold what was trained; report this, with config.json"
+    if model is not None:
+        own, loaded = model.state_dict(), saved.state_dict()
+        other = [n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].float())]
+        if other:
+            raise LogitcaskError(
+                f"{folder}: loaded by transformers, {len(other)} of {len(own)} weights are not those in memory, the "
+                f"first is {other[0]}: {advice}"
+            )
+    errors_L = (probe_logits(saved) - logits_LV).abs().amax(1)
+    error = float(errors_L.max() if exact else errors_L.median())
+    if not error <= (1e-4 if exact else 5e-2) * max(1.0, float(logits_LV.abs().max())):
+        raise LogitcaskError(
+            f"{folder}: loaded by transformers, it is another student than the one in memory: its logits differ by up "
+            f"to {float(errors_L.max()):.3g}: {advice}"
+        )
 
 
 def sampling(temperature: float) -> dict[str, Any]:

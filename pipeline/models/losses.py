@@ -2,17 +2,21 @@
 
 Legend: N target positions, V vocabulary, S entries of a sparse label, the first K of them its head, O outcomes.
 Log-probabilities are in nats; every loss is per position, shape (N,). KL is forward, KL(teacher || student), unless
-named otherwise.
+named otherwise. At the end, the term that a mixture-of-experts student adds of its own.
 """
 
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import SoftLabels
 
 
@@ -37,6 +41,7 @@ class LossSums(NamedTuple):
     soft: Tensor
     teacher_mass: Tensor  # the teacher's probability of the head's tokens, at T
     student_mass: Tensor  # the student's probability of the same tokens, at T
+    aux: Tensor | None = None  # the router loss times the number of positions; part of ``total``
 
 
 def hard_loss(logits_NV: Tensor, gold_N: Tensor) -> Tensor:
@@ -104,3 +109,98 @@ def distillation_loss(
         teacher_mass=(-torch.expm1(labels.log_rest)).sum(),
         student_mass=head_NK.sum(),
     )
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The term that keeps the experts of a mixture-of-experts model equally busy, by the architecture's own function.
+
+    Fedus et al. (2022), Switch Transformers, equations 4 to 6.
+    """
+
+    coefficient: float
+    function: Callable[..., Tensor]
+    experts: int
+    active: int  # experts per token
+
+    def __call__(self, router_logits: tuple[Tensor, ...], tokens_RL: Tensor | None) -> Tensor:
+        """Return the loss () before its coefficient, over the places (R, L) that hold tokens; None: all do."""
+        return self.function(router_logits, self.experts, self.active, tokens_RL)
+
+
+def read_router_loss(model: PreTrainedModel, coefficient: float | None) -> RouterLoss | None:
+    """Return a model's router loss, None if it has none or its config leaves it out.
+
+    ``coefficient`` replaces that of the config and its output_router_logits; 0 turns the loss off. Raises
+    LogitcaskError if one is given for a model without experts, or the loss is not a function of router logits alone.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        if coefficient:
+            raise LogitcaskError(f"--router-aux-loss-coef {coefficient:g}: {name} has no router loss: leave it out")
+        return None
+    if coefficient is None:
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        own = (getattr(owner, name, None) for owner in (model, config) for name in names)
+        coefficient = next((value for value in own if value is not None), 0.0) if returns_router_logits(model) else 0.0
+    if not coefficient:
+        return None
+    probe = _probe(model)
+    experts, active = (
+        next((v for owner in (model, config) for n in names if (v := getattr(owner, n, None)) is not None), 0)
+        for names in (("num_experts", "num_local_experts"), ("num_experts_per_tok",))
+    )
+    loss, was_training = RouterLoss(coefficient, function, experts, active), model.training
+    model.eval()  # some routers add noise in training
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=probe, output_router_logits=True).aux_loss
+            logits = model.base_model(input_ids=probe, use_cache=False, output_router_logits=True).router_logits
+            same = torch.allclose(loss(logits, None), expected, rtol=1e-4)
+    except Exception:  # its forward takes or gives something else
+        same = False
+    model.train(was_training)
+    if not same:
+        raise LogitcaskError(
+            f"{name}: its router loss is computed from more than its router logits, which is not supported: train "
+            "without it by --router-aux-loss-coef 0, or choose another architecture"
+        )
+    return loss
+
+
+def returns_router_logits(model: PreTrainedModel) -> bool:
+    """Return whether a model's config asks for router logits, and so for the router loss."""
+    configs = (model.config, model.config.get_text_config())
+    return any(bool(getattr(config, "output_router_logits", False)) for config in configs)
+
+
+@torch.no_grad()
+def require_known_loss(model: PreTrainedModel) -> None:
+    """Raise LogitcaskError if a model's own training loss is not cross-entropy, with or without the router loss."""
+    was_training = model.training
+    model.eval()
+    probe = _probe(model)
+    try:
+        outputs = model(input_ids=probe, labels=probe)
+        own: Tensor | None = outputs.loss
+    except (TypeError, ValueError):  # it has no loss of its own
+        own = None
+    model.train(was_training)
+    if own is None:
+        return
+    logits, gold = outputs.logits[0].float(), probe[0]
+    plain = functional.cross_entropy(logits[:-1], gold[1:]), functional.cross_entropy(logits, gold)
+    router = read_router_loss(model, None)
+    term = router.coefficient * outputs.aux_loss if router is not None else 0.0
+    if min(abs(float(own - loss - term)) for loss in plain) > 1e-3 * max(1.0, abs(float(own))):
+        raise LogitcaskError(
+            f"{type(model).__name__}: not supported: its own training loss is {float(own):.4f} where the cross-entropy "
+            f"is {float(plain[0]):.4f}: set the coefficients of what its config adds to 0"
+        )
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    embeddings = model.get_input_embeddings()
+    ids: Tensor = torch.arange(1, 9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    return ids

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from logitcask.cache.errors import LogitcaskError
+
 _aten = torch.ops.aten
 PRODUCTS = {
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten._grouped_mm.default),
@@ -28,6 +30,15 @@ def keep_products_only(model: PreTrainedModel) -> bool:
     except ValueError:  # the class does not support checkpointing
         return False
     return True
+
+
+def require_checkpointing(model: PreTrainedModel) -> None:
+    """Raise LogitcaskError if a model's class cannot recompute activations."""
+    if not model.supports_gradient_checkpointing:
+        raise LogitcaskError(
+            f"--use-gradient-checkpointing: {type(model).__name__} does not support it: leave it out, or choose "
+            "another student"
+        )
 
 
 def _contexts() -> tuple[Any, Any]:

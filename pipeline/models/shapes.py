@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from logitcask.cache.errors import LogitcaskError, first_line
-from logitcask.pipeline.models.student import count_parameters, student_from_config
+from logitcask.cache.errors import LogitcaskError, shown_reason
+from logitcask.pipeline.models.load import count_parameters, student_from_config
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def shape_of_size(text: str) -> ModelShape:
 def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
     """Return the shape of a hub id, model folder or GGUF file. Raises LogitcaskError if its config cannot be read."""
     path = Path(source)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise LogitcaskError(f"--teacher-model {source}: no such GGUF file: give its size instead, such as 7B")
     try:
         with torch.device("meta"):
             if source.endswith(".gguf"):
@@ -76,7 +78,7 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
                 config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # missing, offline, or refused: each architecture validates configs in its own way
-        reason = first_line(error)
+        reason = shown_reason(error)
         raise LogitcaskError(
             f"--teacher-model {source}: no model config could be read: {reason}: give its size instead, such as 7B"
         ) from error

@@ -154,31 +154,33 @@ def _amount_of_text(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase |
     return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss)
 
 
-def count_data(source: str, encoder: Encoder, max_seq_length: int, prompt_loss: bool) -> tuple[Amount, list[str]]:
+def count_data(
+    sources: tuple[str, ...], encoder: Encoder, max_seq_length: int, prompt_loss: bool
+) -> tuple[Amount, list[str]]:
     """Return examples, tokens and target positions after truncation, and what they assume.
 
-    They equal those of stage 1, except that of a file above ``SAMPLE_BYTES`` only every n-th example is tokenized.
+    They equal those of stage 1, except that of files above ``SAMPLE_BYTES`` only every n-th example is tokenized.
     """
-    path = Path(source)
-    every = math.ceil(path.stat().st_size / SAMPLE_BYTES) if path.is_file() else 1
-    read = 0
+    size = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
+    every, read, named = max(1, math.ceil(size / SAMPLE_BYTES)), 0, ", ".join(sources)
 
     def sample() -> Iterator[Encoded]:
         nonlocal read
-        with track(f"reading {source}", None, "examples") as advance:
-            for where, record in read_records(source):
-                if read % every == 0:
-                    yield encoder.encode(where, record)
-                read += 1
-                advance(1)
+        for source in sources:
+            with track(f"reading {source}", None, "examples") as advance:
+                for where, record in read_records(source):
+                    if read % every == 0:
+                        yield encoder.encode(where, record)
+                    read += 1
+                    advance(1)
 
     with tempfile.TemporaryDirectory() as folder:
         identity = stage_tokens(
-            sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=source
+            sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=named
         ).identity
     scale = read / math.ceil(read / every)
     amount = Amount(*(round(count * scale) for count in (identity.examples, identity.tokens, identity.positions)))
-    return amount, [f"one in {every} of the {read:,} examples of {source} was tokenized"] if every > 1 else []
+    return amount, [f"one in {every} of the {read:,} examples of {named} was tokenized"] if every > 1 else []
 
 
 def _assumptions(settings: PlanSettings, device: Device, sized: bool) -> list[str]:

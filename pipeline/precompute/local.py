@@ -27,7 +27,7 @@ class LocalExecutor:
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""
-        writer = CacheWriter(self._output, manifest)
+        writer = CacheWriter(self._output, manifest, made_by=self.teacher.made_by)
         for index in shards:
             writer.write_shard(index, label_shard(self._teacher, work.batches(index), work.label, advance))
 

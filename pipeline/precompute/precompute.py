@@ -1,6 +1,11 @@
-"""Stage 1: label every example once with the teacher and write the cache, shard by shard."""
+"""Stage 1: label every example once with the teacher and write the cache, shard by shard.
+
+A cache that is there already is resumed with its own manifest: its date, its dtype and engine where the options leave
+these open. What must be equal is what ``cache.manifest.identity`` returns.
+"""
 
 import contextlib
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +16,11 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.integrity import committed_shards
 from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
+from logitcask.cache.storage.open import open_store
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer, watch_folder
-from logitcask.cache.writer import check_output, create_cache
+from logitcask.cache.writer import create_cache, require_same, stored_manifest
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.machine import explain_out_of_memory
 from logitcask.pipeline.precompute.local import LocalExecutor
@@ -21,11 +28,16 @@ from logitcask.pipeline.precompute.ray import RayExecutor
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
-from logitcask.pipeline.teachers.teacher import TeacherFacts
-from logitcask.pipeline.text.examples import Encoder, encode_source
+from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
+from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
+ENGINES = {
+    "transformers": "transformers",
+    "vllm": "vllm",
+    "vllm-topk": "vllm prompt_logprobs",
+}  # as manifests name them
 BATCHES_PER_CALL = {"vllm": 64, "vllm-topk": 64}  # vLLM schedules them itself
 
 
@@ -57,27 +69,68 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     with sole_writer(settings.output, settings.part, say) as staging:
         require_folder = watch_folder(settings.output)
         files = tokenizer_files(tokenizer)
-        work, parts = _plan(settings, tokenizer, files, staging)
-        alone = settings.part is None
-        # before loading a large teacher in vain
-        check_output(settings.output, parts, overwrite=settings.overwrite, alone=alone)
+        stored = stored_manifest(settings.output, overwrite=settings.overwrite)
+        before = None if settings.overwrite else stored
+        settings = _resumed(settings, before)
+        work, parts = _plan(settings, tokenizer, files, staging, before)
+        mine = shards_of(settings.part or (1, 1), parts["shards"].count)
+        if before:  # before loading a large teacher in vain
+            require_same(settings.output, before, parts)
+            if _is_done(settings, tokenizer, before, mine):
+                return PrecomputeReport(before, 0, len(mine))
         with contextlib.closing(_executor(settings)) as executor:
             check_teacher(executor.teacher, size, settings.max_seq_length)
             with explain_limits():
                 manifest = Manifest.model_validate({**parts, "teacher": executor.teacher.identity})
-            mine = shards_of(settings.part or (1, 1), manifest.shards.count)
-            shards = None if alone else mine
             with explain_write_errors(settings.output):
                 require_folder()  # loading a teacher takes a while
                 writer = create_cache(
-                    settings.output, manifest, work.shard_examples, files, overwrite=settings.overwrite, shards=shards
+                    settings.output,
+                    manifest,
+                    work.shard_examples,
+                    files,
+                    overwrite=settings.overwrite,
+                    shards=None if settings.part is None else mine,
                 )
-            missing = writer.missing_shards()
+            manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
                 executor.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+
+
+def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> PrecomputeSettings:
+    """Return the settings with ``auto`` as in the cache that is resumed, whatever this machine would choose."""
+    if stored is None:
+        return settings
+    engine = next((name for name, stands_for in ENGINES.items() if stands_for == stored.teacher.engine), "auto")
+    auto = {"dtype": stored.teacher.dtype, "engine": engine}
+    return settings.model_copy(
+        update={name: value for name, value in auto.items() if getattr(settings, name) == "auto"}
+    )
+
+
+def _is_done(settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, stored: Manifest, mine: range) -> bool:
+    """Return whether all shards of this run are committed, by a teacher of the same name, dtype and engine.
+
+    Only loading it would show whether its weights are the same: for a local teacher, which may have changed, that is
+    said; for one of the hub the revision is compared.
+    """
+    teacher, revision = stored.teacher, tokenizer.init_kwargs.get("_commit_hash") or settings.teacher_revision
+    asked = (
+        teacher_id(settings.teacher_model),
+        settings.dtype,
+        ENGINES.get(settings.engine),
+        revision or teacher.revision,
+    )
+    if asked != (teacher.id, teacher.dtype, teacher.engine, teacher.revision):
+        return False
+    if set(mine) - committed_shards(open_store(settings.output, read_only=True), stored.shards.count):
+        return False
+    if Path(settings.teacher_model).exists():
+        say(f"{settings.teacher_model} was not loaded: that its weights are still those of the cache was not checked")
+    return True
 
 
 def memory_remedy(settings: PrecomputeSettings) -> str:
@@ -114,16 +167,23 @@ def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
 
 
 def _plan(
-    settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, files: dict[str, bytes], staging: Path
+    settings: PrecomputeSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    files: dict[str, bytes],
+    staging: Path,
+    stored: Manifest | None,
 ) -> tuple[Work, dict[str, Any]]:
     """Return what there is to label, and all parts of the manifest except the teacher's."""
+    pinned = datetime.date.fromisoformat(stored.data.date) if stored and stored.data.date else None
+    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, day=pinned)
     table = stage_tokens(
-        encode_source(Encoder(tokenizer, prompt_loss=settings.prompt_loss), settings.train_data),
+        encode_sources(encoder, settings.train_data),
         staging,
         max_seq_length=settings.max_seq_length,
         prompt_loss=settings.prompt_loss,
-        source=settings.train_data,
+        source=", ".join(settings.train_data),
     )
+    date = encoder.date if stored is None or stored.format_version >= 5 else None  # formats before had no date
     order = shuffled(len(table), settings.seed)
     positions = table.positions[order].astype(np.int64)
     shard_examples = cut_shards(positions, settings.shard_positions)
@@ -139,7 +199,7 @@ def _plan(
         parts = {
             "format_version": FORMAT_VERSION,
             "tokenizer": identify(tokenizer, files),
-            "data": table.identity,
+            "data": table.identity.model_copy(update={"date": date}),
             "label": label,
             "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
         }

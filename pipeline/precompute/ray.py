@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.errors import LogitcaskError, differences
+from logitcask.cache.manifest import LabelSettings, Manifest, identity
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
@@ -48,7 +48,7 @@ class Labeller:
 
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
         """Label and write a shard; return its number of target positions."""
-        self._writer = self._writer or CacheWriter(self._output, manifest)
+        self._writer = self._writer or CacheWriter(self._output, manifest, made_by=self._teacher.facts.made_by)
         with explain_out_of_memory(self._memory_remedy):
             shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
             self._writer.write_shard(index, shard)
@@ -78,10 +78,12 @@ class RayExecutor:
             if notice := missing_resources(options, count, resources):
                 say(notice)
             facts = ray.get([each.facts.remote() for each in self._actors])
-            if any(each != facts[0] for each in facts):
-                raise LogitcaskError(
-                    f"--ray {address}: its nodes load different teachers: {facts}: install the same versions on all"
-                )
+            for other in facts[1:]:
+                if mismatches := differences(_compared(facts[0]), _compared(other), "a node"):
+                    raise LogitcaskError(
+                        f"--ray {address}: its nodes load different teachers: {'; '.join(mismatches)}: give all the "
+                        "same model and kind of device"
+                    )
             cleanup.pop_all()
         self.teacher: TeacherFacts = facts[0]
 
@@ -105,6 +107,11 @@ class RayExecutor:
     def close(self) -> None:
         """Disconnect from the cluster; one that was started here shuts down."""
         self._ray.shutdown()
+
+
+def _compared(facts: TeacherFacts) -> dict[str, object]:
+    """Return what must be equal on all nodes: versions of packages and names of devices need not be."""
+    return {**identity({"teacher": facts.identity}), "head": facts.logits_width, "longest": facts.max_length}
 
 
 def _connect(address: str) -> None:

@@ -11,7 +11,8 @@ from logitcask.pipeline.runs.curves import draw_curves
 from logitcask.pipeline.runs.evaluation import rows as evaluation_rows
 from logitcask.pipeline.runs.run_folder import Run, curve, divergence_name, read_run, run_names
 
-NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}  # only the place of a run and how it was resumed
+# only the place of a run, how it was resumed, and what follows from the seed
+NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "wandb_run_id", "first_epoch"}
 LOSSES = {
     "total_loss": "total loss",
     "hard_loss": "hard loss, nats",
@@ -80,7 +81,7 @@ def _effort(run: Run) -> dict[str, float | None]:
         "tokens": tokens,
         "seconds": _last(run, "seconds"),
         "tokens_per_second": tokens / spent if spent else None,
-        "peak_memory_mb": max((line.get("peak_memory_mb") or 0 for line in run.log), default=None),
+        "peak_memory_mb": max(filter(None, (line.get("peak_memory_mb") for line in run.log)), default=None),
     }
 
 

@@ -1,11 +1,15 @@
 """The folder of a run of stage 2: its log, settings and evaluations. Does not import torch."""
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.runs.evaluation import EVALUATION_FILE, Evaluation, parse_evaluation
@@ -29,10 +33,30 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """Return the optimizer step in the name of a checkpoint's folder, None if it is not a name that a run gives."""
+    name = re.fullmatch(r"checkpoint-([0-9]+)", checkpoint.name)
+    return None if name is None else int(name[1])
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints in a run's folder, ascending by step; folders of other names do not count."""
+    folders = [(step, folder) for folder in run.glob("checkpoint-*") if (step := step_of(folder)) is not None]
+    return [folder for _, folder in sorted(folders) if (folder / SETTINGS_FILE).is_file()]
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """Return the complete checkpoint with the most steps in a run's folder, None if there is none."""
-    complete = [folder for folder in run.glob("checkpoint-*") if (folder / SETTINGS_FILE).is_file()]
-    return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+    return max(complete_checkpoints(run), key=lambda folder: step_of(folder) or 0, default=None)
+
+
+def source_of(model: Path) -> str | None:
+    """Return the identity of the cache or data that a student in ``final`` was trained on, None if it is not known."""
+    try:
+        settings: Any = json.loads((model / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(settings["source"]) if isinstance(settings, dict) and "source" in settings else None
 
 
 def divergence_name(settings: Mapping[str, Any]) -> str:
@@ -54,7 +78,7 @@ def read_log(run: Path) -> list[Line]:
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not _is_line(values):
             raise LogitcaskError(
@@ -65,12 +89,18 @@ def read_log(run: Path) -> list[Line]:
 
 
 def _is_line(values: Any) -> bool:
-    """Return whether a value is an object of numbers whose step is an integer."""
+    """Return whether a value is an object of numbers whose step is a count."""
     return (
         isinstance(values, dict)
         and type(values.get("step")) is int
-        and all(value is None or type(value) in (int, float) for value in values.values())
+        and values["step"] >= 0
+        and all(value is None or type(value) is float or _is_count(value) for value in values.values())
     )
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is an integer that a float can hold."""
+    return type(value) is int and abs(value) <= 2**53
 
 
 def curve(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
@@ -78,6 +108,34 @@ def curve(lines: Sequence[Line], name: str) -> tuple[list[int], list[float]]:
     points = {int(line["step"] or 0): value for line in lines if (value := line.get(name)) is not None}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
+
+
+def first_evaluation(log: Sequence[Line]) -> Line:
+    """Return the evaluation before the first step, without step and time; empty if the run made none."""
+    return {k: v for line in log if line["step"] == 0 for k, v in line.items() if k.startswith("eval_")}
+
+
+def read_before(run: Path) -> dict[str, float] | None:
+    """Return the evaluation before the first step from the log of a run to resume, None if there is none.
+
+    Only a perplexity can be non-finite in a log of finite losses: it is infinite.
+    """
+    log = read_log(run) if (run / LOG_FILE).exists() else []
+    values = {name: math.inf if value is None else value for name, value in first_evaluation(log).items()}
+    return {**values, "epoch": 0} if values else None
+
+
+def ends_table(
+    before: Mapping[str, float] | None, after: Mapping[str, float], temperature: float, divergence: str
+) -> Table:
+    """Return the table of the evaluations before and after a run."""
+    table = Table("held out", "before", "after")
+    rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
+    if after["eval_teacher_captured_mass"]:
+        rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
+    for name, (key, factor) in rows.items():
+        table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
+    return table
 
 
 @dataclass(frozen=True)
@@ -98,8 +156,8 @@ def read_run(path: Path) -> Run:
     settings, ends = _object(path / FINAL / SETTINGS_FILE), _object(path / ENDS_FILE)
     before: Any = ends.get("before")
     after: Any = ends.get("after")
-    if before is None:  # a resumed run evaluates only at its end
-        before = {name: value for line in log if line["step"] == 0 for name, value in line.items()}
+    if before is None:  # a run without held-out examples, or one that an earlier version resumed
+        before = first_evaluation(log)
     for part in (before, after):
         if not (isinstance(part, dict) and all(v is None or type(v) in (int, float) for v in part.values())):
             raise LogitcaskError(
@@ -124,7 +182,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 def _object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise LogitcaskError(f"{file}: damaged: must be a JSON object: run the training again")

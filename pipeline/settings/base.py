@@ -11,11 +11,11 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, shown
 
 CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
 OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value, and what they then mean
@@ -23,6 +23,50 @@ OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value
 Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+REPEATABLE = "repeatable"  # marks a field whose option may be given several times
+
+
+def expand_home(value: Any) -> Any:
+    """Return a path or its text with a leading ``~`` replaced by the home folder, any other value as it is.
+
+    Raises LogitcaskError if there is no such home folder, or the text is empty, which would be the current folder.
+    """
+    if value == "":
+        raise LogitcaskError("a path is empty: write . for the current folder")
+    if not isinstance(value, str | Path) or not str(value).startswith("~"):
+        return value
+    try:
+        return type(value)(Path(value).expanduser())
+    except RuntimeError as error:
+        raise LogitcaskError(
+            f"{value}: ~ is the home folder, which is unknown here: set HOME, or write the whole path (./~ for a name "
+            "that starts with ~)"
+        ) from error
+
+
+def home_path(text: str) -> Path:
+    """Return the path that a word of the command line names, ``~`` expanded."""
+    return Path(expand_home(text))
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _one_or_all(sources: tuple[str, ...]) -> str | list[str]:
+    """Return a single source as it was stored before there could be several."""
+    return sources[0] if len(sources) == 1 else list(sources)
+
+
+FilePath = Annotated[Path, BeforeValidator(expand_home)]
+Place = Annotated[str, BeforeValidator(expand_home)]  # a path, a URL or a hub id
+Sources = Annotated[
+    tuple[Annotated[Place, Field(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+    PlainSerializer(_one_or_all),
+    Field(min_length=1),
+    REPEATABLE,
+]
 
 
 class Settings(BaseModel):
@@ -40,6 +84,8 @@ def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
     Raises LogitcaskError, naming the option, the rule and the value, if they are invalid.
     """
     given = {**(read_config(config_file("runs", config)) if config else {}), **flags}
+    for name, value in given.items():
+        require_plain_text(flag_of(name), value)
     unknown = sorted(given.keys() - model.model_fields.keys())
     if unknown:
         raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}; known keys: {', '.join(model.model_fields)}")
@@ -55,7 +101,20 @@ def _explain(item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{option} is required"
     message = str(item["msg"]).removeprefix("Value error, ").replace("Input should be", "must be", 1)
-    return f"{option}: {message}, got {item['input']!r}" if option else message
+    return f"{option}: {message}, got {shown(item['input'])}" if option else message
+
+
+def require_plain_text(where: str, value: Any) -> None:
+    """Raise LogitcaskError if a text, or one in a list or mapping, is no valid Unicode or holds a NUL character."""
+    items, seen = [value], set[int]()
+    while items:
+        item = items.pop()
+        if isinstance(item, str):
+            if "\0" in item or item != item.encode(errors="replace").decode():
+                raise LogitcaskError(f"{where}: must be valid Unicode text without NUL, got {shown(item)}: correct it")
+        elif isinstance(item, list | tuple | dict) and id(item) not in seen:  # YAML's lists may contain themselves
+            seen.add(id(item))
+            items += [*item, *item.values()] if isinstance(item, dict) else item
 
 
 def flag_of(name: str) -> str:
@@ -64,17 +123,34 @@ def flag_of(name: str) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return names and values of a YAML config file. Raises LogitcaskError if it is not a readable mapping."""
+    """Return names and values of a YAML config file.
+
+    Raises LogitcaskError if it is not a readable mapping, or gives a name twice: YAML would keep the last value.
+    """
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError as error:
         raise LogitcaskError(f"{path}: no such config file") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: such as a 13th month
         reason = " ".join(str(error).split())
         raise LogitcaskError(f"{path}: not a readable YAML file: {reason}") from error
     if not isinstance(config, dict):
         raise LogitcaskError(f"{path}: must be a mapping of option names to values, got {type(config).__name__}")
     return {str(key): value for key, value in config.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a mapping with a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping. Raises ConstructorError, with the line, if a key is repeated."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given {keys.count(key)} times: give it once", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def config_file(kind: str, name: str | Path) -> Path:
@@ -104,7 +180,33 @@ def shard_range(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class Command(TyperCommand):
+class _Once:
+    """Refuses an option that is given twice, where click would keep the last value and drop the others."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Return click's parser for this command, which then raises LogitcaskError at the second value."""
+        parser: Any = super().make_parser(ctx)  # type: ignore[misc]
+        earlier: dict[str, str] = {}
+
+        def watch(option: Any, flag: str) -> None:
+            process = option.process
+
+            def process_once(value: Any, state: Any) -> None:
+                now = flag if value is None else f"{flag} {shown(value)}"
+                if option.dest in earlier:
+                    raise LogitcaskError(f"{flag}: is given twice, {earlier[option.dest]} and {now}: give it once")
+                earlier[option.dest] = now
+                process(value, state)
+
+            option.process = process_once
+
+        for flag, option in parser._long_opt.items():
+            if option.action.startswith("store") and option.dest != "help" and not ctx.resilient_parsing:
+                watch(option, flag)
+        return parser
+
+
+class Command(_Once, TyperCommand):
     """A command whose ``OPTIONAL_VALUES`` may be given without a value, which typer does not support."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -116,13 +218,17 @@ class Command(TyperCommand):
         return super().parse_args(ctx, words)
 
 
+class Group(_Once, TyperGroup):
+    """A command with subcommands."""
+
+
 def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
     """Decorate ``f(settings)`` into a function whose signature is the model's fields plus ``--config``."""
 
     def decorate(function: Callable[[S], None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
             config = given.pop("config")
-            flags = {name: value for name, value in given.items() if value is not None}
+            flags = {name: value for name, value in given.items() if value not in (None, [])}
             function(resolve(model, config, flags))
 
         parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
@@ -131,7 +237,7 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
                 "config",
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[Path | None, typer.Option(help=CONFIG_HELP)],
+                annotation=Annotated[Path | None, typer.Option(parser=home_path, metavar="PATH", help=CONFIG_HELP)],
             )
         )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -165,14 +271,19 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
             autocompletion=(lambda: choices) if choices else None,
         )
     )
-    kind: Any = bool if switch else str
+    kind: Any = bool if switch else list[str] if is_repeatable(field) else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
+def is_repeatable(field: FieldInfo) -> bool:
+    """Return whether an option may be given several times."""
+    return REPEATABLE in field.metadata or REPEATABLE in str(field.annotation)
+
+
 def _metavar(field: FieldInfo) -> str:
-    text = str(field.annotation)
+    text = "TEXT" if is_repeatable(field) else str(field.annotation)
     for word, metavar in (("Literal", "NAME"), ("Path", "PATH"), ("tuple", "LIST"), ("float", "NUMBER"), ("int", "N")):
         if word in text:
             return metavar

@@ -1,18 +1,17 @@
 """Settings of ``logitcask evaluate``."""
 
-from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Whole, flag_of
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of
 
 
 def _parse_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_parse_list)]
+Names = Annotated[tuple[Annotated[Place, Field(min_length=1)], ...], BeforeValidator(_parse_list)]
 Wholes = Annotated[tuple[Whole, ...], BeforeValidator(_parse_list), Field(min_length=1)]
 
 HUMANEVAL_ONLY = {"problems", "samples", "k", "temperature", "max_new_tokens", "seed", "allow_code_execution"}
@@ -21,8 +20,8 @@ HUMANEVAL_ONLY = {"problems", "samples", "k", "temperature", "max_new_tokens", "
 class EvaluateSettings(Settings):
     """Options of ``logitcask evaluate``."""
 
-    model: str = Field(description="folder or hub id of a student, such as a run's final/, or a .gguf file")
-    cache: str | None = Field(
+    model: Place = Field(description="folder or hub id of a student, such as a run's final/, or a .gguf file")
+    cache: Place | None = Field(
         None, description="a logit cache of examples the student has not seen: folder, .zip file or URL"
     )
     humaneval: bool = Field(False, description="measure pass@k on HumanEval, by running the code that the model writes")
@@ -47,7 +46,7 @@ class EvaluateSettings(Settings):
         description="run the code that the model writes on this machine, in a sandbox that does not stop everything",
     )
     device: str = Field("auto", description="auto, cpu, cuda, mps")
-    output: Path | None = Field(None, description="write the figures as JSON to this file")
+    output: FilePath | None = Field(None, description="write the figures as JSON to this file")
     json_: bool = Field(False, description="print JSON")
 
     @model_validator(mode="after")

@@ -4,13 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from logitcask.pipeline.settings.base import Seed, Settings, Whole
+from logitcask.pipeline.settings.base import Place, Seed, Settings, Whole
 
 
 class GenerateSettings(Settings):
     """Options of ``logitcask generate``."""
 
-    model: str = Field(description="folder or hub id of a causal language model, such as a run's final/")
+    model: Place = Field(description="folder or hub id of a causal language model, such as a run's final/")
     prompt: str = Field(description="the text to answer")
     max_new_tokens: Whole = Field(128, description="most tokens to generate")
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="0: the most likely token")

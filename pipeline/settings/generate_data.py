@@ -1,12 +1,11 @@
 """Settings of ``logitcask generate-data``, and which options each provider takes."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Whole, flag_of
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of
 
 Provider = Literal["source", "openai", "anthropic", "openai-compatible", "local"]
 PRICE_RULE = (
@@ -25,6 +24,8 @@ def _parse_prices(value: Any) -> Any:
         model, _, price = item.rpartition("=")
         if not model.strip() or price.count("/") != 1:
             raise ValueError(PRICE_RULE)
+        if model.strip() in prices:
+            raise ValueError(f"the price of {model.strip()} is given twice: give it once")
         prices[model.strip()] = tuple(price.split("/"))
     return prices
 
@@ -60,16 +61,18 @@ class GenerateDataSettings(Settings):
     provider: Provider = Field(
         "source", description="where examples come from; source: Python source code; local: a model on this machine"
     )
-    output_dir: Path = Field(description="folder for train.jsonl; for models also validation.jsonl and manifest.json")
+    output_dir: FilePath = Field(
+        description="folder for train.jsonl; for models also validation.jsonl and manifest.json"
+    )
     num_examples: Whole = Field(1000, description="most examples to write; with a model, prompts to send")
-    source_dir: Path | None = Field(None, description="folder of Python files; default: the standard library")
-    model: str | None = Field(
+    source_dir: FilePath | None = Field(None, description="folder of Python files; default: the standard library")
+    model: Place | None = Field(
         None, description="the provider's name for the model; local: hub id, folder or .gguf file"
     )
     base_url: str | None = Field(
         None, description="URL of an openai-compatible server, such as http://localhost:8000/v1"
     )
-    prompts: Path | None = Field(
+    prompts: FilePath | None = Field(
         None, description="YAML file of categories, languages and topics, or the name of a shipped one: code"
     )
     max_new_tokens: Whole = Field(1024, description="most tokens per response; longer ones are dropped")

@@ -4,20 +4,22 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import Settings, Whole, flag_of
+from logitcask.pipeline.settings.base import Place, Settings, Sources, Whole, flag_of
 
 
 class PlanSettings(Settings):
     """Options of ``logitcask plan``."""
 
-    train_data: str | None = Field(None, description="data file or dataset to count; large files are sampled")
+    train_data: Sources | None = Field(
+        None, description="data file or dataset to count, repeatable; large files are sampled"
+    )
     tokens: Annotated[int, Field(ge=1, le=10**15)] | None = Field(
         None, description="number of tokens in place of a data file; all are taken to be targets"
     )
-    teacher_model: str | None = Field(
+    teacher_model: Place | None = Field(
         None, description="hub id, local folder or .gguf file (no weights are read), or a size such as 7B"
     )
-    student_config: str = Field(
+    student_config: Place = Field(
         "100M", description="Hugging Face config JSON of a student, a name such as tiny, or a size such as 350M"
     )
     preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Temperature, Whole
+from logitcask.pipeline.settings.base import Place, Seed, Settings, Sources, Temperature, Whole, expand_home
 
 
 def _parse_temperatures(value: Any) -> Any:
@@ -14,7 +14,11 @@ def _parse_temperatures(value: Any) -> Any:
 
 
 def _path_or_url(value: Any) -> Any:
-    return str(value) if "://" in str(value) else Path(value)
+    """Return a URL as text, else a path with a name: the files beside a cache are named after its folder."""
+    if not isinstance(value, str | Path) or "://" in str(value):
+        return value
+    path = Path(expand_home(value))
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
@@ -24,9 +28,9 @@ PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, 
 class PrecomputeSettings(Settings):
     """Options of ``logitcask precompute-logits``."""
 
-    teacher_model: str = Field(description="hub id, local folder or .gguf file of a causal language model")
+    teacher_model: Place = Field(description="hub id, local folder or .gguf file of a causal language model")
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
-    train_data: str = Field(description=".jsonl or .parquet file, or a dataset's hub id")
+    train_data: Sources = Field(description=".jsonl or .parquet file, or a dataset's hub id; repeatable, read in order")
     output: Annotated[Path | str, BeforeValidator(_path_or_url)] = Field(
         description="folder of the cache, or its s3://, gs:// or ssh:// URL"
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import Seed, Settings, Temperature, Whole
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Sources, Temperature, Whole, expand_home
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -16,30 +16,30 @@ class TrainSettings(Settings):
     distillation_type: Literal["output", "logit", "hybrid"] = Field(
         "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
     )
-    cache: str | None = Field(
+    cache: Place | None = Field(
         None, description="logit cache: a folder, a .zip file, or an s3://, gs://, hf:// or ssh:// URL"
     )
-    local_copies: Path = Field(
+    local_copies: FilePath = Field(
         Path("~/.cache/logitcask"), description="folder for local copies of what is read from a remote cache"
     )
     local_copies_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         20.0, description="largest size of that folder, in GB of 10^9 bytes"
     )
-    train_data: str | None = Field(
-        None, description="data file in place of a cache; soft losses then need a --teacher-model in memory"
+    train_data: Sources | None = Field(
+        None, description="data file in place of a cache, repeatable; soft losses then need a --teacher-model in memory"
     )
-    student_config: Path | None = Field(
+    student_config: FilePath | None = Field(
         None, description="Hugging Face config JSON of a new student, or a name: tiny, 100m, 350m, 1b"
     )
-    student_model: str | None = Field(None, description="hub id or folder of a pretrained student")
+    student_model: Place | None = Field(None, description="hub id or folder of a pretrained student")
     init_from_teacher_layers: str | None = Field(
         None, description="start from these layers of a local --teacher-model, such as 0,9,19,29"
     )
-    teacher_model: str | None = Field(
+    teacher_model: Place | None = Field(
         None,
         description="source of layers; without a cache, also of the tokenizer and of exact soft labels made online",
     )
-    output_dir: Path = Field(description="folder of the run: checkpoints and final/")
+    output_dir: FilePath = Field(description="folder of the run: checkpoints and final/")
     alpha: Fraction | None = Field(None, description="weight of the hard loss; default with hybrid: 0.1")
     temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
     min_fidelity: Fraction | None = Field(
@@ -59,6 +59,9 @@ class TrainSettings(Settings):
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip gradients to this norm; 0: off"
     )
+    router_aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="weight of a mixture of experts' router loss; default: as its config says; 0: off"
+    )
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="passes over the data")
     max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps; overrides --epochs")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
@@ -71,7 +74,7 @@ class TrainSettings(Settings):
     save_steps: Whole = Field(1000, description="steps between checkpoints")
     save_total_limit: Whole = Field(3, description="most recent checkpoints to keep")
     logging_steps: Whole = Field(10, description="steps between log lines")
-    resume_from_checkpoint: str | None = Field(None, description="a checkpoint folder, or latest")
+    resume_from_checkpoint: Place | None = Field(None, description="a checkpoint folder, or latest")
     use_gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     use_mixed_precision: bool = Field(False, description="autocast to --mixed-precision-dtype")
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
@@ -95,6 +98,9 @@ class TrainSettings(Settings):
             raise ValueError("--init-from-teacher-layers needs --teacher-model: the local model whose layers to take")
         if (self.cache is None) == (self.train_data is None):
             raise ValueError("give exactly one of --cache and --train-data")
+        local = self.cache is not None and "://" not in self.cache
+        if local and self.output_dir.resolve().is_relative_to(Path(str(self.cache)).resolve()):
+            raise ValueError(f"--output-dir {self.output_dir} is inside the cache {self.cache}: choose another folder")
         if self.cache is None and self.distillation_type != "output":
             if self.teacher_model is None:
                 raise ValueError(
@@ -126,6 +132,12 @@ class TrainSettings(Settings):
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
         return self
+
+    @property
+    def copies_folder(self) -> Path:
+        """Folder for local copies. Raises LogitcaskError if it is needed and in an unknown home folder."""
+        remote = self.cache is not None and "://" in self.cache
+        return Path(expand_home(self.local_copies)) if remote else self.local_copies
 
     @property
     def hard_weight(self) -> float:

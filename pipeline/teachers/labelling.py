@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.fidelity import FidelitySums
+from logitcask.cache.invariants import impossible
 from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.models.head import non_finite_remedy
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
@@ -62,7 +65,8 @@ def label_rows(
         chosen = np.flatnonzero(measured_N[cut])
         if probe is not None and len(chosen):
             at = torch.from_numpy(chosen).to(device)
-            sums += probe.measure(logits_NV[at], hidden_NH[cut][at], targets[chosen], label)
+            with np.errstate(invalid="ignore"):  # impossible labels are refused when their example is known
+                sums += probe.measure(logits_NV[at], hidden_NH[cut][at], targets[chosen], label)
         del logits_NV  # else it and the next slice would be in memory together
     return SparseTargets.concatenate(parts), sums
 
@@ -76,13 +80,37 @@ def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTarg
 def label_shard(
     teacher: Teacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, advance: Advance
 ) -> Shard:
-    """Return a labelled shard, its examples sorted by index; the batches may hold them in any order."""
+    """Return a labelled shard, its examples sorted by index; the batches may hold them in any order.
+
+    Raises LogitcaskError at the first impossible label.
+    """
     labelled: dict[int, Example] = {}
     fidelity = FidelitySums.zeros(label.temperatures)
     for batch in batches:
         labels = teacher.label(batch, label)
+        require_possible(batch, labels.targets, label, teacher.facts.identity.dtype)
         fidelity += labels.fidelity
         for example, targets in zip(batch, labels.targets, strict=True):
             labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
             advance(len(targets))
     return Shard.of([labelled[index] for index in sorted(labelled)], fidelity)
+
+
+def require_possible(
+    batch: Sequence[TokenizedExample], labels: Sequence[SparseTargets], label: LabelSettings, dtype: str
+) -> None:
+    """Raise LogitcaskError if a label of a batch is impossible: the teacher's numbers overflowed, or its engine erred.
+
+    It names the example, by its index in the cache, and the position.
+    """
+    flaw = impossible(SparseTargets.concatenate(labels), label)
+    if flaw is None:
+        return
+    row, problem = flaw
+    ends = np.cumsum([len(targets) for targets in labels])
+    which = int(np.searchsorted(ends, row, side="right"))
+    position = np.flatnonzero(batch[which].target_mask)[row - (ends[which] - len(labels[which]))]
+    raise LogitcaskError(
+        f"the label of example {batch[which].index}, position {position}, is impossible: {problem}: the teacher ran "
+        f"in {dtype}: {non_finite_remedy(dtype)}"
+    )

@@ -9,6 +9,7 @@ import torch
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.teachers.labelling import require_possible
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
@@ -68,12 +69,14 @@ def load_transformers(spec: TeacherSpec, dtype: str, device: str) -> Transformer
 
 
 def check_engine(teacher: Teacher, spec: TeacherSpec, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
-    """Compare a few labels with those of transformers in float32. Raises LogitcaskError if they differ.
+    """Compare a few labels with those of transformers in float32.
 
-    Transformers runs on the CPU, since the engine has filled the accelerator.
+    Transformers runs on the CPU, since the engine has filled the accelerator. Raises LogitcaskError if they differ, or
+    if the engine's are impossible.
     """
     examples, identity = batch[-CHECKED_EXAMPLES:], teacher.facts.identity  # the shortest ones
     labels = teacher.label(examples, label)
+    require_possible(examples, labels.targets, label, identity.dtype)
     expected = load_transformers(spec, "float32", "cpu").label(examples, label)
     limit = TOLERANCE.get(identity.dtype, HALF_TOLERANCE)
     for name in ("gold_logprobs", "log_partition"):

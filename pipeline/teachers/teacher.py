@@ -1,7 +1,10 @@
 """The interface of a teacher, as stage 1 uses it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -9,7 +12,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, SparseTargets
-from logitcask.cache.manifest import LabelSettings, TeacherIdentity
+from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,24 @@ class TeacherFacts:
     """What stage 1 needs to know about a teacher before labelling."""
 
     identity: TeacherIdentity
+    made_by: MadeBy  # recorded with each shard
     logits_width: int  # rows of the head: the tokenizer's vocabulary, possibly padded
     max_length: int | None  # the longest sequence the model supports, None if its config does not say
+
+
+def teacher_id(source: str) -> str:
+    """Return a teacher's name: its hub id, also that of a snapshot in the hub's cache, or the last part of a path."""
+    if not Path(source).exists():
+        return source
+    path = Path(os.path.abspath(source))
+    if path.parent.name == "snapshots" and path.parts[-3].startswith("models--"):
+        return path.parts[-3].removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def made_by(engine: str, device: str, **versions: str) -> MadeBy:
+    """Return the record of what labels shards: an engine on a device, with versions of packages and of this one."""
+    return MadeBy(engine=engine, device=device, versions={"logitcask": version("logitcask"), **versions})
 
 
 class Teacher(Protocol):

@@ -5,7 +5,6 @@ Legend: B sequences per batch, L their padded length, N target positions, V voca
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,14 +12,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitcask.cache.manifest import LabelSettings, TeacherIdentity
-from logitcask.pipeline.machine import choose_device
+from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
+from logitcask.pipeline.machine import choose_device, device_name
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
-from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,13 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TransformersTeacher:
     """A causal language model in evaluation mode. Its head runs on target positions only, a slice of them at a time."""
 
-    def __init__(self, model: PreTrainedModel, identity: TeacherIdentity) -> None:
+    def __init__(self, model: PreTrainedModel, identity: TeacherIdentity, maker: MadeBy) -> None:
         self._model = model.eval()
         self._head = read_head(model)
         self._cached_probe: Probe | None = None
         self._buffer = self._head.weight.new_empty(0, 0)  # for a slice of logits, allocated once
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.facts = TeacherFacts(identity, int(self._head.weight.shape[0]), longest)
+        self.facts = TeacherFacts(identity, maker, int(self._head.weight.shape[0]), longest)
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions.
@@ -90,11 +89,12 @@ def load_teacher(
     )
     model = load_causal_lm(source, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code)
     identity = TeacherIdentity(
-        id=Path(source).name if Path(source).exists() else source,
+        id=teacher_id(source),
         revision=getattr(model.config, "_commit_hash", None) or revision or "",
         weights=weights_fingerprint(model),
         dtype=str(torch_dtype).removeprefix("torch."),
         engine="transformers",
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
-    return TransformersTeacher(model.to(torch_device), identity)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    maker = made_by(identity.engine, device_name(torch_device), **versions)
+    return TransformersTeacher(model.to(torch_device), identity, maker)

@@ -5,7 +5,6 @@ Legend: L tokens of an example, N target positions, K head tokens.
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
+from logitcask.pipeline.machine import device_name
 from logitcask.pipeline.teachers.labelling import split_rows
-from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 
 KEY = "logitcask"  # in a request's extra_args
 TESTED_VERSION = "0.32"  # the worker uses private attributes of this version
@@ -116,20 +116,25 @@ def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> Sp
     for place, row in enumerate(rows):
         entries = sorted(logprobs[row].items(), key=lambda entry: entry[1].rank)
         gold[place] = logprobs[row][int(example.input_ids[row])].logprob
-        best = [(token, entry.logprob) for token, entry in entries if token < label.vocab_size][:k]
+        best = [(t, entry.logprob) for t, entry in entries if t < label.vocab_size and entry.rank <= k][:k]
+        if len(best) < k:
+            raise LogitcaskError(
+                f"vLLM gave {len(best)} of {k} tokens at example {example.index}, position {row - 1}: the others are "
+                f"beyond the tokenizer's {label.vocab_size}: use --engine vllm or transformers"
+            )
         ids[place], values[place] = [token for token, _ in best], [value for _, value in best]
     with np.errstate(divide="ignore"):
         rest = np.log(np.maximum(0.0, -np.expm1(np.log(np.exp(values.astype(np.float64)).sum(1)))))
     none = np.zeros((n, 0))
     return SparseTargets(
         head_ids=ids,
-        head_logprobs=np.minimum(values, 0),
+        head_logprobs=values,
         tail_ids=none.astype(np.int64),
         tail_logprobs=none.astype(np.float32),
         tail_counts=none.astype(np.int64),
         log_partition=np.zeros((n, 1), dtype=np.float32),
         log_tail_mass=rest[:, None].astype(np.float32),
-        gold_logprobs=np.minimum(gold, 0),
+        gold_logprobs=gold,
     )
 
 
@@ -181,13 +186,15 @@ def load_vllm_teacher(
         raise LogitcaskError(f"{source}: vLLM cannot load this teacher: {reason}") from error
     config = llm.llm_engine.model_config
     identity = TeacherIdentity(
-        id=Path(source).name if Path(source).exists() else source,
+        id=teacher_id(source),
         revision=getattr(config.hf_config, "_commit_hash", None) or revision or "",
         weights=llm.collective_rpc("logitcask_weights")[0],
         dtype=str(config.dtype).removeprefix("torch."),
         engine="vllm prompt_logprobs" if topk else "vllm",
-        versions={"torch": torch.__version__, "vllm": vllm.__version__},
     )
+    device = torch.accelerator.current_accelerator() if not on_cpu else None
+    versions = {"torch": torch.__version__, "vllm": vllm.__version__}
+    maker = made_by(identity.engine, device_name(device or torch.device("cpu")), **versions)
     text = config.hf_text_config
     width, longest = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
-    return (TopKTeacher if topk else VllmTeacher)(llm, TeacherFacts(identity, width, longest))
+    return (TopKTeacher if topk else VllmTeacher)(llm, TeacherFacts(identity, maker, width, longest))

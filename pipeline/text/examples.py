@@ -2,9 +2,11 @@
 
 A record is one of {"prompt", "response"}, {"messages": [{"role", "content"}, ...]} or {"text"}. It is cut into segments
 of text, each a target or not. Segments are encoded separately, so that the boundary between prompt and response falls
-where it falls when the student generates. Position t is a target position if token t + 1 belongs to a target.
+where it falls when the student generates. Position t is a target position if token t + 1 belongs to a target. Begin and
+end tokens that a text already has are not added again.
 """
 
+import datetime
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,14 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.cache.errors import LogitcaskError, first_line, shown
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.console import track
+from logitcask.pipeline.console import say, track
 
 KINDS = {"prompt": ("prompt", "response"), "messages": ("messages",), "text": ("text",)}
 OPTIONAL = {"category", "id", "language"}
+MARK = "zqx{}xqz"  # put after a turn's content, to see whether the template renders it
 Segment = tuple[str, bool]  # text, whether its tokens are targets
+Part = tuple[list[int], bool]  # its tokens
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,17 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
         raise LogitcaskError(f"{where}: malformed JSON: {error}: each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise LogitcaskError(f"{where}: must be a JSON object, got {type(record).__name__}")
+    if b"\\u" in line:
+        _require_whole_characters(where, record)
     return record
+
+
+def _require_whole_characters(where: str, record: dict[str, Any]) -> None:
+    """Raise LogitcaskError if a text holds half a surrogate pair, which JSON can spell but no tokenizer can encode."""
+    for name, value in record.items():
+        text = json.dumps([name, value], ensure_ascii=False)
+        if text != text.encode(errors="replace").decode():
+            raise LogitcaskError(f"{where}: field {shown(name)} holds half a surrogate pair: remove or replace it")
 
 
 def _parquet_records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -118,12 +133,20 @@ def record_kind(where: str, record: dict[str, Any]) -> str:
 
 
 class Encoder:
-    """Encodes records as token ids and target masks, with one tokenizer."""
+    """Encodes records as token ids and target masks, with one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prompt_loss: bool) -> None:
+    A chat template that writes the date writes that of ``day``, today by default, at midnight.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, prompt_loss: bool, day: datetime.date | None = None
+    ) -> None:
         self._tokenizer, self._prompt_loss = tokenizer, prompt_loss
+        self._day = day or datetime.date.today()
+        self.date: str | None = None  # the day that a template wrote, YYYY-MM-DD; None if it wrote none
         empty = tokenizer("").input_ids
-        self._begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id in empty else []
+        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._begin = self._bos if tokenizer.bos_token_id in empty else []
         self._end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         # SentencePiece tokenizers put a blank before a text (some: unless it has one); a continuation must not get one.
         self._joins = self._ids("a b") == self._ids("a") + self._ids(" b") and self._ids("b") != self._ids(" b")
@@ -133,30 +156,50 @@ class Encoder:
         """Return a record's token ids and target mask, (L,) each. Raises LogitcaskError if it has no target."""
         kind = record_kind(where, record)
         if kind == "text":
-            ids, is_target = self._encode([(record["text"], True)], self._begin, self._end)
+            parts = self._closed([(record["text"], True)])
         elif kind == "prompt" and not self._tokenizer.chat_template:
             _require_text(where, "response", record["response"])
-            segments = [(record["prompt"], False), (record["response"], True)]
-            ids, is_target = self._encode(segments, self._begin, self._end)
+            parts = self._closed([(record["prompt"], self._prompt_loss), (record["response"], True)])
         else:
             messages = _messages(where, record) if kind == "messages" else _as_chat(where, record)
-            ids, is_target = self._encode(self._chat_segments(where, messages), [], [])
+            parts = self._encode(self._chat_segments(where, *self._weighed(where, messages)))
+        ids = np.array([token for part, _ in parts for token in part], dtype=np.int64)
         mask = np.zeros(len(ids), dtype=bool)
-        mask[:-1] = True if self._prompt_loss else is_target[1:]
+        mask[:-1] = [targeted for part, targeted in parts for _ in part][1:]
         if not mask.any():
             raise LogitcaskError(f"{where}: has no target: the text after its first token is empty")
         return Encoded(ids, mask)
 
-    def _encode(self, segments: list[Segment], begin: list[int], end: list[int]) -> tuple[IntArray, NDArray[np.bool_]]:
-        """Return the token ids (L,) of all segments, and whether each belongs to a target, (L,)."""
-        ids, is_target = list(begin), [False] * len(begin)
+    def _closed(self, segments: list[Segment]) -> list[Part]:
+        """Return the parts of what no template rendered, with one begin and one end token.
+
+        White space after an end token of the text's own is no target.
+        """
+        text = segments[-1][0]
+        kept = text.rstrip() if self._ends(text) else text
+        parts = self._encode([*segments[:-1], (kept, True), (text[len(kept) :], self._prompt_loss)])
+        last = parts[-2][0]
+        parts[-2] = (last if last[-1:] == self._end else last + self._end, True)
+        first = next((part for part, _ in parts if part), [])
+        return parts if first[:1] == self._begin else [(self._begin, False), *parts]
+
+    def _encode(self, segments: list[Segment]) -> list[Part]:
+        """Return the token ids of each segment, with no begin or end token twice in a row at its ends."""
+        parts: list[Part] = []
+        started = False
         for text, targeted in segments:
-            segment_ids = self._ids(text) if self._joins or len(ids) == len(begin) else self._continued(text)
-            ids += segment_ids
-            is_target += [targeted] * len(segment_ids)
-        ids += end
-        is_target += [True] * len(end)
-        return np.array(ids, dtype=np.int64), np.array(is_target, dtype=bool)
+            ids = self._continued(text) if started and not self._joins else self._ids(text)
+            while self._bos and not started and ids[:2] == self._bos * 2:
+                ids = ids[1:]
+            while self._end and ids[-2:] == self._end * 2:
+                ids = ids[:-1]
+            parts.append((ids, targeted))
+            started = started or bool(ids)
+        return parts
+
+    def _ends(self, text: str) -> bool:
+        """Return whether a text ends with the end token's string, before white space."""
+        return bool(self._end) and text.rstrip().endswith(self._tokenizer.eos_token)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -167,17 +210,52 @@ class Encoder:
         whole, begin = self._ids("\n" + text), self._sentinel
         return whole[len(begin) :] if whole[: len(begin)] == begin else self._ids(text)
 
-    def _chat_segments(self, where: str, messages: list[dict[str, Any]]) -> list[Segment]:
+    def _weighed(self, where: str, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bool]]:
+        """Return the turns without their weights, and whether each is a target."""
+        turns, targets = [], []
+        for number, message in enumerate(messages, start=1):
+            answers = message["role"] == "assistant"
+            weight = message.get("weight", answers or self._prompt_loss)
+            if weight not in (0, 1):
+                raise LogitcaskError(f"{where}: weight of message {number} must be 0 or 1, got {shown(weight)}")
+            if not answers and weight != self._prompt_loss:
+                raise LogitcaskError(
+                    f"{where}: message {number} has weight {weight} and role {message['role']!r}: only the weight of "
+                    "an assistant turn can be set: leave it out"
+                )
+            content = message["content"].rstrip() if answers and self._ends(message["content"]) else message["content"]
+            turns.append({**{key: message[key] for key in message.keys() - {"weight"}}, "content": content})
+            targets.append(bool(weight))
+        return turns, targets
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Apply the chat template with the encoder's day as its clock, which transformers does not let callers pass."""
+        template = self._tokenizer.get_chat_template(tools=options.get("tools"))
+        known = _compile_jinja_template(template).environment.globals  # of this template alone
+        clock, known["strftime_now"] = known["strftime_now"], self._strftime
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, **options))
+        finally:
+            known["strftime_now"] = clock
+
+    def _strftime(self, form: str) -> str:
+        if self.date is None:
+            self.date = self._day.isoformat()
+            say(f"the chat template writes the date into the examples: {self.date}")
+        return datetime.datetime.combine(self._day, datetime.time()).strftime(form)
+
+    def _chat_segments(self, where: str, messages: list[dict[str, Any]], targets: list[bool]) -> list[Segment]:
         """Render a chat and cut it at the boundaries of assistant turns; white space after a turn is not a target."""
-        render: Callable[..., str] = self._tokenizer.apply_chat_template
+        render = self._render
         if not self._tokenizer.chat_template:
             raise LogitcaskError(f"{where}: is a chat, but the tokenizer has no chat template: use prompt and response")
         segments: list[Segment] = []
         done = 0
         try:
             whole = render(messages, tokenize=False)
-            for place, message in enumerate(messages):
-                if message["role"] != "assistant":
+            _require_rendered(where, messages, render)
+            for place, (message, targeted) in enumerate(zip(messages, targets, strict=True)):
+                if message["role"] != "assistant" or not (targeted or self._prompt_loss):
                     continue
                 before = render(messages[:place], tokenize=False, add_generation_prompt=True)
                 after = render(messages[: place + 1], tokenize=False)
@@ -187,23 +265,44 @@ class Encoder:
                         f"{where}: the chat template rewrites earlier turns, so turn {place + 1} cannot be located: "
                         "split the chat into one example per turn"
                     )
-                segments += [(whole[done : len(before)], False), (whole[len(before) : end], True)]
+                segments += [(whole[done : len(before)], self._prompt_loss), (whole[len(before) : end], targeted)]
                 done = end
         except LogitcaskError:
             raise
         except Exception as error:  # a template is a program and may raise anything
             raise LogitcaskError(f"{where}: the chat template rejects this chat: {error}") from error
         if not segments:
-            raise LogitcaskError(f"{where}: has no target: the chat has no assistant turn")
-        return [*segments, (whole[done:], False)]
+            raise LogitcaskError(f"{where}: has no target: the chat has no assistant turn, or none of weight 1")
+        return [*segments, (whole[done:], self._prompt_loss)]
 
 
-def encode_source(encoder: Encoder, source: str) -> Iterator[Encoded]:
-    """Yield every record of a source, encoded, under a progress bar."""
-    with track(f"reading {source}", None, "examples") as advance:
-        for where, record in read_records(source):
-            yield encoder.encode(where, record)
-            advance(1)
+def encode_sources(encoder: Encoder, sources: tuple[str, ...]) -> Iterator[Encoded]:
+    """Yield every record of every source, in order, encoded, under a progress bar for each source."""
+    for source in sources:
+        with track(f"reading {source}", None, "examples") as advance:
+            for where, record in read_records(source):
+                yield encoder.encode(where, record)
+                advance(1)
+
+
+def _require_rendered(where: str, messages: list[dict[str, Any]], render: Callable[..., str]) -> None:
+    """Raise LogitcaskError if the template ignores the content of a turn, or a key beside role and content."""
+    marked = [
+        {**message, "content": message["content"] + MARK.format(number)} if message["content"].strip() else message
+        for number, message in enumerate(messages, start=1)
+    ]
+    rendered = render(marked, tokenize=False)
+    for number, message in enumerate(messages, start=1):
+        if message["content"].strip() and MARK.format(number) not in rendered:
+            raise LogitcaskError(
+                f"{where}: the chat template drops message {number}, of role {message['role']!r}: remove it, or use a "
+                "model whose template renders that role"
+            )
+        before = messages[: number - 1]
+        for key in sorted(message.keys() - {"role", "content"}):
+            without = {name: value for name, value in message.items() if name != key}
+            if render([*before, message], tokenize=False) == render([*before, without], tokenize=False):
+                raise LogitcaskError(f"{where}: the chat template ignores {key!r} of message {number}: remove it")
 
 
 def _require_text(where: str, field: str, text: str) -> None:
@@ -217,10 +316,11 @@ def _as_chat(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _messages(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = record["messages"]
+    messages: list[Any] = record["messages"]
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise LogitcaskError(f"{where}: message {number} must be an object with the strings role and content")
         if message["role"] == "assistant":
             _require_text(where, f"messages[{number - 1}].content", message["content"])
-    return messages
+    # Parquet gives every turn the keys that any turn has
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]

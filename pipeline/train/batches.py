@@ -32,15 +32,19 @@ class TrainingExample:
 class CacheExamples(Dataset[TrainingExample]):
     """The examples of a cache, which each worker process opens for itself at its first read."""
 
-    def __init__(self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None) -> None:
-        self._path, self._with_targets, self._disk_cache = path, with_targets, disk_cache
+    def __init__(
+        self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None, opened: bytes | None = None
+    ) -> None:
+        """Take the cache at a path, the one that another reader has ``opened`` if that is given."""
+        self._path, self._with_targets, self._disk_cache, self._opened = path, with_targets, disk_cache, opened
         self._reader: CacheReader | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The open cache."""
         if self._reader is None:
-            self._reader = CacheReader(self._path, disk_cache=self._disk_cache)
+            self._reader = CacheReader(self._path, disk_cache=self._disk_cache, opened=self._opened)
+            self._opened = self._reader.opened
         return self._reader
 
     def __len__(self) -> int:
@@ -56,6 +60,7 @@ class CacheExamples(Dataset[TrainingExample]):
             "_path": self._path,
             "_with_targets": self._with_targets,
             "_disk_cache": self._disk_cache,
+            "_opened": self._opened,
             "_reader": None,
         }
 
@@ -84,8 +89,8 @@ def held_out(examples: int, fraction: float, seed: int) -> IntArray:
 class BatchSampler(Sampler[list[int]]):
     """Batches of one epoch, determined by the data, the settings and the epoch alone.
 
-    The first epoch follows the order of the cache, which is random already; later ones shuffle the shards, and the
-    examples within each.
+    Each epoch shuffles the shards, and the examples within each, by seed and epoch; but with seed 0 the first epoch
+    follows the order of the cache, which is random already.
 
     With several ranks each step takes ``ranks`` consecutive batches, one per rank; in the last step some may be short
     or empty. Each example therefore occurs once per epoch, and a step equals that of a single rank whose batch is as
@@ -138,14 +143,15 @@ class BatchSampler(Sampler[list[int]]):
     def _order(self, epoch: int) -> IntArray:
         shards = np.arange(len(self._starts) - 1)
         random = np.random.default_rng([self._seed, 2, epoch])
-        if epoch:
+        shuffled = epoch > 0 or self._seed != 0
+        if shuffled:
             random.shuffle(shards)
         parts = []
         for shard in shards:
             part = np.arange(self._starts[shard], self._starts[shard + 1])[
                 self._included[self._starts[shard] : self._starts[shard + 1]]
             ]
-            if epoch:
+            if shuffled:
                 random.shuffle(part)
             parts.append(part)
         order = np.concatenate(parts)
@@ -187,10 +193,11 @@ class Collator:
 
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
         """Return a batch: input_ids (R, L), padded on the right; target_index (N,) into the flattened rows; gold (N,);
-        slots (2,), the number of tokens and of the places R * L; soft_labels of N rows, if the examples have labels;
-        position_ids (R, L), restarting at 0 with each example, if examples share rows.
+        is_token (R, L), which places are not padding; slots (2,), the number of tokens and of the places R * L;
+        soft_labels of N rows, if the examples have labels; position_ids (R, L), restarting at 0 with each example, if
+        examples share rows.
 
-        There is no padding mask: attention is causal, so no real token sees the padding after it.
+        Attention needs no padding mask: it is causal, so no real token sees the padding after it.
         """
         lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row without targets
         rows, starts = (
@@ -199,11 +206,12 @@ class Collator:
             else (list(range(len(lengths))), [0] * len(lengths))
         )
         ids = np.full((max(rows) + 1, max(lengths)), self.pad_id, dtype=np.int64)
-        positions = np.zeros_like(ids)
+        positions, is_token = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
         index = [np.zeros(0, dtype=np.int64)]
         for example, row, start, length in zip(examples, rows, starts, lengths, strict=False):
             ids[row, start : start + length] = example.encoded.input_ids
             positions[row, start : start + length] = np.arange(length)
+            is_token[row, start : start + length] = True
             index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
         target_index = np.concatenate(index)
         slots = np.array([sum(lengths) if examples else 0, ids.size])
@@ -211,6 +219,7 @@ class Collator:
             "input_ids": torch.from_numpy(ids),
             "target_index": torch.from_numpy(target_index),
             "gold": torch.from_numpy(ids.reshape(-1)[target_index + 1]),
+            "is_token": torch.from_numpy(is_token),
             "slots": torch.from_numpy(slots),
         }
         if len(ids) < len(examples):

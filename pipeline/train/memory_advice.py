@@ -28,8 +28,8 @@ class RunSize:
     max_steps: int | None  # overrides epochs
 
     def steps(self) -> tuple[int, float]:
-        """Return the optimizer steps of the run, and the epochs that they amount to."""
-        per_epoch = -(-self.batches // self.accumulation)
+        """Return the optimizer steps of the run, as the Trainer counts them, and the epochs that they amount to."""
+        per_epoch = max(1, -(-self.batches // self.accumulation))
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
         return steps, steps / per_epoch
 

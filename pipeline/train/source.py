@@ -21,9 +21,15 @@ from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.student_memory import Amount
-from logitcask.pipeline.text.examples import Encoder, encode_source
+from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
-from logitcask.pipeline.text.tokenizer import fingerprint, load_tokenizer, tokenizer_from_files, tokenizer_size
+from logitcask.pipeline.text.tokenizer import (
+    fingerprint,
+    has_tokenizer,
+    load_tokenizer,
+    tokenizer_from_files,
+    tokenizer_size,
+)
 from logitcask.pipeline.train.batches import Batch, CacheExamples, FileExamples
 
 
@@ -78,7 +84,8 @@ def cache_source(
 ) -> Source:
     """Open a cache as the source of a run. Raises LogitcaskError if the cache does not fit the run.
 
-    ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer must equal the cache's.
+    ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer, if they bring one, must
+    equal the cache's.
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
@@ -94,21 +101,34 @@ def cache_source(
             )
         if min_fidelity is not None:
             require_fidelity(reader, j, min_fidelity)
-    tokenizer = tokenizer_from_files(reader.tokenizer_files())
+    tokenizer, wanted = tokenizer_from_files(reader.tokenizer_files()), reader.manifest.tokenizer.fingerprint
+    if fingerprint(tokenizer) != wanted:
+        raise CacheMismatchError(
+            f"{cache}: its tokenizer files load as another tokenizer than it was made with: fingerprints {wanted[:12]} "
+            f"and {fingerprint(tokenizer)[:12]}: use the version of transformers it was made with, or make it anew"
+        )
     for model in same_tokenizer:
-        require_tokenizer(model, reader.manifest.tokenizer.fingerprint, cache)
+        if has_tokenizer(model):
+            require_tokenizer(model, wanted, cache)
+        else:
+            say(f"{model}: holds no tokenizer: the cache's is used")
     return Source(
-        examples=CacheExamples(cache, with_targets=soft, disk_cache=disk_cache),
+        examples=CacheExamples(cache, with_targets=soft, disk_cache=disk_cache, opened=reader.opened),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
         longest=data.longest,
         temperatures=tuple(label.temperatures),
         tail=tail,
         shard_starts=reader.shard_starts,
-        identity=sha256(reader.manifest.model_dump_json().encode()),
+        identity=cache_identity(reader),
         amount=Amount(data.examples, data.tokens, data.positions),
         lengths=lambda: reader.counts("token_count", range(reader.manifest.shards.count)),
     )
+
+
+def cache_identity(reader: CacheReader) -> str:
+    """Return the digest of a cache's manifest, which the settings of a run on it hold as ``source``."""
+    return sha256(reader.manifest.model_dump_json().encode())
 
 
 def _require_tail(label: LabelSettings, tail: str) -> None:
@@ -138,7 +158,7 @@ def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
 
 
 def file_source(
-    train_data: str,
+    train_data: tuple[str, ...],
     folder: Path,
     *,
     student_model: str | None,
@@ -147,12 +167,12 @@ def file_source(
     max_seq_length: int,
     device: str,
 ) -> Source:
-    """Tokenize a data file as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
+    """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
     The tokenizer is the student's if the student is a model, else the teacher's; online the two must be equal. Tokens
     are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
     """
-    owner = student_model or teacher_model
+    owner = next((model for model in (student_model, teacher_model) if model and has_tokenizer(model)), None)
     if owner is None:
         raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model (only its tokenizer is loaded)")
     tokenizer = load_tokenizer(owner)
@@ -162,8 +182,10 @@ def file_source(
         require_tokenizer(teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
         say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
         teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
-    encoded = encode_source(Encoder(tokenizer, prompt_loss=False), train_data)
-    table = stage_tokens(encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=train_data)
+    encoded = encode_sources(Encoder(tokenizer, prompt_loss=False), train_data)
+    table = stage_tokens(
+        encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(train_data)
+    )
     return Source(
         examples=FileExamples(table),
         tokenizer=tokenizer,

@@ -17,52 +17,84 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 13. the checkpoint is saved, if due, its settings last                          checkpoints.CompleteCheckpoint
 """
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.console import notices, results, say
 from logitcask.pipeline.machine import choose_device, free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
-from logitcask.pipeline.models.load import require_finite
-from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.models.recompute import keep_products_only
+from logitcask.pipeline.models.load import count_parameters, require_finite, require_plain_weights, require_saved
+from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
+from logitcask.pipeline.models.recompute import keep_products_only, require_checkpointing
 from logitcask.pipeline.models.shapes import shape_of_model
-from logitcask.pipeline.models.student import count_parameters, make_student
+from logitcask.pipeline.models.student import make_student
 from logitcask.pipeline.models.student_memory import Amount
-from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, divergence_name, write_json
+from logitcask.pipeline.runs.run_folder import (
+    ENDS_FILE,
+    FINAL,
+    SETTINGS_FILE,
+    divergence_name,
+    ends_table,
+    read_before,
+    write_json,
+)
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.callbacks.trackers import trackers
-from logitcask.pipeline.train.checkpoints import CompleteCheckpoint, choose_checkpoint, explain_save_errors
+from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
+from logitcask.pipeline.train.checkpoints import (
+    Checkpoint,
+    CompleteCheckpoint,
+    choose_checkpoint,
+    explain_save_errors,
+    finished_student,
+    make_output,
+)
 from logitcask.pipeline.train.memory_advice import RunSize, StepSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
-from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
+from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, make_loss_forward, require_fsdp
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
-    """Train and save a student; return the last evaluation. Raises LogitcaskError for anything that a user can fix."""
+    """Train and save a student; return the last evaluation. Raises LogitcaskError for anything that a user can fix.
+
+    A finished run that is resumed trains nothing; what it lacks of its results is saved.
+    """
+    arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
-        record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
-        checkpoint = choose_checkpoint(settings.output_dir, settings.resume_from_checkpoint, record)
-        return _train(settings, source, record, checkpoint)
+        record = run_record(settings, source, arguments.world_size)
+        checkpoint = choose_checkpoint(
+            settings.output_dir, settings.resume_from_checkpoint, record, fsdp=fsdp_requested()
+        )
+        return _train(settings, arguments, source, record, checkpoint)
+
+
+def run_record(settings: TrainSettings, source: Source, world_size: int) -> dict[str, Any]:
+    """Return what is stored with checkpoints and ``final/``: the settings as resolved, and what they were used on."""
+    record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
+    record["world_size"] = world_size
+    if settings.seed:  # earlier versions left the first epoch in the cache's order for any seed, as seed 0 still does
+        record["first_epoch"] = "shuffled"
+    return record
 
 
 def _open_source(settings: TrainSettings, folder: Path) -> Source:
     soft = settings.hard_weight < 1.0
+    trained = settings.teacher_model if settings.init_from_teacher_layers else settings.student_model
+    if trained is not None:
+        require_plain_weights(trained)
     if settings.cache is None:
         assert settings.train_data is not None
         return file_source(
@@ -76,7 +108,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
         )
     return cache_source(
         settings.cache,
-        DiskCache(settings.local_copies.expanduser(), int(settings.local_copies_gb * 1e9)),
+        DiskCache(settings.copies_folder, int(settings.local_copies_gb * 1e9)),
         soft=soft,
         temperature=settings.temperature,
         tail=settings.tail,
@@ -85,11 +117,65 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
     )
 
 
-def _train(settings: TrainSettings, source: Source, record: dict[str, Any], checkpoint: str | None) -> dict[str, float]:
-    arguments, reports = training_arguments(settings), _trackers(settings)
-    model = _make_student(settings, source, arguments.world_size)
+def _train(
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    source: Source,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
+) -> dict[str, float]:
     held = held_out(len(source.examples), settings.eval_fraction, settings.seed)
+    run = _run_size(settings, source.amount, len(held), arguments.world_size)
+    arguments.max_steps = run.steps()[0]  # counted here only
+    finished = checkpoint is not None and checkpoint.step >= arguments.max_steps
+    if finished:
+        after = finished_student(settings.output_dir, record)
+        end = f"{settings.output_dir}: finished: all {arguments.max_steps:,} steps are done"
+        say(f"{end}; its student is to be saved" if after is None else f"{end} and final/ is saved: nothing to do")
+        if after is not None:
+            return after
+    reports = _trackers(settings, arguments, record, checkpoint)
+    model = _make_student(settings, source, arguments.world_size)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
+    step = _step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    if step.on_cpu:
+        free_large_blocks()
+        if not step.checkpointing:
+            keep_products_only(model)
+    if arguments.process_index == 0:
+        for line in summary(run, step, str(arguments.device), _precision(settings)):
+            say(line)
+        say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
+    folder = None if checkpoint is None else checkpoint.folder
+    make_output(settings.output_dir)
+    with explain_memory(step, settings.output_dir, settings.num_workers):
+        interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
+        table = LiveTable(notices(), interrupt.note)
+        log = MetricsLog(settings.output_dir, table.show)
+        callbacks = [interrupt, table, log, complete, *reports]
+        trainer = _trainer(settings, arguments, source, model, held, callbacks, packed=packed)
+        trainer.finished = finished
+        require_fsdp(trainer)
+        table.replace_bar(trainer)
+        before = read_before(settings.output_dir) if folder else trainer.evaluate() if len(held) else None
+        with table, interrupt, complete.explain_load_errors(folder):
+            trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        interrupt.raise_if_stopped(settings.resume_from_checkpoint)
+        after = trainer.evaluate() if len(held) else {}
+    _save_final(settings, trainer, record, before, after)
+    return after
+
+
+def _trainer(
+    settings: TrainSettings,
+    arguments: TrainingArguments,
+    source: Source,
+    model: PreTrainedModel,
+    held: IntArray,
+    callbacks: list[TrainerCallback],
+    *,
+    packed: bool,
+) -> DistillationTrainer:
     sampler = BatchSampler(
         source.shard_starts,
         held,
@@ -100,58 +186,43 @@ def _train(settings: TrainSettings, source: Source, record: dict[str, Any], chec
         lengths=None if packed else source.lengths(),
         accumulation=settings.gradient_accumulation_steps,
     )
-    step = _step_size(settings, model, source.longest, arguments.device.type == "cpu")
-    if step.on_cpu:
-        free_large_blocks()
-        if not step.checkpointing:
-            keep_products_only(model)
-    if arguments.process_index == 0:
-        run = _run_size(settings, source.amount, len(held), len(sampler), arguments.world_size)
-        for line in summary(run, step, str(arguments.device), _precision(settings)):
-            say(line)
-        say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
-    with explain_memory(step, settings.output_dir, settings.num_workers):
-        loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
-        make_loss_forward(model, loss, source.teacher)
-        pad = source.tokenizer.pad_token_id
-        collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
-        interrupt = SaveOnInterrupt()
-        table = LiveTable(notices(), interrupt.note)
-        trainer = DistillationTrainer(
-            model=model,
-            args=arguments,
-            examples=source.examples,
-            sampler=sampler,
-            held_out=held.tolist(),
-            collator=collator,
-            tokenizer=source.tokenizer,
-            nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
-            callbacks=[
-                interrupt,
-                table,
-                MetricsLog(settings.output_dir, table.show),
-                CompleteCheckpoint(record),
-                *reports,
-            ],
-        )
-        require_fsdp(trainer)
-        table.replace_bar(trainer)
-        before = trainer.evaluate() if len(held) and checkpoint is None else None
-        with table, interrupt:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        interrupt.raise_if_stopped(settings.resume_from_checkpoint)
-        after = trainer.evaluate() if len(held) else {}
-    _save_final(settings, trainer, record, before, after)
-    return after
+    loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
+    router = read_router_loss(model, settings.router_aux_loss_coef)
+    if router is not None:
+        say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
+    make_loss_forward(model, loss, source.teacher, router)
+    pad = source.tokenizer.pad_token_id
+    collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
+    return DistillationTrainer(
+        model=model,
+        args=arguments,
+        examples=source.examples,
+        sampler=sampler,
+        held_out=held.tolist(),
+        collator=collator,
+        tokenizer=source.tokenizer,
+        nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
+        callbacks=callbacks,
+    )
 
 
-def _trackers(settings: TrainSettings) -> list[TrainerCallback]:
+def _trackers(
+    settings: TrainSettings, arguments: TrainingArguments, record: dict[str, Any], checkpoint: Checkpoint | None
+) -> list[TrainerCallback]:
+    """Return the trackers' callbacks; the record keeps the id of the W&B run, which a resumed run continues."""
+    run_id = checkpoint.record.get("wandb_run_id") if checkpoint else None
+    if settings.use_wandb:
+        run_id = run_id or new_wandb_id()
+    if run_id:
+        record["wandb_run_id"] = run_id
     return trackers(
         settings.output_dir,
         settings.wandb_project,
         wandb=settings.use_wandb,
         tensorboard=settings.use_tensorboard,
         trackio=settings.use_trackio,
+        wandb_id=run_id,
+        reports=arguments.process_index == 0,
     )
 
 
@@ -170,6 +241,9 @@ def _make_student(settings: TrainSettings, source: Source, ranks: int) -> PreTra
     where = f", on {ranks} ranks" if ranks > 1 else ""
     say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     require_finite(model, "the student")
+    require_known_loss(model)
+    if settings.use_gradient_checkpointing:
+        require_checkpointing(model)
     return model
 
 
@@ -186,7 +260,8 @@ def _step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on
     )
 
 
-def _run_size(settings: TrainSettings, data: Amount, held: int, batches: int, ranks: int) -> RunSize:
+def _run_size(settings: TrainSettings, data: Amount, held: int, ranks: int) -> RunSize:
+    batches = -(-(data.examples - held) // (settings.batch_size * ranks))
     accumulation = settings.gradient_accumulation_steps
     return RunSize(data, held, batches, ranks, accumulation, settings.epochs, settings.max_steps)
 
@@ -218,24 +293,18 @@ def _save_final(
     after: dict[str, float],
 ) -> None:
     final = settings.output_dir / FINAL
+    logits = trainer.student_logits()
     with explain_save_errors(settings.output_dir):
         trainer.save_model(str(final))
     if trainer.is_world_process_zero():
+        sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
+        require_saved(final, logits, None if sharded else trainer.model, exact=on_cpu and not sharded)
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
-        _print_evaluation(before, after, settings.temperature, divergence_name(record))
+        if after:
+            results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
         say(f"student -> {final}")
-
-
-def require_fsdp(trainer: DistillationTrainer) -> None:
-    """Raise LogitcaskError if FSDP was requested but accelerate would skip it or use FSDP version 1."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.accelerator.is_fsdp2:
-        version, device = os.environ.get("FSDP_VERSION", "1"), trainer.accelerator.device.type
-        raise LogitcaskError(
-            f"accelerate's FSDP must have fsdp_version 2 and run on several accelerators, got version {version} and "
-            f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or use torchrun"
-        )
 
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
@@ -276,17 +345,3 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         seed=settings.seed,
         remove_unused_columns=False,
     )
-
-
-def _print_evaluation(
-    before: dict[str, float] | None, after: dict[str, float], temperature: float, divergence: str
-) -> None:
-    if not after:
-        return
-    table = Table("held out", "before", "after")
-    rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
-    if after["eval_teacher_captured_mass"]:
-        rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
-    for name, (key, factor) in rows.items():
-        table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
-    results().print(table)

@@ -1,6 +1,7 @@
 """transformers.Trainer with the distillation loss, normalised over all target positions of an optimizer step."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -15,13 +16,16 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.losses import LossSettings, LossSums
+from logitcask.pipeline.models.load import probe_logits
+from logitcask.pipeline.models.losses import LossSettings, LossSums, RouterLoss
+from logitcask.pipeline.text.tokenizer import make_loadable
 from logitcask.pipeline.train.batches import Batch, BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.checkpoints import explain_save_errors
+from logitcask.pipeline.train.checkpoints import explain_save_errors, load_weights
 
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 
@@ -30,11 +34,13 @@ def make_loss_forward(
     model: PreTrainedModel,
     settings: LossSettings,
     teacher: Callable[[Batch], TeacherRows] | None = None,
+    router: RouterLoss | None = None,
 ) -> None:
     """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
 
-    Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because only
-    there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels.
+    Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because
+    only there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels. While training, a
+    ``router`` loss is added to the total, once per target position: so a step's mean weighs its batches as usual.
     """
     model_forward, head = model.forward, model.get_output_embeddings()
     properties, head_forward = read_head(model), head.forward
@@ -48,10 +54,38 @@ def make_loss_forward(
     def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
             return model_forward(*args, **inputs)
-        hidden = last_hidden_states(model, inputs["input_ids"], inputs.get("position_ids")).flatten(0, 1)[target_index]
-        return head(hidden, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        aux = None
+        if router is None or not model.training:
+            hidden = last_hidden_states(model, ids, positions)
+        else:
+            given = {} if positions is None else {"position_ids": positions}
+            outputs = model.base_model(input_ids=ids, use_cache=False, output_router_logits=True, **given)
+            hidden = outputs.last_hidden_state
+            aux = router(outputs.router_logits, inputs["is_token"])
+        rows = hidden.flatten(0, 1)[target_index]
+        sums = head(rows, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
+        if router is None or aux is None:
+            return sums
+        aux = aux * len(target_index)
+        return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
 
     model.forward, head.forward = loss_forward, head_loss
+
+
+def fsdp_requested() -> bool:
+    """Return whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def require_fsdp(trainer: Trainer) -> None:
+    """Raise LogitcaskError if FSDP was requested but accelerate would skip it or use FSDP version 1."""
+    if fsdp_requested() and not trainer.accelerator.is_fsdp2:
+        version, device = os.environ.get("FSDP_VERSION", "1"), trainer.accelerator.device.type
+        raise LogitcaskError(
+            f"accelerate's FSDP must have fsdp_version 2 and run on several accelerators, got version {version} and "
+            f"{trainer.args.world_size} ranks on {device}: see configs/accelerate/fsdp.yaml, or use torchrun"
+        )
 
 
 class DistillationTrainer(Trainer):
@@ -85,15 +119,28 @@ class DistillationTrainer(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
-        self._nonfinite = nonfinite
+        self._nonfinite, self._tokenizer = nonfinite, tokenizer
         self._sampler, self._held_out = sampler, list(held_out)
         self.loss_is_scaled_for_ga = True
+        self.finished = False  # whether the checkpoint to resume from is that of the last step
         self._sums: Tensor | None = None  # SUMS and the number of positions since the last log line
         self._slots: Tensor | None = None  # tokens and places for them since the last log line
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with explain_save_errors(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load weights stored under the names of the architecture's own files; FSDP stores them under the model's."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(Path(resume_from_checkpoint), self.model)
+
+    def set_initial_training_values(self, *given: Any, **named: Any) -> Any:
+        """Return the Trainer's counts, of no epochs for a finished run, of which the Trainer would train more."""
+        epochs, *rest = super().set_initial_training_values(*given, **named)
+        return 0 if self.finished else epochs, *rest
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of batches in the sampler's order."""
@@ -132,7 +179,8 @@ class DistillationTrainer(Trainer):
         sums: LossSums = model(**inputs)
         assert num_items_in_batch is not None
         assert not return_outputs
-        row = torch.stack([getattr(sums, name).detach() for name in SUMS] + [sums.hard.new_tensor(len(inputs["gold"]))])
+        parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
+        row = torch.stack([*parts, sums.hard.new_tensor(len(inputs["gold"]))])
         self._sums = row if self._sums is None else self._sums + row
         self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
         return sums.total * self.accelerator.num_processes / num_items_in_batch
@@ -192,6 +240,16 @@ class DistillationTrainer(Trainer):
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}  # gathered tensors no longer share memory
         self._save(output_dir, state_dict={name: tensor for name, tensor in state.items() if name not in tied})
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save a model and its tokenizer such that AutoTokenizer, which looks at the model's type, loads the same."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # other ranks write nothing
+            make_loadable(self._tokenizer, Path(output_dir or str(self.args.output_dir)))
+
+    def student_logits(self) -> Tensor:
+        """Return the student's logits (L, V) on a probe; all ranks must call it."""
+        return probe_logits(self.model, sharded=self.is_fsdp_enabled)
+
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
         totals = self.accelerator.reduce(sums, "sum").tolist()
         means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
@@ -199,4 +257,6 @@ class DistillationTrainer(Trainer):
         metrics[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
         metrics[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
         metrics[f"{prefix}student_head_mass"] = means["student_mass"]
+        if len(totals) > len(SUMS) + 1:
+            metrics[f"{prefix}aux_loss"] = totals[-2] / max(1.0, totals[-1])
         return metrics

@@ -1,6 +1,7 @@
-"""Stage 1's speed against a bare forward pass with full logits: same model, same batches, one run, medians.
+"""Stage 1's speed against a bare forward pass with full logits, and what the check of its labels costs.
 
-Run as ``python -m tests.benchmarks.capture`` (about two minutes). Prints both numbers of the ratio.
+Same model, same batches, one run, medians. Run as ``python -m tests.benchmarks.capture`` (about two minutes). Prints
+both numbers of each ratio. Every label is checked twice: with its batch, and by the writer with its shard.
 """
 
 import importlib.util
@@ -11,8 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from logitcask.cache.invariants import impossible
+from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.teachers.labelling import require_possible
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 
@@ -50,15 +54,25 @@ def main() -> None:
 
     times: dict[str, list[float]] = {"bare forward, full logits": [], "stage 1, head 8 + tail 24": []}
     bare()  # warm
-    teacher.label(batch, settings)
+    labels = teacher.label(batch, settings).targets
+    shard = SparseTargets.concatenate(labels)
+
+    def check() -> None:
+        require_possible(batch, labels, settings, "float32")
+        assert impossible(shard, settings) is None
+
+    checks: list[float] = []
     for _ in range(ROUNDS):  # interleaved, so that noise on the machine affects both equally
         times["bare forward, full logits"].append(seconds(bare))
         times["stage 1, head 8 + tail 24"].append(seconds(lambda: teacher.label(batch, settings)))
+        checks.append(seconds(check))
     speeds = {name: BATCH * LENGTH / statistics.median(values) for name, values in times.items()}
     for name, speed in speeds.items():
         print(f"{name:28s}{speed:8.0f} tokens/s")
     first, second = speeds.values()
     print(f"{'ratio':28s}{second / first:8.2f}")
+    label_us, check_us = (1e6 * statistics.median(each) / len(shard) for each in (times[name], checks))
+    print(f"stage 1 {label_us:.1f} us per position, and checking labels {check_us:.2f} us: {check_us / label_us:.3%}")
 
 
 if __name__ == "__main__":

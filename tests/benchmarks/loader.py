@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite

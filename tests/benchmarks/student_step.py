@@ -29,10 +29,9 @@ from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_large_blocks
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.benchmarks.capture import teacher_path
 

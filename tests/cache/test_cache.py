@@ -64,7 +64,7 @@ def random_targets(random: np.random.Generator, n: int, label: LabelSettings) ->
     vocab, k, m, j = label.vocab_size, label.head_size, label.tail_draws, len(label.temperatures)
     ids = np.stack([random.choice(vocab, k + m, replace=k + m > vocab) for _ in range(n)]).reshape(n, k + m)
     ids[: n // 2] = np.where(ids[: n // 2] < 3, vocab - 1 - ids[: n // 2], ids[: n // 2])  # reach the last ids
-    distinct = random.integers(0, m + 1, n) if m else np.zeros(n, dtype=np.int64)
+    distinct = random.integers(0 if k else 1, m + 1, n) if m else np.zeros(n, dtype=np.int64)
     used = np.arange(m) < distinct[:, None]
     tail = np.sort(np.where(used, ids[:, k:], vocab), axis=1)
     counts = np.where(used, 1, 0)
@@ -75,7 +75,6 @@ def random_targets(random: np.random.Generator, n: int, label: LabelSettings) ->
     gold = -random.exponential(3.0, n).astype(np.float32)
     gold[:1] = -np.inf
     head = -np.sort(random.exponential(4.0, (n, k)), axis=1).astype(np.float32)
-    bottom = head[:, -1:] if k else np.zeros((n, 1), dtype=np.float32)  # no drawn token is above the head
     partition = random.normal(0.0, 3.0, (n, j)).astype(np.float32)
     if k:  # head and tail must sum to 1
         log_head = np.log(-np.expm1(mass.astype(np.float64)))
@@ -84,6 +83,9 @@ def random_targets(random: np.random.Generator, n: int, label: LabelSettings) ->
         )
     else:
         mass[:] = 0.0
+    head = (head - partition[:, :1]).astype(np.float32)  # log-probabilities at T=1, the first
+    partition = (partition - partition[:, :1] / np.array(label.temperatures)).astype(np.float32)
+    bottom = head[:, -1:] if k else np.zeros((n, 1), dtype=np.float32)  # no drawn token is above the head
     return SparseTargets(
         head_ids=ids[:, :k],
         head_logprobs=head,

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitcask.pipeline.models.load import load_causal_lm
-from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.text.tokenizer import fingerprint, load_tokenizer
 from tests.benchmarks.capture import teacher_path
 from tests.support.runs import STUDENT, train, write_config

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from logitcask.cache.labels import SoftLabels
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.train.batches import Batch
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import write_config

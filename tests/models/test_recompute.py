@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.recompute import _contexts, keep_products_only
-from logitcask.pipeline.models.student import student_from_config
 from tests.support.runs import STUDENT, write_config
 from tests.train.test_train import ARCHITECTURES
 

@@ -59,11 +59,11 @@ class Stopped(Exception):
     """Stands in for a kill."""
 
 
-@pytest.mark.parametrize("moment", [1, 2, 9, 23, 35, 36, 61, 74])
+@pytest.mark.parametrize("moment", [1, 2, 9, 24, 25, 38, 39, 66, 80])
 def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    """Stop instead of writing object ``moment`` of 74: 22 to set up, then 12 per shard and its commit record."""
+    """Stop instead of writing object ``moment`` of 80: 24 to set up, then 13 per shard and its commit record."""
     teacher = make_teacher(tmp_path / "teacher")
     asked = spy_on_batches(monkeypatch)
     small = {"batch_size": 1, "max_seq_length": 32}  # so that a shard is several batches
@@ -94,11 +94,9 @@ def test_killed_and_resumed_is_byte_for_byte_an_uninterrupted_run(
     asked.clear()
     report = precompute(again)
     assert places(asked) == places(batches)[-len(asked) :]  # batches are planned from the data, not from progress
-    committed = max(0, moment - 23) // 13
+    committed = max(0, moment - 25) // 14
     assert (report.shards_found, written) == (committed, list(range(committed, 4)))
     assert folder_bytes(killed) == folder_bytes(whole)
-    with pytest.raises(LogitcaskError, match=r"complete already.*--overwrite"):
-        precompute(again)
 
 
 def test_two_runs_give_the_same_bytes_and_another_batch_size_too(tmp_path: Path) -> None:

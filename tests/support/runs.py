@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from logitcask.pipeline.runs.run_folder import latest_checkpoint
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.train import run_training
 
@@ -54,7 +55,8 @@ def train(cache: Path | str | None, output: Path, **changes: object) -> Path:
 
 def history(run: Path) -> list[dict[str, float]]:
     """Return the training log lines of a run, one per step, from its last checkpoint."""
-    last = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    last = latest_checkpoint(run)
+    assert last is not None
     lines: list[dict[str, float]] = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return [line for line in lines if "total_loss" in line]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from logitcask.cache.labels import Example, Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
@@ -77,6 +77,32 @@ def make_teacher(
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def overflowing_teacher(folder: Path, *, in_body: bool, tokens: list[int], width: int = 32) -> Path:
+    """Save a Granite that is sound in float32 and overflows in float16.
+
+    In its body, it does at these tokens: 40,000 + 30,000 in a feature that nobody reads. In its head, at about one
+    position in twenty: raw logits have a standard deviation of 18,000, and are divided by 4,000.
+    """
+    make_teacher(folder, width=width)  # for its tokenizer
+    torch.manual_seed(0)
+    sizes = LlamaConfig.from_pretrained(folder, mlp_bias=True).to_dict()
+    del sizes["model_type"], sizes["architectures"]
+    model = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=1.0 if in_body else 4_000.0))
+    with torch.no_grad():
+        if in_body:
+            model.model.embed_tokens.weight[tokens, 0] = 40_000
+            for layer in model.model.layers:
+                for name in ("self_attn.o_proj", "mlp.down_proj"):
+                    layer.get_submodule(name).weight[0] = 0
+                layer.input_layernorm.weight[0] = layer.post_attention_layernorm.weight[0] = 0
+            model.model.layers[0].mlp.down_proj.bias[0] = 30_000
+            model.model.norm.weight[0] = 0
+        else:
+            model.lm_head.weight *= 18_000 / model.lm_head.weight.norm(dim=1, keepdim=True)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -23,12 +23,13 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
 from logitcask.pipeline.teachers import vllm_worker
+from logitcask.pipeline.teachers.labelling import label_shard
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import KEY, VllmTeacher, load_vllm_teacher
 from logitcask.pipeline.teachers.vllm_worker import Capture
-from tests.support.tiny import RECORDS, folder_bytes, make_teacher, write_jsonl
+from tests.support.tiny import RECORDS, folder_bytes, make_teacher, overflowing_teacher, write_jsonl
 
 LONGEST = 128
 LABEL = LabelSettings(
@@ -223,6 +224,32 @@ def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Pat
         np.testing.assert_array_equal(a.input_ids, b.input_ids)
         assert (a.targets.head_ids == b.targets.head_ids).mean() > 0.9
         np.testing.assert_allclose(a.targets.head_logprobs, b.targets.head_logprobs, atol=0.13)  # a code's width
+
+
+@pytest.mark.parametrize("topk", [None, 4])
+def test_a_float16_teacher_that_overflows_in_vllm_is_refused(topk: int | None, tmp_path: Path) -> None:
+    """Its third token sets it off; the same reason is given as with transformers."""
+    folder = overflowing_teacher(tmp_path / "teacher", in_body=True, tokens=[260], width=128)
+    teacher = load_vllm_teacher(
+        str(folder),
+        revision=None,
+        dtype="float16",
+        max_seq_length=LONGEST,
+        tensor_parallel_size=1,
+        trust_remote_code=False,
+        topk=topk,
+    )
+    label = LABEL.model_copy(update={"temperatures": [1.0], "fidelity_positions": 0, "tail_draws": 0 if topk else 8})
+    mask = np.array([True, True, True, True, False])
+    example = TokenizedExample(5, np.array([3, 4, 260, 6, 7]), mask, np.zeros(4, dtype=bool))
+    try:
+        with pytest.raises(LogitcaskError, match=r"the label of example 5, position [0-2], is impossible: ") as refused:
+            label_shard(teacher, [[example]], label, lambda count: None)
+    finally:
+        clean_up()
+    assert str(refused.value).endswith(
+        "the teacher ran in float16: float16 overflows above 65,504: use bfloat16 or float32"
+    )
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite

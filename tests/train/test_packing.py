@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.models.head import keeps_apart
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.train.batches import (
     GROUP,

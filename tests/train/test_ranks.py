@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from logitcask.pipeline.models.student import student_from_config
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, curve, read_log
 from tests.support.runs import STUDENT, history, write_config
 from tests.support.servers import free_port

@@ -26,8 +26,8 @@ def test_damaged_settings_of_a_checkpoint_are_one_line(tmp_path: Path) -> None:
     run = train(cache, tmp_path / "run", save_steps=2)
     for file in run.glob("checkpoint-*/settings.json"):
         file.write_text("{")
-    with pytest.raises(LogitcaskError, match=r"settings\.json: damaged: resume from an older checkpoint"):
-        train(cache, run, save_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(LogitcaskError, match=r"settings\.json: damaged: no older complete checkpoint is beside it"):
+        train(cache, run, save_steps=2, resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
 def test_an_interrupt_ends_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

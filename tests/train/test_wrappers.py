@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.models.student import student_from_config
 from logitcask.pipeline.train.batches import Batch, CacheExamples, Collator
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import STUDENT, write_config

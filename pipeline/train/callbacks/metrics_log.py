@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -65,7 +64,8 @@ class MetricsLog(TrainerCallback):
             return
         self._open_log(state)
         line: Line = {**logs, "step": state.global_step, "epoch": state.epoch or 0.0}
-        line["peak_memory_mb"] = peak_memory() / 1e6
+        memory = peak_memory()
+        line["peak_memory_mb"] = None if memory is None else memory / 1e6
         line["seconds"] = time.monotonic() - self._started
         if "tokens" in logs:
             self._tick()
@@ -102,8 +102,15 @@ def _to_json(line: Line) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def peak_memory() -> int:
-    """Return the peak memory since the process started, in bytes: allocated by CUDA, or resident without CUDA."""
+def peak_memory() -> int | None:
+    """Return the peak memory since the process started, in bytes: allocated by CUDA, or resident without CUDA.
+
+    None if the system does not report it, as Windows, which has no module ``resource``.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,7 +5,8 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import TrainerState
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.console import say
 
 
@@ -42,10 +43,66 @@ def _finish_trackio() -> None:
         trackio.finish()
 
 
-def trackers(output_dir: Path, project: str, *, wandb: bool, tensorboard: bool, trackio: bool) -> list[TrainerCallback]:
-    """Return callbacks for the chosen trackers. Raises LogitcaskError if the package of one is not installed."""
+class _Wandb(WandbCallback):
+    """Reports to Weights & Biases; a resumed run continues the run of the same id."""
+
+    def __init__(self, project: str, run_id: str) -> None:
+        super().__init__()
+        self._project, self._run_id = os.environ.get("WANDB_PROJECT", project), run_id
+
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **named: Any) -> None:
+        """Start or continue the run. Raises LogitcaskError if W&B refuses."""
+        import wandb
+
+        with _explain_wandb_errors():
+            if state.is_world_process_zero and wandb.run is None:
+                wandb.init(project=self._project, name=args.run_name, id=self._run_id, resume="allow")
+            super().setup(args, state, model, **named)
+
+
+def new_wandb_id() -> str:
+    """Return the id of a new run in W&B: the user's in WANDB_RUN_ID, else a random one."""
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
+def require_wandb_login() -> None:
+    """Raise LogitcaskError if W&B has no key, unless it is offline; on a terminal W&B asks for one."""
+    import wandb
+
+    with _explain_wandb_errors():
+        if wandb.setup().settings.mode in ("online", "run", "shared"):
+            wandb.login()
+
+
+@contextlib.contextmanager
+def _explain_wandb_errors() -> Iterator[None]:
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as error:
+        reason = first_line(error).rstrip(".")
+        raise LogitcaskError(
+            f"--use-wandb: {reason}: run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline"
+        ) from error
+
+
+def trackers(
+    output_dir: Path,
+    project: str,
+    *,
+    wandb: bool,
+    tensorboard: bool,
+    trackio: bool,
+    wandb_id: str | None = None,
+    reports: bool = True,
+) -> list[TrainerCallback]:
+    """Return callbacks for the chosen trackers; ``reports``: whether this is the rank that reports.
+
+    Raises LogitcaskError if the package of one is not installed, or W&B has no key.
+    """
     known: dict[str, tuple[bool, Callable[[], TrainerCallback]]] = {
-        "wandb": (wandb, lambda: _wandb(project)),
+        "wandb": (wandb, lambda: _Wandb(project, wandb_id or new_wandb_id())),
         "tensorboard": (tensorboard, lambda: _tensorboard(output_dir)),
         "trackio": (trackio, _Trackio),
     }
@@ -53,12 +110,9 @@ def trackers(output_dir: Path, project: str, *, wandb: bool, tensorboard: bool, 
     for name in chosen:
         if find_spec(name) is None:
             raise LogitcaskError(f"--use-{name} needs the package {name}: pip install 'logitcask[{name}]'")
+    if wandb and reports:
+        require_wandb_login()
     return [make() for make in chosen.values()]
-
-
-def _wandb(project: str) -> TrainerCallback:
-    os.environ.setdefault("WANDB_PROJECT", project)
-    return WandbCallback()
 
 
 def _tensorboard(output_dir: Path) -> TrainerCallback:

@@ -95,14 +95,14 @@ def test_a_checkpoint_before_the_step_is_named_and_resumes(cache: Path, tmp_path
 def test_a_student_with_a_damaged_parameter_does_not_start(
     cache: Path, tmp_path: Path, name: str, value: float
 ) -> None:
-    first = train(cache, tmp_path / "first", max_steps=1)
+    first = train(cache, tmp_path / "first", max_steps=2, save_steps=1)
     damage(first / "final", name, value)
     rule = f"already has non-finite parameters: 1, the first is {name}"
     with pytest.raises(LogitcaskError, match=f"the student: {rule}"):
         train(cache, tmp_path / "second", student_model=str(first / "final"))
     damage(first / "checkpoint-1", name, value)
     with pytest.raises(LogitcaskError, match=f"checkpoint-1: {rule}"):
-        train(cache, first, max_steps=1, resume_from_checkpoint=str(first / "checkpoint-1"))
+        train(cache, first, max_steps=2, save_steps=1, resume_from_checkpoint=str(first / "checkpoint-1"))
 
 
 def damage(folder: Path, name: str, value: float) -> None:

@@ -1,0 +1,113 @@
+"""Nothing of a chat is ignored silently: weights choose the targets, and what the template drops is an error."""
+
+import pytest
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.examples import Encoder
+from tests.support.tiny import make_tokenizer
+
+QWEN_LIKE = (  # names, reasoning and tool calls are rendered where they are given; developer turns are not
+    "{% for m in messages %}{% if m.role != 'developer' %}<|im_start|>{{ m.role }}"
+    "{% if m.name is defined %} {{ m.name }}{% endif %}{{ '\n' }}"
+    "{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content | trim }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def targets(*messages: dict[str, object], template: str | None = None, prompt_loss: bool = False) -> str:
+    """Return the text of a chat's targets."""
+    tokenizer = make_tokenizer(chat=True)
+    if template is not None:
+        tokenizer.chat_template = template
+    encoded = Encoder(tokenizer, prompt_loss=prompt_loss).encode("here", {"messages": list(messages)})
+    text: str = tokenizer.decode(encoded.input_ids[1:][encoded.target_mask[:-1]].tolist())
+    return text
+
+
+def user(content: str = "hi", **more: object) -> dict[str, object]:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: str, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.mark.parametrize(("off", "on"), [(0, 1), (False, True), (0.0, 1.0), (0, None)])
+def test_a_turn_of_weight_0_is_no_target(off: object, on: object) -> None:
+    chat = (user(), assistant("draft", weight=off), user("again"), assistant("final", weight=on))
+    assert targets(*chat) == "final<|im_end|>"
+    everything = targets(*chat, prompt_loss=True)
+    assert "draft" not in everything
+    assert "hi" in everything
+    assert "final" in everything
+
+
+def test_a_weight_changes_no_token() -> None:
+    encoder = Encoder(make_tokenizer(chat=True), prompt_loss=False)
+    chats = [
+        [user(), assistant("draft", **weight), user("again"), assistant("final")] for weight in ({}, {"weight": 0})
+    ]
+    plain, weighed = (encoder.encode("here", {"messages": chat}) for chat in chats)
+    assert plain.input_ids.tolist() == weighed.input_ids.tolist()
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "0", [], {}])
+def test_other_weights_are_refused(weight: object) -> None:
+    with pytest.raises(LogitcaskError, match="here: weight of message 2 must be 0 or 1, got"):
+        targets(user(), assistant("a", weight=weight))
+
+
+def test_a_weight_belongs_to_an_assistant_turn() -> None:
+    assert targets(user(weight=0), assistant("a")) == "a<|im_end|>"
+    with pytest.raises(LogitcaskError, match="message 1 has weight 1 and role 'user': only the weight of an assistant"):
+        targets(user(weight=1), assistant("a"))
+    with pytest.raises(LogitcaskError, match="message 1 has weight 0 and role 'user'"):
+        targets(user(weight=0), assistant("a"), prompt_loss=True)
+
+
+def test_a_chat_of_weights_0_has_no_target() -> None:
+    with pytest.raises(LogitcaskError, match="no target: the chat has no assistant turn, or none of weight 1"):
+        targets(user(), assistant("a", weight=0))
+
+
+@pytest.mark.parametrize("key", ["train", "loss_mask", "reasoning_content", "tool_calls", "name", "timestamp"])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_key_that_the_template_ignores_is_refused(key: str, turn: int) -> None:
+    chat = [user(), assistant("a")]
+    chat[turn - 1][key] = "x"
+    with pytest.raises(LogitcaskError, match=f"here: the chat template ignores '{key}' of message {turn}: remove it"):
+        targets(*chat)
+
+
+def test_keys_that_the_template_uses_are_passed_to_it() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    seen = targets(user(name="bob"), assistant("3", reasoning_content="one and two", tool_calls=[call]),
+                   template=QWEN_LIKE)  # fmt: skip
+    assert seen.startswith("<think>one and two</think>3<tool_call>")
+    assert '"add"' in seen
+    everything = targets(user(name="bob"), assistant("3"), template=QWEN_LIKE, prompt_loss=True)
+    assert "user bob" in everything
+    with pytest.raises(LogitcaskError, match="ignores 'tools' of message 1"):
+        targets(user(tools=[]), assistant("3"), template=QWEN_LIKE)
+
+
+def test_keys_without_a_value_are_those_of_other_turns() -> None:
+    """A Parquet file gives every turn the keys that any turn has."""
+    assert targets(user(name=None, weight=None), assistant("a", name=None)) == "a<|im_end|>"
+
+
+def test_a_turn_that_the_template_drops_is_refused() -> None:
+    chat = ({"role": "system", "content": "x"}, {"role": "developer", "content": "hi"}, user("hi"), assistant("a"))
+    with pytest.raises(LogitcaskError, match="here: the chat template drops message 2, of role 'developer': remove it"):
+        targets(*chat, template=QWEN_LIKE)  # its content stands elsewhere, so that looking for it would not do
+    assert targets(*chat) == "a<|im_end|>"
+    assert targets({"role": "developer", "content": " "}, user(), assistant("a"), template=QWEN_LIKE) == "a<|im_end|>"
+
+
+def test_a_template_that_keeps_the_header_alone_drops_the_turn() -> None:
+    header = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(LogitcaskError, match="drops message 2, of role 'tool'"):
+        targets(user(), {"role": "tool", "content": "3"}, assistant("a"), template=header)
