@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import FloatArray, IntArray, Shard, SparseTargets
-from logitcask.cache.layout import DECODED_AT_ONCE, GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
+from logitcask.cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
 from logitcask.cache.manifest import LabelSettings, Manifest, label_entries
 
+COMPARED_AT_ONCE = 1 << 20  # label entries
 ROUNDING = 1e-3  # nats: the rounding of float32
 HALF_STEP = np.float32(np.exp(0.5 / TAIL_STEPS))  # half a code of a drawn token, as a factor on d + TAIL_UNIT
 LOST_MASS = 0.02  # by which head and tail may differ from 1: the rounding of float32 at logits of 65,504
@@ -122,7 +123,7 @@ def inconsistent(shard: Shard, label: LabelSettings) -> list[str]:
     """
     problems: dict[str, str] = {}
     next_ids = shard.input_ids[1:][shard.target_mask[:-1]]
-    step = max(1, DECODED_AT_ONCE // label_entries(label))
+    step = max(1, COMPARED_AT_ONCE // label_entries(label))
     with np.errstate(divide="ignore", invalid="ignore"):  # minus infinities compare as they should
         for first in range(0, len(shard.targets), step):
             rows = slice(first, first + step)

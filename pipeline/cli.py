@@ -1,5 +1,6 @@
 """The logitcask command. Each subcommand parses its options, imports what it needs, and calls one function."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -298,6 +299,8 @@ def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2 (typer exits with 130 on an interrupt)."""
     from logitcask.cache.errors import LogitcaskError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the output has no Unicode, as of a pipe on Windows
     try:
         require_plain_text("the command line", sys.argv[1:])
         app()

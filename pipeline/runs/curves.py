@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from logitcask.cache.errors import LogitcaskError, shown_reason
 from logitcask.cache.report.plot import require_plot
 from logitcask.pipeline.runs.run_folder import Line, curve, read_log, run_names
 
@@ -24,7 +25,8 @@ def plot_runs(runs: Sequence[Path], file: Path) -> int:
 def draw_curves(logs: Mapping[str, Sequence[Line]], file: Path, names: Sequence[str] = tuple(PANELS)) -> int:
     """Draw some of ``PANELS`` to a file, one colour per run, and return the number of curves.
 
-    A soft loss that is 0 throughout, as of a run without soft labels, is omitted.
+    A soft loss that is 0 throughout, as of a run without soft labels, is omitted. Raises LogitcaskError if values are
+    too large to draw.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -45,5 +47,10 @@ def draw_curves(logs: Mapping[str, Sequence[Line]], file: Path, names: Sequence[
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    try:
+        figure.savefig(file, dpi=150)
+    except (ValueError, OverflowError) as error:
+        raise LogitcaskError(
+            f"{file}: cannot be drawn: {shown_reason(error)}: leave out the run that diverged"
+        ) from error
     return drawn

@@ -228,7 +228,7 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
     def decorate(function: Callable[[S], None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
             config = given.pop("config")
-            flags = {name: value for name, value in given.items() if value not in (None, [])}
+            flags = {name: value for name, value in given.items() if value not in (None, [], ())}
             function(resolve(model, config, flags))
 
         parameters = [_parameter(name, field) for name, field in model.model_fields.items()]

@@ -231,7 +231,7 @@ ROWS: list[Row] = [
     ("check of another engine", stage_1(engine="transformers", skip_engine_check=True), ("--skip-engine-check",)),
     ("workers without Ray", stage_1(workers=2), ("--workers 2 requires --ray", "add it")),
     # the cache as output
-    ("complete cache", on_a_copy("cache", precompute), ("complete already", "--overwrite")),
+    ("complete cache of other settings", on_a_copy("cache", precompute), ("label.head_size: cache has", "--overwrite")),
     ("other settings", on_a_copy("incomplete", precompute, head_size=4, tail_draws=8, shard_positions=64, seed=7),
      ("label.seed: cache has 0, this run has 7", "--overwrite")),
     ("output of something else", on_a_copy("plain", precompute), ("out", "not a logit cache")),

@@ -135,9 +135,9 @@ def test_config_files(command: str, stock: Path, tmp_path: Path) -> None:
         for content in CONFIGS:
             file.write_bytes(content.encode(errors="surrogatepass"))
             yield content[:20], [*usual(stock, tmp_path)[command], "--config", file]
-        for content in (b"\xff", b"\xff\xfea\0", b"a: \x07", b"\0"):
-            file.write_bytes(content)
-            yield str(content), [*usual(stock, tmp_path)[command], "--config", file]
+        for data in (b"\xff", b"\xff\xfea\0", b"a: \x07", b"\0"):
+            file.write_bytes(data)
+            yield str(data), [*usual(stock, tmp_path)[command], "--config", file]
         for field in FIELDS:
             for value in ("[[1]]", "{a: [1]}"):
                 file.write_text(f"{field}: {value}\n")

@@ -87,7 +87,7 @@ def settings_of(words: list[str]) -> TrainSettings:
     command: Any = typer.main.get_command(app)
     given = command.commands["train"].make_context("train", words).params
     config = given.pop("config")
-    return resolve(TrainSettings, config, {name: value for name, value in given.items() if value is not None})
+    return resolve(TrainSettings, config, {name: value for name, value in given.items() if value not in (None, ())})
 
 
 def test_a_sweep_skips_what_is_finished_and_resumes_what_was_interrupted(tmp_path: Path) -> None:

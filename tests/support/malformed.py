@@ -19,7 +19,7 @@ MOST_LINES = 3
 
 
 def make_stock(folder: Path) -> Path:
-    """Make a teacher, one with a chat template, data, a cache, a student's config and a finished run; return the folder."""
+    """Make teachers (one with a chat template), data, a cache, a student's config and a finished run in a folder."""
     make_cache(folder)
     make_teacher(folder / "chat", chat=True)
     write_config(folder / "student.json", STUDENT)

@@ -84,10 +84,10 @@ def test_an_engine_with_other_weights_is_refused(
 
 
 def test_one_wrong_example_is_enough(settings: PrecomputeSettings, tmp_path: Path) -> None:
-    """Even if its labels are NaN."""
-    for factor in (2.0, np.nan):
+    """If its labels are NaN, that is said."""
+    for factor, reason in ((2.0, "disagree"), (np.nan, "is impossible: gold_logprobs must be at most 0, got nan")):
         other = altered(settings, "model.embed_tokens.weight", RARE, factor, tmp_path / str(factor))
-        with pytest.raises(LogitcaskError, match="disagree"):
+        with pytest.raises(LogitcaskError, match=reason):
             check_engine(loaded(other), teacher_spec(settings), batch(), LABEL)
 
 

@@ -206,7 +206,7 @@ def test_a_run_can_require_a_minimum(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"tail": "bucket"}, {"distillation_type": "output"}])
 def test_a_minimum_is_refused_for_other_losses(tmp_path: Path, other: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="--min-fidelity applies to the forward KL"):
-        train_settings(tmp_path, tmp_path / "run", min_fidelity=0.5, **other)
+        train_settings(tmp_path / "cache", tmp_path / "run", min_fidelity=0.5, **other)
 
 
 @pytest.mark.parametrize(

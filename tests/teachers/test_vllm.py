@@ -54,11 +54,17 @@ def plain(folder: Path) -> TransformersTeacher:
 def load(folder: Path) -> Iterator[Load]:
     """A function that loads the teacher into vLLM, with options of the engine."""
 
-    def with_options(topk: int | None = None, tensor_parallel_size: int = 1, **options: object) -> VllmTeacher:
+    def with_options(
+        topk: int | None = None,
+        tensor_parallel_size: int = 1,
+        source: Path = folder,
+        dtype: str = "auto",
+        **options: object,
+    ) -> VllmTeacher:
         return load_vllm_teacher(
-            str(folder),
+            str(source),
             revision=None,
-            dtype="auto",
+            dtype=dtype,
             max_seq_length=LONGEST,
             tensor_parallel_size=tensor_parallel_size,
             trust_remote_code=False,
@@ -227,29 +233,20 @@ def test_stage_1_runs_on_vllms_own_log_probabilities(tmp_path: Path, folder: Pat
 
 
 @pytest.mark.parametrize("topk", [None, 4])
-def test_a_float16_teacher_that_overflows_in_vllm_is_refused(topk: int | None, tmp_path: Path) -> None:
+def test_a_float16_teacher_that_overflows_in_vllm_is_refused(topk: int | None, load: Load, tmp_path: Path) -> None:
     """Its third token sets it off; the same reason is given as with transformers."""
     folder = overflowing_teacher(tmp_path / "teacher", in_body=True, tokens=[260], width=128)
-    teacher = load_vllm_teacher(
-        str(folder),
-        revision=None,
-        dtype="float16",
-        max_seq_length=LONGEST,
-        tensor_parallel_size=1,
-        trust_remote_code=False,
-        topk=topk,
-    )
+    teacher = load(topk, source=folder, dtype="float16")
     label = LABEL.model_copy(update={"temperatures": [1.0], "fidelity_positions": 0, "tail_draws": 0 if topk else 8})
     mask = np.array([True, True, True, True, False])
     example = TokenizedExample(5, np.array([3, 4, 260, 6, 7]), mask, np.zeros(4, dtype=bool))
-    try:
-        with pytest.raises(LogitcaskError, match=r"the label of example 5, position [0-2], is impossible: ") as refused:
-            label_shard(teacher, [[example]], label, lambda count: None)
-    finally:
-        clean_up()
-    assert str(refused.value).endswith(
-        "the teacher ran in float16: float16 overflows above 65,504: use bfloat16 or float32"
-    )
+    message = ""
+    try:  # pytest.raises would keep the traceback and with it the engine, whose end breaks the next test's
+        label_shard(teacher, [[example]], label, lambda count: None)
+    except LogitcaskError as error:
+        message = str(error)
+    assert message.startswith("the label of example 5, position "), message
+    assert message.endswith("the teacher ran in float16: float16 overflows above 65,504: use bfloat16 or float32")
 
 
 @contextlib.contextmanager

@@ -98,7 +98,8 @@ def test_keys_without_a_value_are_those_of_other_turns() -> None:
 
 
 def test_a_turn_that_the_template_drops_is_refused() -> None:
-    chat = ({"role": "system", "content": "x"}, {"role": "developer", "content": "hi"}, user("hi"), assistant("a"))
+    system, developer = ({"role": role, "content": text} for role, text in (("system", "x"), ("developer", "hi")))
+    chat: list[dict[str, object]] = [{**system}, {**developer}, user("hi"), assistant("a")]
     with pytest.raises(LogitcaskError, match="here: the chat template drops message 2, of role 'developer': remove it"):
         targets(*chat, template=QWEN_LIKE)  # its content stands elsewhere, so that looking for it would not do
     assert targets(*chat) == "a<|im_end|>"

@@ -46,11 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "logitcask", **options: object
 ) -> list[str]:
-    values = {**STEPS, "cache": folder / "cache", "student-config": folder / "student.json", "device": "cpu", **options}
+    values = {**STEPS, "cache": folder / "cache", "student-config": folder / "student.json", "device": "cpu"}
+    values |= {option.replace("_", "-"): value for option, value in options.items()}
     name, *rest = launcher or ("",)
     port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
     launch = ["-m", name, *rest, f"{port}={free_port()}"] if launcher else []
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
+    flags = [f"--{option}" + ("" if value is True else f"={value}") for option, value in values.items()]
     return [sys.executable, *launch, "-m", module, "train", f"--output-dir={folder / output}", *flags]
 
 

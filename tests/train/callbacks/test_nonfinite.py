@@ -332,7 +332,8 @@ def test_a_run_resumes_with_half_the_batch_and_twice_the_accumulation(cache: Pat
     whole = train(cache, tmp_path / "whole", batch_size=8, **options)
     resumed = {**options, "resume_from_checkpoint": str(whole / "checkpoint-2"), "batch_size": 4}
     with pytest.raises(
-        LogitcaskError, match=r"batch_size \* gradient_accumulation_steps: checkpoint has 8, this run has 4"
+        LogitcaskError,
+        match=r"batch_size \* gradient_accumulation_steps \* world_size: checkpoint has 8, this run has 4",
     ):
         train(cache, tmp_path / "half", **resumed)
     half = train(cache, tmp_path / "half", **resumed, gradient_accumulation_steps=2)
