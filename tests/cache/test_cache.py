@@ -24,6 +24,7 @@ from logitcask.cache.layout import (
     array_specs,
     encode_targets,
     id_dtype,
+    shard_specs,
 )
 from logitcask.cache.manifest import (
     FORMAT_VERSION,
@@ -117,7 +118,7 @@ def manifest_of(label: LabelSettings, shards: list[Shard]) -> tuple[Manifest, np
     tokens = np.concatenate([s.token_count for s in shards])
     positions = np.concatenate([s.position_count for s in shards])
     shard_examples = np.array([len(s) for s in shards], dtype=np.int64)
-    counts = {"examples": len(tokens), "tokens": int(tokens.sum()), "positions": int(positions.sum())}
+    counts: dict[str, Any] = {"examples": len(tokens), "tokens": int(tokens.sum()), "positions": int(positions.sum())}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         teacher=TeacherIdentity(id="t", revision="", weights="0" * 64, dtype="float32", engine="none", versions={}),
@@ -257,12 +258,12 @@ def test_uncommitted_shards_are_missing_and_refused(tmp_path: Path) -> None:
 
 def test_a_commit_record_holds_the_digest_of_each_object(tmp_path: Path) -> None:
     label = label_settings(300, 4, 8)
-    write(tmp_path / "c", label, random_shards(label, [2, 3]))
+    writer = write(tmp_path / "c", label, random_shards(label, [2, 3]))
     commits = zarr.open_group(tmp_path / "c", mode="r")["commits"]
     assert isinstance(commits, zarr.Array)
     for index in range(2):
         row = np.asarray(commits[index]).tobytes()
-        keys = [f"{s.name}/c/{index}" + ("/0" if s.width else "") for s in array_specs(label)]
+        keys = [f"{s.name}/c/{index}" + ("/0" if s.width else "") for s in shard_specs(writer.manifest)]
         assert row.hex() == "".join(sha256((tmp_path / "c" / key).read_bytes()) for key in keys)
 
 

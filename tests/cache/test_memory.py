@@ -74,8 +74,8 @@ def manifest_of(label: LabelSettings, tokens: int, positions: int, shards: int) 
 
 def encoded(spec: ArraySpec, plan: ShardPlan, values: NDArray[np.int64]) -> bytes:
     """One chunk, through Zarr's own codecs."""
-    one = plan.model_copy(update={"count": 1, **{f"{axis}s": min(CHUNK[axis], strides(plan)[axis]) for axis in CHUNK
-                                                if axis != "shard"}})  # fmt: skip
+    sizes = {f"{axis}s": min(CHUNK[axis], stride) for axis, stride in strides(plan).items() if axis != "shard"}
+    one = plan.model_copy(update={"count": 1, **sizes})
     memory = MemoryStore()
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.create_array(memory, name="a", fill_value=0, **zarr_layout(spec, one))[:] = values.astype(spec.dtype)

@@ -1,7 +1,7 @@
 """A cache that is replaced under an open reader is not read on, in this process or in another."""
 
+import copy
 import itertools
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -110,9 +110,9 @@ def test_a_worker_opens_the_cache_that_its_parent_opened(caches: tuple[Path, Pat
     shutil.copytree(caches[0], tmp_path / "c")
     parent = CacheExamples(str(tmp_path / "c"), with_targets=True)
     assert len(parent) == 24
-    worker = pickle.loads(pickle.dumps(parent))
+    worker = copy.copy(parent)
     assert len(worker[3].encoded.input_ids)
-    late = pickle.loads(pickle.dumps(parent))
+    late = copy.copy(parent)
     replace(tmp_path / "c", caches[1])
     with pytest.raises(CacheMismatchError):
         late[3]
@@ -121,9 +121,7 @@ def test_a_worker_opens_the_cache_that_its_parent_opened(caches: tuple[Path, Pat
         CacheExamples(str(tmp_path / "c"), with_targets=True, opened=checked)[3]
 
 
-def test_a_copy_of_a_source_that_is_replaced_is_refused(
-    caches: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_copy_of_a_source_that_is_replaced_is_refused(caches: tuple[Path, Path], tmp_path: Path) -> None:
     source = tmp_path / "c"
     shutil.copytree(caches[0], source)
     with pytest.raises(LogitcaskError):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.errors import CacheMismatchError
 from logitcask.cache.labels import Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader

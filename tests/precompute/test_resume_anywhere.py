@@ -19,7 +19,6 @@ from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.ray import _compared
 from logitcask.pipeline.teachers.load import load_transformers
 from logitcask.pipeline.teachers.teacher import teacher_id
-from logitcask.pipeline.text import examples
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -56,9 +55,7 @@ def test_an_upgrade_is_recorded_with_the_shards_it_made(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("how", ["another folder", "a snapshot of the hub's cache", "."])
-def test_the_same_teacher_from_another_place_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_the_same_teacher_from_another_place_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     cache = make_cache(tmp_path)
     wanted = folder_bytes(cache)
     drop_shards(cache, 0, 3)
@@ -194,14 +191,14 @@ class Clock:
         class Day(datetime.date):
             @classmethod
             def today(cls) -> Any:
-                return datetime.date(clock.now.year, clock.now.month, clock.now.day)
+                return cls(clock.now.year, clock.now.month, clock.now.day)
 
         class Moment(datetime.datetime):
             @classmethod
             def now(cls, tz: Any = None) -> Any:
                 return clock.now
 
-        patch.setattr(examples.datetime, "date", Day)
+        patch.setattr(datetime, "date", Day)
         patch.setattr("transformers.utils.chat_template_utils.datetime", Moment)
 
 
