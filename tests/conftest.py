@@ -6,6 +6,7 @@ come first, so that each of the three workers of the test command begins with so
 """
 
 import os
+from collections.abc import Generator
 
 import pytest
 
@@ -30,3 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         dealt += group + rest[:others]
         del rest[:others]
     items[:] = dealt + rest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape half surrogate pairs in what was captured: pytest-xdist's workers cannot send them."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
