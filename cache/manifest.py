@@ -29,7 +29,7 @@ READABLE_FORMATS = (4, 5)
 REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
-MAX_SHARD_BYTES = 896 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
+MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

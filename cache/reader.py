@@ -197,6 +197,7 @@ class CacheReader:
                 target_mask=arrays.pop("target_mask").astype(bool),
                 targets=decode_targets(arrays, self.manifest.label),
             )
+            arrays.clear()  # the codes
             for problem in unusable(shard, self.manifest):
                 raise CacheFormatError(problem)
         return shard

@@ -184,11 +184,11 @@ def require_same(path: str | Path, stored: Manifest, wanted: Mapping[str, Any]) 
     parts = {name: value for name, value in dict(stored).items() if name in wanted}
     mismatches = differences(identity(parts), identity(wanted))
     if mismatches:
-        begun = any(line.startswith("data.date: cache has '") for line in mismatches)
-        remedy = "run the same command again, which takes the cache's date; or " if begun else ""
+        dated = any(line.startswith("data.date: cache has '") for line in mismatches)
+        again = ", or run the same command again, which takes the cache's date" if dated else ""
         raise CacheMismatchError(
             f"{path}: holds a cache made from other inputs: {'; '.join(mismatches)}; "
-            f"{remedy}choose another --output or pass --overwrite"
+            f"choose another --output or pass --overwrite{again}"
         )
 
 

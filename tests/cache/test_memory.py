@@ -156,7 +156,7 @@ def test_the_largest_shard_takes_less_than_a_gibibyte(
 
 def test_a_larger_shard_is_refused_before_anything_is_read() -> None:
     label = label_of(1, 0, 1)
-    with pytest.raises(ValueError, match="must take at most 939524096 bytes in memory, got 1"):
+    with pytest.raises(ValueError, match="must take at most 872415232 bytes in memory, got 1"):
         manifest_of(label, (1 << 25) + 1, 1 << 25, 1)
     for head, draws in ((4, 8), (8, 24), (32, 64)):  # the presets, a million positions in a shard
         preset, positions = label_of(head, draws, 3), min(1 << 20, MAX_SHARD_ENTRIES // (head + draws + 3) - 16384)

@@ -26,7 +26,7 @@ def arrays(cache: Path) -> dict[str, NDArray[Any]]:
     for name, member in zarr.open_group(cache, mode="r").members(max_depth=None):
         if isinstance(member, zarr.Array):
             values[name] = np.asarray(member[...])
-    assert len(values) == 16
+    assert len(values) == 17
     return values
 
 
