@@ -32,15 +32,17 @@ from logitcask.cache.writer import create_cache, plan_digest
 GIB = 1 << 30
 MEASURE = """
 import resource, sys
+from pathlib import Path
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 if sys.argv[2] == "read":
     reader = CacheReader(sys.argv[1])
     assert all(len(reader.shard(i).targets) for i in range(reader.manifest.shards.count))
 else:
     assert not [problem for problem in verify(sys.argv[1]).problems if "digest" in problem or "bytes" in problem]
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+print(1024 * int(status["VmHWM"].split()[0]) - before)  # ru_maxrss would begin with the memory of pytest
 """
 
 

@@ -37,10 +37,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("stock"))
 
 
-def run_command(cache: Path, output: Path, *options: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+def run_command(
+    cache: Path, output: Path, *options: str, limit: int | None = None, **student: int
+) -> subprocess.CompletedProcess[str]:
     """Run ``logitcask train`` as a process, optionally limited to so many bytes beyond those used after its imports."""
-    student = write_config(output.with_suffix(".json"), STUDENT)
-    words = ["train", f"--cache={cache}", f"--output-dir={output}", f"--student-config={student}", "--device=cpu",
+    config = write_config(output.with_suffix(".json"), {**STUDENT, **student})
+    words = ["train", f"--cache={cache}", f"--output-dir={output}", f"--student-config={config}", "--device=cpu",
              "--eval-fraction=0.1", *options]  # fmt: skip
     return limited(output.parent, words, limit)
 
@@ -227,8 +229,7 @@ def test_both_ranks_stop_if_one_is_non_finite(
 
 def test_out_of_memory_is_one_line_with_what_to_change(cache: Path, tmp_path: Path) -> None:
     """The allocator really refuses: one forward pass over all examples of a student that is 60,000 features wide."""
-    wide = write_config(tmp_path / "wide.json", {**STUDENT, "intermediate_size": 60_000})
-    ran = run_command(cache, tmp_path / "run", "--batch-size=24", f"--student-config={wide}", limit=400 << 20)
+    ran = run_command(cache, tmp_path / "run", "--batch-size=24", limit=400 << 20, intermediate_size=60_000)
     assert ran.returncode == 2, ran.stderr
     (line,) = errors(ran)
     assert "memory ran out" in line
