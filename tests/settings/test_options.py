@@ -18,6 +18,7 @@ from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.train.source import file_source
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
@@ -99,7 +100,8 @@ def test_several_data_files_are_labelled_in_order(
     whole = make_cache(tmp_path, teacher, train_data=str(both), output=tmp_path / "from-one")
     assert json.loads((cache / "zarr.json").read_text()) == json.loads((whole / "zarr.json").read_text())
     source = file_source((str(one), str(two)), tmp_path, student_model=None, teacher_model=str(teacher), online=False,
-                         max_seq_length=64, device="cpu")  # fmt: skip
+                         max_seq_length=64, device="cpu", chat_turns="auto", columns={},
+                         bad=BadRecords(tmp_path / "bad.jsonl"))  # fmt: skip
     assert source.amount.examples == 9
     data = ["--train-data", str(one), "--train-data", str(two)]
     for words in (
