@@ -16,7 +16,7 @@ from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, t
 from logitcask.pipeline.plan.plan import plan_cache, size_text
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
-from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
@@ -55,7 +55,7 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
                     tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed
                 ),
                 settings.train_data,
-                BadRecords(skipped_file(settings.output), settings.bad_share),
+                BadRecords(None, settings.bad_share),
             ),
             Path(folder),
             max_seq_length=settings.max_seq_length,

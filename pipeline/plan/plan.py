@@ -174,9 +174,8 @@ def count_data(
             read += 1
 
     with tempfile.TemporaryDirectory() as folder:
-        bad = BadRecords(Path(tempfile.gettempdir()) / "logitcask-plan.skipped.jsonl", bad_share)
         identity = stage_tokens(
-            encode_sources(encoder, sources, bad, sample),
+            encode_sources(encoder, sources, BadRecords(None, bad_share), sample),
             Path(folder),
             max_seq_length=max_seq_length,
             prompt_loss=prompt_loss,

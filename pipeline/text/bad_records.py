@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.cache.errors import LogitcaskError, first_line, shown
 from logitcask.pipeline.console import say
 
 SHOWN = 5  # of each reason
@@ -23,11 +23,11 @@ def skipped_file(output: Path | str) -> Path:
 class BadRecords:
     """Collects bad records while data is read; as a context it decides, at the end, whether they are too many.
 
-    ``most`` is the greatest share of all records that may be skipped, 0 for none. Each goes to ``file`` as a line of
-    JSON; the file is there only if there are any. Memory: a few lines per reason.
+    ``most`` is the greatest share of all records that may be skipped, 0 for none. Each goes to ``file``, if given, as a
+    line of JSON; the file is there only if there are any. Memory: a few lines per reason.
     """
 
-    def __init__(self, file: Path, most: float = 0.0) -> None:
+    def __init__(self, file: Path | None, most: float = 0.0) -> None:
         self._file, self._most = file, most
         self._out: IO[str] | None = None
         self._counts: Counter[str] = Counter()
@@ -41,14 +41,22 @@ class BadRecords:
 
     def add(self, where: str, reason: str, record: Any) -> None:
         """Take a bad record."""
-        if self._out is None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = self._file.open("w", encoding="utf-8")
-        self._out.write(json.dumps({"where": where, "reason": reason, "record": record}, default=str) + "\n")
+        if self._file is not None:
+            line = json.dumps({"where": where, "reason": reason, "record": record}, default=str)
+            try:
+                self._write(self._file, line + "\n")
+            except OSError as fault:
+                raise LogitcaskError(f"{self._file}: bad records cannot be written: {first_line(fault)}") from fault
         self._counts[reason] += 1
         examples = self._first.setdefault(reason, [])
         if len(examples) < SHOWN:
             examples.append(f"{where} ({shown(record, 60)})")
+
+    def _write(self, file: Path, line: str) -> None:
+        if self._out is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = file.open("w", encoding="utf-8")
+        self._out.write(line)
 
     def __enter__(self) -> Self:
         return self
@@ -59,15 +67,17 @@ class BadRecords:
         if error is None and self.count:
             if self.count > self._most * self.read:
                 raise LogitcaskError(self._refusal())
-            say(f"skipped {self.count:,} of {self.read:,} records: {self._reasons(1)}; all of them: {self._file}")
+            say(f"skipped {self.count:,} of {self.read:,} records: {self._reasons(1)}{self._place}")
 
     def _refusal(self) -> str:
         remedy = "fix them, or pass --on-bad-record skip"
         if self._most:
             remedy = f"more than --max-bad {self._most:.3%}: fix them, or raise it"
-        return (
-            f"{self.count:,} bad records of {self.read:,}: {self._reasons(SHOWN)}; all of them: {self._file}; {remedy}"
-        )
+        return f"{self.count:,} bad records of {self.read:,}: {self._reasons(SHOWN)}{self._place}; {remedy}"
+
+    @property
+    def _place(self) -> str:
+        return f"; all of them: {self._file}" if self._file else ""
 
     def _reasons(self, examples: int) -> str:
         shown_reasons = [

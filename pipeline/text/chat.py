@@ -12,6 +12,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from logitcask.cache.errors import first_line
+
 Message = dict[str, Any]
 Segment = tuple[str, bool | None]  # text, and whether its tokens are targets; None: never, whatever the settings
 Marked = Callable[..., tuple[str, list[tuple[int, int]]]]  # the same, with the places of its {% generation %} blocks
@@ -54,7 +56,7 @@ def chat_examples(
         except ChatError as error:
             reasons.append(str(error))
         except Exception as error:  # a template is a program of its own and raises what it likes
-            reasons.append(f"the chat template refuses it: {error}")
+            reasons.append(f"the chat template refuses it: {first_line(error)}")
     raise ChatError(reasons[0])
 
 
@@ -277,7 +279,10 @@ def marked_example(marked: Marked, messages: Sequence[Message], tools: Sequence[
         raise ChatError(
             "a message with weight 0 cannot be distinguished from others in a template with generation blocks"
         )
-    text, blocks = marked(list(messages), tools=list(tools) if tools else None)
+    try:
+        text, blocks = marked(list(messages), tools=list(tools) if tools else None)
+    except Exception as error:  # a template is a program of its own and raises what it likes
+        raise ChatError(f"the chat template refuses this chat: {first_line(error)}") from error
     segments: list[Segment] = []
     done = 0
     for start, end in blocks:

@@ -153,6 +153,9 @@ def _message(number: int, raw: Any) -> dict[str, Any]:
             _valid("content", part["text"])
     elif content is not None or not message.get("tool_calls"):
         raise RecordError(f"content must be a string or a list of text parts, got {type(content).__name__}")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RecordError(f"tool_calls of message {number} must be a list of objects")
     _require_flags(number, message)
     spoken = content or message.get("tool_calls") or message.get("reasoning_content")
     if message["role"] == "assistant" and not (spoken.strip() if isinstance(spoken, str) else spoken):

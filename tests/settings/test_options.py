@@ -37,7 +37,7 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
-             "init_from_teacher_layers"}  # fmt: skip
+             "init_from_teacher_layers", "columns"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -72,7 +72,7 @@ def test_no_option_is_given_twice(
 
 def test_only_train_data_is_repeatable() -> None:
     repeatable = {(name, o.name) for name, command in COMMANDS.items() for o in options(command) if o.multiple}
-    assert repeatable == {(name, "train_data") for name in ("precompute-logits", "train", "plan")}
+    assert repeatable == {("split", "data"), *((name, "train_data") for name in ("precompute-logits", "train", "plan"))}
 
 
 def test_a_key_given_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:
@@ -119,7 +119,8 @@ def test_several_data_files_are_labelled_in_order(
     write_jsonl(two, [{"prompt": "a"}])
     code, err = call(["plan", "--teacher-model", str(teacher), *data], monkeypatch, capsys)
     assert code == 2
-    assert err.startswith(f"error: {two}:1: field 'response' is missing")
+    assert err.startswith("error: 1 bad records of 6: 1 x has columns ['prompt']; needs messages")
+    assert f"{two}:1" in err
 
 
 def test_a_single_data_file_is_stored_as_before() -> None:
