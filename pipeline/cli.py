@@ -14,6 +14,7 @@ from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.settings.split import SplitSettings
 from logitcask.pipeline.settings.train import TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -98,6 +99,16 @@ def generate_data(settings: GenerateDataSettings) -> None:
     from logitcask.pipeline.generate_data import generate as run
 
     typer.echo(run.generate_data(settings))
+
+
+@app.command("split", **_example("split --data data/all.jsonl --test 1000 --output-dir data"))
+@options_from(SplitSettings)
+def split(settings: SplitSettings) -> None:
+    """Cut data into train.jsonl and test.jsonl; duplicates stay on one side."""
+    from logitcask.pipeline.text.split import split_data
+
+    done = split_data(settings.data, settings.output_dir, settings.test, settings.seed)
+    typer.echo(f"{done.train_examples:,} examples -> {done.train}, {done.test_examples:,} -> {done.test}")
 
 
 @app.command(

@@ -16,6 +16,7 @@ from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, t
 from logitcask.pipeline.plan.plan import plan_cache, size_text
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
@@ -49,7 +50,13 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     )
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         table = stage_tokens(
-            encode_sources(Encoder(tokenizer, prompt_loss=settings.prompt_loss), settings.train_data),
+            encode_sources(
+                Encoder(
+                    tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed
+                ),
+                settings.train_data,
+                BadRecords(None, settings.bad_share),
+            ),
             Path(folder),
             max_seq_length=settings.max_seq_length,
             prompt_loss=settings.prompt_loss,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
-from logitcask.pipeline.console import results, track
+from logitcask.pipeline.console import results
 from logitcask.pipeline.models.shapes import ModelShape, is_size, shape_of_size, shape_of_student, shape_of_teacher
 from logitcask.pipeline.models.student_memory import Amount, student_memory
 from logitcask.pipeline.plan.estimates import (
@@ -30,7 +30,9 @@ from logitcask.pipeline.plan.tables import Tables, make_tables, render_tables
 from logitcask.pipeline.settings.base import shipped_configs
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.text.examples import Encoded, Encoder, read_records
+from logitcask.pipeline.text.bad_records import BadRecords
+from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -150,12 +152,12 @@ def _amount_of_text(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase |
             f"--train-data needs a tokenizer, got --teacher-model {settings.teacher_model!r}, which is only a size: "
             "give a model, or --tokens in place of --train-data"
         )
-    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss)
-    return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss)
+    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
+    return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss, settings.bad_share)
 
 
 def count_data(
-    sources: tuple[str, ...], encoder: Encoder, max_seq_length: int, prompt_loss: bool
+    sources: tuple[str, ...], encoder: Encoder, max_seq_length: int, prompt_loss: bool, bad_share: float = 0.0
 ) -> tuple[Amount, list[str]]:
     """Return examples, tokens and target positions after truncation, and what they assume.
 
@@ -164,19 +166,20 @@ def count_data(
     size = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
     every, read, named = max(1, math.ceil(size / SAMPLE_BYTES)), 0, ", ".join(sources)
 
-    def sample() -> Iterator[Encoded]:
+    def sample(source: str) -> Iterator[Raw]:
         nonlocal read
-        for source in sources:
-            with track(f"reading {source}", None, "examples") as advance:
-                for where, record in read_records(source):
-                    if read % every == 0:
-                        yield encoder.encode(where, record)
-                    read += 1
-                    advance(1)
+        for where, record in read_records([source]):
+            if read % every == 0:
+                yield where, record
+            read += 1
 
     with tempfile.TemporaryDirectory() as folder:
         identity = stage_tokens(
-            sample(), Path(folder), max_seq_length=max_seq_length, prompt_loss=prompt_loss, source=named
+            encode_sources(encoder, sources, BadRecords(None, bad_share), sample),
+            Path(folder),
+            max_seq_length=max_seq_length,
+            prompt_loss=prompt_loss,
+            source=named,
         ).identity
     scale = read / math.ceil(read / every)
     amount = Amount(*(round(count * scale) for count in (identity.examples, identity.tokens, identity.positions)))

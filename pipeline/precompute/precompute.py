@@ -29,6 +29,7 @@ from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_stride
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
+from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
@@ -175,9 +176,15 @@ def _plan(
 ) -> tuple[Work, dict[str, Any]]:
     """Return what there is to label, and all parts of the manifest except the teacher's."""
     pinned = datetime.date.fromisoformat(stored.data.date) if stored and stored.data.date else None
-    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, day=pinned)
+    encoder = Encoder(
+        tokenizer,
+        prompt_loss=settings.prompt_loss,
+        day=pinned,
+        turns=settings.chat_turns,
+        columns=settings.renamed,
+    )
     table = stage_tokens(
-        encode_sources(encoder, settings.train_data),
+        encode_sources(encoder, settings.train_data, BadRecords(skipped_file(settings.output), settings.bad_share)),
         staging,
         max_seq_length=settings.max_seq_length,
         prompt_loss=settings.prompt_loss,

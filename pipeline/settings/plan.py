@@ -4,10 +4,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import Place, Settings, Sources, Whole, flag_of
+from logitcask.pipeline.settings.base import Place, Sources, Whole, flag_of
+from logitcask.pipeline.settings.data import DataSettings
 
 
-class PlanSettings(Settings):
+class PlanSettings(DataSettings):
     """Options of ``logitcask plan``."""
 
     train_data: Sources | None = Field(

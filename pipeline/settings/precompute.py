@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from logitcask.pipeline.settings.base import Place, Seed, Settings, Sources, Temperature, Whole, expand_home
+from logitcask.pipeline.settings.base import Place, Seed, Sources, Temperature, Whole, expand_home
+from logitcask.pipeline.settings.data import DataSettings
 
 
 def _parse_temperatures(value: Any) -> Any:
@@ -25,7 +26,7 @@ Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_tempera
 PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, tail draws
 
 
-class PrecomputeSettings(Settings):
+class PrecomputeSettings(DataSettings):
     """Options of ``logitcask precompute-logits``."""
 
     teacher_model: Place = Field(description="hub id, local folder or .gguf file of a causal language model")

@@ -5,12 +5,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Sources, Temperature, Whole, expand_home
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Sources, Temperature, Whole, expand_home
+from logitcask.pipeline.settings.data import DataSettings
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class TrainSettings(Settings):
+class TrainSettings(DataSettings):
     """Options of ``logitcask train``."""
 
     distillation_type: Literal["output", "logit", "hybrid"] = Field(

@@ -1,6 +1,6 @@
 """The source of a run's examples in stage 2: a cache, or a data file with or without a teacher in memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import (
@@ -166,6 +167,9 @@ def file_source(
     online: bool,
     max_seq_length: int,
     device: str,
+    chat_turns: str,
+    columns: Mapping[str, str],
+    bad: BadRecords,
 ) -> Source:
     """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
@@ -182,7 +186,8 @@ def file_source(
         require_tokenizer(teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
         say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
         teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
-    encoded = encode_sources(Encoder(tokenizer, prompt_loss=False), train_data)
+    encoder = Encoder(tokenizer, prompt_loss=False, turns=chat_turns, columns=columns)
+    encoded = encode_sources(encoder, train_data, bad)
     table = stage_tokens(
         encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(train_data)
     )

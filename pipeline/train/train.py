@@ -47,6 +47,7 @@ from logitcask.pipeline.runs.run_folder import (
     write_json,
 )
 from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
@@ -105,6 +106,9 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
             online=soft,
             max_seq_length=settings.max_seq_length,
             device=settings.device,
+            chat_turns=settings.chat_turns,
+            columns=settings.renamed,
+            bad=BadRecords(skipped_file(settings.output_dir), settings.bad_share),
         )
     return cache_source(
         settings.cache,

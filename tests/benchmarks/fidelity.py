@@ -29,7 +29,8 @@ from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
-from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.records import read_records
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 
@@ -58,7 +59,8 @@ def real_positions() -> Positions:
     with tempfile.TemporaryDirectory() as folder:
         written = from_source(None, Path(folder), EXAMPLES, seed=0)
         encoder = Encoder(tokenizer, prompt_loss=False)
-        found = [encoder.encode(where, record) for where, record in read_records(str(written.path))]
+        records = [record for _, record in read_records([str(written.path)]) if isinstance(record, dict)]
+        found = [example for record in records for example in encoder.examples(record)]
     model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
     ids = [torch.from_numpy(example.input_ids[:LENGTH]) for example in found]
     at = [torch.from_numpy(np.flatnonzero(example.target_mask[: LENGTH - 1])) for example in found]

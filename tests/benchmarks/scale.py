@@ -18,6 +18,7 @@ from zarr.storage import LocalStore
 from logitcask.cache.integrity import commit_key, committed_shards
 from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.precompute.sharding import cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer
@@ -46,7 +47,11 @@ def tokenizing(folder: Path) -> None:
 
     def stage() -> TokenTable:
         return stage_tokens(
-            encode_sources(encoder, (source,)), folder, max_seq_length=1024, prompt_loss=False, source=source
+            encode_sources(encoder, (source,), BadRecords(folder / "bad.jsonl")),
+            folder,
+            max_seq_length=1024,
+            prompt_loss=False,
+            source=source,
         )
 
     began = time.perf_counter()

@@ -33,7 +33,8 @@ from logitcask.pipeline.precompute.sharding import plan_strides
 from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.teachers.teacher import TokenizedExample
-from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.records import read_records
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study.report import RESULTS, machine
@@ -48,8 +49,9 @@ def code(encoder: Encoder) -> Iterator[TokenizedExample]:
     """Return functions of the standard library as documentation and code."""
     with tempfile.TemporaryDirectory() as folder:
         written = from_source(None, Path(folder), 100_000, seed=0)
-        for index, (where, record) in enumerate(read_records(str(written.path))):
-            found = encoder.encode(where, record)
+        for index, (_, record) in enumerate(read_records([str(written.path)])):
+            assert isinstance(record, dict)
+            (found,) = encoder.examples(record)
             mask = found.target_mask[:LENGTH].copy()
             mask[-1] = False
             if mask.any():
@@ -59,7 +61,7 @@ def code(encoder: Encoder) -> Iterator[TokenizedExample]:
 def english(encoder: Encoder) -> Iterator[TokenizedExample]:
     """Return chapters of Python's language reference."""
     for index, name in enumerate(sorted(pydoc_data.topics.topics)):
-        found = encoder.encode(name, {"text": pydoc_data.topics.topics[name]})
+        (found,) = encoder.examples({"text": pydoc_data.topics.topics[name]})
         for first in range(0, len(found.input_ids) - 16, LENGTH):
             ids = found.input_ids[first : first + LENGTH]
             mask = np.arange(len(ids)) < len(ids) - 1

@@ -190,19 +190,18 @@ ROWS: list[Row] = [
     ("data file missing", stage_1(train_data="nowhere.jsonl"), ("nowhere.jsonl", "no such data file")),
     ("data file empty", data(""), ("data.jsonl", "has no examples")),
     ("data file of blank lines", data("\n \n"), ("data.jsonl", "has no examples")),
-    ("malformed JSON", third_line('{"prompt": "a", '), ("data.jsonl:3", "malformed JSON", "one JSON object")),
+    ("malformed JSON", third_line('{"prompt": "a", '), ("data.jsonl:3", "malformed JSON", "--on-bad-record skip")),
     ("not an object", third_line("[1]"), ("data.jsonl:3", "JSON object", "list")),
     ("not UTF-8", data('{"text": "ÿ"}', encoding="latin-1"), ("data.jsonl:1", "malformed JSON")),
-    ("missing field", third_line('{"prompt": "a"}'), ("data.jsonl:3", "'response'", "missing")),
-    ("mistyped field", third_line('{"prompt": "a", "response": 5}'), ("data.jsonl:3", "'response'", "string", "int")),
-    ("mistyped messages", third_line('{"messages": "hi"}'), ("data.jsonl:3", "'messages'", "list", "str")),
-    ("mistyped turn", third_line('{"messages": [5]}'), ("data.jsonl:3", "message 1", "role and content")),
-    ("empty response", third_line('{"prompt": "a", "response": " "}'), ("data.jsonl:3", "'response'", "empty")),
+    ("missing field", third_line('{"prompt": "a"}'), ("data.jsonl:3", "has columns ['prompt']", "needs messages")),
+    ("mistyped field", third_line('{"prompt": "a", "response": 5}'), ("data.jsonl:3", "response must be a string")),
+    ("mistyped messages", third_line('{"messages": "hi"}'), ("data.jsonl:3", "messages must be a list", "str")),
+    ("mistyped turn", third_line('{"messages": [5]}'), ("data.jsonl:3", "a message must be an object", "int")),
+    ("empty response", third_line('{"prompt": "a", "response": " "}'), ("data.jsonl:3", "response is empty")),
     ("empty text", third_line('{"text": ""}'), ("data.jsonl:3", "no target")),
     ("chat without a template", third_line(json.dumps(USER_TURN)), ("data.jsonl:3", "no chat template")),
     ("no assistant turn", data(json.dumps(USER_TURN), "chat"), ("data.jsonl:1", "no target", "assistant turn")),
-    ("unknown columns", third_line('{"q": "a", "a": "b"}'), ("data.jsonl:3", "unknown columns", "'q'", "prompt")),
-    ("unknown column beside", third_line('{"text": "a", "x": 1}'), ("data.jsonl:3", "unknown columns", "'x'", "text")),
+    ("unknown columns", third_line('{"q": "a", "a": "b"}'), ("data.jsonl:3", "has columns ['a', 'q']")),
     ("no Parquet", parquet(b"hello"), ("data.parquet", "damaged or not a Parquet file")),
     ("damaged Parquet", parquet(flipped_parquet()), ("data.parquet", "damaged or not a Parquet file")),
     ("all cut away", stage_1(max_seq_length=2), ("no example has a target", "--max-seq-length 2", "raise it")),
@@ -356,7 +355,8 @@ def test_a_mistake_is_one_line(
     assert out == ""
     assert caplog.messages == []  # the log goes to another stream than this test's stderr
     assert code == 2
-    assert snapshot(stock, tmp_path) == before
+    after = snapshot(stock, tmp_path)
+    assert {path: after[path] for path in after if not path.name.endswith(".skipped.jsonl")} == before
 
 
 @pytest.mark.parametrize("words", [["trian"], ["train", "--alhpa", "1"], ["train", "--alpha"], ["cache", "info"]])

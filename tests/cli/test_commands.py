@@ -17,7 +17,8 @@ from logitcask.pipeline.settings.base import Settings, config_file, resolve
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.records import read_records
 from tests.support.runs import STUDENT, write_config
 from tests.support.runs import train as train_run
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
@@ -182,10 +183,11 @@ def test_generated_data_depend_only_on_the_seed(tree: Path, tmp_path: Path, run:
 def test_generated_data_are_examples(tree: Path, tmp_path: Path, run: Any) -> None:
     path = generate_data(run, tree, tmp_path / "data")
     encoder = Encoder(make_tokenizer(), prompt_loss=False)
-    records = list(read_records(str(path)))
+    records = [record for _, record in read_records([str(path)])]
     assert len(records) == 12
-    for where, record in records:
-        assert encoder.encode(where, record).target_mask.any()
+    for record in records:
+        assert isinstance(record, dict)
+        assert len(encoder.examples(record)) == 1
         (function,) = ast.parse(record["response"]).body
         assert isinstance(function, ast.FunctionDef)
         assert f"def {function.name}(" in record["prompt"]

@@ -157,7 +157,7 @@ TURNS: list[Any] = [
 LINES = [
     "", "null", "1", "[]", '"x"', "{", "{}", "{]", "NaN", '{"text": NaN}', '{"text": 1e999}', "[" * 9000,
     '{"a":' * 9000, "9" * 5000, '{"text": ' + "9" * 5000 + "}", '{"prompt": "a"}', '{"response": "a"}',
-    '{"text": "a", "x": 1}',
+    '{"text": 1, "x": 1}',
     '{"prompt": "a", "response": " "}', '{"\\ud83d": 1}', "'a': 1", "{'text': 'a'}", "text\na b c", "\ufeff", "\0",
     *(json.dumps({"messages": turns}) for turns in TURNS),
     *(json.dumps({"text": junk}) for junk in JUNK if junk not in ("x", "9" * 5000)),

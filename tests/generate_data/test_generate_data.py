@@ -16,7 +16,8 @@ from logitcask.pipeline.generate_data.generate import generate_data
 from logitcask.pipeline.generate_data.prompts import make_prompts, read_templates
 from logitcask.pipeline.settings.base import resolve
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
-from logitcask.pipeline.text.examples import Encoder, read_records
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.records import read_records
 from tests.support.model_server import (
     KEY,
     OUTPUT_TOKENS,
@@ -46,9 +47,10 @@ def test_each_prompt_is_asked_once_and_becomes_an_example(provider: str, server:
     assert sorted(record["prompt"] for record in written) == sorted(server.asked)
     assert [record["prompt"] for record in written] == [p.text for p in make_prompts(
         read_templates(tmp_path / "prompts.yaml"), 20, 0)]  # fmt: skip
-    for where, record in read_records(str(tmp_path / "out" / "train.jsonl")):
+    for _, record in read_records([str(tmp_path / "out" / "train.jsonl")]):
+        assert isinstance(record, dict)
         assert record["response"] == server.reply(record["prompt"])
-        assert Encoder(make_tokenizer(), prompt_loss=False).encode(where, record).target_mask.any()
+        assert len(Encoder(make_tokenizer(), prompt_loss=False).examples(record)) == 1
     limit = "max_completion_tokens" if provider == "openai" else "max_tokens"
     turn = [{"role": "user", "content": server.asked[0]}]
     assert server.bodies[0] == {"model": "m", "messages": turn, limit: 77, **more}

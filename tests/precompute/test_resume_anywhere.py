@@ -279,7 +279,7 @@ def test_other_encoders_and_the_tokenizer_itself_keep_their_own_clock(
     tokenizer = load_tokenizer(str(dated_teacher(tmp_path, LLAMA)))
     pinned = Encoder(tokenizer, prompt_loss=False, day=datetime.date.fromisoformat("2020-01-31"))
     today = Encoder(tokenizer, prompt_loss=False)
-    texts = [tokenizer.decode(each.encode("x:1", CHATS[0]).input_ids)[:23] for each in (pinned, today, pinned)]
+    texts = [tokenizer.decode(each.examples(CHATS[0])[0].input_ids)[:23] for each in (pinned, today, pinned)]
     assert texts == ["Today Date: 31 Jan 2020", "Today Date: 28 Nov 2026", "Today Date: 31 Jan 2020"]
     assert (pinned.date, today.date) == ("2020-01-31", "2026-11-28")
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)

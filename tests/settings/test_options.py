@@ -18,6 +18,7 @@ from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.train.source import file_source
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
@@ -36,7 +37,7 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
-             "init_from_teacher_layers"}  # fmt: skip
+             "init_from_teacher_layers", "columns"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -71,7 +72,7 @@ def test_no_option_is_given_twice(
 
 def test_only_train_data_is_repeatable() -> None:
     repeatable = {(name, o.name) for name, command in COMMANDS.items() for o in options(command) if o.multiple}
-    assert repeatable == {(name, "train_data") for name in ("precompute-logits", "train", "plan")}
+    assert repeatable == {("split", "data"), *((name, "train_data") for name in ("precompute-logits", "train", "plan"))}
 
 
 def test_a_key_given_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:
@@ -99,7 +100,8 @@ def test_several_data_files_are_labelled_in_order(
     whole = make_cache(tmp_path, teacher, train_data=str(both), output=tmp_path / "from-one")
     assert json.loads((cache / "zarr.json").read_text()) == json.loads((whole / "zarr.json").read_text())
     source = file_source((str(one), str(two)), tmp_path, student_model=None, teacher_model=str(teacher), online=False,
-                         max_seq_length=64, device="cpu")  # fmt: skip
+                         max_seq_length=64, device="cpu", chat_turns="auto", columns={},
+                         bad=BadRecords(tmp_path / "bad.jsonl"))  # fmt: skip
     assert source.amount.examples == 9
     data = ["--train-data", str(one), "--train-data", str(two)]
     for words in (
@@ -117,7 +119,8 @@ def test_several_data_files_are_labelled_in_order(
     write_jsonl(two, [{"prompt": "a"}])
     code, err = call(["plan", "--teacher-model", str(teacher), *data], monkeypatch, capsys)
     assert code == 2
-    assert err.startswith(f"error: {two}:1: field 'response' is missing")
+    assert err.startswith("error: 1 bad records of 6: 1 x has columns ['prompt']; needs messages")
+    assert f"{two}:1" in err
 
 
 def test_a_single_data_file_is_stored_as_before() -> None:

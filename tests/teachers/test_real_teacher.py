@@ -65,7 +65,7 @@ def teacher() -> TransformersTeacher:
 @pytest.fixture(scope="module")
 def encoded(tokenizer: PreTrainedTokenizerFast) -> list[Encoded]:
     encoder = Encoder(tokenizer, prompt_loss=False)
-    return [encoder.encode(f"record {n}", record) for n, record in enumerate(RECORDS)]
+    return [example for record in RECORDS for example in encoder.examples(record)]
 
 
 @pytest.fixture(scope="module")

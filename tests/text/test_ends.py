@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.text.examples import Encoded, Encoder, read_records
+from logitcask.pipeline.text.columns import RecordError
+from logitcask.pipeline.text.examples import Encoded, Encoder
+from logitcask.pipeline.text.records import read_records
 from tests.support.tiny import make_tokenizer
 
 PIECES = ["<unk>", "<s>", "</s>", "▁", "\n", "a", "b", "c", "▁a", "▁b", "▁c"]
@@ -50,7 +51,7 @@ TOKENIZERS = {
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, **record: str) -> Encoded:
-    return Encoder(tokenizer, prompt_loss=False).encode("here", record)
+    return Encoder(tokenizer, prompt_loss=False).examples(record)[0]
 
 
 def ends(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> tuple[int, int]:
@@ -102,7 +103,7 @@ def test_a_rendered_chat_as_text_has_the_tokens_of_the_chat() -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     encoder = Encoder(tokenizer, prompt_loss=False)
     rendered = tokenizer.apply_chat_template(chat, tokenize=False)
-    text, messages = encoder.encode("here", {"text": rendered}), encoder.encode("here", {"messages": chat})
+    text, messages = encoder.examples({"text": rendered})[0], encoder.examples({"messages": chat})[0]
     assert text.input_ids.tolist() == messages.input_ids.tolist()
 
 
@@ -110,12 +111,12 @@ def test_a_rendered_chat_as_text_has_the_tokens_of_the_chat() -> None:
 def test_a_chat_has_one_end_token_per_turn(answer: str) -> None:
     tokenizer = make_tokenizer(chat=True)
     encoder = Encoder(tokenizer, prompt_loss=False)
-    wanted = encoder.encode("here", {"prompt": "a", "response": "b"})
+    wanted = encoder.examples({"prompt": "a", "response": "b"})[0]
     for record in (
         {"prompt": "a", "response": answer},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]},
     ):
-        encoded = encoder.encode("here", record)
+        encoded = encoder.examples(record)[0]
         assert encoded.input_ids.tolist() == wanted.input_ids.tolist()
         assert encoded.target_mask.tolist() == wanted.target_mask.tolist()
 
@@ -140,13 +141,18 @@ def test_the_string_of_another_token_does_not_end_a_text() -> None:
         {"prompt": "a", "response": "Here \ud83d you go"},
         {"text": "\udc00"},
         {"messages": [{"role": "user", "content": "x\ud83d"}, {"role": "assistant", "content": "y"}]},
-        {"\ud83d": "a"},
     ],
 )
 def test_half_a_surrogate_pair_is_refused_with_its_line(record: dict[str, object], tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_text(json.dumps({"text": "\U0001f600 \\ud83d"}) + "\n" + json.dumps(record) + "\n")
-    records = read_records(str(file))
-    assert next(records)[1] == {"text": "\U0001f600 \\ud83d"}  # a whole pair, and the six characters themselves
-    with pytest.raises(LogitcaskError, match=r"d.jsonl:2: field '\S+' holds half a surrogate pair: remove or replace"):
-        next(records)
+    encoder, records = Encoder(make_tokenizer(chat=True), prompt_loss=False), read_records([str(file)])
+    _, whole = next(records)
+    assert isinstance(whole, dict)
+    assert whole == {"text": "\U0001f600 \\ud83d"}  # a whole pair, and the six characters themselves
+    assert encoder.examples(whole)
+    where, half = next(records)
+    assert where == f"{file}:2"
+    assert isinstance(half, dict)
+    with pytest.raises(RecordError, match=r"\w+ holds half a surrogate pair, at character"):
+        encoder.examples(half)

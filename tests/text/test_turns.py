@@ -2,7 +2,7 @@
 
 import pytest
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.examples import Encoder
 from tests.support.tiny import make_tokenizer
 
@@ -20,7 +20,7 @@ def targets(*messages: dict[str, object], template: str | None = None, prompt_lo
     tokenizer = make_tokenizer(chat=True)
     if template is not None:
         tokenizer.chat_template = template
-    encoded = Encoder(tokenizer, prompt_loss=prompt_loss).encode("here", {"messages": list(messages)})
+    encoded = Encoder(tokenizer, prompt_loss=prompt_loss).examples({"messages": list(messages)})[0]
     text: str = tokenizer.decode(encoded.input_ids[1:][encoded.target_mask[:-1]].tolist())
     return text
 
@@ -48,36 +48,44 @@ def test_a_weight_changes_no_token() -> None:
     chats = [
         [user(), assistant("draft", **weight), user("again"), assistant("final")] for weight in ({}, {"weight": 0})
     ]
-    plain, weighed = (encoder.encode("here", {"messages": chat}) for chat in chats)
+    plain, weighed = (encoder.examples({"messages": chat})[0] for chat in chats)
     assert plain.input_ids.tolist() == weighed.input_ids.tolist()
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, -1, "0", [], {}])
 def test_other_weights_are_refused(weight: object) -> None:
-    with pytest.raises(LogitcaskError, match="here: weight of message 2 must be 0 or 1, got"):
+    with pytest.raises(RecordError, match="weight of message 2 must be 0 or 1, got"):
         targets(user(), assistant("a", weight=weight))
 
 
 def test_a_weight_belongs_to_an_assistant_turn() -> None:
     assert targets(user(weight=0), assistant("a")) == "a<|im_end|>"
-    with pytest.raises(LogitcaskError, match="message 1 has weight 1 and role 'user': only the weight of an assistant"):
+    with pytest.raises(RecordError, match="message 1 has weight 1 and role 'user': only an assistant can be"):
         targets(user(weight=1), assistant("a"))
-    with pytest.raises(LogitcaskError, match="message 1 has weight 0 and role 'user'"):
-        targets(user(weight=0), assistant("a"), prompt_loss=True)
 
 
 def test_a_chat_of_weights_0_has_no_target() -> None:
-    with pytest.raises(LogitcaskError, match="no target: the chat has no assistant turn, or none of weight 1"):
+    with pytest.raises(RecordError, match="no target: the chat has no assistant turn, or none of weight 1"):
         targets(user(), assistant("a", weight=0))
 
 
-@pytest.mark.parametrize("key", ["train", "loss_mask", "reasoning_content", "tool_calls", "name", "timestamp"])
+@pytest.mark.parametrize("key", ["train", "loss_mask", "loss_weight", "is_target", "labels", "ignored"])
 @pytest.mark.parametrize("turn", [1, 2])
-def test_a_key_that_the_template_ignores_is_refused(key: str, turn: int) -> None:
+def test_a_key_that_may_change_the_targets_is_refused(key: str, turn: int) -> None:
     chat = [user(), assistant("a")]
     chat[turn - 1][key] = "x"
-    with pytest.raises(LogitcaskError, match=f"here: the chat template ignores '{key}' of message {turn}: remove it"):
+    with pytest.raises(RecordError, match=f"{key} of message {turn} (must be 0 or 1, got 'x'|is not understood)"):
         targets(*chat)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "name", "timestamp", "id"])
+def test_a_key_that_changes_nothing_is_ignored_with_one_notice(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = Encoder(make_tokenizer(chat=True), prompt_loss=False)
+    for _ in range(2):
+        encoder.examples({"messages": [user(), assistant("a", **{key: "something"})]})
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert key in said[0]
 
 
 def test_keys_that_the_template_uses_are_passed_to_it() -> None:
@@ -88,8 +96,8 @@ def test_keys_that_the_template_uses_are_passed_to_it() -> None:
     assert '"add"' in seen
     everything = targets(user(name="bob"), assistant("3"), template=QWEN_LIKE, prompt_loss=True)
     assert "user bob" in everything
-    with pytest.raises(LogitcaskError, match="ignores 'tools' of message 1"):
-        targets(user(tools=[]), assistant("3"), template=QWEN_LIKE)
+    with pytest.raises(RecordError, match="drops tool calls"):
+        targets(user(), assistant("3", tool_calls=[call]))
 
 
 def test_keys_without_a_value_are_those_of_other_turns() -> None:
@@ -100,7 +108,7 @@ def test_keys_without_a_value_are_those_of_other_turns() -> None:
 def test_a_turn_that_the_template_drops_is_refused() -> None:
     system, developer = ({"role": role, "content": text} for role, text in (("system", "x"), ("developer", "hi")))
     chat: list[dict[str, object]] = [{**system}, {**developer}, user("hi"), assistant("a")]
-    with pytest.raises(LogitcaskError, match="here: the chat template drops message 2, of role 'developer': remove it"):
+    with pytest.raises(RecordError, match="the chat template drops message 2, of role 'developer'"):
         targets(*chat, template=QWEN_LIKE)  # its content stands elsewhere, so that looking for it would not do
     assert targets(*chat) == "a<|im_end|>"
     assert targets({"role": "developer", "content": " "}, user(), assistant("a"), template=QWEN_LIKE) == "a<|im_end|>"
@@ -110,5 +118,5 @@ def test_a_template_that_keeps_the_header_alone_drops_the_turn() -> None:
     header = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(LogitcaskError, match="drops message 2, of role 'tool'"):
+    with pytest.raises(RecordError, match="drops message 2, of role 'tool'"):
         targets(user(), {"role": "tool", "content": "3"}, assistant("a"), template=header)

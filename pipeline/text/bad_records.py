@@ -1,0 +1,88 @@
+"""Records that cannot be used: all of them are reported at once, or skipped and kept in a file."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from logitcask.cache.errors import LogitcaskError, first_line, shown
+from logitcask.pipeline.console import say
+
+SHOWN = 5  # of each reason
+REASONS_SHOWN = 5
+
+
+def skipped_file(output: Path | str) -> Path:
+    """Return where the bad records of a run are kept: beside its output, or in the current folder if that is a URL."""
+    if "://" in str(output):
+        return Path(f"{str(output).rstrip('/').rsplit('/', maxsplit=1)[-1]}.skipped.jsonl")
+    return Path(output).with_name(f"{Path(output).name}.skipped.jsonl")
+
+
+class BadRecords:
+    """Collects bad records while data is read; as a context it decides, at the end, whether they are too many.
+
+    ``most`` is the greatest share of all records that may be skipped, 0 for none. Each goes to ``file``, if given, as a
+    line of JSON; the file is there only if there are any. Memory: a few lines per reason.
+    """
+
+    def __init__(self, file: Path | None, most: float = 0.0) -> None:
+        self._file, self._most = file, most
+        self._out: IO[str] | None = None
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, list[str]] = {}
+        self.read = 0
+
+    @property
+    def count(self) -> int:
+        """The bad records so far."""
+        return self._counts.total()
+
+    def add(self, where: str, reason: str, record: Any) -> None:
+        """Take a bad record."""
+        if self._file is not None:
+            line = json.dumps({"where": where, "reason": reason, "record": record}, default=str)
+            try:
+                self._write(self._file, line + "\n")
+            except OSError as fault:
+                raise LogitcaskError(f"{self._file}: bad records cannot be written: {first_line(fault)}") from fault
+        self._counts[reason] += 1
+        examples = self._first.setdefault(reason, [])
+        if len(examples) < SHOWN:
+            examples.append(f"{where} ({shown(record, 60)})")
+
+    def _write(self, file: Path, line: str) -> None:
+        if self._out is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = file.open("w", encoding="utf-8")
+        self._out.write(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._out is not None:
+            self._out.close()
+        if error is None and self.count:
+            if self.count > self._most * self.read:
+                raise LogitcaskError(self._refusal())
+            say(f"skipped {self.count:,} of {self.read:,} records: {self._reasons(1)}{self._place}")
+
+    def _refusal(self) -> str:
+        remedy = "fix them, or pass --on-bad-record skip"
+        if self._most:
+            remedy = f"more than --max-bad {self._most:.3%}: fix them, or raise it"
+        return f"{self.count:,} bad records of {self.read:,}: {self._reasons(SHOWN)}{self._place}; {remedy}"
+
+    @property
+    def _place(self) -> str:
+        return f"; all of them: {self._file}" if self._file else ""
+
+    def _reasons(self, examples: int) -> str:
+        shown_reasons = [
+            f"{count:,} x {reason}: {', '.join(self._first[reason][:examples])}"
+            for reason, count in self._counts.most_common(REASONS_SHOWN)
+        ]
+        more = len(self._counts) - len(shown_reasons)
+        return "; ".join(shown_reasons) + (f"; and {more} more reasons" if more > 0 else "")

@@ -1,0 +1,119 @@
+"""Files, folders, patterns and saved data sets: the same records in a defined order."""
+
+import bz2
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numcodecs
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.columns import RecordError
+from logitcask.pipeline.text.records import JSON_CHUNK, read_records
+
+RECORDS: list[dict[str, Any]] = [{"prompt": f"question {n}", "response": f"naïve “answer” {n}"} for n in range(5)]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+def write_csv(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "response"])
+        writer.writeheader()
+        writer.writerows(RECORDS)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda path: path.write_bytes(LINES),
+    "blank.jsonl": lambda path: path.write_bytes(b"\n" + LINES.replace(b"\n", b"\r\n\n")),
+    "a.ndjson": lambda path: path.write_bytes(LINES),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(LINES)),
+    "a.jsonl.zst": lambda path: path.write_bytes(numcodecs.Zstd().encode(LINES)),
+    "array.json": lambda path: path.write_text(json.dumps(RECORDS, indent=1)),
+    "one line.json": lambda path: path.write_text(json.dumps(RECORDS)),
+    "lines.json": lambda path: path.write_bytes(LINES),
+    "array.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(RECORDS).encode())),
+    "a.csv": write_csv,
+    "a.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path),
+    "saved": lambda path: datasets.Dataset.from_list(RECORDS).save_to_disk(path),
+    "splits": lambda path: datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)).save_to_disk(path),
+}
+
+
+def read(*sources: object) -> list[dict[str, Any]]:
+    records = [record for _, record in read_records([str(source) for source in sources])]
+    return [record for record in records if isinstance(record, dict)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_records(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name) == RECORDS
+
+
+def test_folders_patterns_and_several_sources_have_an_order(tmp_path: Path) -> None:
+    for number, folder in enumerate(("b", "a", "a/deeper", ".hidden")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "part.jsonl").write_text(json.dumps({"text": str(number)}) + "\n")
+    (tmp_path / "a" / "README.md").write_text("no data\n")
+    texts = [record["text"] for record in read(tmp_path)]
+    assert texts == ["2", "1", "0"], "by path; hidden folders and other files are left out"
+    assert [record["text"] for record in read(f"{tmp_path}/*/part.jsonl")] == ["1", "0"]
+    assert [record["text"] for record in read(tmp_path / "b/part.jsonl", tmp_path / "a")] == ["0", "2", "1"]
+
+
+def test_places_name_file_and_line(tmp_path: Path) -> None:
+    WRITERS["a.jsonl"](tmp_path / "a.jsonl")
+    assert [where for where, _ in read_records([str(tmp_path / "a.jsonl")])][1] == f"{tmp_path / 'a.jsonl'}:2"
+
+
+def test_a_large_array_is_read_in_pieces(tmp_path: Path) -> None:
+    records = [{"text": "x" * (JSON_CHUNK // 3), "n": n} for n in range(10)]
+    (tmp_path / "large.json").write_text(json.dumps(records))
+    assert read(tmp_path / "large.json") == records
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("a.jsonl", b"", "has no examples"),
+    ("a.json", b'[{"text": "a"}, {"text": ]', "malformed JSON after record 1"),
+    ("a.csv", b"a,b\n\"x", "not a CSV file"),
+    ("a.csv", b"a,b\n\xff\xfe,1\n", "not a CSV file in UTF-8"),
+    ("a.parquet", b"PAR1nothing", "damaged or not a Parquet file"),
+    ("a.jsonl.gz", b"no gzip", "cannot be read|malformed|no examples"),
+])  # fmt: skip
+def test_damaged_files_are_one_line(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LogitcaskError, match=reason) as told:
+        read(tmp_path / name)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "content", "where", "reason"), [
+    ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2", "malformed JSON"),
+    ("a.jsonl", b'{"text": "a"}\n\n[1]\n', "a.jsonl:3", "must be a JSON object, got list"),
+    ("a.json", b'[{"text": "a"}, 2]', "a.json: record 2", "must be a JSON object, got int"),
+])  # fmt: skip
+def test_what_is_no_record_has_its_place_and_reason(
+    name: str, content: bytes, where: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (first, second) = read_records([str(tmp_path / name)])
+    assert first[1] == {"text": "a"}
+    assert second[0] == str(tmp_path / where)
+    assert isinstance(second[1], RecordError)
+    assert str(second[1]).startswith(reason)
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for source, reason in ((tmp_path / "none.jsonl", "no such data file"), (tmp_path / "empty", "without data files"),
+                           (f"{tmp_path}/*.jsonl", "matches no file")):  # fmt: skip
+        with pytest.raises(LogitcaskError, match=reason):
+            read(source)
