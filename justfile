@@ -46,7 +46,7 @@ lint:
 
 # the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 3 --dist worksteal "$@"
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:

@@ -2,7 +2,7 @@
 
 Progress bars are silenced, as the command does for itself; Ray's workers, by default the last to be given a processor,
 are not kept waiting by the tests beside them. Tests of many processes wait for each other much: they are dealt out and
-come first, so that each of the three workers of the test command begins with some and all others run beside them.
+come first, so that each of the four workers of the test command begins with some and all others run beside them.
 """
 
 import os
@@ -15,8 +15,9 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so
 
 MANY_PROCESSES = (
     ("test_ray", "test_ray_clusters"),
-    ("test_ranks", "test_ownership", "test_network_folder"),
-    ("test_integrity", "test_workers", "test_disk"),
+    ("test_ranks", "test_network_folder"),
+    ("test_integrity", "test_packaging"),
+    ("test_workers", "test_disk", "test_ownership"),
 )
 
 

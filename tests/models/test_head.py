@@ -23,7 +23,7 @@ SIZES = {
     "moe_intermediate_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
     "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lru_width": 32,
     "attention_window_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-    "v_head_dim": 8, "tie_word_embeddings": False,
+    "v_head_dim": 8, "tie_word_embeddings": False, "vocab_size_per_layer_input": VOCABULARY,
 }  # fmt: skip
 RECURRENT_GEMMA = {"logits_soft_cap": 20.0, "block_types": ("recurrent", "attention")}
 # model type, settings of its config, scale, soft-cap

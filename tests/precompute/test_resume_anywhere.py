@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from logitcask.cache.errors import CacheMismatchError
 from logitcask.cache.reader import CacheReader
@@ -33,8 +32,8 @@ def drop_shards(cache: Path, *shards: int) -> None:
 
 def upgrade(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other patch versions, another build."""
-    monkeypatch.setattr(torch, "__version__", "2.13.1+cu128")
-    monkeypatch.setattr(transformers, "__version__", "5.24.1")
+    monkeypatch.setattr("logitcask.pipeline.teachers.transformers.torch.__version__", "2.13.1+cu128")
+    monkeypatch.setattr("logitcask.pipeline.teachers.transformers.transformers.__version__", "5.24.1")
 
 
 def test_an_upgrade_is_recorded_with_the_shards_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
