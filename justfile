@@ -7,6 +7,8 @@ set shell := ["bash", "-uc"]
 base := env("PYTHON", "python3")
 bin := ".venv/bin"
 logitcask := bin / "logitcask"
+# not the dev extra: its servers need newer versions than the lowest
+lowest_tools := "flask flask-cors hypothesis matplotlib 'moto[s3]' peft pytest s3fs sentencepiece tensorstore trl zarrs"
 
 # everything CI runs: format check, lint, types, import layers, tests
 check: lint pytest
@@ -34,8 +36,8 @@ test-vllm *args: setup-vllm
 # the core's tests with the lowest versions that the metadata admits, in .venv-lowest
 test-lowest *args:
     test -x .venv-lowest/bin/python || {{base}} -m venv .venv-lowest
-    .venv-lowest/bin/python -m pip install --quiet --constraint configs/lowest.txt --editable '.[dev]'
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cache tests/text tests/models tests/settings tests/train/test_golden.py "$@"
+    .venv-lowest/bin/python -m pip install --quiet --constraint configs/lowest.txt --editable . {{lowest_tools}}
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest tests/cache tests/text tests/models tests/settings tests/train/test_golden.py --ignore=tests/cache/storage "$@"
 
 # format check, lint, strict types, import layers
 lint:
