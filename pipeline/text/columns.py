@@ -43,7 +43,11 @@ WANTED = "messages, conversations, prompt and response, instruction and output, 
 
 
 class RecordError(ValueError):
-    """A record that cannot be used: the message is the reason."""
+    """A record that cannot be used: the message is the reason; ``value`` is what there is of it, if it is no record."""
+
+    def __init__(self, reason: str, value: Any = None) -> None:
+        super().__init__(reason)
+        self.value = value
 
 
 @dataclass(frozen=True)

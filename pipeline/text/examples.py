@@ -242,7 +242,7 @@ def encode_sources(
                         if isinstance(record, RecordError):
                             raise record
                     except RecordError as error:
-                        bad.add(where, str(error), record if isinstance(record, dict) else None)
+                        bad.add(where, str(error), record if isinstance(record, dict) else record.value)
                         continue
                     yield from examples
                     advance(1)

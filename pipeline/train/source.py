@@ -23,6 +23,7 @@ from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.student_memory import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import (
     fingerprint,
@@ -159,7 +160,7 @@ def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
 
 
 def file_source(
-    train_data: tuple[str, ...],
+    reading: Reading,
     folder: Path,
     *,
     student_model: str | None,
@@ -187,9 +188,9 @@ def file_source(
         say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
         teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
     encoder = Encoder(tokenizer, prompt_loss=False, turns=chat_turns, columns=columns)
-    encoded = encode_sources(encoder, train_data, bad)
+    encoded = encode_sources(encoder, reading.sources, bad, reading)
     table = stage_tokens(
-        encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(train_data)
+        encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(reading.sources)
     )
     return Source(
         examples=FileExamples(table),
