@@ -7,7 +7,7 @@ these open. What must be equal is what ``cache.manifest.identity`` returns.
 import contextlib
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,8 @@ def _plan(
         prompt_loss=settings.prompt_loss,
         source=", ".join(settings.train_data),
     )
+    if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none
+        table = replace(table, identity=table.identity.model_copy(update={"metadata": None}), codes={})
     date = encoder.date if stored is None or stored.format_version >= 5 else None  # formats before had no date
     order = shuffled(len(table), settings.seed)
     positions = table.positions[order].astype(np.int64)

@@ -118,6 +118,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
         temperature=settings.temperature,
         tail=settings.tail,
         min_fidelity=settings.min_fidelity,
+        where=settings.where,
         same_tokenizer=[str(model) for model in {settings.student_model, settings.teacher_model} - {None}],
     )
 
