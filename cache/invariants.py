@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import FloatArray, IntArray, Shard, SparseTargets
 from logitcask.cache.layout import GOLD_SCALE, HEAD_SCALE, ODDS_SCALE, TAIL_STEPS, TAIL_UNIT
-from logitcask.cache.manifest import LabelSettings, Manifest, label_entries
+from logitcask.cache.manifest import LabelSettings, Manifest, label_entries, metadata_values
 
 COMPARED_AT_ONCE = 1 << 20  # label entries
 ROUNDING = 1e-3  # nats: the rounding of float32
@@ -100,6 +100,10 @@ def unusable(shard: Shard, manifest: Manifest) -> Iterator[str]:
     if int(shard.token_count.min()) < 1 or int(shard.token_count.max()) > longest:
         yield f"token_count: an example must have 1 to {longest} tokens"
         return
+    for name, values in metadata_values(manifest).items():
+        codes = shard.metadata[name]
+        if len(codes) != len(shard) or int(codes.min()) < 0 or int(codes.max()) > len(values):
+            yield f"{name}: must be from 0 to {len(values)} for each example"
     ends = np.cumsum(shard.token_count)
     spans = zip((ends - shard.token_count).tolist(), ends.tolist(), strict=True)
     labelled = [np.count_nonzero(shard.target_mask[start:end]) for start, end in spans]

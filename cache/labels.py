@@ -9,8 +9,8 @@ full vocabulary before anything is dropped.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -56,7 +56,7 @@ class SparseTargets:
         return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
 
 
-NAMES = tuple(field.name for field in fields(SparseTargets))
+NAMES = tuple(each.name for each in fields(SparseTargets))
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Example:
     input_ids: IntArray  # (L,)
     target_mask: NDArray[np.bool_]  # (L,) true at t where the distribution of token t + 1 is stored
     targets: SparseTargets  # N rows, in the order of the mask
+    metadata: Mapping[str, int] = field(default_factory=dict)  # codes of its values in the manifest, by column
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Shard:
     target_mask: NDArray[np.bool_]  # (sum of token_count,)
     targets: SparseTargets  # sum of position_count rows
     fidelity: FidelitySums | None = None  # the shard's row of the certificate; None if not measured, or not read
+    metadata: Mapping[str, IntArray] = field(default_factory=dict)  # (E,) codes of values in the manifest, by column
 
     def __len__(self) -> int:
         return len(self.token_count)
@@ -92,12 +94,17 @@ class Shard:
             target_mask=np.concatenate([example.target_mask for example in examples]),
             targets=SparseTargets.concatenate([example.targets for example in examples]),
             fidelity=fidelity,
+            metadata={
+                name: np.array([example.metadata[name] for example in examples], dtype=np.int64)
+                for name in examples[0].metadata
+            },
         )
 
     def example(self, index: int) -> Example:
         """Return the example at an index of the shard."""
         tokens, rows = (slice(starts[index], starts[index + 1]) for starts in self._starts)
-        return Example(self.input_ids[tokens].astype(np.int64), self.target_mask[tokens], self.targets[rows])
+        metadata = {name: int(codes[index]) for name, codes in self.metadata.items()}
+        return Example(self.input_ids[tokens].astype(np.int64), self.target_mask[tokens], self.targets[rows], metadata)
 
     @functools.cached_property
     def _starts(self) -> tuple[list[int], list[int]]:

@@ -38,6 +38,7 @@ KEPT = ("head_ids", "tail_ids", "tail_counts")  # labels that keep their stored 
 ARRAYS = (  # the names of all arrays that ``shard_specs`` may return
     *("token_count", "position_count", "input_ids", "target_mask", "head_ids", "head_logprobs", "tail_ids"),
     *("tail_logprobs", "tail_counts", "log_tail_odds", "log_partition", "gold_logprobs", "fidelity", "made_by"),
+    *("category", "language"),
 )
 
 
@@ -60,7 +61,11 @@ def id_dtype(vocab_size: int) -> str:
 def shard_specs(manifest: Manifest) -> list[ArraySpec]:
     """Return all arrays written shard by shard, in the order of their digests in a commit record."""
     made_by = ArraySpec("made_by", "shard", "uint8", MADE_BY_WIDTH, "what labelled the shard: JSON, padded with zeros")
-    return [*array_specs(manifest.label), *([made_by] if manifest.format_version >= 5 else [])]
+    metadata = [
+        ArraySpec(name, "example", "uint16", 0, f"{name} of the example: 0 none, i the i-th value in the manifest")
+        for name in (manifest.data.metadata.values if manifest.data.metadata else ())
+    ]
+    return [*array_specs(manifest.label), *([made_by] if manifest.format_version >= 5 else []), *metadata]
 
 
 def array_specs(label: LabelSettings) -> list[ArraySpec]:

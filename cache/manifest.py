@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,9 @@ MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or v
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]  # no control characters
+NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+Name = Annotated[str, Field(max_length=1024, pattern=NO_CONTROLS)]
+MetadataValue = Annotated[str, Field(min_length=1, max_length=100, pattern=NO_CONTROLS)]
 FileName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # a name, never a path
 
 
@@ -83,10 +85,17 @@ def _day(text: str) -> str:
     return datetime.date.fromisoformat(text).isoformat()
 
 
+class Metadata(_Part):
+    """What the records say of themselves; a shard holds a code per example and column, 0: no value, i: the i-th."""
+
+    values: dict[Literal["category", "language"], Annotated[list[MetadataValue], Field(min_length=1, max_length=1000)]]
+    fingerprint: Digest = Field(description="SHA-256 of the codes, before shuffling")
+
+
 class DataIdentity(_Part):
     """The tokenized examples, before shuffling."""
 
-    absent = frozenset({"date"})
+    absent = frozenset({"date", "metadata"})
 
     fingerprint: Digest
     examples: Count
@@ -99,6 +108,9 @@ class DataIdentity(_Part):
     prompt_loss: bool
     date: Annotated[str, AfterValidator(_day)] | None = Field(
         default=None, description="the day that the chat template wrote into the examples, if it writes the date"
+    )
+    metadata: Metadata | None = Field(
+        default=None, description="columns of the records that are kept, if there are any"
     )
 
 
@@ -166,6 +178,12 @@ def shard_bytes(label: LabelSettings, plan: ShardPlan) -> int:
     drawn = 10 if label.tail_draws < 256 else 13
     position = 10 * label.head_size + drawn * label.tail_draws + 12 * len(label.temperatures) + 10
     return plan.positions * position + plan.tokens * 6 + plan.examples * 32
+
+
+def metadata_values(manifest: Manifest) -> dict[str, list[str]]:
+    """Return the values that a cache's examples have, by column; code i of a column stands for the i-th, from 1."""
+    metadata = manifest.data.metadata
+    return {str(name): values for name, values in metadata.values.items()} if metadata else {}
 
 
 def flatten(parts: Mapping[str, Any]) -> dict[str, object]:

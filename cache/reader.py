@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from logitcask.cache.integrity import (
 from logitcask.cache.invariants import unusable
 from logitcask.cache.labels import Example, IntArray, Shard
 from logitcask.cache.layout import ArraySpec, Axis, decode_made_by, decode_targets, shard_specs, zarr_layout
-from logitcask.cache.manifest import MadeBy, Manifest, ShardPlan, parse_manifest, sha256, shard_bytes
+from logitcask.cache.manifest import MadeBy, Manifest, ShardPlan, metadata_values, parse_manifest, sha256, shard_bytes
 from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.open import open_store, what_is_there
@@ -55,6 +55,30 @@ def is_complete(path: str | Path) -> bool:
     except (CacheFormatError, IncompleteCacheError):
         return False
     return True
+
+
+def matching(reader: "CacheReader", where: Mapping[str, Sequence[str]]) -> IntArray:
+    """Return the examples that have one of the values given for each column, ascending.
+
+    Raises CacheMismatchError, naming what there is, if the cache has no such column or no such example.
+    """
+    values = metadata_values(reader.manifest)
+    kept = np.ones(len(reader), dtype=bool)
+    for column, wanted in where.items():
+        known = values.get(column)
+        if known is None:
+            has = ", ".join(values) or "none: the data it was made from had neither category nor language"
+            raise CacheMismatchError(f"{reader.path}: --where {column}: is no column of this cache; it has {has}")
+        unknown = [value for value in wanted if value not in known]
+        if unknown:
+            raise CacheMismatchError(
+                f"{reader.path}: --where {column}={unknown[0]}: no example has it; there are {shown(known)}"
+            )
+        codes = reader.counts(column, range(reader.manifest.shards.count))
+        kept &= np.isin(codes, [known.index(value) + 1 for value in wanted])
+    if not kept.any():
+        raise CacheMismatchError(f"{reader.path}: --where: no example has all of these values")
+    return np.flatnonzero(kept)
 
 
 @functools.lru_cache(maxsize=64)
@@ -166,7 +190,10 @@ class CacheReader:
             return decode_made_by(self._row("made_by", index))
 
     def counts(self, name: str, shards: range) -> IntArray:
-        """Return ``token_count`` or ``position_count`` of all examples of some shards, reading one object per shard."""
+        """Return ``token_count``, ``position_count`` or a column's codes of all examples of some shards.
+
+        Reads one object per shard.
+        """
         position = self._position(name)
         parts = []
         for index in shards:
@@ -195,6 +222,7 @@ class CacheReader:
                 position_count=arrays.pop("position_count").astype(np.int64),
                 input_ids=arrays.pop("input_ids"),
                 target_mask=arrays.pop("target_mask").astype(bool),
+                metadata={name: arrays.pop(name).astype(np.int64) for name in metadata_values(self.manifest)},
                 targets=decode_targets(arrays, self.manifest.label),
             )
             arrays.clear()  # the codes

@@ -96,6 +96,7 @@ class CacheWriter:
             "input_ids": shard.input_ids,
             "target_mask": shard.target_mask,
             **encode_targets(shard.targets),
+            **shard.metadata,
         }
         if self.manifest.label.fidelity_positions:
             assert shard.fidelity is not None, "the manifest promises a certificate"

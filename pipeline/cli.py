@@ -105,9 +105,10 @@ def generate_data(settings: GenerateDataSettings) -> None:
 @options_from(SplitSettings)
 def split(settings: SplitSettings) -> None:
     """Cut data into train.jsonl and test.jsonl; duplicates stay on one side."""
+    from logitcask.pipeline.text.reading import Reading
     from logitcask.pipeline.text.split import split_data
 
-    done = split_data(settings.data, settings.output_dir, settings.test, settings.seed)
+    done = split_data(Reading(settings.data, **settings.taken), settings.output_dir, settings.test, settings.seed)
     typer.echo(f"{done.train_examples:,} examples -> {done.train}, {done.test_examples:,} -> {done.test}")
 
 

@@ -49,7 +49,9 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     require_finite(model, settings.model)
     evaluation = Evaluation(
         model=settings.model,
-        on_cache=None if reader is None else evaluate_on_cache(model, reader, settings.limit, settings.batch_size),
+        on_cache=None
+        if reader is None
+        else evaluate_on_cache(model, reader, settings.limit, settings.batch_size, settings.where),
         humaneval=None
         if problems is None
         else humaneval(

@@ -4,7 +4,7 @@ Legend: N target positions, n of them whose logits fit in memory, V vocabulary, 
 E examples, C = 3 + J columns per position. Losses and divergences are in nats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from logitcask.cache.labels import Example, SoftLabels, SparseTargets, soft_labels
-from logitcask.cache.manifest import LabelSettings
-from logitcask.cache.reader import CacheReader
+from logitcask.cache.manifest import LabelSettings, metadata_values
+from logitcask.cache.reader import CacheReader, matching
 from logitcask.pipeline.console import track
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, sparse_forward_kl
 from logitcask.pipeline.models.student import require_room
-from logitcask.pipeline.runs.evaluation import Divergence, OnCache
+from logitcask.pipeline.runs.evaluation import Divergence, Group, OnCache
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.train.batches import Collator, TrainingExample
 
@@ -30,20 +30,28 @@ BINS = 15  # of the calibration error, of equal width
 Array = NDArray[np.float64]
 
 
-def evaluate_on_cache(model: PreTrainedModel, reader: CacheReader, limit: int | None, batch_size: int) -> OnCache:
+def evaluate_on_cache(
+    model: PreTrainedModel,
+    reader: CacheReader,
+    limit: int | None,
+    batch_size: int,
+    where: Mapping[str, Sequence[str]] | None = None,
+) -> OnCache:
     """Evaluate a model on the first ``limit`` examples of a cache, in its order (None: all of them).
+
+    ``where`` gives the values that the examples must have, by column.
 
     Raises LogitcaskError if the vocabulary or the examples do not fit the model.
     """
     label = reader.manifest.label
     require_room(model, label.vocab_size, reader.manifest.data.longest)
     head = read_head(model)
-    totals = _Totals(label)
-    count = min(len(reader), limit or len(reader))
+    totals = _Totals(label, metadata_values(reader.manifest))
+    chosen = matching(reader, where or {})[:limit]
     collator = Collator(0, (), 1.0, "sampled")
-    with track("evaluating", count, "examples") as advance, torch.inference_mode():
-        for first in range(0, count, batch_size):
-            examples = [reader.example(i) for i in range(first, min(first + batch_size, count))]
+    with track("evaluating", len(chosen), "examples") as advance, torch.inference_mode():
+        for first in range(0, len(chosen), batch_size):
+            examples = [reader.example(int(i)) for i in chosen[first : first + batch_size]]
             batch = collator([TrainingExample(Encoded(e.input_ids, e.target_mask), None) for e in examples])
             hidden = last_hidden_states(model, batch["input_ids"].to(model.device)).flatten(0, 1)
             totals.add(examples, hidden[batch["target_index"].to(model.device)], head, batch["gold"])
@@ -54,8 +62,9 @@ def evaluate_on_cache(model: PreTrainedModel, reader: CacheReader, limit: int | 
 class _Totals:
     """Sums over the examples so far."""
 
-    def __init__(self, label: LabelSettings) -> None:
-        self._label = label
+    def __init__(self, label: LabelSettings, values: Mapping[str, Sequence[str]]) -> None:
+        self._label, self._values = label, values
+        self._groups: dict[tuple[str, int], ClusterSums] = {}
         exact = label.head_size >= label.vocab_size
         self._tail = "sampled" if label.tail_draws or exact else "bucket"
         self._estimate = "exact" if exact else {"sampled": "unbiased", "bucket": "lower bound"}[self._tail]
@@ -74,7 +83,11 @@ class _Totals:
             ]
         )
         starts = np.cumsum([0, *(len(example.targets) for example in examples[:-1])])
-        self._sums.add(np.add.reduceat(columns, starts, axis=0))
+        rows = np.add.reduceat(columns, starts, axis=0)
+        self._sums.add(rows)
+        for row, example in zip(rows, examples, strict=True):
+            for group in example.metadata.items():
+                self._groups.setdefault(group, ClusterSums(rows.shape[1])).add(row[None])
         self._examples += len(examples)
         self._positions += len(targets)
 
@@ -115,6 +128,21 @@ class _Totals:
             calibration_error=calibration_error(self._bins, self._positions),
             teacher_perplexity=teacher_perplexity,
             teacher_calibration_error=calibration_error(self._teacher_bins, self._positions) if has_head else None,
+            groups=[self._group(*group) for group in sorted(self._groups)],
+        )
+
+    def _group(self, column: str, code: int) -> Group:
+        sums = self._groups[column, code]
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(sums.mean(1)[0]))
+        kl = [(t, *sums.mean(3 + j)) for j, t in enumerate(self._label.temperatures)]
+        return Group(
+            column=column,
+            value=self._values[column][code - 1] if code else None,
+            examples=sums.examples,
+            positions=int(sums.positions),
+            perplexity=perplexity,
+            kl=[Divergence(temperature=t, kl=value, standard_error=spread) for t, value, spread in kl],
         )
 
 
@@ -183,19 +211,24 @@ class ClusterSums:
     """
 
     def __init__(self, columns: int) -> None:
-        self._examples = 0
+        self.examples = 0
         self._sums = np.zeros(columns)
         self._products = np.zeros((columns, columns))
 
     def add(self, rows_EC: Array) -> None:
         """Add the rows of E examples, (E, C)."""
-        self._examples += len(rows_EC)
+        self.examples += len(rows_EC)
         self._sums += rows_EC.sum(0)
         self._products += rows_EC.T @ rows_EC
 
+    @property
+    def positions(self) -> float:
+        """The positions of the examples so far."""
+        return float(self._sums[0])
+
     def mean(self, column: int) -> tuple[float, float | None]:
         """Return the mean over positions and its standard error, which is None for a single example."""
-        positions, count = self._sums[0], self._examples
+        positions, count = self.positions, self.examples
         ratio = self._sums[column] / positions
         if count < 2:
             return float(ratio), None

@@ -18,6 +18,7 @@ from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 
@@ -56,6 +57,7 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
                 ),
                 settings.train_data,
                 BadRecords(None, settings.bad_share),
+                Reading(settings.train_data, **settings.taken),
             ),
             Path(folder),
             max_seq_length=settings.max_seq_length,

@@ -32,7 +32,8 @@ from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
-from logitcask.pipeline.text.records import Raw, read_records
+from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.text.records import Raw
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -153,29 +154,30 @@ def _amount_of_text(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase |
             "give a model, or --tokens in place of --train-data"
         )
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
-    return count_data(settings.train_data, encoder, settings.max_seq_length, settings.prompt_loss, settings.bad_share)
+    reading = Reading(settings.train_data, **settings.taken)
+    return count_data(reading, encoder, settings.max_seq_length, settings.prompt_loss, settings.bad_share)
 
 
 def count_data(
-    sources: tuple[str, ...], encoder: Encoder, max_seq_length: int, prompt_loss: bool, bad_share: float = 0.0
+    reading: Reading, encoder: Encoder, max_seq_length: int, prompt_loss: bool, bad_share: float = 0.0
 ) -> tuple[Amount, list[str]]:
     """Return examples, tokens and target positions after truncation, and what they assume.
 
     They equal those of stage 1, except that of files above ``SAMPLE_BYTES`` only every n-th example is tokenized.
     """
-    size = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
-    every, read, named = max(1, math.ceil(size / SAMPLE_BYTES)), 0, ", ".join(sources)
+    size = sum(Path(source).stat().st_size for source in reading.sources if Path(source).is_file())
+    every, read, named = max(1, math.ceil(size / SAMPLE_BYTES)), 0, ", ".join(reading.sources)
 
     def sample(source: str) -> Iterator[Raw]:
         nonlocal read
-        for where, record in read_records([source]):
+        for where, record in reading(source):
             if read % every == 0:
                 yield where, record
             read += 1
 
     with tempfile.TemporaryDirectory() as folder:
         identity = stage_tokens(
-            encode_sources(encoder, sources, BadRecords(None, bad_share), sample),
+            encode_sources(encoder, reading.sources, BadRecords(None, bad_share), sample),
             Path(folder),
             max_seq_length=max_seq_length,
             prompt_loss=prompt_loss,

@@ -7,7 +7,7 @@ these open. What must be equal is what ``cache.manifest.identity`` returns.
 import contextlib
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
 from logitcask.cache.storage.open import open_store
@@ -31,6 +31,7 @@ from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.reading import Reading, changed_files, files_record, record_files
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 
@@ -76,7 +77,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         work, parts = _plan(settings, tokenizer, files, staging, before)
         mine = shards_of(settings.part or (1, 1), parts["shards"].count)
         if before:  # before loading a large teacher in vain
-            require_same(settings.output, before, parts)
+            _require_same(settings, before, parts)
             if _is_done(settings, tokenizer, before, mine):
                 return PrecomputeReport(before, 0, len(mine))
         with contextlib.closing(_executor(settings)) as executor:
@@ -93,6 +94,8 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     overwrite=settings.overwrite,
                     shards=None if settings.part is None else mine,
                 )
+            if before is None:
+                record_files(files_record(settings.output), settings.train_data)
             manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
@@ -110,6 +113,17 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
     return settings.model_copy(
         update={name: value for name, value in auto.items() if getattr(settings, name) == "auto"}
     )
+
+
+def _require_same(settings: PrecomputeSettings, stored: Manifest, parts: dict[str, Any]) -> None:
+    """Raise CacheMismatchError, naming the data files that changed, unless this run may resume the cache."""
+    try:
+        require_same(settings.output, stored, parts)
+    except CacheMismatchError as error:
+        if parts["data"].fingerprint == stored.data.fingerprint:
+            raise
+        changes = changed_files(files_record(settings.output), settings.train_data)
+        raise CacheMismatchError(f"{error}{changes}") from error
 
 
 def _is_done(settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, stored: Manifest, mine: range) -> bool:
@@ -184,12 +198,19 @@ def _plan(
         columns=settings.renamed,
     )
     table = stage_tokens(
-        encode_sources(encoder, settings.train_data, BadRecords(skipped_file(settings.output), settings.bad_share)),
+        encode_sources(
+            encoder,
+            settings.train_data,
+            BadRecords(skipped_file(settings.output), settings.bad_share),
+            Reading(settings.train_data, **settings.taken),
+        ),
         staging,
         max_seq_length=settings.max_seq_length,
         prompt_loss=settings.prompt_loss,
         source=", ".join(settings.train_data),
     )
+    if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none
+        table = replace(table, identity=table.identity.model_copy(update={"metadata": None}), codes={})
     date = encoder.date if stored is None or stored.format_version >= 5 else None  # formats before had no date
     order = shuffled(len(table), settings.seed)
     positions = table.positions[order].astype(np.int64)

@@ -45,12 +45,16 @@ class Work:
         chosen[random.choice(positions, min(wanted, positions), replace=False)] = True
         return chosen
 
+    def _metadata(self, place: int) -> dict[str, int]:
+        row = int(self.order[place])
+        return {name: int(codes[row]) for name, codes in self.table.codes.items()}
+
     def batches(self, shard: int) -> list[list[TokenizedExample]]:
         """Return a shard's examples, grouped into the batches that the teacher labels at once."""
         rows = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
         cuts = np.cumsum([example.target_mask.sum() for _, example in rows])[:-1]
         examples = [
-            TokenizedExample(place, example.input_ids, example.target_mask, measured)
+            TokenizedExample(place, example.input_ids, example.target_mask, measured, self._metadata(place))
             for (place, example), measured in zip(rows, np.split(self.measured(shard), cuts), strict=True)
         ]
         groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)

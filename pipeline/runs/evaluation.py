@@ -19,6 +19,17 @@ class Divergence(_Record):
     standard_error: float | None  # over examples; None for a single example
 
 
+class Group(_Record):
+    """A student on the examples of a cache with one value of a column."""
+
+    column: str
+    value: str | None  # None: the examples without one
+    examples: int
+    positions: int
+    perplexity: float
+    kl: list[Divergence]
+
+
 class OnCache(_Record):
     """A student against the text and the teacher of a cache."""
 
@@ -34,6 +45,7 @@ class OnCache(_Record):
     calibration_error: float
     teacher_perplexity: float
     teacher_calibration_error: float | None
+    groups: list[Group] = []  # by column and value, if the cache has such columns
 
 
 class PassRate(_Record):
@@ -111,6 +123,12 @@ def _cache_rows(on_cache: OnCache) -> dict[str, str | None]:
         "calibration error, 15 bins": _percent(on_cache.calibration_error),
         "the teacher's perplexity": f"{on_cache.teacher_perplexity:,.3f}",
         "the teacher's calibration error": _percent(on_cache.teacher_calibration_error),
+        **{
+            f"{group.column} {group.value or '(none)'}": f"{group.examples:,} examples, {group.positions:,} positions, "
+            f"perplexity {group.perplexity:,.3f}, KL at T={kl.temperature:g} {_with_error(kl.kl, kl.standard_error)}"
+            for group in on_cache.groups
+            for kl in group.kl[:1]
+        },
     }
 
 

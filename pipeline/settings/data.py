@@ -18,6 +18,21 @@ def _parse_columns(value: Any) -> Any:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
+def _parse_where(value: Any) -> Any:
+    """Return ``language=python,language=go`` as the allowed values of each column; a mapping may have single ones."""
+    if isinstance(value, Mapping):
+        return {column: [allowed] if isinstance(allowed, str) else allowed for column, allowed in value.items()}
+    if not isinstance(value, str):
+        return value
+    columns: dict[str, list[str]] = {}
+    for part in value.split(","):
+        column, equals, allowed = part.partition("=")
+        if not (column.strip() and equals and allowed.strip()):
+            raise ValueError("must be COLUMN=VALUE, commas between, such as language=python,language=go")
+        columns.setdefault(column.strip(), []).append(allowed.strip())
+    return columns
+
+
 def _parse_share(value: Any) -> Any:
     """Return ``1%`` as 0.01; a number is kept."""
     return (
@@ -28,10 +43,24 @@ def _parse_share(value: Any) -> Any:
 
 
 Columns = Annotated[Mapping[str, str], BeforeValidator(_parse_columns)]
+Where = Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_parse_where)]
 Share = Annotated[float, BeforeValidator(_parse_share), Field(ge=0, le=1)]
 
 
-class DataSettings(Settings):
+class SourceSettings(Settings):
+    """Which records are taken."""
+
+    data_config: str | None = Field(None, description="configuration of a hub data set")
+    data_split: str = Field("train", description="split of a hub data set, or of one saved by datasets")
+    where: Where = Field({}, description="take only records whose columns have these values, such as language=python")
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """These options by the names that ``Reading`` has for them."""
+        return {"config": self.data_config, "split": self.data_split, "where": self.where}
+
+
+class DataSettings(SourceSettings):
     """How records become examples."""
 
     chat_turns: Literal["auto", "all", "last", "each"] = Field(
@@ -49,6 +78,11 @@ class DataSettings(Settings):
     def renamed(self) -> dict[str, str]:
         """Our names of the user's columns."""
         return {theirs: ours for ours, theirs in self.columns.items()}
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """These options by the names that ``Reading`` has for them."""
+        return {**super().taken, "renamed": self.renamed}
 
     @property
     def bad_share(self) -> float:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of
+from logitcask.pipeline.settings.data import Where
 
 
 def _parse_list(value: Any) -> Any:
@@ -29,6 +30,7 @@ class EvaluateSettings(Settings):
     limit: Whole | None = Field(
         None, description="evaluate at most this many examples, the first of --cache and of each task"
     )
+    where: Where = Field({}, description="only examples of --cache with these values, such as language=python")
     batch_size: Whole = Field(8, description="examples, or HumanEval samples, per forward pass")
     problems: Whole | None = Field(
         None, description="evaluate only the first so many HumanEval problems; default: all 164"
@@ -60,6 +62,8 @@ class EvaluateSettings(Settings):
             raise ValueError(
                 f"--limit applies to --cache and --tasks, got {self.limit} with neither: use --problems for HumanEval"
             )
+        if self.where and not self.cache:
+            raise ValueError("--where applies to --cache, and none is given: add it or leave --where out")
         if self.humaneval and not self.allow_code_execution:
             raise ValueError(
                 "--humaneval runs the code that the model writes on this machine: read in the README what the sandbox "

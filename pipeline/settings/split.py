@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from logitcask.pipeline.settings.base import Seed, Settings, Sources, Whole
+from logitcask.pipeline.settings.base import Seed, Sources, Whole
+from logitcask.pipeline.settings.data import SourceSettings
 
 
-class SplitSettings(Settings):
+class SplitSettings(SourceSettings):
     """Options of ``logitcask split``."""
 
     data: Sources = Field(description="data file, folder, pattern or hub data set; repeatable, read in order")

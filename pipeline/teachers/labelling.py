@@ -91,7 +91,7 @@ def label_shard(
         require_possible(batch, labels.targets, label, teacher.facts.identity.dtype)
         fidelity += labels.fidelity
         for example, targets in zip(batch, labels.targets, strict=True):
-            labelled[example.index] = Example(example.input_ids, example.target_mask, targets)
+            labelled[example.index] = Example(example.input_ids, example.target_mask, targets, example.metadata)
             advance(len(targets))
     return Shard.of([labelled[index] for index in sorted(labelled)], fidelity)
 

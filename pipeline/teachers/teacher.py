@@ -1,8 +1,8 @@
 """The interface of a teacher, as stage 1 uses it."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ class TokenizedExample:
     input_ids: IntArray  # (L,)
     target_mask: NDArray[np.bool_]  # (L,) whether the distribution of the next token is labelled
     measured: NDArray[np.bool_]  # (N,) whether the certificate measures the position
+    metadata: Mapping[str, int] = field(default_factory=dict)  # codes, by column
 
 
 @dataclass(frozen=True)

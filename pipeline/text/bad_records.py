@@ -1,6 +1,7 @@
 """Records that cannot be used: all of them are reported at once, or skipped and kept in a file."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from logitcask.pipeline.console import say
 
 SHOWN = 5  # of each reason
 REASONS_SHOWN = 5
+NUMBER = re.compile(r"-?\d+")  # reasons that differ only in numbers count as one
 
 
 def skipped_file(output: Path | str) -> Path:
@@ -32,6 +34,7 @@ class BadRecords:
         self._out: IO[str] | None = None
         self._counts: Counter[str] = Counter()
         self._first: dict[str, list[str]] = {}
+        self._said: dict[str, str] = {}  # the reason itself, or its kind if its numbers differ
         self.read = 0
 
     @property
@@ -47,8 +50,10 @@ class BadRecords:
                 self._write(self._file, line + "\n")
             except OSError as fault:
                 raise LogitcaskError(f"{self._file}: bad records cannot be written: {first_line(fault)}") from fault
-        self._counts[reason] += 1
-        examples = self._first.setdefault(reason, [])
+        kind = NUMBER.sub("N", reason)
+        self._counts[kind] += 1
+        self._said[kind] = reason if self._said.get(kind, reason) == reason else kind
+        examples = self._first.setdefault(kind, [])
         if len(examples) < SHOWN:
             examples.append(f"{where} ({shown(record, 60)})")
 
@@ -81,8 +86,8 @@ class BadRecords:
 
     def _reasons(self, examples: int) -> str:
         shown_reasons = [
-            f"{count:,} x {reason}: {', '.join(self._first[reason][:examples])}"
-            for reason, count in self._counts.most_common(REASONS_SHOWN)
+            f"{count:,} x {self._said[kind]}: {', '.join(self._first[kind][:examples])}"
+            for kind, count in self._counts.most_common(REASONS_SHOWN)
         ]
         more = len(self._counts) - len(shown_reasons)
         return "; ".join(shown_reasons) + (f"; and {more} more reasons" if more > 0 else "")

@@ -12,10 +12,20 @@ A ``system`` column is the first message. Columns that are not used are named on
 kept.
 """
 
+import hashlib
+import json
 import re
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache.errors import shown
+from logitcask.cache.manifest import NO_CONTROLS, Metadata
+from logitcask.pipeline.console import say
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
 KEPT = {"category", "language"}
@@ -39,11 +49,18 @@ OPTIONAL = {
 READ = {"role", "content", "name", "reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id"}
 FLAGS = ("weight", "train", "loss_mask")  # a message's own word whether it is a target
 MEANINGFUL = re.compile("weight|loss|mask|train|target|label|ignore|skip", re.IGNORECASE)
+MOST_VALUES, LONGEST_VALUE = 1_000, 100
+MOST_JSON = 1 << 18  # bytes of a column's values in the manifest, whose document is bounded
+Codes = dict[str, NDArray[np.uint16]]
 WANTED = "messages, conversations, prompt and response, instruction and output, text, or input_ids and labels"
 
 
 class RecordError(ValueError):
-    """A record that cannot be used: the message is the reason."""
+    """A record that cannot be used: the message is the reason; ``value`` is what there is of it, if it is no record."""
+
+    def __init__(self, reason: str, value: Any = None) -> None:
+        super().__init__(reason)
+        self.value = value
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,12 @@ class Record:
     tools: tuple[Any, ...] = ()
     tokens: Mapping[str, Any] | None = None  # input_ids, and labels or target_mask, and perhaps the rows' borders
     unused: frozenset[str] = frozenset()  # columns
+
+
+def metadata_of(raw: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, str]:
+    """Return the record's ``category`` and ``language``, as text, where it has them."""
+    found = {renamed.get(name, name): value for name, value in raw.items()}
+    return {name: str(found[name]) for name in sorted(KEPT & found.keys()) if found[name] not in (None, "", [], {})}
 
 
 def shape_record(raw: Mapping[str, Any], renamed: Mapping[str, str]) -> Record:
@@ -174,3 +197,56 @@ def _require_flags(number: int, message: Mapping[str, Any]) -> None:
             )
         if key not in FLAGS and key not in READ and MEANINGFUL.search(key):
             raise RecordError(f"{key} of message {number} is not understood: known are {', '.join(FLAGS)}")
+
+
+class MetadataColumns:
+    """Collects the values of examples as they come. Memory: 2 bytes per example and column."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, array[int]] = {}
+        self._values: dict[str, dict[str, int]] = {}  # the codes of values, in the order met
+        self._refused: set[str] = set()
+
+    def add(self, index: int, metadata: Mapping[str, str]) -> None:
+        """Take the values of the example at ``index``; those left out since the last have none."""
+        for name in metadata.keys() - self._refused:
+            value = metadata[name]
+            values, codes = self._values.setdefault(name, {}), self._codes.setdefault(name, array("H"))
+            codes.extend([0] * (index - len(codes)))
+            if value not in values and (len(values) == MOST_VALUES or not _fits(value)):
+                self._refuse(name, f"{shown(value)} is one more than {MOST_VALUES:,}" if _fits(value) else shown(value))
+                continue
+            codes.append(values.setdefault(value, len(values) + 1))
+
+    def settle(self, examples: int) -> tuple[Metadata | None, Codes]:
+        """Return the values, sorted, and the codes (E,) of each column; None and nothing if there is no column."""
+        for name in [name for name, values in self._values.items() if len(json.dumps(list(values))) > MOST_JSON]:
+            self._refuse(name, "all together they are too long")
+        codes: Codes = {}
+        for name in sorted(self._codes):
+            self._codes[name].extend([0] * (examples - len(self._codes[name])))
+            ordered = sorted(self._values[name])
+            places = np.zeros(len(ordered) + 1, dtype=np.uint16)
+            for place, value in enumerate(ordered, start=1):
+                places[self._values[name][value]] = place
+            codes[name] = places[np.frombuffer(self._codes[name], dtype=np.uint16)]
+        if not codes:
+            return None, {}
+        digest = hashlib.sha256()
+        for name in codes:
+            digest.update(codes[name].astype("<u2").tobytes())
+        values = {name: sorted(self._values[name]) for name in codes}
+        return Metadata.model_validate({"values": values, "fingerprint": digest.hexdigest()}), codes
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._refused.add(name)
+        del self._values[name], self._codes[name]
+        say(
+            f"column {name!r} is not kept in the cache: it may have {MOST_VALUES:,} values, of {LONGEST_VALUE} "
+            f"printable characters: {reason}"
+        )
+
+
+def _fits(value: str) -> bool:
+    surrogate = any("\ud800" <= character <= "\udfff" for character in value)
+    return len(value) <= LONGEST_VALUE and not surrogate and re.fullmatch(NO_CONTROLS, value) is not None

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from logitcask.cache.labels import IntArray
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chat import ChatError, Message, Segment, chat_examples, marked_example
-from logitcask.pipeline.text.columns import Record, RecordError, shape_record
+from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
 
 Part = tuple[list[int], bool]  # the token ids of a segment, and whether they are targets
@@ -36,6 +36,7 @@ class Encoded:
 
     input_ids: IntArray
     target_mask: NDArray[np.bool_]
+    metadata: Mapping[str, str] = field(default_factory=dict)  # the record's category and language
 
 
 class Encoder:
@@ -83,7 +84,8 @@ class Encoder:
             raise RecordError(str(error)) from error
         if not all(example.target_mask.any() for example in encoded):
             raise RecordError("has no target: the text after its first token is empty")
-        return encoded
+        metadata = metadata_of(raw, self._columns)
+        return [replace(example, metadata=metadata) for example in encoded] if metadata else encoded
 
     def _say_once(self, notice: str) -> None:
         if notice not in self._said:
@@ -242,7 +244,7 @@ def encode_sources(
                         if isinstance(record, RecordError):
                             raise record
                     except RecordError as error:
-                        bad.add(where, str(error), record if isinstance(record, dict) else None)
+                        bad.add(where, str(error), record if isinstance(record, dict) else record.value)
                         continue
                     yield from examples
                     advance(1)

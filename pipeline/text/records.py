@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,10 @@ LINES = (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst", ".bz2")
 FILES = (*LINES, ".json", ".csv", ".parquet")
 JSON_CHUNK = 1 << 20  # characters of a .json file read at a time
+CSV_FIELD = 1 << 30  # characters of a field at most
+ROWS_AT_ONCE = 1000  # of a data set
+NOT_UTF8 = "is not valid UTF-8"
+_BETWEEN = re.compile(r"[\s,]*")  # what may stand between the records of a .json file
 Raw = tuple[str, dict[str, Any] | RecordError]  # where a record stands, and the record, or why there is none
 
 
@@ -23,8 +28,8 @@ def read_records(sources: Sequence[str], *, config: str | None = None, split: st
 
     A source is a file (.jsonl, .json, .csv, .parquet; .gz, .zst and .bz2 of the text formats), a glob pattern, a folder
     of such files or of ``datasets``' ``save_to_disk``, or a hub data set's id, of which ``config`` and ``split`` are
-    taken. A line that is no JSON object gives a RecordError in place of a record. Raises LogitcaskError if a source is
-    missing, empty or damaged.
+    taken. What is no record gives a RecordError in its place. Raises LogitcaskError if a source is missing, empty or
+    damaged, or changes while it is read.
     """
     for source in sources:
         empty = True
@@ -33,6 +38,11 @@ def read_records(sources: Sequence[str], *, config: str | None = None, split: st
             yield where, record
         if empty:
             raise LogitcaskError(f"{source}: has no examples: it must hold at least one record")
+
+
+def is_saved(source: str) -> bool:
+    """Return whether a source is a folder that ``datasets``' ``save_to_disk`` wrote."""
+    return any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def source_files(source: str) -> list[Path] | None:
@@ -71,7 +81,7 @@ def _format(file: Path) -> str:
 
 
 def _source_records(source: str, config: str | None, split: str) -> Iterator[Raw]:
-    if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+    if is_saved(source):
         yield from _saved_dataset(source, split)
         return
     files = source_files(source)
@@ -80,9 +90,18 @@ def _source_records(source: str, config: str | None, split: str) -> Iterator[Raw
         return
     for file in files:
         try:
+            before = _state(file)
             yield from _file_records(file)
+            if _state(file) != before:
+                raise LogitcaskError(f"{file}: changed while it was read: run the same command again")
         except OSError as error:
             raise LogitcaskError(f"{file}: cannot be read: {first_line(error)}") from error
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written to or replaced."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _file_records(file: Path) -> Iterator[Raw]:
@@ -109,51 +128,86 @@ def _open(file: Path) -> IO[bytes]:
     return file.open("rb")
 
 
-def _parse_line(text: bytes) -> dict[str, Any] | RecordError:
+def _parse_line(line: bytes) -> dict[str, Any] | RecordError:
     try:
-        record = json.loads(text)
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        return RecordError(NOT_UTF8, line.decode(errors="backslashreplace"))
     except (ValueError, RecursionError) as error:
-        return RecordError(f"malformed JSON: {first_line(error).split(':')[0]}")
+        reason = f"malformed JSON: {first_line(error).split(':')[0]}"
+        return RecordError(reason, line.decode(errors="backslashreplace"))
     return _object(record)
 
 
 def _object(record: Any) -> dict[str, Any] | RecordError:
-    return record if isinstance(record, dict) else RecordError(f"must be a JSON object, got {type(record).__name__}")
+    if isinstance(record, dict):
+        return record
+    return RecordError(f"must be a JSON object, got {type(record).__name__}", record)
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text has no byte that ``surrogateescape`` had to keep."""
+    return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
 
 
 def _json_records(file: Path) -> Iterator[Raw]:
     """Yield the objects of a JSON array, or of lines, a piece of the file at a time."""
     decoder, number = json.JSONDecoder(), 0
-    with io.TextIOWrapper(_open(file), encoding="utf-8", errors="surrogateescape") as text:
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="surrogateescape") as text:
         buffer = text.read(JSON_CHUNK).lstrip()
         array = buffer.startswith("[")
-        buffer = buffer.removeprefix("[")
+        at = int(array)
         while True:
-            buffer = buffer.lstrip().removeprefix(",").lstrip()
-            if array and buffer.startswith("]"):
+            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # it matches nothing too
+            if array and buffer.startswith("]", at):
                 return
             try:
-                record, end = decoder.raw_decode(buffer)
+                record, end = decoder.raw_decode(buffer, at)
             except (ValueError, RecursionError) as error:
-                more = text.read(JSON_CHUNK)
-                if not more and not buffer and not array:
+                more = text.read(max(JSON_CHUNK, len(buffer) - at))
+                if not more and at == len(buffer) and not array:
                     return
                 if not more:
-                    raise LogitcaskError(f"{file}: malformed JSON after record {number}: {error}") from error
-                buffer += more
+                    raise LogitcaskError(
+                        f"{file}: malformed JSON after record {number}: {first_line(error).split(':')[0]}"
+                    ) from error
+                buffer, at = buffer[at:] + more, 0
                 continue
             number += 1
-            yield f"{file}: record {number}", _object(record)
-            buffer = buffer[end:]
+            raw = buffer[at:end]
+            yield f"{file}: record {number}", _object(record) if _is_utf8(raw) else RecordError(NOT_UTF8, _escaped(raw))
+            at = end
+
+
+def _escaped(text: str) -> str:
+    """Return a text with the bytes that ``surrogateescape`` kept written as ``\\xff``."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _csv_records(file: Path) -> Iterator[Raw]:
-    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as text:
+    csv.field_size_limit(CSV_FIELD)
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        rows = csv.reader(text, strict=True)
+        number = 0
         try:
-            for number, row in enumerate(csv.DictReader(text, strict=True), start=1):
-                yield f"{file}: row {number}", {str(key): value for key, value in row.items() if value != ""}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise LogitcaskError(f"{file}: not a CSV file in UTF-8 with a line of column names: {error}") from error
+            names = next(rows, [])
+            if not all(map(_is_utf8, names)):
+                raise LogitcaskError(f"{file}: not a CSV file in UTF-8: its first line must be column names")
+            while (row := next(rows, None)) is not None:
+                if row:
+                    number += 1
+                    yield f"{file}: row {number}", _csv_record(names, row)
+        except csv.Error as error:
+            raise LogitcaskError(f"{file}: not a CSV file, after row {number}: {error}") from error
+
+
+def _csv_record(names: list[str], row: list[str]) -> dict[str, Any] | RecordError:
+    if len(row) > len(names):
+        return RecordError(f"has more fields than the {len(names)} columns", [_escaped(field) for field in row])
+    record = {name: value for name, value in zip(names, row, strict=False) if value != ""}
+    if not all(map(_is_utf8, record.values())):
+        return RecordError(NOT_UTF8, {name: _escaped(value) for name, value in record.items()})
+    return record
 
 
 def _parquet_records(source: str) -> Iterator[Raw]:
@@ -163,7 +217,7 @@ def _parquet_records(source: str) -> Iterator[Raw]:
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             for batch in file.iter_batches():
-                for record in batch.to_pylist():
+                for record in _rows(batch):
                     number += 1
                     yield f"{source}: row {number}", record
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # untrusted files fail in any of these
@@ -172,28 +226,70 @@ def _parquet_records(source: str) -> Iterator[Raw]:
         ) from error
 
 
+def _rows(table: Any) -> Iterator[dict[str, Any] | RecordError]:
+    """Yield the rows of an Arrow table or batch; one by one if a text in them is not valid UTF-8."""
+    try:
+        yield from table.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(table.num_rows):
+            row = table.slice(number, 1)
+            try:
+                yield from row.to_pylist()
+            except UnicodeDecodeError:
+                yield RecordError(NOT_UTF8, {name: _cell(row.column(name)) for name in row.schema.names})
+
+
+def _cell(column: Any) -> Any:
+    """Return the value of a column of one row, its text with invalid bytes escaped."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()[0]
+    except UnicodeDecodeError:
+        if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+            return f"a {column.type} with invalid UTF-8"
+        return column.cast(pyarrow.large_binary()).to_pylist()[0].decode(errors="backslashreplace")
+
+
 def _saved_dataset(source: str, split: str) -> Iterator[Raw]:
     import datasets
 
     try:
         saved: Any = datasets.load_from_disk(source)
-        rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        for number, record in enumerate(rows, start=1):
-            yield f"{source}: row {number}", dict(record)
-    except KeyError as error:
-        raise LogitcaskError(f"{source}: has no split {split!r}: give --data-split") from error
     except (OSError, ValueError) as error:
         raise LogitcaskError(f"{source}: not a data set saved by datasets: {first_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise LogitcaskError(f"{source}: has no split {split!r}: give --data-split, one of {', '.join(saved)}")
+        saved = saved[split]
+    yield from _dataset_rows(source, saved)
 
 
 def _hub_records(source: str, config: str | None, split: str) -> Iterator[Raw]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, config, split=split, streaming=True)
-        for number, record in enumerate(rows, start=1):
-            yield f"{source}: row {number}", dict(record)
+        splits: Any = datasets.load_dataset(source, config, streaming=True)
     except (OSError, ValueError) as error:
+        if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
+            names = ", ".join(datasets.get_dataset_config_names(source))
+            has = "has several configurations" if config is None else f"has no configuration {config!r}"
+            raise LogitcaskError(f"{source}: {has}: give --data-config, one of {names}") from error
         raise LogitcaskError(
             f"{source}: neither a file nor a data set that could be loaded: {first_line(error)}"
         ) from error
+    if split not in splits:
+        raise LogitcaskError(f"{source}: has no split {split!r}: give --data-split, one of {', '.join(splits)}")
+    yield from _dataset_rows(source, splits[split])
+
+
+def _dataset_rows(source: str, rows: Any) -> Iterator[Raw]:
+    """Yield the records of a data set of ``datasets``, as Arrow has them: not decoded as images or sound."""
+    number = 0
+    try:
+        for table in rows.with_format("arrow").iter(ROWS_AT_ONCE):
+            for record in _rows(table):
+                number += 1
+                yield f"{source}: row {number}", record
+    except (OSError, ValueError) as error:
+        raise LogitcaskError(f"{source}: damaged after row {number}: {first_line(error)}") from error

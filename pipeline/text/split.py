@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.console import track
 from logitcask.pipeline.text.columns import RecordError, shape_record
-from logitcask.pipeline.text.records import read_records
+from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.text.records import Raw
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Split:
     test_examples: int
 
 
-def split_data(sources: Sequence[str], output_dir: Path, test: int, seed: int) -> Split:
+def split_data(reading: Reading, output_dir: Path, test: int, seed: int) -> Split:
     """Write ``train.jsonl`` and ``test.jsonl``, the latter with ``test`` examples, a few more if there are duplicates.
 
     Which side a record is on depends on its text and the seed alone, so more data at the end moves few records. Memory:
@@ -39,7 +40,7 @@ def split_data(sources: Sequence[str], output_dir: Path, test: int, seed: int) -
             raise LogitcaskError(f"{file}: already exists: choose another --output-dir or remove it")
     ranks = array("Q")
     with track("reading", None, "examples") as advance:
-        for where, record in read_records(sources):
+        for where, record in _all(reading):
             if isinstance(record, RecordError):
                 raise LogitcaskError(f"{where}: {record}")
             ranks.append(_rank(record, seed))
@@ -49,17 +50,22 @@ def split_data(sources: Sequence[str], output_dir: Path, test: int, seed: int) -
     counts = [0, 0]
     partial = [file.with_suffix(".partial") for file in files]
     with partial[0].open("w") as train_file, partial[1].open("w") as test_file:
-        for _, record in read_records(sources):
+        for _, record in _all(reading):
             if isinstance(record, RecordError):
                 continue  # it was read above, so the file has changed: the counts differ
             side = int(_rank(record, seed) <= limit)
             (train_file, test_file)[side].write(json.dumps(record) + "\n")
             counts[side] += 1
     if sum(counts) != len(ranks):
-        raise LogitcaskError(f"{', '.join(sources)}: changed while it was read: run the same command again")
+        raise LogitcaskError(f"{', '.join(reading.sources)}: changed while it was read: run the same command again")
     for written, file in zip(partial, files, strict=True):
         written.replace(file)
     return Split(*files, *counts)
+
+
+def _all(reading: Reading) -> Iterator[Raw]:
+    for source in reading.sources:
+        yield from reading(source)
 
 
 def _rank(record: dict[str, Any], seed: int) -> int:

@@ -2,8 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.manifest import DataIdentity
+from logitcask.pipeline.text.columns import MetadataColumns
 from logitcask.pipeline.text.examples import Encoded
 
 
@@ -25,6 +26,7 @@ class TokenTable:
     positions: NDArray[np.int32]  # (E,), number of target positions of each
     _ids: NDArray[np.uint32]
     _mask: NDArray[np.uint8]
+    codes: Mapping[str, NDArray[np.uint16]] = field(default_factory=dict)  # (E,) of each column of the metadata
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -46,6 +48,7 @@ def stage_tokens(
     digest = hashlib.sha256()
     lengths, positions = array("q"), array("i")  # 12 bytes per example instead of two Python objects
     truncated, dropped = 0, 0
+    columns = MetadataColumns()
     with (folder / "ids").open("wb") as ids_file, (folder / "mask").open("wb") as mask_file:
         for example in encoded:
             ids, mask = example.input_ids[:max_seq_length], example.target_mask[:max_seq_length].copy()
@@ -55,6 +58,7 @@ def stage_tokens(
             if not mask.any():
                 dropped += 1
                 continue
+            columns.add(len(lengths), example.metadata)
             lengths.append(len(ids))
             positions.append(int(mask.sum()))
             digest.update(len(ids).to_bytes(8, "little") + _write(ids_file, ids.astype("<u4")))
@@ -63,6 +67,7 @@ def stage_tokens(
         raise LogitcaskError(
             f"{source}: no example has a target within --max-seq-length {max_seq_length}: raise it ({dropped} dropped)"
         )
+    metadata, codes = columns.settle(len(lengths))
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     identity = DataIdentity(
         fingerprint=digest.hexdigest(),
@@ -74,6 +79,7 @@ def stage_tokens(
         max_seq_length=max_seq_length,
         longest=max(lengths),
         prompt_loss=prompt_loss,
+        metadata=metadata,
     )
     return TokenTable(
         identity,
@@ -81,6 +87,7 @@ def stage_tokens(
         np.array(positions, dtype=np.int32),
         np.memmap(folder / "ids", dtype="<u4", mode="r"),
         np.memmap(folder / "mask", dtype=np.uint8, mode="r"),
+        codes,
     )
 
 

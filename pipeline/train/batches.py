@@ -33,10 +33,17 @@ class CacheExamples(Dataset[TrainingExample]):
     """The examples of a cache, which each worker process opens for itself at its first read."""
 
     def __init__(
-        self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None, opened: bytes | None = None
+        self,
+        path: str,
+        *,
+        with_targets: bool,
+        disk_cache: DiskCache | None = None,
+        opened: bytes | None = None,
+        chosen: IntArray | None = None,
     ) -> None:
-        """Take the cache at a path, the one that another reader has ``opened`` if that is given."""
+        """Take the ``chosen`` examples of the cache at a path, the one that another reader has ``opened`` if given."""
         self._path, self._with_targets, self._disk_cache, self._opened = path, with_targets, disk_cache, opened
+        self._chosen = chosen
         self._reader: CacheReader | None = None
 
     @property
@@ -48,10 +55,10 @@ class CacheExamples(Dataset[TrainingExample]):
         return self._reader
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.reader if self._chosen is None else self._chosen)
 
     def __getitem__(self, index: int) -> TrainingExample:
-        example = self.reader.example(index)
+        example = self.reader.example(index if self._chosen is None else int(self._chosen[index]))
         encoded = Encoded(example.input_ids, example.target_mask)
         return TrainingExample(encoded, example.targets if self._with_targets else None)
 
@@ -61,6 +68,7 @@ class CacheExamples(Dataset[TrainingExample]):
             "_with_targets": self._with_targets,
             "_disk_cache": self._disk_cache,
             "_opened": self._opened,
+            "_chosen": self._chosen,
             "_reader": None,
         }
 

@@ -38,6 +38,7 @@ MAY_CHANGE = {
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("chat_turns", "columns", "on_bad_record", "max_bad"),  # the data itself is compared by its tokens
+    *("data_config", "data_split", "where"),  # as is what a cache's examples are chosen by
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
 }
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns

@@ -1,6 +1,7 @@
 """The source of a run's examples in stage 2: a cache, or a data file with or without a teacher in memory."""
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.fidelity import BATCH, figures
 from logitcask.cache.labels import IntArray, temperature_index
 from logitcask.cache.manifest import LabelSettings, sha256
-from logitcask.cache.reader import CacheReader
+from logitcask.cache.reader import CacheReader, matching
 from logitcask.cache.report.label_figures import fidelity_of
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.console import say
@@ -23,6 +24,7 @@ from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.student_memory import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import (
     fingerprint,
@@ -82,11 +84,12 @@ def cache_source(
     tail: str | None,
     min_fidelity: float | None,
     same_tokenizer: Iterable[str],
+    where: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
     """Open a cache as the source of a run. Raises LogitcaskError if the cache does not fit the run.
 
     ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer, if they bring one, must
-    equal the cache's.
+    equal the cache's; ``where``: the values that the examples must have, by column.
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
@@ -113,17 +116,30 @@ def cache_source(
             require_tokenizer(model, wanted, cache)
         else:
             say(f"{model}: holds no tokenizer: the cache's is used")
+    chosen = matching(reader, where) if where else None
+    starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
+    shards = range(reader.manifest.shards.count)
+    if chosen is not None:
+        starts = np.unique(np.searchsorted(chosen, starts))  # shards without such an example are left out
+        sums = [int(reader.counts(name, shards)[chosen].sum()) for name in ("token_count", "position_count")]
+        amount = Amount(len(chosen), *sums)
+        say(f"{cache}: {len(chosen):,} of {data.examples:,} examples are taken")
+
+    def lengths() -> IntArray:
+        counts = reader.counts("token_count", shards)
+        return counts if chosen is None else counts[chosen]
+
     return Source(
-        examples=CacheExamples(cache, with_targets=soft, disk_cache=disk_cache, opened=reader.opened),
+        examples=CacheExamples(cache, with_targets=soft, disk_cache=disk_cache, opened=reader.opened, chosen=chosen),
         tokenizer=tokenizer,
         vocab_size=label.vocab_size,
         longest=data.longest,
         temperatures=tuple(label.temperatures),
         tail=tail,
-        shard_starts=reader.shard_starts,
-        identity=cache_identity(reader),
-        amount=Amount(data.examples, data.tokens, data.positions),
-        lengths=lambda: reader.counts("token_count", range(reader.manifest.shards.count)),
+        shard_starts=starts,
+        identity=cache_identity(reader) + (json.dumps(dict(where)) if where else ""),
+        amount=amount,
+        lengths=lengths,
     )
 
 
@@ -159,7 +175,7 @@ def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
 
 
 def file_source(
-    train_data: tuple[str, ...],
+    reading: Reading,
     folder: Path,
     *,
     student_model: str | None,
@@ -187,9 +203,9 @@ def file_source(
         say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
         teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
     encoder = Encoder(tokenizer, prompt_loss=False, turns=chat_turns, columns=columns)
-    encoded = encode_sources(encoder, train_data, bad)
+    encoded = encode_sources(encoder, reading.sources, bad, reading)
     table = stage_tokens(
-        encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(train_data)
+        encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=", ".join(reading.sources)
     )
     return Source(
         examples=FileExamples(table),

@@ -48,6 +48,7 @@ from logitcask.pipeline.runs.run_folder import (
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
@@ -99,7 +100,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
     if settings.cache is None:
         assert settings.train_data is not None
         return file_source(
-            settings.train_data,
+            Reading(settings.train_data, **settings.taken),
             folder,
             student_model=settings.student_model,
             teacher_model=settings.teacher_model,
@@ -117,6 +118,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
         temperature=settings.temperature,
         tail=settings.tail,
         min_fidelity=settings.min_fidelity,
+        where=settings.where,
         same_tokenizer=[str(model) for model in {settings.student_model, settings.teacher_model} - {None}],
     )
 

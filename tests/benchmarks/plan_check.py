@@ -20,6 +20,7 @@ from logitcask.pipeline.plan.estimates import Preset
 from logitcask.pipeline.plan.plan import count_data, plan_cache
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 
 BOUND = 0.10
@@ -45,7 +46,7 @@ def compare(cache: Path, data: Path | None) -> tuple[list[Row], list[Row]]:
     amount = measured
     if data is not None:
         encoder = Encoder(tokenizer, prompt_loss=found.prompt_loss)
-        amount, _ = count_data((str(data),), encoder, found.max_seq_length, found.prompt_loss)
+        amount, _ = count_data(Reading((str(data),)), encoder, found.max_seq_length, found.prompt_loss)
     shards, parts = plan_cache(preset_of(label), amount, label.vocab_size, tokenizer)
     counts: list[Row] = [("shards", shards, info.manifest.shards.count)]
     counts += [(name, getattr(amount, name), getattr(measured, name)) for name in ("examples", "tokens", "positions")]

@@ -192,7 +192,7 @@ ROWS: list[Row] = [
     ("data file of blank lines", data("\n \n"), ("data.jsonl", "has no examples")),
     ("malformed JSON", third_line('{"prompt": "a", '), ("data.jsonl:3", "malformed JSON", "--on-bad-record skip")),
     ("not an object", third_line("[1]"), ("data.jsonl:3", "JSON object", "list")),
-    ("not UTF-8", data('{"text": "ÿ"}', encoding="latin-1"), ("data.jsonl:1", "malformed JSON")),
+    ("not UTF-8", data('{"text": "ÿ"}', encoding="latin-1"), ("data.jsonl:1", "is not valid UTF-8")),
     ("missing field", third_line('{"prompt": "a"}'), ("data.jsonl:3", "has columns ['prompt']", "needs messages")),
     ("mistyped field", third_line('{"prompt": "a", "response": 5}'), ("data.jsonl:3", "response must be a string")),
     ("mistyped messages", third_line('{"messages": "hi"}'), ("data.jsonl:3", "messages must be a list", "str")),

@@ -29,6 +29,7 @@ from logitcask.pipeline.plan.tables import make_tables
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.reading import Reading
 from tests.benchmarks.plan_check import compare, preset_of
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
@@ -116,10 +117,10 @@ def test_prompt_loss_adds_the_prompts_positions(made: Path) -> None:
 def test_a_large_file_is_counted_from_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_jsonl(tmp_path / "train.jsonl", many_records(1_000))
     encoder = Encoder(make_tokenizer(), prompt_loss=False)
-    whole, assumed = count_data((str(data),), encoder, 64, False)
+    whole, assumed = count_data(Reading((str(data),)), encoder, 64, False)
     assert assumed == []
     monkeypatch.setattr("logitcask.pipeline.plan.plan.SAMPLE_BYTES", data.stat().st_size / 6.5)
-    sampled, assumed = count_data((str(data),), encoder, 64, False)
+    sampled, assumed = count_data(Reading((str(data),)), encoder, 64, False)
     assert "one in 7 of the 1,000 examples" in assumed[0]
     assert sampled.examples == whole.examples
     assert sampled.positions != whole.positions  # only every seventh is tokenized

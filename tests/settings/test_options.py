@@ -19,6 +19,7 @@ from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.train.source import file_source
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
@@ -37,7 +38,7 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
-             "init_from_teacher_layers", "columns"}  # fmt: skip
+             "init_from_teacher_layers", "columns", "data_config", "data_split", "where"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -99,8 +100,8 @@ def test_several_data_files_are_labelled_in_order(
     cache = make_cache(tmp_path, teacher, train_data=(str(one), str(two)), output=tmp_path / "from-two")
     whole = make_cache(tmp_path, teacher, train_data=str(both), output=tmp_path / "from-one")
     assert json.loads((cache / "zarr.json").read_text()) == json.loads((whole / "zarr.json").read_text())
-    source = file_source((str(one), str(two)), tmp_path, student_model=None, teacher_model=str(teacher), online=False,
-                         max_seq_length=64, device="cpu", chat_turns="auto", columns={},
+    source = file_source(Reading((str(one), str(two))), tmp_path, student_model=None, teacher_model=str(teacher),
+                         online=False, max_seq_length=64, device="cpu", chat_turns="auto", columns={},
                          bad=BadRecords(tmp_path / "bad.jsonl"))  # fmt: skip
     assert source.amount.examples == 9
     data = ["--train-data", str(one), "--train-data", str(two)]

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.text.columns import RecordError
+from logitcask.pipeline.text.columns import RecordError, shape_record
 from logitcask.pipeline.text.records import JSON_CHUNK, read_records
 
 RECORDS: list[dict[str, Any]] = [{"prompt": f"question {n}", "response": f"naïve “answer” {n}"} for n in range(5)]
@@ -84,7 +84,7 @@ def test_a_large_array_is_read_in_pieces(tmp_path: Path) -> None:
     ("a.jsonl", b"", "has no examples"),
     ("a.json", b'[{"text": "a"}, {"text": ]', "malformed JSON after record 1"),
     ("a.csv", b"a,b\n\"x", "not a CSV file"),
-    ("a.csv", b"a,b\n\xff\xfe,1\n", "not a CSV file in UTF-8"),
+    ("a.csv", b"a,\xff\xfe\nb,1\n", "not a CSV file in UTF-8"),
     ("a.parquet", b"PAR1nothing", "damaged or not a Parquet file"),
     ("a.jsonl.gz", b"no gzip", "cannot be read|malformed|no examples"),
 ])  # fmt: skip
@@ -99,6 +99,10 @@ def test_damaged_files_are_one_line(name: str, content: bytes, reason: str, tmp_
     ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl:2", "malformed JSON"),
     ("a.jsonl", b'{"text": "a"}\n\n[1]\n', "a.jsonl:3", "must be a JSON object, got list"),
     ("a.json", b'[{"text": "a"}, 2]', "a.json: record 2", "must be a JSON object, got int"),
+    ("a.json", b'[{"text": "a"}, {"text": "b\xff"}]', "a.json: record 2", "is not valid UTF-8"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b\xff"}\n', "a.jsonl:2", "is not valid UTF-8"),
+    ("a.csv", b'text\na\nb\xff\n', "a.csv: row 2", "is not valid UTF-8"),
+    ("a.csv", b'text\na\nb,c\n', "a.csv: row 2", "has more fields than the 1 columns"),
 ])  # fmt: skip
 def test_what_is_no_record_has_its_place_and_reason(
     name: str, content: bytes, where: str, reason: str, tmp_path: Path
@@ -117,3 +121,70 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
                            (f"{tmp_path}/*.jsonl", "matches no file")):  # fmt: skip
         with pytest.raises(LogitcaskError, match=reason):
             read(source)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_invalid_bytes_in_arrow_are_one_bad_record(folder: bool, tmp_path: Path) -> None:
+    texts = pyarrow.array([b"a", b"b\xff", b"c"]).view(pyarrow.string())
+    table = pyarrow.table({"text": texts, "n": [1, 2, 3]})
+    place = tmp_path / ("saved" if folder else "a.parquet")
+    datasets.Dataset(table).save_to_disk(place) if folder else pyarrow.parquet.write_table(table, place)
+    first, second, third = read_records([str(place)])
+    assert (first[1], third) == ({"text": "a", "n": 1}, (f"{place}: row 3", {"text": "c", "n": 3}))
+    assert second[0] == f"{place}: row 2"
+    assert isinstance(second[1], RecordError)
+    assert (str(second[1]), second[1].value) == ("is not valid UTF-8", {"text": "b\\xff", "n": 2})
+
+
+BAD_TEXTS = {"half": "a\ud83d", "null": None, "empty": " ", "nul": "a\0b"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    (name, kind)
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet")
+    for kind in BAD_TEXTS
+    if kind != "half" or name.startswith("a.json")  # the others hold UTF-8 alone, which has no half pairs
+])  # fmt: skip
+def test_bad_texts_are_bad_records_in_every_format(name: str, kind: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": BAD_TEXTS[kind]}]
+    place = tmp_path / name
+    if name == "a.csv":
+        place.write_text("prompt,response\n" + "".join(f"{r['prompt']},{r['response'] or ''}\n" for r in rows))
+    elif name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place)
+    else:
+        place.write_text(json.dumps(rows) if name == "a.json" else "".join(json.dumps(r) + "\n" for r in rows))
+    first, second = read(place)
+    shape_record(first, {})
+    with pytest.raises(RecordError, match=r"surrogate|needs messages|is empty|NUL"):
+        shape_record(second, {})
+
+
+def test_a_long_field_of_csv_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "x" * 300_000 + "\n")
+    assert read(tmp_path / "a.csv") == [{"text": "x" * 300_000}]
+
+
+def test_a_parquet_folder_is_read_in_order(tmp_path: Path) -> None:
+    for name, part in (("data/train-1.parquet", RECORDS[2:]), ("data/train-0.parquet", RECORDS[:2])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / name)
+    assert read(tmp_path) == RECORDS
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    WRITERS["a.jsonl"](tmp_path / "a.jsonl")
+    records = read_records([str(tmp_path / "a.jsonl")])
+    next(records)
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(LINES)
+    with pytest.raises(LogitcaskError, match="changed while it was read"):
+        list(records)
+
+
+def test_splits_of_saved_data_sets_are_named(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert [record for _, record in read_records([str(tmp_path / "saved")], split="test")] == [{"text": "test"}]
+    with pytest.raises(LogitcaskError, match="has no split 'dev': give --data-split, one of train, test"):
+        list(read_records([str(tmp_path / "saved")], split="dev"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.split import split_data
 from tests.support.tiny import write_jsonl
 
@@ -20,35 +21,35 @@ def lines(path: Path) -> list[str]:
 
 def test_every_record_is_on_one_side_in_order(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", records(500))
-    found = split_data([str(data)], tmp_path / "out", 50, 0)
+    found = split_data(Reading((str(data),)), tmp_path / "out", 50, 0)
     assert (found.train_examples, found.test_examples) == (450, 50)
     assert sorted(lines(found.train) + lines(found.test)) == sorted(lines(data))
     order = {line: number for number, line in enumerate(lines(data))}
     for file in (found.train, found.test):
         places = [order[line] for line in lines(file)]
         assert places == sorted(places)
-    other = split_data([str(data)], tmp_path / "other", 50, 1)
+    other = split_data(Reading((str(data),)), tmp_path / "other", 50, 1)
     assert lines(other.test) != lines(found.test)
 
 
 def test_duplicates_stay_together_whatever_their_ids(tmp_path: Path) -> None:
     twice = [{**record, "id": f"{copy}-{n}"} for copy in range(3) for n, record in enumerate(records(100))]
-    found = split_data([str(write_jsonl(tmp_path / "data.jsonl", twice))], tmp_path / "out", 31, 0)
+    found = split_data(Reading((str(write_jsonl(tmp_path / "data.jsonl", twice)),)), tmp_path / "out", 31, 0)
     assert found.test_examples == 33, "whole groups of three"
     sides = [{json.loads(line)["response"] for line in lines(file)} for file in (found.train, found.test)]
     assert not sides[0] & sides[1]
 
 
 def test_more_data_moves_few_records(tmp_path: Path) -> None:
-    first = split_data([str(write_jsonl(tmp_path / "a.jsonl", records(1000)))], tmp_path / "a", 100, 0)
-    more = split_data([str(write_jsonl(tmp_path / "b.jsonl", records(1100)))], tmp_path / "b", 110, 0)
+    first = split_data(Reading((str(write_jsonl(tmp_path / "a.jsonl", records(1000))),)), tmp_path / "a", 100, 0)
+    more = split_data(Reading((str(write_jsonl(tmp_path / "b.jsonl", records(1100))),)), tmp_path / "b", 110, 0)
     assert len(set(lines(first.test)) - set(lines(more.test))) < 15
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", records(10)))
     with pytest.raises(LogitcaskError, match="--test 10: the data has 10 examples"):
-        split_data([data], tmp_path / "out", 10, 0)
-    split_data([data], tmp_path / "out", 3, 0)
+        split_data(Reading((data,)), tmp_path / "out", 10, 0)
+    split_data(Reading((data,)), tmp_path / "out", 3, 0)
     with pytest.raises(LogitcaskError, match="already exists"):
-        split_data([data], tmp_path / "out", 3, 0)
+        split_data(Reading((data,)), tmp_path / "out", 3, 0)

@@ -1,0 +1,109 @@
+"""Which records of the data are taken, and which files they came from: a file that changed since is named."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.text.records import Raw, is_saved, read_records, source_files
+
+VALUES_SHOWN = 5
+Files = dict[str, list[object]]  # bytes and SHA-256, by path in the order read
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is taken of ``sources``: of hub data sets a configuration, a split of these and of saved data sets, and
+    where columns have given values."""  # fmt: skip
+
+    sources: tuple[str, ...]
+    config: str | None = None
+    split: str = "train"
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)  # allowed values by column
+    renamed: Mapping[str, str] = field(default_factory=dict)  # our names of the user's columns
+
+    def __post_init__(self) -> None:
+        on_hub = any(not is_saved(source) and source_files(source) is None for source in self.sources)
+        if self.config is not None and not on_hub:
+            raise LogitcaskError(f"--data-config {self.config}: applies to data sets of the hub, and none is given")
+        if self.split != "train" and not on_hub and not any(map(is_saved, self.sources)):
+            raise LogitcaskError(
+                f"--data-split {self.split}: applies to data sets of the hub or saved by datasets, and none is given"
+            )
+
+    def __call__(self, source: str) -> Iterator[Raw]:
+        """Yield the records of a source; what is no record is always among them.
+
+        Raises LogitcaskError as ``read_records`` does, and if ``where`` leaves no record of the source.
+        """
+        records = read_records([source], config=self.config, split=self.split)
+        if not self.where:
+            yield from records
+            return
+        found, others = False, dict[str, None]()
+        for where, record in records:
+            named = (
+                {self.renamed.get(name, name): value for name, value in record.items()}
+                if isinstance(record, dict)
+                else None
+            )
+            if named is None or all(str(named.get(column)) in allowed for column, allowed in self.where.items()):
+                found = True
+                yield where, record
+            elif len(others) < VALUES_SHOWN:
+                others[shown({column: named.get(column) for column in self.where})] = None
+        if not found:
+            wanted = ",".join(f"{column}={value}" for column, values in self.where.items() for value in values)
+            raise LogitcaskError(f"{source}: no record has --where {wanted}; there are {', '.join(others)}")
+
+
+def files_record(output: Path | str) -> Path:
+    """Return where the files of a run's data are recorded: beside its output, in the current folder if it is a URL."""
+    if "://" in str(output):
+        return Path(f"{str(output).rstrip('/').rsplit('/', maxsplit=1)[-1]}.files.json")
+    return Path(output).with_name(f"{Path(output).name}.files.json")
+
+
+def data_files(sources: Sequence[str]) -> Files:
+    """Return the files that sources are read from, with their digests; data sets of the hub have none here."""
+    files: Files = {}
+    for source in sources:
+        paths = sorted(Path(source).rglob("*.arrow")) if is_saved(source) else source_files(source) or []
+        for path in paths:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[str(path)] = [path.stat().st_size, digest]
+    return files
+
+
+def record_files(record: Path, sources: Sequence[str]) -> None:
+    """Write down the files of a run's data."""
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(data_files(sources), indent=1) + "\n", encoding="utf-8")
+    partial.replace(record)
+
+
+def changed_files(record: Path, sources: Sequence[str]) -> str:
+    """Return, for a message, which files changed since they were written down, "" if that is not known."""
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(before, dict):
+        return ""
+    now = data_files(sources)
+    changes = [
+        *(f"{name} changed" for name in now if name in before and before[name] != now[name]),
+        *(f"{name} is new" for name in now if name not in before),
+        *(f"{shown(name)[1:-1]} is gone" for name in before if name not in now),
+    ]
+    if not changes:
+        if list(before) != list(now):
+            return "; the files are the same, in another order"
+        return "; no data file changed since: an option or a data set of the hub did" if now else ""
+    more = f" and {len(changes) - VALUES_SHOWN} more" if len(changes) > VALUES_SHOWN else ""
+    return f"; since the first run {', '.join(changes[:VALUES_SHOWN])}{more}"
