@@ -28,6 +28,7 @@ PERCENTILES = (0, 50, 90, 99, 100)  # of the lengths of examples
 class DryRun(BaseModel):
     """Exact counts of the data as stage 1 will cut it; estimates of bytes and hours."""
 
+    records: dict[str, int]  # by shape, those that can be used
     examples: int
     tokens: int
     positions: int
@@ -49,12 +50,11 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
+    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         table = stage_tokens(
             encode_sources(
-                Encoder(
-                    tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed
-                ),
+                encoder,
                 settings.train_data,
                 BadRecords(None, settings.bad_share),
                 Reading(settings.train_data, **settings.taken),
@@ -77,6 +77,7 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
         if device.holds(sum(teacher_memory(teacher, batch_tokens, device.weight_bytes).values()))
     ]
     return DryRun(
+        records=dict(encoder.notices.records),
         **{name: getattr(data, name) for name in ("examples", "tokens", "positions", "truncated", "dropped")},
         lengths={q: int(np.percentile(lengths, q, method="inverted_cdf")) for q in PERCENTILES},
         shards=shards,
@@ -127,6 +128,7 @@ def print_dry_run(settings: PrecomputeSettings) -> None:
     table.add_row(
         "data", f"{report.examples:,} examples, {report.tokens:,} tokens, {report.positions:,} target positions"
     )
+    table.add_row("records", ", ".join(f"{count:,} {shape}" for shape, count in report.records.items()))
     table.add_row("tokens per example", ", ".join(f"{q}%: {length:,}" for q, length in report.lengths.items()))
     table.add_row(
         "truncated",

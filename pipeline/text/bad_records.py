@@ -1,8 +1,10 @@
-"""Records that cannot be used: all of them are reported at once, or skipped and kept in a file."""
+"""What is reported of records: bad ones, all at once or skipped and kept in a file; and notices."""
 
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -13,6 +15,8 @@ from logitcask.pipeline.console import say
 SHOWN = 5  # of each reason
 REASONS_SHOWN = 5
 NUMBER = re.compile(r"-?\d+")  # reasons that differ only in numbers count as one
+PROMPT, ONE = "prompt and response", "chats of one turn"
+WHOLE, EACH, LAST = "chats, whole", "chats, one example per turn", "chats, the last answer"
 
 
 def skipped_file(output: Path | str) -> Path:
@@ -91,3 +95,43 @@ class BadRecords:
         ]
         more = len(self._counts) - len(shown_reasons)
         return "; ".join(shown_reasons) + (f"; and {more} more reasons" if more > 0 else "")
+
+
+@dataclass
+class Notices:
+    """What encoding found out beside the examples; those of several encoders are merged."""
+
+    records: Counter[str] = field(default_factory=Counter)  # by shape
+    examples: Counter[str] = field(default_factory=Counter)  # by shape of their record
+    refused_chats: int = 0
+    said: dict[str, None] = field(default_factory=dict)  # lines, in order, each once
+    date: str | None = None  # the day that a template wrote, YYYY-MM-DD
+    rendered: bool = False  # whether a chat template rendered any record
+
+    def count(self, shape: str, examples: int) -> None:
+        """Count a record and its examples."""
+        self.records[shape] += 1
+        self.examples[shape] += examples
+
+    def add(self, line: str, tell: Callable[[str], None]) -> None:
+        """Take a line, and tell it the first time."""
+        if line not in self.said:
+            self.said[line] = None
+            tell(line)
+
+    def merge(self, other: "Notices", tell: Callable[[str], None]) -> None:
+        """Take what another encoder found out, and tell what is new."""
+        self.records += other.records
+        self.examples += other.examples
+        self.refused_chats += other.refused_chats
+        self.date, self.rendered = self.date or other.date, self.rendered or other.rendered
+        for line in other.said:
+            self.add(line, tell)
+
+    def chats(self) -> str:
+        """Return a line on the chats of several turns, empty if there are none."""
+        whole, cut, last = (self.records[shape] for shape in (WHOLE, EACH, LAST))
+        parts = [f"{whole:,} whole, {cut:,} cut into {self.examples[EACH]:,} examples of a turn each"]
+        parts += [f"{last:,} cut to the last answer"] if last else []
+        parts += [f"{self.refused_chats:,} refused"] if self.refused_chats else []
+        return f"chats of several turns: {', '.join(parts)}" if whole + cut + last else ""

@@ -4,23 +4,27 @@ A chat template is a program that renders messages to text. The target of an ass
 generate there: everything after the generation prompt, up to and including the end of the turn. If the turns of a chat,
 rendered one by one, are prefixes of the whole chat, the chat is one example. If the template rewrites earlier turns
 (drops their reasoning, opens ``<think>`` in the generation prompt), each turn is an example of its own, as the model
-would see it.
+would see it. Where a template marks what the model writes by ``{% generation %}`` blocks, these are the targets.
 """
 
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from jinja2 import TemplateError
 
 from logitcask.cache.errors import first_line
 
 Message = dict[str, Any]
 Segment = tuple[str, bool | None]  # text, and whether its tokens are targets; None: never, whatever the settings
-Marked = Callable[..., tuple[str, list[tuple[int, int]]]]  # the same, with the places of its {% generation %} blocks
+Marked = Callable[..., tuple[str, list[tuple[int, int]]]]  # (messages, tools=): text, places of {% generation %} blocks
 Change = Callable[[Any], Any]
-Render = Callable[..., str]  # apply_chat_template(messages, tools=, tokenize=False, add_generation_prompt=, ...)
+Render = Callable[..., str]  # (messages, tools=, add_generation_prompt=)
 
 THINK, END_THINK = "<think>", "</think>"
+ABSENT = object()  # content of a message that has no such key
 MARK = "zqx{}xqz"  # put after a message's text, to see whether the template renders it
 NOT_TRAINED = {"weight": 0, "train": False, "loss_mask": 0}  # a message's own word that it is no target
 READ = {
@@ -40,24 +44,54 @@ class ChatError(ValueError):
     """A chat that the template cannot render, or renders so that no target can be told apart."""
 
 
-def chat_examples(
-    render: Render, messages: Sequence[Message], tools: Sequence[Any] | None = None, turns: str = "auto", eos: str = ""
-) -> list[list[Segment]]:
-    """Return the examples of a chat, each a list of segments.
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn: what the model sees before it, and what it writes, piece by piece."""
+
+    prompt: str
+    written: tuple[Segment, ...]
+    unseen: str = ""  # the end of the generation prompt, if the answer is rendered without it
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.written)
+
+
+@dataclass(frozen=True)
+class CutChat:
+    """The examples of a chat, each a list of segments."""
+
+    examples: list[list[Segment]]
+    turns: int  # of the assistant
+    whole: bool  # whether it is one example, however many turns it has
+    unseen: str  # the end of a generation prompt that an answer was rendered without
+
+
+def cut_chat(
+    render: Render,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
+    turns: str = "auto",
+    eos: str = "",
+    marked: Marked | None = None,
+) -> CutChat:
+    """Return the examples of a chat.
 
     ``turns``: ``auto`` makes one example if borders hold, else one per assistant turn; ``all`` one, or an error;
-    ``each`` one per turn; ``last`` that of the last assistant turn alone. Raises ChatError with the reason.
+    ``each`` one per turn; ``last`` that of the last assistant turn alone. ``marked``: for a template with
+    ``{% generation %}`` blocks. Raises ChatError with the reason: the template's own if it gives one.
     """
-    reasons = []
+    reasons: list[tuple[int, str]] = []
     for form in _forms(messages):
-        chat = _Chat(render, form, tools, [is_trained(message) for message in messages], eos)
+        chat = _Chat(render, form, tools, [is_trained(message) for message in messages], eos, marked)
         try:
             return chat.examples(turns)
         except ChatError as error:
-            reasons.append(str(error))
+            reasons.append((0, str(error)))
         except Exception as error:  # a template is a program of its own and raises what it likes
-            reasons.append(f"the chat template refuses it: {first_line(error)}")
-    raise ChatError(reasons[0])
+            own = type(error) is TemplateError  # its raise_exception; another error is of a form it does not take
+            reasons.append((1 if own else 2, f"the chat template refuses it: {first_line(error)}"))
+    raise ChatError(min(reasons, key=lambda reason: reason[0])[1])
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -66,11 +100,10 @@ def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
     if any(isinstance(message.get("content"), list) for message in messages):
         contents.append(_joined)
     contents.append(lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content)
-    empty: list[Change] = [lambda content: content]
-    if any(
-        message.get("content") in (None, "") for message in messages
-    ):  # some templates print None, others ask for it
-        empty = [lambda content: content or "", lambda content: content or None]
+    empty: list[Change] = [lambda content: ABSENT if content is None else content]
+    if any(message.get("content") in (None, "") for message in messages):
+        # no key, as transformers has it; some templates print None, others ask for it
+        empty += [lambda content: content or "", lambda content: content or None]
     arguments: list[Change] = [lambda value: value]
     if any(message.get("tool_calls") for message in messages):
         arguments += [_as_text, _as_object]
@@ -110,7 +143,9 @@ def _as_object(value: Any) -> Any:
 
 def _with(message: Message, content: Change, blank: Change, arguments: Change) -> Message:
     changed = {key: value for key, value in message.items() if key not in NOT_TRAINED}
-    changed["content"] = blank(content(message.get("content")))
+    changed["content"] = content(blank(message.get("content")))
+    if changed["content"] is ABSENT:
+        del changed["content"]
     if message.get("tool_calls"):
         changed["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
     return changed
@@ -132,43 +167,85 @@ class _Chat:
     """One chat in one form."""
 
     def __init__(
-        self, render: Render, messages: list[Message], tools: Sequence[Any] | None, trained: list[bool], eos: str
+        self,
+        render: Render,
+        messages: list[Message],
+        tools: Sequence[Any] | None,
+        trained: list[bool],
+        eos: str,
+        marked: Marked | None,
     ) -> None:
         self._messages, self._tools, self._plain_render, self._trained = messages, tools, render, trained
-        self._eos = eos
+        self._eos, self._marked = eos, marked
 
     def _render(self, messages: list[Message], generation: bool) -> str:
         more: Mapping[str, Any] = {"tools": list(self._tools)} if self._tools else {}
-        return self._plain_render(messages, tokenize=False, add_generation_prompt=generation, **more)
+        return self._plain_render(messages, add_generation_prompt=generation, **more)
 
-    def examples(self, turns: str) -> list[list[Segment]]:
+    def examples(self, turns: str) -> CutChat:
         places = [place for place, message in enumerate(self._messages) if message["role"] == "assistant"]
         places = places[-1:] if turns == "last" else places
         if not any(self._trained[place] for place in places):
             raise ChatError("has no target: the chat has no assistant turn, or none of weight 1")
-        self._require_all_messages(places[-1] + 1)
-        cut = {place: self._turn(place) for place in places}
-        for place, (_, target) in cut.items():
-            if any(name not in target for name in _called(self._messages[place])):
+        cut = {place: self._marked_turn(place) if self._marked else self._turn(place) for place in places}
+        for place, turn in cut.items():
+            if any(name not in turn.text for name in _called(self._messages[place])):
                 raise ChatError("the chat template drops tool calls")
-            if 0 <= target.find(END_THINK) < target.find(THINK):
+            if 0 <= turn.text.find(END_THINK) < turn.text.find(THINK):
                 raise ChatError("the chat template puts the reasoning of an answer after reasoning of its own")
+        self._require_all_messages(places[-1] + 1)
         whole = self._as_one(cut) if turns in ("auto", "all") else None
         if whole is None and turns == "all":
             raise ChatError("the chat template rewrites earlier turns, so the chat cannot be one example")
+        unseen = next((turn.unseen for turn in cut.values() if turn.unseen), "")
         if whole is not None:
-            return [whole]
-        return [[(prompt, False), (text, True)] for place, (prompt, text) in cut.items() if self._trained[place]]
+            return CutChat([whole], len(places), True, unseen)
+        examples = [[(turn.prompt, False), *turn.written] for place, turn in cut.items() if self._trained[place]]
+        return CutChat(examples, len(places), False, unseen)
 
-    def _turn(self, place: int) -> tuple[str, str]:
-        """Return the text that the model sees before an assistant turn, and what it writes there."""
+    def _marked_turn(self, place: int) -> _Turn:
+        """Return an assistant turn by its generation blocks, those that end after the messages before it.
+
+        White space at the end of a block is no target: the model has ended its turn.
+        """
+        assert self._marked is not None
+        text, blocks = self._marked(self._messages[: place + 1], tools=list(self._tools) if self._tools else None)
+        begin = _common(self._render(self._messages[:place], False), text) if place else 0
+        done, written = 0, list[Segment]()
+        for start, end in blocks:
+            stop = start + len(text[start:end].rstrip())
+            if stop > max(start, begin):
+                written += [(text[done:start], False), (text[start:stop], True)]
+                done = stop
+        if not written:
+            raise ChatError("the chat template marks no text of an assistant")
+        return _Turn(written[0][0], tuple(written[1:]))
+
+    def _turn(self, place: int) -> _Turn:
+        """Return an assistant turn by its generation prompt."""
         after = self._ended(place, self._render(self._messages[: place + 1], False).rstrip())
         before = self._render(self._messages[:place], True) if place else self._first_prompt(after)
         if after.startswith(before):
-            return before, after[len(before) :]
-        border = self._common_border(before, after)
+            return _Turn(before, ((after[len(before) :], True),))
+        border = _snap(before, _common(before, after))
+        generation = _common(self._render(self._messages[:place], False), before) if place else 0
+        if border < generation or not border:  # with this answer, the template renders the messages before otherwise
+            return _Turn(before, ((self._rewritten(place, after, before[generation:]), True),))
         reasoned = self._with_reasoning(self._messages[place], before, after[border:])
-        return (before, reasoned) if reasoned is not None else (after[:border], after[border:])
+        if reasoned is not None:
+            return _Turn(before, ((reasoned, True),))
+        return _Turn(after[:border], ((after[border:], True),), before[border:])
+
+    def _rewritten(self, place: int, after: str, prompt: str) -> str:
+        """Return what comes after the generation prompt of the last turn of a rendering.
+
+        An answer of another text is rendered equally up to where this one begins.
+        """
+        other = self._render([*self._messages[:place], {"role": "assistant", "content": "?"}], False)
+        start = after.rfind(prompt, 0, _common(after, other)) if prompt.strip() else -1
+        if start < 0:
+            raise ChatError("the chat template renders a turn otherwise than after its own generation prompt")
+        return after[start + len(prompt) :]
 
     def _ended(self, place: int, after: str) -> str:
         """Return a rendering up to the end of its last turn, without an EOS that only ends the whole chat."""
@@ -193,14 +270,6 @@ class _Chat:
         return after[: after.index(prompt) + len(prompt)]
 
     @staticmethod
-    def _common_border(before: str, after: str) -> int:
-        """Return where an answer begins in a rendering that does not go through the whole generation prompt."""
-        common = _snap(before, _common(before, after))
-        if not common:
-            raise ChatError("the chat template renders a turn otherwise than after its own generation prompt")
-        return common
-
-    @staticmethod
     def _with_reasoning(message: Message, before: str, rendered: str) -> str | None:
         """Return what the model writes after a generation prompt that opens reasoning, if the template drops it."""
         if not before.rstrip().endswith(THINK):
@@ -218,25 +287,36 @@ class _Chat:
         end = rendered[place + len(answer.strip()) :]
         return f"{reasoning.rstrip()}\n{END_THINK}{answer.rstrip()}{end}"
 
-    def _as_one(self, cut: Mapping[int, tuple[str, str]]) -> list[Segment] | None:
+    def _as_one(self, cut: Mapping[int, _Turn]) -> list[Segment] | None:
         """Return the whole chat as one example, None if its turns are not rendered as each alone."""
         whole = self._render(self._messages, False)
         segments: list[Segment] = []
         done = 0
-        for place, (prompt, target) in cut.items():
-            if len(prompt) < done or not whole.startswith(prompt + target):
+        for place, turn in cut.items():
+            if len(turn.prompt) < done or not whole.startswith(turn.prompt + turn.text):
                 return None
-            segments += [(whole[done : len(prompt)], False), (target, self._trained[place] or None)]
-            done = len(prompt) + len(target)
+            trained = self._trained[place] or None
+            segments.append((whole[done : len(turn.prompt)], False))
+            segments += [(text, trained if target else False) for text, target in turn.written]
+            done = len(turn.prompt) + len(turn.text)
         return [*segments, (whole[done:], False)]
 
     def _require_all_messages(self, count: int) -> None:
-        """Raise ChatError if the template ignores the content of one of the first messages, by a mark at its end."""
+        """Raise ChatError if the template ignores the content of one of the first messages, by a mark at its end.
+
+        An answer must be rendered where it is the last message: some templates drop one from later prompts.
+        """
         marked = [_with_mark(message, MARK.format(n)) for n, message in enumerate(self._messages[:count], start=1)]
         rendered = self._render(marked, False)
+        lists = [message["content"] for message in marked if isinstance(message.get("content"), list)]
+        if any(repr(parts) in rendered or json.dumps(parts, ensure_ascii=False) in rendered for parts in lists):
+            raise ChatError("the chat template prints a list of text parts as it is")
         for number, (message, plain) in enumerate(zip(marked, self._messages, strict=False), start=1):
-            if message != plain and MARK.format(number) not in rendered:
-                raise ChatError(f"the chat template drops message {number}, of role {message['role']!r}")
+            if message == plain or MARK.format(number) in rendered:
+                continue
+            role = message["role"]
+            if role != "assistant" or MARK.format(number) not in self._render(marked[:number], False):
+                raise ChatError(f"the chat template drops message {number}, of role {role!r}")
 
 
 def _with_mark(message: Message, mark: str) -> Message:
@@ -267,29 +347,3 @@ def _snap(text: str, place: int) -> int:
     while place and text[place - 1] != ">" and not text[place - 1].isspace():
         place -= 1
     return place
-
-
-def marked_example(marked: Marked, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[Segment]:
-    """Return the one example of a chat whose template marks what the model writes by ``{% generation %}`` blocks.
-
-    White space at the end of a block is no target: the model has ended its turn. Raises ChatError if nothing is marked,
-    or a message says that it is no target.
-    """
-    if not all(map(is_trained, messages)):
-        raise ChatError(
-            "a message with weight 0 cannot be distinguished from others in a template with generation blocks"
-        )
-    try:
-        text, blocks = marked(list(messages), tools=list(tools) if tools else None)
-    except Exception as error:  # a template is a program of its own and raises what it likes
-        raise ChatError(f"the chat template refuses this chat: {first_line(error)}") from error
-    segments: list[Segment] = []
-    done = 0
-    for start, end in blocks:
-        stop = start + len(text[start:end].rstrip())
-        if stop > start:
-            segments += [(text[done:start], False), (text[start:stop], True)]
-            done = stop
-    if not segments:
-        raise ChatError("the chat template marks no text of an assistant")
-    return [*segments, (text[done:], False)]

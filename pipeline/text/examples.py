@@ -9,6 +9,7 @@ again.
 import contextlib
 import datetime
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,8 +21,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.console import say, track
-from logitcask.pipeline.text.bad_records import BadRecords
-from logitcask.pipeline.text.chat import ChatError, Message, Segment, chat_examples, marked_example
+from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, BadRecords, Notices
+from logitcask.pipeline.text.chat import ChatError, Message, Segment, cut_chat
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
 
@@ -42,7 +43,8 @@ class Encoded:
 class Encoder:
     """Encodes records as token ids and target masks, with one tokenizer.
 
-    A chat template that writes the date writes that of ``day``, today by default, at midnight.
+    A chat template that writes the date writes that of ``day``, today by default, at midnight; ``template_kwargs`` are
+    passed to it. ``tell`` gets each notice once.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Encoder:
         day: datetime.date | None = None,
         turns: str = "auto",
         columns: Mapping[str, str] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tell: Callable[[str], None] = say,
     ) -> None:
         self._tokenizer, self._prompt_loss, self._turns = tokenizer, prompt_loss, turns
         self._columns = columns or {}  # our names of the user's columns
         self._day = day or datetime.date.today()
-        self.date: str | None = None  # the day that a template wrote, YYYY-MM-DD; None if it wrote none
-        self._said: set[str] = set()
+        self._template_kwargs, self._tell = dict(template_kwargs or {}), tell
+        self.notices = Notices()
         empty = tokenizer("").input_ids
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._begin = self._bos if tokenizer.bos_token_id in empty else []
@@ -78,30 +82,45 @@ class Encoder:
                 self._say_once(f"column {column!r} is not used")
             if record.tokens is not None:
                 encoded = ready_examples(record.tokens, len(self._tokenizer))
+                shape = "token ids, packed rows" if len(encoded) > 1 else "token ids"
             else:
-                encoded = [self._masked(parts) for parts in self._parts(record)]
+                shape, parts = self._parts(record)
+                encoded = [self._masked(each) for each in parts]
         except ChatError as error:
+            self.notices.refused_chats += 1
             raise RecordError(str(error)) from error
         if not all(example.target_mask.any() for example in encoded):
             raise RecordError("has no target: the text after its first token is empty")
+        self.notices.count(shape, len(encoded))
         metadata = metadata_of(raw, self._columns)
         return [replace(example, metadata=metadata) for example in encoded] if metadata else encoded
 
-    def _say_once(self, notice: str) -> None:
-        if notice not in self._said:
-            self._said.add(notice)
-            say(notice)
+    @property
+    def date(self) -> str | None:
+        """The day that a template wrote, YYYY-MM-DD; None if it wrote none."""
+        return self.notices.date
 
-    def _parts(self, record: Record) -> list[list[Part]]:
+    @property
+    def used_kwargs(self) -> str | None:
+        """The template's arguments as JSON, None if there are none or no record was rendered."""
+        used = self._template_kwargs and self.notices.rendered
+        return json.dumps(self._template_kwargs, sort_keys=True) if used else None
+
+    def _say_once(self, notice: str) -> None:
+        self.notices.add(notice, self._tell)
+
+    def _parts(self, record: Record) -> tuple[str, list[list[Part]]]:
+        """Return the name of a record's shape, and the parts of each of its examples."""
         if record.kind == "text":
-            return [self._closed([(record.text, True)])]
+            return "text", [self._closed([(record.text, True)])]
         if record.kind == "prompt" and not self._tokenizer.chat_template:
-            return [self._closed([(record.prompt, self._prompt_loss), (record.response, True)])]
+            return PROMPT, [self._closed([(record.prompt, self._prompt_loss), (record.response, True)])]
         turns: list[Message] = [dict(message) for message in record.messages] or [
             {"role": "user", "content": record.prompt},
             {"role": "assistant", "content": record.response},
         ]
-        return [self._encode(segments) for segments in self._chat(turns, record.tools)]
+        shape, examples = self._chat(turns, record.tools)
+        return shape if record.messages else PROMPT, [self._encode(segments) for segments in examples]
 
     def _masked(self, parts: list[Part]) -> Encoded:
         ids = np.array([token for part, _ in parts for token in part], dtype=np.int64)
@@ -109,8 +128,8 @@ class Encoder:
         mask[:-1] = [targeted for part, targeted in parts for _ in part][1:]
         return Encoded(ids, mask)
 
-    def _chat(self, messages: list[Message], tools: tuple[Any, ...]) -> list[list[Segment]]:
-        """Return the segments of each example of a chat."""
+    def _chat(self, messages: list[Message], tools: tuple[Any, ...]) -> tuple[str, list[list[Segment]]]:
+        """Return the name of a chat's shape, and the segments of each of its examples."""
         if not self._tokenizer.chat_template:
             raise ChatError("it is a chat, but the tokenizer has no chat template: use prompt and response")
         for message in messages:
@@ -120,21 +139,26 @@ class Encoder:
                 and self._ends(message["content"])
             ):
                 message["content"] = message["content"].rstrip().removesuffix(self._tokenizer.eos_token)
-        if "{% generation" in self._template() or "{%- generation" in self._template():
-            examples = [marked_example(self._render_marked, messages, tools)]
-        else:
-            eos = self._tokenizer.eos_token or ""
-            examples = chat_examples(self._render, messages, tools, self._turns, eos)
-        for segments in examples:
+        marks = "{% generation" in self._template() or "{%- generation" in self._template()
+        eos = self._tokenizer.eos_token or ""
+        chat = cut_chat(self._render, messages, tools, self._turns, eos, self._render_marked if marks else None)
+        self.notices.rendered = True
+        self._say_what_is_ignored(messages, "".join(text for segments in chat.examples for text, _ in segments))
+        if chat.unseen.strip():
+            self._say_once(
+                f"the chat template renders an answer without {chat.unseen!r}, the end of its generation prompt: "
+                "labels begin before it"
+            )
+        for segments in chat.examples:
             for text, targeted in segments:
                 if targeted and not self._ends_a_turn(text):
                     self._say_once(
                         "the chat template writes no end of turn after an answer: students learn no place to stop"
                     )
-        self._say_what_is_ignored(messages, "".join(text for segments in examples for text, _ in segments))
-        return [
+        several = (WHOLE if chat.whole else LAST if self._turns == "last" else EACH) if chat.turns > 1 else ONE
+        return several, [
             [(text, self._prompt_loss if targeted is False else bool(targeted)) for text, targeted in segments]
-            for segments in examples
+            for segments in chat.examples
         ]
 
     def _say_what_is_ignored(self, messages: list[Message], rendered: str) -> None:
@@ -192,9 +216,17 @@ class Encoder:
         return whole[len(begin) :] if whole[: len(begin)] == begin else self._ids(text)
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Apply the chat template with the encoder's day as its clock, which transformers does not let callers pass."""
-        with self._clock(self._tokenizer.get_chat_template(tools=options.get("tools"))):
-            return str(self._tokenizer.apply_chat_template(messages, **options))
+        """Apply the chat template with the encoder's day as its clock, which transformers does not let callers pass.
+
+        It gets messages as they are: ``apply_chat_template`` leaves out keys without a value.
+        """
+        template = self._tokenizer.get_chat_template(tools=options.get("tools"))
+        with self._clock(template):
+            texts, _ = render_jinja_template([messages], chat_template=template, **self._variables(), **options)
+        return str(texts[0])
+
+    def _variables(self) -> dict[str, Any]:
+        return {**self._tokenizer.special_tokens_map, **self._template_kwargs}
 
     @contextlib.contextmanager
     def _clock(self, template: str) -> Iterator[None]:
@@ -206,9 +238,8 @@ class Encoder:
             known["strftime_now"] = clock
 
     def _strftime(self, form: str) -> str:
-        if self.date is None:
-            self.date = self._day.isoformat()
-            say(f"the chat template writes the date into the examples: {self.date}")
+        self.notices.date = self._day.isoformat()
+        self._say_once(f"the chat template writes the date into the examples: {self.date}")
         return datetime.datetime.combine(self._day, datetime.time()).strftime(form)
 
     def _render_marked(self, messages: list[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
@@ -219,7 +250,7 @@ class Encoder:
                 tools=tools,
                 chat_template=self._template(),
                 return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
+                **self._variables(),
             )
         return str(texts[0]), places[0]
 
@@ -248,6 +279,8 @@ def encode_sources(
                         continue
                     yield from examples
                     advance(1)
+        if chats := encoder.notices.chats():
+            say(chats)
 
 
 def ready_examples(tokens: Mapping[str, Any], vocab_size: int) -> list[Encoded]:

@@ -71,6 +71,7 @@ def test_the_command_reads_no_weights_and_writes_nothing(
     assert not stopped.value.code
     out = capsys.readouterr().out
     for word in (
+        "25 prompt and response",
         "24 examples",
         "examples at 20 tokens, 1 dropped",
         "bytes per target position",

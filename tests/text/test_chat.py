@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from logitcask.pipeline.text.chat import ChatError, chat_examples, marked_example
+from logitcask.pipeline.text.chat import ChatError, Segment, cut_chat
 
 (TRL,) = list((importlib.util.find_spec("trl") or pytest.fail("trl is missing")).submodule_search_locations or [])
 TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(TRL, "chat_templates").glob("*.jinja"))}
@@ -17,12 +17,21 @@ SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_
 
 
 def renderer(name: str) -> Callable[..., str]:
-    def render(messages: Any, tools: Any = None, tokenize: bool = False, add_generation_prompt: bool = False) -> str:
+    def render(messages: Any, tools: Any = None, add_generation_prompt: bool = False) -> str:
         texts, _ = render_jinja_template([messages], tools=tools, chat_template=TEMPLATES[name],
                                          add_generation_prompt=add_generation_prompt, **SPECIALS)  # fmt: skip
         return str(texts[0])
 
     return render
+
+
+def chat_examples(render: Callable[..., str], messages: list[dict[str, Any]], **options: Any) -> list[list[Segment]]:
+    return cut_chat(render, messages, **options).examples
+
+
+def marked_example(name: str, messages: list[dict[str, Any]]) -> list[Segment]:
+    (example,) = chat_examples(renderer(name), messages, marked=marked(name), turns="all")
+    return example
 
 
 def user(text: str) -> dict[str, Any]:
@@ -226,7 +235,8 @@ def test_masks_are_trls_but_for_what_a_model_does_not_write(name: str) -> None:
     not write; and gpt-oss's earlier answers end with <|end|> there, with the <|return|> of its inference here.
     """
     messages = PLAIN["two turns"]
-    theirs = "".join(text for text, target in marked_example(marked(f"{name}_training"), messages) if target)
+    text, blocks = marked(f"{name}_training")(messages)
+    theirs = "".join(text[start:end].rstrip() for start, end in blocks)
     ours = "".join(PROMPTED.get(name, "") + text for text in targets(name, messages))
     theirs = theirs.replace("</s>", "") if name.startswith("phi3") else theirs
     theirs = theirs.replace("<|user|>", "") if name == "glm4moe" else theirs
@@ -235,9 +245,63 @@ def test_masks_are_trls_but_for_what_a_model_does_not_write(name: str) -> None:
 
 
 def test_marks_are_used_and_must_mark_something() -> None:
-    segments = marked_example(marked("qwen3_training"), PLAIN["one turn"])
+    segments = marked_example("qwen3_training", PLAIN["one turn"])
     assert [text for text, target in segments if target] == ["<think>\n\n</think>\n\nthree<|im_end|>"]
+    with pytest.raises(ChatError, match="no assistant turn"):
+        marked_example("qwen3_training", [user("hi")])
+    unmarked = chat_examples(renderer("qwen3"), PLAIN["one turn"])
+    assert unmarked[0][1] == ("<think>\n\n</think>\n\nthree<|im_end|>", True)
     with pytest.raises(ChatError, match="marks no text"):
-        marked_example(marked("qwen3_training"), [user("hi")])
-    with pytest.raises(ChatError, match="weight 0"):
-        marked_example(marked("qwen3_training"), [user("hi"), assistant("a", weight=0)])
+        cut_chat(renderer("qwen3"), PLAIN["one turn"], marked=marked("qwen3"))
+
+
+def test_marks_give_each_turn_what_it_wrote() -> None:
+    """LFM 2.5 has marks and drops earlier reasoning: turns are cut, weights hold, arguments may be text."""
+    examples = chat_examples(renderer("lfm2_2_5"), REASONED, marked=marked("lfm2_2_5"))
+    assert ["it is easy" in text for example in examples for text, target in example if target] == [True, False]
+    assert "it is easy" not in examples[1][0][0]
+    plain = [user("hi"), assistant("draft", weight=0), user("again"), assistant("final")]
+    (example,) = chat_examples(renderer("lfm2_2_5"), plain, marked=marked("lfm2_2_5"))
+    assert [text for text, target in example if target] == ["final<|im_end|>"]
+    call = {"type": "function", "function": {"name": "plus", "arguments": '{"a": 1}'}}
+    chat = [user("?"), assistant(None, tool_calls=[call])]
+    (example,) = chat_examples(renderer("lfm2_2_5"), chat, tools=TOOLS, marked=marked("lfm2_2_5"))
+    assert "[plus(a=1)]" in example[1][0]
+
+
+def test_an_answer_that_changes_the_messages_before_it_is_cut_after_its_own_generation_prompt() -> None:
+    """gpt-oss drops the reasoning of a tool call once an answer follows: the prompt is that of inference, with it."""
+    call = {"type": "function", "function": {"name": "plus", "arguments": {"a": 1}}}
+    chat = [user("?"), assistant("", thinking="first", tool_calls=[call]), {"role": "tool", "content": "result 3"},
+            assistant("It is three.", thinking="then")]  # fmt: skip
+    _, ((prompt, _), (text, _)) = chat_examples(renderer("gptoss"), chat, tools=TOOLS)
+    assert "first" in prompt
+    assert "result 3" in prompt
+    assert text == ("<|channel|>analysis<|message|>then<|end|><|start|>assistant<|channel|>final<|message|>It is three."
+                    "<|return|>")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_no_template_prints_parts_as_python(name: str) -> None:
+    parts = [{"type": "text", "text": "first half, "}, {"type": "text", "text": "second"}]
+    chat = [{"role": "user", "content": parts}, assistant("hello")]
+    text = "".join(text for example in chat_examples(renderer(name), chat, eos="</s>") for text, _ in example)
+    assert "'text':" not in text
+    assert '"text":' not in text
+
+
+def test_the_reason_is_that_of_the_template() -> None:
+    call = {"type": "function", "function": {"name": "plus", "arguments": {"a": 1}}}
+    for name, messages, reason in (
+        ("gemma", [{"role": "system", "content": "Be brief."}, *PLAIN["one turn"]], "System role not supported"),
+        ("idefics3", [user("?"), assistant(None, tool_calls=[call])], "drops tool calls"),
+        ("qwen3_8", [{"role": "developer", "content": "No."}, *PLAIN["one turn"]], "Unexpected message role"),
+    ):
+        with pytest.raises(ChatError, match=reason):
+            chat_examples(renderer(name), messages)
+
+
+def test_a_generation_prompt_that_an_answer_does_not_go_through_is_named() -> None:
+    assert cut_chat(renderer("nemotron_3_nano"), PLAIN["one turn"]).unseen == "\n"
+    assert cut_chat(renderer("deepseek_r1_distill"), PLAIN["one turn"]).unseen == "<think>\n"
+    assert cut_chat(renderer("llama3_1"), PLAIN["one turn"]).unseen == ""

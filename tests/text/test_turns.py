@@ -120,3 +120,19 @@ def test_a_template_that_keeps_the_header_alone_drops_the_turn() -> None:
     )
     with pytest.raises(RecordError, match="drops message 2, of role 'tool'"):
         targets(user(), {"role": "tool", "content": "3"}, assistant("a"), template=header)
+
+
+def test_chats_are_counted_and_counts_merge() -> None:
+    """A worker's notices are merged into the parent's, which tells each line once."""
+    two = [user("add"), assistant("three"), user("more"), assistant("seven")]
+    told: list[str] = []
+    each = Encoder(make_tokenizer(chat=True), prompt_loss=False, turns="each", tell=told.append)
+    whole = Encoder(make_tokenizer(chat=True), prompt_loss=False, tell=told.append)
+    for encoder in (each, whole):
+        encoder.examples({"messages": two, "id": 7})
+        encoder.examples({"prompt": "a", "response": "b"})
+    assert told == ["column 'id' is not used"] * 2
+    whole.notices.merge(each.notices, told.append)
+    assert len(told) == 2
+    assert whole.notices.chats() == "chats of several turns: 1 whole, 1 cut into 2 examples of a turn each"
+    assert whole.notices.records == {"prompt and response": 2, "chats, whole": 1, "chats, one example per turn": 1}
