@@ -1,4 +1,4 @@
-"""A skewed KL: KL(teacher || s * teacher + (1 - s) * student), on the label's entries. `--loss` takes it by its name."""
+"""A skewed KL, KL(teacher || s * teacher + (1 - s) * student), for `logitcask train --loss example_loss:skewed_kl`."""
 
 import torch
 from torch import Tensor
