@@ -228,16 +228,17 @@ def test_bad_batches_and_settings(
     batch: Batch, change: Callable[[Batch], Batch], options: dict[str, Any], line: str
 ) -> None:
     model, changed = make_student(), change(batch)
-    for call in (
+    calls: list[Callable[[], Tensor]] = [
         lambda: lc.kd_loss(model, changed, **options),
         lambda: lc.kd_loss_from_logits(model(input_ids=batch["input_ids"]).logits, changed, **options),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(LogitcaskError, match=line) as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
-def prefixed(model: Any) -> nn.Module:
+def prefixed(model: Any) -> Any:
     config: Any = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 

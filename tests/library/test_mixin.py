@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_the_labels(folder: Path, tmp_path: Path, disti
 def test_kd_loss_in_a_trainer_of_ones_own(folder: Path, tmp_path: Path) -> None:
     """Without the mixin, remove_unused_columns or not: the loss is right, the order is the Trainer's."""
 
-    class Own(Trainer):  # type: ignore[misc]
+    class Own(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Tensor:
             loss: Tensor = lc.kd_loss(model, inputs, alpha=ALPHA)
             return loss

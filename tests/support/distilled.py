@@ -49,7 +49,8 @@ def dense_losses(logits: Tensor, batch: Batch, alpha: float) -> Tensor:
     log_q = torch.log_softmax(z / t, dim=1).gather(1, labels.ids)
     soft = t * t * (labels.weights.double() * (labels.log_probs.double() - log_q)).sum(1)
     hard = -torch.log_softmax(z, dim=1).gather(1, gold[:, None])[:, 0]
-    return alpha * hard + (1 - alpha) * soft
+    losses: Tensor = alpha * hard + (1 - alpha) * soft
+    return losses
 
 
 def dense_gradients(model: Any, batches: Sequence[Batch], alpha: float) -> tuple[float, dict[str, Tensor]]:
