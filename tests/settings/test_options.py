@@ -36,7 +36,7 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     PrecomputeSettings: {"teacher_model": "m", "train_data": "d", "output": "o"},
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
-NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
+NO_PLACES = {"device", "loss", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
              "init_from_teacher_layers", "columns"}  # fmt: skip
 
 
