@@ -52,6 +52,9 @@ class TrainSettings(DataSettings):
     divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
         "forward-kl", description="reverse-kl and jsd need --tail bucket"
     )
+    loss: str | None = Field(
+        None, description="module:function, a soft loss of your own in place of T^2 times the divergence"
+    )
     batch_size: Whole = Field(8, description="examples per device and forward pass")
     gradient_accumulation_steps: Whole = Field(1, description="forward passes per optimizer step")
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(5e-4, description="peak learning rate")
@@ -132,6 +135,17 @@ class TrainSettings(DataSettings):
             )
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
+        return self
+
+    @model_validator(mode="after")
+    def _own_loss_fits(self) -> Self:
+        if self.loss is not None and self.cache is None:
+            raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
+        if self.loss is not None and (self.hard_weight == 1.0 or self.divergence != "forward-kl" or self.min_fidelity):
+            raise ValueError(
+                "--loss takes the place of the divergence: leave out --divergence, --min-fidelity and "
+                "--distillation-type output"
+            )
         return self
 
     @property

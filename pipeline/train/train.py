@@ -5,9 +5,9 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
  1. the sampler picks the step's examples, the same for any number of ranks     batches.BatchSampler
  2. their tokens and labels are read from the cache                             batches.CacheExamples
  3. examples are packed into rows, labels brought to the temperature            batches.Collator
- 4. the step's target positions are counted over its batches and all ranks      trainer.DistillationTrainer
- 5. per batch, the student's layers run, then the fused loss on hidden states   trainer.make_loss_forward
- 6. the loss is divided by the count of 4, then the backward pass runs          trainer.DistillationTrainer
+ 4. the step's target positions are counted over its batches and all ranks      mixin.DistillationMixin
+ 5. per batch, the student's layers run, then the fused loss on hidden states   loss.make_loss_forward
+ 6. the loss is divided by the count of 4, then the backward pass runs          mixin.DistillationMixin
  7. the gradient is clipped and the weights are updated                         transformers.Trainer
  8. a pending interrupt requests a checkpoint and the end of the run            callbacks/interrupt
  9. a non-finite loss or gradient stops the run                                 callbacks/nonfinite
@@ -21,15 +21,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
+from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
+from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.console import notices, results, say
-from logitcask.pipeline.machine import choose_device, free_large_blocks
+from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.load import count_parameters, require_finite, require_plain_weights, require_saved
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
@@ -49,7 +49,6 @@ from logitcask.pipeline.runs.run_folder import (
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.reading import Reading
-from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
@@ -63,9 +62,10 @@ from logitcask.pipeline.train.checkpoints import (
     finished_student,
     make_output,
 )
+from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import RunSize, StepSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
-from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, make_loss_forward, require_fsdp
+from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp, training_arguments
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -73,6 +73,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
 
     A finished run that is resumed trains nothing; what it lacks of its results is saved.
     """
+    if settings.loss is not None:
+        load_loss(settings.loss)  # before anything that takes time
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
@@ -192,11 +194,10 @@ def _trainer(
         lengths=None if packed else source.lengths(),
         accumulation=settings.gradient_accumulation_steps,
     )
-    loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
+    own = None if settings.loss is None else load_loss(settings.loss)
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:
         say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
-    make_loss_forward(model, loss, source.teacher, router)
     pad = source.tokenizer.pad_token_id
     collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
     return DistillationTrainer(
@@ -209,6 +210,9 @@ def _trainer(
         tokenizer=source.tokenizer,
         nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
         callbacks=callbacks,
+        loss=LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence, own),
+        teacher=source.teacher,
+        router=router,
     )
 
 
@@ -311,43 +315,3 @@ def _save_final(
         if after:
             results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
         say(f"student -> {final}")
-
-
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """Return the Trainer's own settings. Raises LogitcaskError if the device does not support the precision."""
-    known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
-    if half == "fp16" and choose_device(settings.device).type == "cpu":
-        raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, but the device is cpu: use bf16")
-    return TrainingArguments(
-        output_dir=str(settings.output_dir),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=settings.save_total_limit,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
-        eval_steps=settings.eval_steps,
-        bf16=half == "bf16",
-        fp16=half == "fp16",
-        dataloader_num_workers=settings.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=settings.device == "cpu",
-        **{checkpointing: settings.use_gradient_checkpointing},
-        report_to="none",  # trackers() reports instead
-        project=settings.wandb_project,
-        run_name=settings.wandb_run_name,
-        seed=settings.seed,
-        remove_unused_columns=False,
-    )
