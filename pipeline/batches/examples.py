@@ -2,7 +2,7 @@
 
 from torch.utils.data import Dataset
 
-from logitcask.cache.reader import CacheReader
+from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.text.examples import Encoded
@@ -13,17 +13,26 @@ class CacheExamples(Dataset[TrainingExample]):
     """The examples of a cache, which each worker process opens for itself at its first read."""
 
     def __init__(
-        self, path: str, *, with_targets: bool, disk_cache: DiskCache | None = None, opened: bytes | None = None
+        self,
+        path: str,
+        *,
+        with_targets: bool,
+        disk_cache: DiskCache | None = None,
+        opened: bytes | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """Take the cache at a path, the one that another reader has ``opened`` if that is given."""
         self._path, self._with_targets, self._disk_cache, self._opened = path, with_targets, disk_cache, opened
+        self._kept_bytes = kept_bytes
         self._reader: CacheReader | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The open cache."""
         if self._reader is None:
-            self._reader = CacheReader(self._path, disk_cache=self._disk_cache, opened=self._opened)
+            self._reader = CacheReader(
+                self._path, disk_cache=self._disk_cache, opened=self._opened, kept_bytes=self._kept_bytes
+            )
             self._opened = self._reader.opened
         return self._reader
 
@@ -36,13 +45,7 @@ class CacheExamples(Dataset[TrainingExample]):
         return TrainingExample(encoded, example.targets if self._with_targets else None)
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "_path": self._path,
-            "_with_targets": self._with_targets,
-            "_disk_cache": self._disk_cache,
-            "_opened": self._opened,
-            "_reader": None,
-        }
+        return {**self.__dict__, "_reader": None}
 
 
 class FileExamples(Dataset[TrainingExample]):
