@@ -90,7 +90,7 @@ class CacheReader:
     """A complete cache, opened for reading.
 
     ``manifest`` records what it was made from; ``shard_starts`` (S + 1,) gives the first example of each shard;
-    ``opened`` is the digest of the manifest's document.
+    ``opened`` is the digest of the manifest's document; ``decodes`` counts the shards decoded so far.
     """
 
     def __init__(
@@ -100,8 +100,11 @@ class CacheReader:
         partial: bool = False,
         disk_cache: DiskCache | None = None,
         opened: bytes | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """Open a cache in a folder, in a .zip file, at a URL (reads are cached in ``disk_cache``) or in a Zarr store.
+
+        Decoded shards stay in memory up to ``kept_bytes``, at least one and at most ``SHARDS_KEPT``.
 
         Raises CacheFormatError if it is not a sound cache, unless ``partial`` IncompleteCacheError if shards are
         missing, and CacheMismatchError if ``opened``, the attribute of another reader, is of another cache. Every read
@@ -130,9 +133,10 @@ class CacheReader:
         except CacheFormatError as error:
             raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
         size = shard_bytes(self.manifest.label, self.manifest.shards)
-        self._keep = SHARDS_KEPT if SHARDS_KEPT * size <= KEPT_BYTES else 1
+        self._keep = SHARDS_KEPT if SHARDS_KEPT * size <= kept_bytes else 1
         self._decoded: dict[int, Shard] = {}
         self._keeping = threading.Lock()
+        self.decodes = 0
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
@@ -147,6 +151,7 @@ class CacheReader:
             shard = self._read_shard(index)
             with self._keeping:
                 self._decoded[index] = shard
+                self.decodes += 1
         return shard
 
     def example(self, index: int) -> Example:

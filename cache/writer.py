@@ -152,6 +152,18 @@ def create_cache(
         return CacheWriter(path, manifest, shards=shards)
 
 
+def replace_constants(
+    path: str | Path, manifest: Manifest, shard_examples: NDArray[np.int64], tokenizer_files: dict[str, bytes]
+) -> None:
+    """Write anew what belongs to no shard, of a cache that was begun with another number of shards.
+
+    The strides and the label must be the same: then the shards' own objects are as the new manifest describes them.
+    """
+    with explain_write_errors(path):
+        store = open_store(path, read_only=False)
+        _write_constants(store, _constants(manifest, shard_examples, tokenizer_files))
+
+
 def stored_manifest(path: str | Path, *, overwrite: bool) -> Manifest | None:
     """Return the manifest of the cache at a path where a cache is to be written; None if there is none.
 

@@ -4,13 +4,13 @@ Legend: R rows of a batch, L tokens per row, N target positions of the batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from logitcask.cache.labels import SparseTargets, soft_labels
+from logitcask.cache.labels import Array, IntArray, SoftLabels, SparseTargets, soft_labels
 from logitcask.pipeline.text.examples import Encoded
 
 Batch = dict[str, Any]  # tensors by name, and SoftLabels of tensors
@@ -22,6 +22,7 @@ class TrainingExample:
 
     encoded: Encoded
     targets: SparseTargets | None
+    source: int = 0  # which of several caches it is from
 
 
 def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
@@ -80,11 +81,76 @@ class Collator:
         }
         if len(ids) < len(examples):
             batch["position_ids"] = torch.from_numpy(positions)
-        parts = [example.targets for example in examples if example.targets is not None]
-        if parts:
-            soft = soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
-            batch["soft_labels"] = soft.map(torch.from_numpy)
+        labels = self.soft_labels(examples)
+        if labels is not None:
+            batch["soft_labels"] = labels.map(torch.from_numpy)
         return batch
+
+    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | None:
+        """Return the labels of the examples at the training temperature, N rows; None if they have none."""
+        parts = [example.targets for example in examples if example.targets is not None]
+        if not parts:
+            return None
+        return soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
+
+
+@dataclass(frozen=True)
+class MixedCollator(Collator):
+    """Collates examples of several caches, whose labels may differ in their sizes and temperatures.
+
+    All rows have the smallest head of the caches: a larger one is cut to it. What is cut off counts as drawn exactly
+    for ``sampled`` and ``renormalize``, which changes neither, and into the rest for ``bucket``.
+    """
+
+    by_source: tuple[tuple[float, ...], ...] = ()  # the temperatures of each cache
+    head_size: int = 0  # the smallest of the caches
+
+    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | None:
+        """Return the labels of the examples at the training temperature, N rows; None if they have none."""
+        counts = [0 if example.targets is None else len(example.targets) for example in examples]
+        places = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+        rows, labels = [], []
+        for source, temperatures in enumerate(self.by_source):
+            chosen = [i for i, example in enumerate(examples) if example.source == source and example.targets]
+            if chosen:
+                rows.append(np.concatenate([places[i] for i in chosen]))
+                parts = [targets for i in chosen if (targets := examples[i].targets) is not None]
+                own = soft_labels(SparseTargets.concatenate(parts), temperatures, self.temperature, self.tail)
+                labels.append(cut_head(own, self.head_size))
+        return merge_rows(labels, rows) if labels else None
+
+
+def cut_head(labels: SoftLabels[Array], head_size: int) -> SoftLabels[Array]:
+    """Return labels with a head of the first ``head_size`` tokens; those after it count as entries outside the head."""
+    if labels.head_size == head_size:
+        return labels
+    mass = labels.weights[:, head_size : labels.head_size].astype(np.float64).sum(1)
+    if labels.tail == "renormalize":
+        mass *= -np.expm1(labels.log_rest.astype(np.float64))
+    with np.errstate(divide="ignore"):
+        log_rest = np.logaddexp(labels.log_rest, np.log(mass)).astype(np.float32)
+    columns = slice(0, head_size if labels.tail == "bucket" else labels.ids.shape[1])
+    ids, weights, log_probs = (part[:, columns] for part in (labels.ids, labels.weights, labels.log_probs))
+    return replace(
+        labels, ids=ids, weights=weights, log_probs=log_probs, log_rest=np.minimum(log_rest, 0), head_size=head_size
+    )
+
+
+def merge_rows(parts: Sequence[SoftLabels[Array]], rows: Sequence[IntArray]) -> SoftLabels[Array]:
+    """Return labels whose ``rows[i]`` are those of ``parts[i]``; narrower ones are padded with entries of weight 0."""
+    count, width = sum(map(len, rows)), max(part.ids.shape[1] for part in parts)
+    merged = replace(
+        parts[0],
+        ids=np.zeros((count, width), np.int64),
+        weights=np.zeros((count, width), np.float32),
+        log_probs=np.zeros((count, width), np.float32),
+        log_rest=np.zeros(count, np.float32),
+    )
+    for part, places in zip(parts, rows, strict=True):
+        for name in ("ids", "weights", "log_probs"):
+            getattr(merged, name)[places, : part.ids.shape[1]] = getattr(part, name)
+        merged.log_rest[places] = part.log_rest
+    return merged
 
 
 def labels_are_finite(batch: Batch) -> bool:

@@ -3,7 +3,7 @@
 from torch.utils.data import Dataset
 
 from logitcask.cache.labels import IntArray
-from logitcask.cache.reader import CacheReader
+from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.text.examples import Encoded
@@ -21,17 +21,21 @@ class CacheExamples(Dataset[TrainingExample]):
         disk_cache: DiskCache | None = None,
         opened: bytes | None = None,
         chosen: IntArray | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """Take the ``chosen`` examples of the cache at a path, the one that another reader has ``opened`` if given."""
         self._path, self._with_targets, self._disk_cache, self._opened = path, with_targets, disk_cache, opened
         self._chosen = chosen
+        self._kept_bytes = kept_bytes
         self._reader: CacheReader | None = None
 
     @property
     def reader(self) -> CacheReader:
         """The open cache."""
         if self._reader is None:
-            self._reader = CacheReader(self._path, disk_cache=self._disk_cache, opened=self._opened)
+            self._reader = CacheReader(
+                self._path, disk_cache=self._disk_cache, opened=self._opened, kept_bytes=self._kept_bytes
+            )
             self._opened = self._reader.opened
         return self._reader
 
@@ -44,14 +48,7 @@ class CacheExamples(Dataset[TrainingExample]):
         return TrainingExample(encoded, example.targets if self._with_targets else None)
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "_path": self._path,
-            "_with_targets": self._with_targets,
-            "_disk_cache": self._disk_cache,
-            "_opened": self._opened,
-            "_chosen": self._chosen,
-            "_reader": None,
-        }
+        return {**self.__dict__, "_reader": None}
 
 
 class FileExamples(Dataset[TrainingExample]):

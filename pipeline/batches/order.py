@@ -60,7 +60,7 @@ class BatchSampler(Sampler[list[int]]):
         return -(-int(self._included.sum()) // self._stride)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self._epoch)
+        order = self.order(self._epoch)
         for step in range(0, len(order), self._stride):
             first = step + self._first
             yield order[first : first + self.batch_size].tolist()
@@ -69,10 +69,11 @@ class BatchSampler(Sampler[list[int]]):
         """Return the examples of an optimizer step on all ranks; steps count from 0 over all epochs."""
         size = self._step_size
         epoch, within = divmod(step, -(-int(self._included.sum()) // size))
-        examples: list[int] = self._order(epoch)[within * size : (within + 1) * size].tolist()
+        examples: list[int] = self.order(epoch)[within * size : (within + 1) * size].tolist()
         return examples
 
-    def _order(self, epoch: int) -> IntArray:
+    def order(self, epoch: int) -> IntArray:
+        """Return the examples of an epoch, on all ranks together, in order."""
         shards = np.arange(len(self._starts) - 1)
         random = np.random.default_rng([self._seed, 2, epoch])
         shuffled = epoch > 0 or self._seed != 0

@@ -1,0 +1,160 @@
+"""The data set of one cache or of a mixture of caches, for any trainer on torch.
+
+A random order over a cache decodes a shard for almost every example. Therefore the data set brings its order,
+``batches``, which shuffles shards and the examples within them, and warns if another one defeats the shards.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from torch.utils.data import Dataset, get_worker_info
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.labels import IntArray
+from logitcask.cache.manifest import Manifest
+from logitcask.cache.reader import KEPT_BYTES, CacheReader
+from logitcask.pipeline.batches.collate import TrainingExample
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.mixture import MixedSampler, Mixture
+from logitcask.pipeline.batches.order import BatchSampler
+
+NONE_LEFT_OUT: IntArray = np.zeros(0, dtype=np.int64)
+
+
+class CacheDataset(Dataset[TrainingExample]):
+    """The examples of caches, by index: those of the first cache, then those of the next.
+
+    Worker processes open the caches for themselves; decoded shards take at most 800 MB per process, or one shard per
+    cache. ``names`` says where the caches are.
+    """
+
+    def __init__(self, readers: Sequence[CacheReader], weights: Sequence[float], seed: int, stop: str) -> None:
+        """Take open caches, and for several of them how they are mixed."""
+        self.names = [reader.path for reader in readers]
+        self._sources = [
+            CacheExamples(reader.path, with_targets=True, opened=reader.opened, kept_bytes=KEPT_BYTES // len(readers))
+            for reader in readers
+        ]
+        self._ends = np.cumsum([len(reader) for reader in readers])
+        self._shards = sum(len(reader.shard_starts) - 1 for reader in readers)
+        self._mixing = tuple(weights), seed, stop
+        self._ordered = False  # whether an order that suits the shards is in use
+        self._reads = 0
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self):,}")  # which ends a plain iteration
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        example = self._sources[source][int(index) - int(self._ends[source] - len(self._sources[source]))]
+        self._reads += 1
+        if not self._ordered:
+            self._warn_of_foreign_order()
+        return TrainingExample(example.encoded, example.targets, source)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[TrainingExample]:
+        """Return several examples, decoding each shard once."""
+        found = {index: self[index] for index in sorted(set(indices))}
+        return [found[index] for index in indices]
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """The caches' manifests."""
+        return [source.reader.manifest for source in self._sources]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary."""
+        return self.manifests[0].label.vocab_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(manifest.data.longest for manifest in self.manifests)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that every cache stores."""
+        return common_temperatures(self.manifests)
+
+    @property
+    def decodes(self) -> int:
+        """Shards decoded so far in this process."""
+        return sum(source.reader.decodes for source in self._sources)
+
+    @cached_property
+    def mixture(self) -> Mixture | None:
+        """How several caches are mixed. Reads one object per shard."""
+        if len(self._sources) == 1:
+            return None
+        weights, seed, stop = self._mixing
+        return Mixture(
+            names=tuple(self.names),
+            shard_starts=tuple(source.reader.shard_starts for source in self._sources),
+            positions=tuple(_counts(source, "position_count").astype(np.int32) for source in self._sources),
+            weights=weights,
+            seed=seed,
+            stop=stop,
+        )
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulation: int = 1,
+        packed: bool = True,
+    ) -> BatchSampler:
+        """Return the batches of indices of one rank, an order that decodes each shard once per epoch.
+
+        Of a cache the order is that of ``logitcask train``; unless ``packed`` its batches hold examples of similar
+        lengths, over the ``accumulation`` batches of an optimizer step. Of a mixture it depends on the caches and seeds
+        alone.
+        """
+        self._ordered = True
+        if self.mixture is not None:
+            return MixedSampler(self.mixture, batch_size, seed, rank, ranks, accumulation)
+        (source,) = self._sources
+        lengths = None if packed else self._lengths
+        return BatchSampler(
+            source.reader.shard_starts, NONE_LEFT_OUT, batch_size, seed, rank, ranks, lengths, accumulation
+        )
+
+    @cached_property
+    def _lengths(self) -> IntArray:
+        return _counts(self._sources[0], "token_count")
+
+    def _warn_of_foreign_order(self) -> None:
+        """Warn, once, if more than twice the shards were decoded that an order by shard would have decoded."""
+        worker = get_worker_info()
+        processes = (worker.num_workers if worker else 1) * int(os.environ.get("WORLD_SIZE", "1"))
+        sweeps = -(-self._reads * processes // len(self))
+        if (decodes := self.decodes) > 2 * self._shards * sweeps:
+            self._ordered = True
+            warnings.warn(
+                f"{self.names[0]}: {decodes} shards decoded for {self._reads} examples, but there are only "
+                f"{self._shards}: a random order decodes a shard for almost every example: use logitcask.loader, "
+                "DistillationMixin, or this data set's batches() as batch_sampler",
+                stacklevel=3,
+            )
+
+
+def common_temperatures(manifests: Sequence[Manifest]) -> tuple[float, ...]:
+    """Return the temperatures that every cache stores, ascending. Raises LogitcaskError if there is none."""
+    stored = [{round(t, 6): t for t in manifest.label.temperatures} for manifest in manifests]
+    common = sorted(set.intersection(*map(set, stored)))
+    if not common:
+        lists = "; ".join(", ".join(f"{t:g}" for t in sorted(each)) for each in stored)
+        raise LogitcaskError(f"the caches have no temperature in common: they store {lists}: make one anew")
+    return tuple(stored[0][t] for t in common)
+
+
+def _counts(source: CacheExamples, name: str) -> IntArray:
+    return source.reader.counts(name, range(len(source.reader.shard_starts) - 1))

@@ -1,0 +1,134 @@
+"""A loader of batches for a loop of one's own: resumable within an epoch, on any number of workers and ranks."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differences
+from logitcask.cache.labels import IntArray
+from logitcask.pipeline.batches.collate import Batch, Collator
+from logitcask.pipeline.batches.dataset import CacheDataset
+
+
+class Loader:
+    """Batches of a cache or a mixture, one rank's share of each step.
+
+    Each iteration is one epoch, and the next has another order; one that is broken off starts over. Every rank has the
+    same number of batches, and each example occurs once per epoch: in the last step some ranks' batches may be short or
+    have no example (then they have no target).
+
+        loader = logitcask.loader(cache, batch_size=8)
+        for batch in loader:
+            ...
+            torch.save(loader.state_dict(), "loader.pt")  # after load_state_dict the next batch is the one that follows
+    """
+
+    def __init__(
+        self,
+        dataset: CacheDataset,
+        collator: Collator,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        num_workers: int,
+    ) -> None:
+        self.dataset, self.collator = dataset, collator
+        self._batch_size, self._seed, self._rank, self._ranks = batch_size, seed, rank, ranks
+        self._sampler = dataset.batches(batch_size, seed, rank=rank, ranks=ranks, packed=collator.packed)
+        self._plan = _Plan()
+        self._step = batch_size * ranks  # examples per step that this epoch was ordered for
+        self._epoch = self._examples = 0
+        self._resumed = False
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=self._plan,
+            collate_fn=collator,
+            num_workers=num_workers,
+            multiprocessing_context="spawn" if num_workers else None,  # zarr does not survive a fork
+            worker_init_fn=_ignore_interrupts,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._resumed:
+            self._examples, self._step = 0, self._batch_size * self._ranks
+        self._resumed = False
+        order = self._order()
+        self._plan.batches = self._share(order[self._examples :])
+        for batch in self._loader:
+            self._examples = min(len(order), self._examples + self._batch_size * self._ranks)
+            yield batch
+        self._epoch, self._examples = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the loader is: plain numbers and strings, the same on every rank."""
+        return {**self._identity(), "epoch": self._epoch, "examples": self._examples, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the last batch of the loader whose ``state_dict`` this is.
+
+        The number of workers, of ranks and the batch size may be others: the examples that follow are the same. Raises
+        CacheMismatchError, with the differences, if the state is of other caches, seeds or weights.
+        """
+        own = self._identity()
+        missing = {*own, "epoch", "examples", "step"} - set(state)
+        if missing:
+            raise LogitcaskError(f"not the state of a loader: it lacks {', '.join(sorted(missing))}")
+        mismatches = differences({name: state[name] for name in own}, own, "the state")
+        if mismatches:
+            raise CacheMismatchError(f"the loader's state does not fit: {'; '.join(mismatches)}")
+        self._epoch, self._examples, self._step = (int(state[name]) for name in ("epoch", "examples", "step"))
+        self._resumed = True
+
+    def _order(self) -> IntArray:
+        """Return the order of this epoch, as it was planned where the epoch began."""
+        sampler = self.dataset.batches(self._step, self._seed, packed=self.collator.packed)
+        return sampler.order(self._epoch)
+
+    def _share(self, order: IntArray) -> list[list[int]]:
+        """Return this rank's batches of some examples in order."""
+        stride = self._batch_size * self._ranks
+        starts = range(self._rank * self._batch_size, len(order) + self._rank * self._batch_size, stride)
+        return [order[first : first + self._batch_size].tolist() for first in starts]
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what determines the order: the caches, how they are mixed, and whether by length."""
+        digests = [hashlib.sha256(m.model_dump_json().encode()).hexdigest()[:16] for m in self.dataset.manifests]
+        mixture = self.dataset.mixture
+        mixing = None if mixture is None else json.dumps([mixture.weights, mixture.seed, mixture.stop])
+        return {
+            "caches": digests,
+            "mixing": mixing,
+            "seed": self._seed,
+            "by_length": mixture is None and not self.collator.packed,
+        }
+
+
+class _Plan:
+    """The batches of an epoch that are still to come, set before each iteration."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ignore SIGINT in a worker process: Ctrl-C in a terminal reaches it too, but only the loop should see it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,100 @@
+"""Caches as torch sees them: data set, collator, loader."""
+
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.labels import temperature_index
+from logitcask.library.caches import Cache
+from logitcask.library.mix import Mix
+from logitcask.pipeline.batches.collate import Collator, MixedCollator
+from logitcask.pipeline.batches.dataset import CacheDataset
+from logitcask.pipeline.batches.loader import Loader
+
+TAILS = ("sampled", "bucket", "renormalize")
+
+
+def loader(
+    source: Cache | Mix,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    *,
+    tail: str | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    num_workers: int = 0,
+    packed: bool = False,
+) -> Loader:
+    """Return a loader of batches of a cache or a mixture, for a loop of one's own. Needs torch.
+
+        for batch in logitcask.loader(cache, batch_size=8, temperature=1.0):
+            loss = logitcask.kd_loss(model, batch, alpha=0.1)
+
+    A batch is a dict: ``input_ids`` (R, L), padded on the right; ``target_index`` (N,) into the flattened rows;
+    ``gold`` (N,), the tokens that came next; ``is_token`` (R, L); ``slots`` (2,), tokens and places; ``soft_labels``,
+    and with ``packed`` rows ``position_ids`` (R, L). With several ranks, each takes its share of every step of
+    ``batch_size`` times ``ranks`` examples. Unless packed, a cache's batches hold examples of similar lengths. Raises
+    LogitcaskError as ``Cache.collator`` does, and if a number is out of range.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("ranks", ranks, 1),
+        ("num_workers", num_workers, 0),
+        ("seed", seed, 0),
+        ("rank", rank, 0),
+    ):
+        if value < least:
+            raise LogitcaskError(f"loader: {name} must be at least {least}, got {value}")
+    if rank >= ranks:
+        raise LogitcaskError(f"loader: rank must be below ranks, got rank {rank} of {ranks}")
+    return Loader(
+        source.dataset(),
+        source.collator(temperature, tail, packed=packed),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        ranks=ranks,
+        num_workers=num_workers,
+    )
+
+
+def dataset_of(source: Cache | Mix) -> CacheDataset:
+    """Return the data set of a cache or a mixture."""
+    if isinstance(source, Mix):
+        readers = [cache.reader for cache in source.caches]
+        return CacheDataset(readers, source.weights, source.seed, source.stop)
+    return CacheDataset([source.reader], (1.0,), 0, "first")
+
+
+def collator_of(source: Cache | Mix, temperature: float, tail: str | None, *, packed: bool) -> Collator:
+    """Return the collator of a cache or a mixture. Raises LogitcaskError if a cache lacks what it needs."""
+    caches = source.caches if isinstance(source, Mix) else (source,)
+    labels = [cache.label for cache in caches]
+    tail = tail or ("sampled" if all(label.tail_draws for label in labels) else "bucket")
+    for cache, label in zip(caches, labels, strict=True):
+        _require_temperature(cache, temperature)
+        if tail not in TAILS:
+            raise LogitcaskError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
+        if tail != "sampled" and label.head_size == 0:
+            raise LogitcaskError(f'{cache.path}: tail={tail!r} needs a head, but it has none: use tail="sampled"')
+        if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
+            raise LogitcaskError(f'{cache.path}: tail="sampled" needs draws, but it has none: use tail="bucket"')
+    if isinstance(source, Cache):
+        return Collator(0, source.temperatures, temperature, tail, packed)
+    return MixedCollator(
+        pad_id=0,
+        temperatures=source.temperatures,
+        temperature=temperature,
+        tail=tail,
+        packed=packed,
+        by_source=tuple(cache.temperatures for cache in caches),
+        head_size=min(label.head_size for label in labels),
+    )
+
+
+def _require_temperature(cache: Cache, temperature: float) -> None:
+    try:
+        temperature_index(cache.temperatures, temperature)
+    except LogitcaskError as error:
+        stored = ", ".join(f"{t:g}" for t in cache.temperatures)
+        raise CacheMismatchError(
+            f"{cache.path}: temperature {temperature:g} is not stored: it holds {stored}"
+        ) from error

@@ -1,0 +1,62 @@
+"""The public surface is frozen: names, signatures and docstrings.
+
+``python -m tests.library.test_surface`` rewrites the file.
+"""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import logitcask as lc
+from tests.support.tiny import make_cache
+
+SURFACE = Path(__file__).with_name("surface.json")
+README = Path(__file__).parents[2] / "README.md"
+
+
+def surface() -> dict[str, list[str]]:
+    """Return the signature and docstring of every public name, and of its public members of our own."""
+    found: dict[str, list[str]] = {}
+    for name in lc.__all__:
+        value = getattr(lc, name)
+        members = {name: value}
+        if inspect.isclass(value):
+            own = {
+                n: m for n, m in vars(value).items() if not n.startswith("_") and (callable(m) or hasattr(m, "fget"))
+            }
+            members |= {f"{name}.{n}": m for n, m in own.items()}
+        for full, member in members.items():
+            error = inspect.isclass(member) and issubclass(member, Exception)
+            shown = "" if error or not callable(member) else str(inspect.signature(member))
+            found[full] = [shown, inspect.getdoc(member) or ""]
+    return found
+
+
+def test_the_surface_is_as_it_was() -> None:
+    assert surface() == json.loads(SURFACE.read_text())
+    assert set(lc.__all__) == set(dir(lc))
+
+
+def test_importing_takes_less_than_150_ms() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import logitcask; print(time.perf_counter() - t, len(sys.modules))"
+    )
+    times = [float(subprocess.check_output([sys.executable, "-c", code]).split()[0]) for _ in range(3)]
+    assert min(times) < 0.15
+
+
+def test_the_readmes_loop_trains(tmp_path: Path) -> None:
+    file = Path(__file__).with_name("example_loop.py")
+    text = file.read_text()
+    assert text[text.index("import sys") :] in README.read_text()
+    caches = [make_cache(tmp_path), make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "other", seed=1)]
+    command = [sys.executable, str(file), str(tmp_path / "teacher"), *map(str, caches)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) >= 3
+
+
+if __name__ == "__main__":
+    SURFACE.write_text(json.dumps(surface(), indent=1) + "\n")
