@@ -7,10 +7,11 @@ from pathlib import Path
 from pydantic import BaseModel
 from zarr.abc.store import Store
 
+from logitcask.cache.errors import shown
 from logitcask.cache.fidelity import BATCH, Fidelity, figures
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.layout import array_specs
-from logitcask.cache.manifest import MadeBy, Manifest
+from logitcask.cache.manifest import MadeBy, Manifest, metadata_values
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from logitcask.cache.storage.open import object_sizes, open_store
@@ -127,6 +128,8 @@ def _identity(info: CacheInfo) -> Iterator[str]:
     yield f"            {data.truncated:,} examples truncated, {data.dropped:,} dropped"
     if data.date:
         yield f"            the chat template writes the date: {data.date}"
+    for column, values in metadata_values(m).items():
+        yield f"            {column}: {len(values):,} values, {', '.join(map(shown, values[:3]))}"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""

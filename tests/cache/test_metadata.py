@@ -14,6 +14,7 @@ from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import CacheFormatError, CacheMismatchError
 from logitcask.cache.manifest import metadata_values
 from logitcask.cache.reader import CacheReader, matching
+from logitcask.cache.report.info import describe, render
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.verify import verify
 from logitcask.pipeline.evaluate.evaluate import evaluate
@@ -55,6 +56,7 @@ def test_examples_have_the_values_of_their_records(folder: Path, tmp_path: Path)
     found = list(texts(reader).values())
     assert [sum(row["language"] == name for row in found) for name in LANGUAGES] == [8, 8, 8]
     assert sum(row["category"] == "sums" for row in found) == 5
+    assert "            language: 2 values, 'go', 'python'" in render(describe(folder / "cache")).splitlines()
     for name in ("go", "python"):
         alone = make_cache(tmp_path, folder / "teacher", train_data=str(folder / "data.jsonl"),
                            where={"language": [name]}, output=tmp_path / name)  # fmt: skip
