@@ -119,11 +119,13 @@ class SoftLabels(Generic[A]):
     log_probs: A  # (N, S) log p_T of each entry, 0 where the weight is 0
     log_rest: A  # (N,) log of the mass outside the head at T
     head_size: int  # how many of the S entries, the first, are the head's
+    temperature: float = 1.0  # T
+    tail: str = "sampled"  # what the weights and ``log_rest`` stand for, see ``soft_labels``
 
     def map(self, function: Callable[[Any], B]) -> "SoftLabels[B]":
         """Apply a function to each of the four arrays."""
         ids, weights, log_probs, log_rest = map(function, (self.ids, self.weights, self.log_probs, self.log_rest))
-        return SoftLabels(ids, weights, log_probs, log_rest, self.head_size)
+        return SoftLabels(ids, weights, log_probs, log_rest, self.head_size, self.temperature, self.tail)
 
     def __getitem__(self, rows: slice) -> "SoftLabels[A]":
         return self.map(lambda array: array[rows])
@@ -175,6 +177,8 @@ def soft_labels(
         log_probs=log_probs,
         log_rest=np.maximum(targets.log_tail_mass[:, j], np.float32(MASS_FLOOR)),
         head_size=k,
+        temperature=float(temperatures[j]),
+        tail=tail,
     )
 
 

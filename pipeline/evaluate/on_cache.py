@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from logitcask.cache.labels import Example, SoftLabels, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import Collator, TrainingExample
 from logitcask.pipeline.console import track
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
@@ -24,7 +25,6 @@ from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, spars
 from logitcask.pipeline.models.student import require_room
 from logitcask.pipeline.runs.evaluation import Divergence, OnCache
 from logitcask.pipeline.text.examples import Encoded
-from logitcask.pipeline.train.batches import Collator, TrainingExample
 
 BINS = 15  # of the calibration error, of equal width
 Array = NDArray[np.float64]

@@ -15,6 +15,8 @@ from logitcask.cache.manifest import LabelSettings, sha256
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import fidelity_of
 from logitcask.cache.storage.disk_cache import DiskCache
+from logitcask.pipeline.batches.collate import Batch
+from logitcask.pipeline.batches.examples import CacheExamples, FileExamples
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.models.fused_loss import TeacherRows
@@ -31,7 +33,6 @@ from logitcask.pipeline.text.tokenizer import (
     tokenizer_from_files,
     tokenizer_size,
 )
-from logitcask.pipeline.train.batches import Batch, CacheExamples, FileExamples
 
 
 @dataclass(frozen=True)

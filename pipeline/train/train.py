@@ -28,6 +28,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
+from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
+from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.console import notices, results, say
 from logitcask.pipeline.machine import choose_device, free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
@@ -48,7 +50,6 @@ from logitcask.pipeline.runs.run_folder import (
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
-from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample, held_out, labels_are_finite
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog

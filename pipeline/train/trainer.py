@@ -17,12 +17,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
+from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.losses import LossSettings, LossSums, RouterLoss
 from logitcask.pipeline.text.tokenizer import make_loadable
-from logitcask.pipeline.train.batches import Batch, BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.checkpoints import explain_save_errors, load_weights

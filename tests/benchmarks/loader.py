@@ -21,10 +21,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import Collator, TrainingExample
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
-from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, Collator, TrainingExample, held_out
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.train import training_arguments
 from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward

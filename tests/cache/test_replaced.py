@@ -16,8 +16,8 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
 from logitcask.cache.verify import verify
 from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.precompute.precompute import precompute
-from logitcask.pipeline.train.batches import CacheExamples
 from tests.support.tiny import folder_bytes, make_cache, make_teacher, precompute_settings
 
 READS: list[Callable[[CacheReader], object]] = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from logitcask.cache.labels import SoftLabels
+from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
-from logitcask.pipeline.train.batches import Batch
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import write_config
 

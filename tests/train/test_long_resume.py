@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
+from logitcask.pipeline.batches.collate import Collator, TrainingExample
+from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.examples import Encoded
-from logitcask.pipeline.train.batches import BatchSampler, Collator, TrainingExample
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.train import training_arguments
 from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward

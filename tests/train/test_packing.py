@@ -10,18 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import Collator, TrainingExample, pack_first_fit_decreasing
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.order import GROUP, BatchSampler
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.examples import Encoded
-from logitcask.pipeline.train.batches import (
-    GROUP,
-    BatchSampler,
-    CacheExamples,
-    Collator,
-    TrainingExample,
-    pack_first_fit_decreasing,
-)
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import history, train, write_config
 from tests.support.tiny import make_cache

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.train.batches import BatchSampler, held_out
+from logitcask.pipeline.batches.order import BatchSampler, held_out
 from tests.support.runs import STUDENT, history, losses, metrics, train, weights, write_config
 from tests.support.tiny import make_cache
 

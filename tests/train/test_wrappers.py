@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import Batch, Collator
+from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.train.batches import Batch, CacheExamples, Collator
 from logitcask.pipeline.train.trainer import make_loss_forward
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import TrainingExample
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.models.shapes import shape_of_size
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
-from logitcask.pipeline.train.batches import BatchSampler, CacheExamples, TrainingExample, held_out
 from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, StopOnNonFinite
 from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.trainer import DistillationTrainer

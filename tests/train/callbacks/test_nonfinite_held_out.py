@@ -7,7 +7,8 @@ import torch
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.train.batches import CacheExamples, held_out
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.order import held_out
 from tests.support.runs import STUDENT, train, write_config
 from tests.support.tiny import make_cache
 from tests.train.callbacks.test_nonfinite import damaged_at

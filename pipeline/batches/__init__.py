@@ -1,0 +1,1 @@
+"""From caches to training batches: examples, their order, mixing, loading. Stage 2 and the library share it."""

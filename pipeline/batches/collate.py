@@ -1,0 +1,94 @@
+"""What a batch holds: examples collated into tensors, soft labels at one temperature.
+
+Legend: R rows of a batch, L tokens per row, N target positions of the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitcask.cache.labels import SparseTargets, soft_labels
+from logitcask.pipeline.text.examples import Encoded
+
+Batch = dict[str, Any]  # tensors by name, and SoftLabels of tensors
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """Tokens (L,), target mask (L,) and, if the loss has a soft part, the labels of the mask's positions."""
+
+    encoded: Encoded
+    targets: SparseTargets | None
+
+
+def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+    """Return row and start of each example: longest first, each into the first row of ``room`` tokens that fits."""
+    used: list[int] = []
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((i for i, full in enumerate(used) if full + lengths[number] <= room), len(used))
+        if row == len(used):
+            used.append(0)
+        rows[number], starts[number] = row, used[row]
+        used[row] += lengths[number]
+    return rows, starts
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Collates examples into the tensors of one batch, and brings soft labels to the training temperature."""
+
+    pad_id: int
+    temperatures: tuple[float, ...]
+    temperature: float
+    tail: str
+    packed: bool = False  # several examples per row, separated by position_ids
+
+    def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
+        """Return a batch: input_ids (R, L), padded on the right; target_index (N,) into the flattened rows; gold (N,);
+        is_token (R, L), which places are not padding; slots (2,), the number of tokens and of the places R * L;
+        soft_labels of N rows, if the examples have labels; position_ids (R, L), restarting at 0 with each example, if
+        examples share rows.
+
+        Attention needs no padding mask: it is causal, so no real token sees the padding after it.
+        """
+        lengths = [len(example.encoded.input_ids) for example in examples] or [1]  # no examples: a row without targets
+        rows, starts = (
+            pack_first_fit_decreasing(lengths, max(lengths))
+            if self.packed
+            else (list(range(len(lengths))), [0] * len(lengths))
+        )
+        ids = np.full((max(rows) + 1, max(lengths)), self.pad_id, dtype=np.int64)
+        positions, is_token = np.zeros_like(ids), np.zeros(ids.shape, dtype=bool)
+        index = [np.zeros(0, dtype=np.int64)]
+        for example, row, start, length in zip(examples, rows, starts, lengths, strict=False):
+            ids[row, start : start + length] = example.encoded.input_ids
+            positions[row, start : start + length] = np.arange(length)
+            is_token[row, start : start + length] = True
+            index.append(row * ids.shape[1] + start + np.flatnonzero(example.encoded.target_mask))
+        target_index = np.concatenate(index)
+        slots = np.array([sum(lengths) if examples else 0, ids.size])
+        batch: Batch = {
+            "input_ids": torch.from_numpy(ids),
+            "target_index": torch.from_numpy(target_index),
+            "gold": torch.from_numpy(ids.reshape(-1)[target_index + 1]),
+            "is_token": torch.from_numpy(is_token),
+            "slots": torch.from_numpy(slots),
+        }
+        if len(ids) < len(examples):
+            batch["position_ids"] = torch.from_numpy(positions)
+        parts = [example.targets for example in examples if example.targets is not None]
+        if parts:
+            soft = soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
+            batch["soft_labels"] = soft.map(torch.from_numpy)
+        return batch
+
+
+def labels_are_finite(batch: Batch) -> bool:
+    """Return whether every number in a batch's labels is finite; True for a batch without labels."""
+    labels = batch.get("soft_labels")
+    parts = [] if labels is None else [labels.weights, labels.log_probs, labels.log_rest]
+    return all(bool(part.isfinite().all()) for part in parts)
