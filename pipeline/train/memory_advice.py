@@ -8,8 +8,7 @@ from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.machine import out_of_memory
-from logitcask.pipeline.models.shapes import ModelShape
-from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
+from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, usually by a system out of memory

@@ -22,7 +22,7 @@ from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.token_table import stage_tokens

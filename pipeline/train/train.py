@@ -36,9 +36,8 @@ from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.load import count_parameters, require_finite, require_plain_weights, require_saved
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
 from logitcask.pipeline.models.recompute import keep_products_only, require_checkpointing
-from logitcask.pipeline.models.shapes import shape_of_model
+from logitcask.pipeline.models.shapes import Amount, shape_of_model
 from logitcask.pipeline.models.student import make_student
-from logitcask.pipeline.models.student_memory import Amount
 from logitcask.pipeline.runs.run_folder import (
     ENDS_FILE,
     FINAL,
