@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.machine import out_of_memory
+from logitcask.pipeline.models.adapters import adapter_differences, base_of, is_adapter, merged
 from logitcask.pipeline.settings.base import config_file
 
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
@@ -34,7 +35,12 @@ class ParameterCount:
 def load_causal_lm(
     source: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model with plain float weights. Raises LogitcaskError if it cannot be loaded."""
+    """Load a causal language model with plain float weights; the folder of an adapter gives its base, merged with it.
+
+    Raises LogitcaskError if it cannot be loaded.
+    """
+    if is_adapter(source):
+        return _load_merged(source, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, then refused
@@ -54,6 +60,20 @@ def load_causal_lm(
         _forget_gguf(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _load_merged(source: str, **options: Any) -> PreTrainedModel:
+    base, revision = base_of(Path(source))
+    if is_adapter(base):
+        raise LogitcaskError(f"{source}: is an adapter of {base}, which is an adapter itself: merge that one first")
+    try:
+        model = load_causal_lm(base, revision=revision, **options)
+    except LogitcaskError as error:
+        raise LogitcaskError(
+            f"{source}: is an adapter, and its base cannot be loaded: {error}: write the base's place as "
+            "base_model_name_or_path into adapter_config.json"
+        ) from error
+    return merged(model, Path(source))
 
 
 def _require_all_weights(source: str, report: dict[str, Any]) -> None:
@@ -119,6 +139,11 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
     return ParameterCount(total, total - sum(embeddings.values()))
 
 
+def trained_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def require_finite(model: torch.nn.Module, where: str) -> None:
     """Raise LogitcaskError if parameters hold non-finite values; it gives their number and the first one's name."""
     names = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
@@ -166,11 +191,10 @@ def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None
     saved = load_causal_lm(str(folder), dtype=torch.float32)
     advice = "the checkpoints of this run hold what was trained; report this, with config.json"
     if model is not None:
-        own, loaded = model.state_dict(), saved.state_dict()
-        other = [n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].float())]
+        other = adapter_differences(folder, model) if is_adapter(folder) else _differences(model, saved)
         if other:
             raise LogitcaskError(
-                f"{folder}: loaded by transformers, {len(other)} of {len(own)} weights are not those in memory, the "
+                f"{folder}: loaded by transformers, {len(other)} weights are not those in memory, the "
                 f"first is {other[0]}: {advice}"
             )
     errors_L = (probe_logits(saved) - logits_LV).abs().amax(1)
@@ -180,6 +204,12 @@ def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None
             f"{folder}: loaded by transformers, it is another student than the one in memory: its logits differ by up "
             f"to {float(errors_L.max()):.3g}: {advice}"
         )
+
+
+def _differences(model: PreTrainedModel, saved: PreTrainedModel) -> list[str]:
+    """Return the names of a model's weights that a saved one does not have exactly."""
+    own, loaded = model.state_dict(), saved.state_dict()
+    return [n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].float())]
 
 
 def sampling(temperature: float) -> dict[str, Any]:

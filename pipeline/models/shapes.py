@@ -134,7 +134,13 @@ def _experts(config: Any) -> tuple[int, float]:
 
 
 def student_memory(
-    student: ModelShape, tokens: int, *, checkpointing: bool, mixed: bool, on_cpu: bool = False
+    student: ModelShape,
+    tokens: int,
+    *,
+    checkpointing: bool,
+    mixed: bool,
+    on_cpu: bool = False,
+    trained: int | None = None,
 ) -> dict[str, float]:
     """Return the bytes stage 2 takes, by purpose, for ``tokens`` per forward pass, padding included.
 
@@ -146,6 +152,7 @@ def student_memory(
     own 16-bit copy (16 h + 10 h bytes, the rest halved). On a CPU a block stores its input and the results of all
     matrix products but the last (``models/recompute.py``): 2 h, 4 a and 2 f, the products' in 16 bits with mixed
     precision; one block at a time is recomputed in full.
+    If only ``trained`` parameters learn, the others have neither gradients nor moments.
     ``python -m tests.benchmarks.memory_model`` compares the formula with real training.
     """
     h, a, f = student.hidden, student.attention, student.inner
@@ -154,10 +161,11 @@ def student_memory(
     stored = student.layers * block
     if checkpointing or on_cpu:
         stored = student.layers * (4 * h if checkpointing else products) + block
+    learning = student.parameters if trained is None else trained
     return {
         "weights": (6.0 if mixed else 4.0) * student.parameters,  # float32, and autocast's 16-bit copy
-        "gradients": 4.0 * student.parameters,
-        "optimizer": 8.0 * student.parameters,  # AdamW's two moments
+        "gradients": 4.0 * learning,
+        "optimizer": 8.0 * learning,  # AdamW's two moments
         "activations": float(tokens * (stored + 16 * h)),
         "loss": 4.0 * (2 * min(LOSS_SLICE, tokens * student.vocabulary) + student.vocabulary * h),
     }

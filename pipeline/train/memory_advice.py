@@ -45,6 +45,7 @@ class StepSize:
     checkpointing: bool
     mixed: bool
     from_cache: bool
+    trained: int | None = None  # parameters that learn, if not all do
 
     def memory(self) -> float:
         """Return the estimated peak memory of a step, in bytes."""
@@ -54,6 +55,7 @@ class StepSize:
             checkpointing=self.checkpointing,
             mixed=self.mixed,
             on_cpu=self.on_cpu,
+            trained=self.trained,
         )
         return sum(parts.values())
 
@@ -61,7 +63,7 @@ class StepSize:
         """Return the changes that lower the memory of a step, each with its estimated saving in GB, largest first."""
         now = self.memory()
         stage = " in stage 1" if self.from_cache else ""
-        fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed)
+        fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed, trained=self.trained)
         smaller = f"a student with half of this one's {self.student.parameters:,} parameters"
         options = [(sum(fixed.values()) / 2, smaller)]
         if self.batch_size > 1:

@@ -21,34 +21,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
 from logitcask.pipeline.batches.order import BatchSampler, held_out
-from logitcask.pipeline.console import notices, results, say
-from logitcask.pipeline.machine import choose_device, free_large_blocks
+from logitcask.pipeline.console import notices, say
+from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
-from logitcask.pipeline.models.load import count_parameters, require_finite, require_plain_weights, require_saved
-from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
-from logitcask.pipeline.models.recompute import keep_products_only, require_checkpointing
-from logitcask.pipeline.models.shapes import Amount, shape_of_model
-from logitcask.pipeline.models.student import make_student
+from logitcask.pipeline.models.load import require_plain_weights
+from logitcask.pipeline.models.losses import LossSettings, read_router_loss
+from logitcask.pipeline.models.recompute import keep_products_only
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import (
-    ENDS_FILE,
-    FINAL,
-    SETTINGS_FILE,
-    divergence_name,
-    ends_table,
     read_before,
-    write_json,
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
+from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
@@ -58,12 +50,12 @@ from logitcask.pipeline.train.checkpoints import (
     Checkpoint,
     CompleteCheckpoint,
     choose_checkpoint,
-    explain_save_errors,
     finished_student,
     make_output,
 )
-from logitcask.pipeline.train.memory_advice import RunSize, StepSize, explain_memory, summary
+from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
+from logitcask.pipeline.train.student import save_final, step_size, student_of_run
 from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, make_loss_forward, require_fsdp
 
 
@@ -139,9 +131,9 @@ def _train(
         if after is not None:
             return after
     reports = _trackers(settings, arguments, record, checkpoint)
-    model = _make_student(settings, source, arguments.world_size)
+    model = student_of_run(settings, source, arguments.world_size, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
-    step = _step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
     if step.on_cpu:
         free_large_blocks()
         if not step.checkpointing:
@@ -166,7 +158,7 @@ def _train(
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         interrupt.raise_if_stopped(settings.resume_from_checkpoint)
         after = trainer.evaluate() if len(held) else {}
-    _save_final(settings, trainer, record, before, after)
+    save_final(settings, trainer, source, record, before, after)
     return after
 
 
@@ -230,40 +222,6 @@ def _trackers(
     )
 
 
-def _make_student(settings: TrainSettings, source: Source, ranks: int) -> PreTrainedModel:
-    model = make_student(
-        config=settings.student_config,
-        model=settings.student_model,
-        teacher=settings.teacher_model,
-        teacher_layers=settings.init_from_teacher_layers,
-        seed=settings.seed,
-        vocab_size=source.vocab_size,
-        longest=source.longest,
-        tokenizer=source.tokenizer,
-    )
-    size = count_parameters(model)
-    where = f", on {ranks} ranks" if ranks > 1 else ""
-    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
-    require_finite(model, "the student")
-    require_known_loss(model)
-    if settings.use_gradient_checkpointing:
-        require_checkpointing(model)
-    return model
-
-
-def _step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool) -> StepSize:
-    return StepSize(
-        student=shape_of_model(model, "student"),
-        longest=longest,
-        on_cpu=on_cpu,
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        checkpointing=settings.use_gradient_checkpointing,
-        mixed=settings.use_mixed_precision,
-        from_cache=settings.cache is not None,
-    )
-
-
 def _run_size(settings: TrainSettings, data: Amount, held: int, ranks: int) -> RunSize:
     batches = -(-(data.examples - held) // (settings.batch_size * ranks))
     accumulation = settings.gradient_accumulation_steps
@@ -286,66 +244,4 @@ def _stop_on_nonfinite(
         warmup_steps=settings.warmup_steps,
         fp16=settings.use_mixed_precision and settings.mixed_precision_dtype == "fp16",
         resumed_from=settings.resume_from_checkpoint,
-    )
-
-
-def _save_final(
-    settings: TrainSettings,
-    trainer: DistillationTrainer,
-    record: dict[str, Any],
-    before: dict[str, float] | None,
-    after: dict[str, float],
-) -> None:
-    final = settings.output_dir / FINAL
-    logits = trainer.student_logits()
-    with explain_save_errors(settings.output_dir):
-        trainer.save_model(str(final))
-    if trainer.is_world_process_zero():
-        sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
-        require_saved(final, logits, None if sharded else trainer.model, exact=on_cpu and not sharded)
-        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-        write_json(final / SETTINGS_FILE, record)
-        write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
-        if after:
-            results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
-        say(f"student -> {final}")
-
-
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """Return the Trainer's own settings. Raises LogitcaskError if the device does not support the precision."""
-    known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
-    if half == "fp16" and choose_device(settings.device).type == "cpu":
-        raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, but the device is cpu: use bf16")
-    return TrainingArguments(
-        output_dir=str(settings.output_dir),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=settings.save_total_limit,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
-        eval_steps=settings.eval_steps,
-        bf16=half == "bf16",
-        fp16=half == "fp16",
-        dataloader_num_workers=settings.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=settings.device == "cpu",
-        **{checkpointing: settings.use_gradient_checkpointing},
-        report_to="none",  # trackers() reports instead
-        project=settings.wandb_project,
-        run_name=settings.wandb_run_name,
-        seed=settings.seed,
-        remove_unused_columns=False,
     )

@@ -1,10 +1,10 @@
 """Options about the student of ``logitcask train``."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import FilePath, Place, Settings
+from logitcask.pipeline.settings.base import FilePath, Place, Settings, Whole, flag_of
 
 
 class StudentSettings(Settings):
@@ -21,6 +21,13 @@ class StudentSettings(Settings):
         None,
         description="source of layers; without a cache, also of the tokenizer and of exact soft labels made online",
     )
+    lora_rank: Whole | None = Field(None, description="train a low-rank adapter (LoRA) of a --student-model instead")
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="the adapter's scale times the rank; default: twice the rank"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of the adapter's input")
+    lora_target_modules: str = Field("all-linear", description="layers that get an adapter, such as q_proj,v_proj")
+    merge_lora: bool = Field(False, description="final/ is the whole model, not the adapter")
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:
@@ -29,4 +36,16 @@ class StudentSettings(Settings):
             raise ValueError("give exactly one of --student-config, --student-model, --init-from-teacher-layers")
         if self.init_from_teacher_layers is not None and self.teacher_model is None:
             raise ValueError("--init-from-teacher-layers needs --teacher-model: the local model whose layers to take")
+        if self.lora_rank is not None and self.student_model is None:
+            raise ValueError("--lora-rank needs --student-model: an adapter belongs to a model that others can load")
+        if self.lora_rank is not None and str(self.student_model).endswith(".gguf") and not self.merge_lora:
+            raise ValueError("--lora-rank of a GGUF file needs --merge-lora: peft does not load an adapter of one")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_options_have_a_rank(self) -> Self:
+        options = {"lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora"}
+        given = sorted(flag_of(name) for name in options & self.model_fields_set)
+        if self.lora_rank is None and given:
+            raise ValueError(f"{', '.join(given)} needs --lora-rank")
         return self
