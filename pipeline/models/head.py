@@ -102,11 +102,17 @@ def read_head(model: PreTrainedModel) -> LMHead:
     Raises LogitcaskError if the architecture does anything else between hidden states and logits, or if no logits are
     finite.
     """
-    head = model.get_output_embeddings()
-    if head is None:
+    module = model.get_output_embeddings()
+    if module is None:
         raise LogitcaskError(f"{type(model).__name__}: has no language-model head: choose a causal language model")
+    head = trained_head(module)
     bias = getattr(head, "bias", None)
     own_parameters = sorted({name for name, _ in head.named_parameters()} - {"weight", "bias"})
+    if hasattr(head, "base_layer"):
+        raise LogitcaskError(
+            f"{type(model).__name__}: its head has an adapter, which a loss from hidden states cannot train: take "
+            "lm_head out of target_modules, or train all of it with modules_to_save=['lm_head']"
+        )
     if own_parameters:
         raise _not_supported(model, f"its head has parameters of its own, {', '.join(own_parameters)}")
     was_training = model.training
@@ -115,7 +121,7 @@ def read_head(model: PreTrainedModel) -> LMHead:
         ids = torch.arange(1, 1 + PROBED, device=head.weight.device)[None] % head.weight.shape[0]
         hidden = last_hidden_states(model, ids)
         probe, raw = _probe_hidden(hidden), _probe_raw(head.weight)
-        given, logits = _run_with(model, head, ids, probe, raw)
+        given, logits = _run_with(model, module, ids, probe, raw)
         before = _factor_before(model, given, probe)
         if before != 1.0 and bias is not None:
             raise _not_supported(model, f"it multiplies hidden states by {before:g} before a head with a bias")
@@ -126,6 +132,14 @@ def read_head(model: PreTrainedModel) -> LMHead:
     finally:
         model.train(was_training)
     return read
+
+
+def trained_head(module: Any) -> Any:
+    """Return the head that runs: peft's modules_to_save keeps a copy of it beside the original."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    return copies[module.active_adapters[0]]
 
 
 def non_finite_remedy(dtype: str) -> str:

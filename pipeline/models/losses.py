@@ -7,6 +7,7 @@ named otherwise. At the end, the term that a mixture-of-experts student adds of 
 
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,15 +20,20 @@ from transformers import PreTrainedModel
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import SoftLabels
 
+# A soft loss of one's own: the student's logits (n, V) of some positions at T=1, in float32 or wider, and the labels of
+# the same n positions; it returns one loss per position, (n,), used as it is in place of T^2 * KL.
+OwnLoss = Callable[[Tensor, SoftLabels[Tensor]], Tensor]
+
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The loss to compute: alpha * hard + (1 - alpha) * T^2 * soft."""
+    """The loss to compute: alpha * hard + (1 - alpha) * soft, where soft is T^2 * divergence or a loss of one's own."""
 
     alpha: float
     temperature: float
     tail: str  # sampled, bucket, renormalize
     divergence: str  # forward-kl, reverse-kl, jsd
+    own: OwnLoss | None = None
 
 
 class LossSums(NamedTuple):
@@ -90,24 +96,57 @@ def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor], settings: LossSettin
     return settings.temperature**2 * divergence_N
 
 
+def own_loss(function: OwnLoss, logits_NV: Tensor, labels: SoftLabels[Tensor]) -> Tensor:
+    """Return a user's loss per position, (N,). Raises LogitcaskError if it fails or returns anything else."""
+    name = f"{function.__module__}:{function.__qualname__}" if hasattr(function, "__qualname__") else repr(function)
+    try:
+        loss_N = function(logits_NV, labels)
+    except (LogitcaskError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        message = " ".join(str(error).split())
+        raise LogitcaskError(f"loss {name}: {type(error).__name__}: {message} ({at.filename}:{at.lineno})") from error
+    rule = f"loss {name}: must return one loss per position, a tensor of shape ({len(logits_NV)},)"
+    if not isinstance(loss_N, Tensor):
+        raise LogitcaskError(f"{rule}, got {type(loss_N).__name__}")
+    if loss_N.shape != logits_NV.shape[:1]:
+        raise LogitcaskError(f"{rule}, got {tuple(loss_N.shape)}")
+    if logits_NV.requires_grad and not loss_N.requires_grad:
+        raise LogitcaskError(f"loss {name}: does not depend on the logits: use them without detach() or no_grad()")
+    return loss_N
+
+
+def position_losses(
+    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return alpha * hard + (1 - alpha) * soft, hard and soft per position, each (N,); without labels soft is 0."""
+    hard_N = hard_loss(logits_NV, gold_N)
+    if labels is None:
+        return settings.alpha * hard_N, hard_N, torch.zeros_like(hard_N)
+    if settings.own is not None:
+        soft_N = own_loss(settings.own, logits_NV, labels)
+    else:
+        soft_N = soft_loss(functional.log_softmax(logits_NV / settings.temperature, dim=1), labels, settings)
+    return settings.alpha * hard_N + (1.0 - settings.alpha) * soft_N, hard_N, soft_N
+
+
 def distillation_loss(
     logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
 ) -> LossSums:
     """Return alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None if alpha is 1."""
-    hard_N = hard_loss(logits_NV, gold_N)
+    total_N, hard_N, soft_N = position_losses(logits_NV, gold_N, labels, settings)
+    zero = hard_N.new_zeros(())
     if labels is None:
-        zero = hard_N.new_zeros(())
-        return LossSums(settings.alpha * hard_N.sum(), hard_N.detach().sum(), zero, zero, zero)
-    log_q_NV = functional.log_softmax(logits_NV / settings.temperature, dim=1)
-    soft_N = soft_loss(log_q_NV, labels, settings)
-    head_NK = log_q_NV.detach().gather(1, labels.ids[:, : labels.head_size]).exp()
-    total = settings.alpha * hard_N.sum() + (1.0 - settings.alpha) * soft_N.sum()
+        return LossSums(total_N.sum(), hard_N.detach().sum(), zero, zero, zero)
+    with torch.no_grad():
+        log_q_NV = functional.log_softmax(logits_NV / settings.temperature, dim=1)
     return LossSums(
-        total=total,
+        total=total_N.sum(),
         hard=hard_N.detach().sum(),
         soft=soft_N.detach().sum(),
         teacher_mass=(-torch.expm1(labels.log_rest)).sum(),
-        student_mass=head_NK.sum(),
+        student_mass=log_q_NV.gather(1, labels.ids[:, : labels.head_size]).exp().sum(),
     )
 
 

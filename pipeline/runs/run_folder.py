@@ -62,7 +62,7 @@ def source_of(model: Path) -> str | None:
 def divergence_name(settings: Mapping[str, Any]) -> str:
     """Return the name of a run's soft loss from its resolved settings, with the tail unless it is ``sampled``."""
     divergence, tail = str(settings.get("divergence")), settings.get("tail")
-    name = DIVERGENCES.get(divergence, divergence)
+    name = str(settings.get("loss") or DIVERGENCES.get(divergence, divergence))
     return name if tail == "sampled" else f"{name} (tail {tail})"
 
 
@@ -131,7 +131,9 @@ def ends_table(
     """Return the table of the evaluations before and after a run."""
     table = Table("held out", "before", "after")
     rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
-    if after["eval_teacher_captured_mass"]:
+    if ":" in divergence:  # a loss of one's own, module:function
+        rows[divergence] = ("eval_soft_loss", 1.0)
+    elif after["eval_teacher_captured_mass"]:
         rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
     for name, (key, factor) in rows.items():
         table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")

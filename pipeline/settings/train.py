@@ -54,6 +54,8 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"
             )
+        if self.loss is not None and self.cache is None:
+            raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
         return self
 
     @property

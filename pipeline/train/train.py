@@ -5,9 +5,9 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
  1. the sampler picks the step's examples, the same for any number of ranks     batches.BatchSampler
  2. their tokens and labels are read from the cache                             batches.CacheExamples
  3. examples are packed into rows, labels brought to the temperature            batches.Collator
- 4. the step's target positions are counted over its batches and all ranks      trainer.DistillationTrainer
- 5. per batch, the student's layers run, then the fused loss on hidden states   trainer.make_loss_forward
- 6. the loss is divided by the count of 4, then the backward pass runs          trainer.DistillationTrainer
+ 4. the step's target positions are counted over its batches and all ranks      mixin.DistillationMixin
+ 5. per batch, the student's layers run, then the fused loss on hidden states   loss.make_loss_forward
+ 6. the loss is divided by the count of 4, then the backward pass runs          mixin.DistillationMixin
  7. the gradient is clipped and the weights are updated                         transformers.Trainer
  8. a pending interrupt requests a checkpoint and the end of the run            callbacks/interrupt
  9. a non-finite loss or gradient stops the run                                 callbacks/nonfinite
@@ -53,10 +53,11 @@ from logitcask.pipeline.train.checkpoints import (
     finished_student,
     make_output,
 )
+from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
 from logitcask.pipeline.train.student import save_final, step_size, student_of_run
-from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, make_loss_forward, require_fsdp
+from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -64,6 +65,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
 
     A finished run that is resumed trains nothing; what it lacks of its results is saved.
     """
+    if settings.loss is not None:
+        load_loss(settings.loss)  # before anything that takes time
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
@@ -182,11 +185,10 @@ def _trainer(
         lengths=None if packed else source.lengths(),
         accumulation=settings.gradient_accumulation_steps,
     )
-    loss = LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence)
+    own = None if settings.loss is None else load_loss(settings.loss)
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:
         say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
-    make_loss_forward(model, loss, source.teacher, router)
     pad = source.tokenizer.pad_token_id
     collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
     return DistillationTrainer(
@@ -199,6 +201,9 @@ def _trainer(
         tokenizer=source.tokenizer,
         nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
         callbacks=callbacks,
+        loss=LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence, own),
+        teacher=source.teacher,
+        router=router,
     )
 
 

@@ -1,17 +1,14 @@
-"""transformers.Trainer with the distillation loss, normalised over all target positions of an optimizer step."""
+"""The Trainer of stage 2: the mixin, on the run's own order of examples, with its checkpoints and checks."""
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
@@ -19,59 +16,14 @@ from transformers.trainer_callback import TrainerCallback
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.batches.order import BatchSampler
-from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss
-from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.load import probe_logits
-from logitcask.pipeline.models.losses import LossSettings, LossSums, RouterLoss
+from logitcask.pipeline.models.losses import LossSettings, RouterLoss
 from logitcask.pipeline.text.tokenizer import make_loadable
-from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.checkpoints import explain_save_errors, load_weights
-
-SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
-
-
-def make_loss_forward(
-    model: PreTrainedModel,
-    settings: LossSettings,
-    teacher: Callable[[Batch], TeacherRows] | None = None,
-    router: RouterLoss | None = None,
-) -> None:
-    """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
-
-    Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because
-    only there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels. While training, a
-    ``router`` loss is added to the total, once per target position: so a step's mean weighs its batches as usual.
-    """
-    model_forward, head = model.forward, model.get_output_embeddings()
-    properties, head_forward = read_head(model), head.forward
-
-    def head_loss(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
-        if batch is None:
-            return head_forward(hidden)
-        current = LMHead(head.weight, getattr(head, "bias", None), properties.scale, properties.softcap)
-        return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
-
-    def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
-        if target_index is None:
-            return model_forward(*args, **inputs)
-        ids, positions = inputs["input_ids"], inputs.get("position_ids")
-        aux = None
-        if router is None or not model.training:
-            hidden = last_hidden_states(model, ids, positions)
-        else:
-            given = {} if positions is None else {"position_ids": positions}
-            outputs = model.base_model(input_ids=ids, use_cache=False, output_router_logits=True, **given)
-            hidden = outputs.last_hidden_state
-            aux = router(outputs.router_logits, inputs["is_token"])
-        rows = hidden.flatten(0, 1)[target_index]
-        sums = head(rows, inputs, teacher({**inputs, "target_index": target_index}) if teacher else None)
-        if router is None or aux is None:
-            return sums
-        aux = aux * len(target_index)
-        return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
-
-    model.forward, head.forward = loss_forward, head_loss
+from logitcask.pipeline.train.loss import make_loss_forward
+from logitcask.pipeline.train.mixin import DistillationMixin
 
 
 def fsdp_requested() -> bool:
@@ -89,8 +41,8 @@ def require_fsdp(trainer: Trainer) -> None:
         )
 
 
-class DistillationTrainer(Trainer):
-    """A Trainer whose batches come from a cache and whose loss is a mean over the step's target positions."""
+class DistillationTrainer(DistillationMixin, Trainer):
+    """The Trainer of ``logitcask train``: its own order and held-out examples, exact resume, a check of finiteness."""
 
     def __init__(
         self,
@@ -104,28 +56,29 @@ class DistillationTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         nonfinite: StopOnNonFinite,
         callbacks: list[TrainerCallback],
+        loss: LossSettings,
+        teacher: Callable[[Batch], TeacherRows] | None = None,
+        router: RouterLoss | None = None,
     ) -> None:
+        self._sampler, self._held_out = sampler, list(held_out)
+        self._loss, self._teacher, self._router = loss, teacher, router
         super().__init__(
             model=model,
             args=args,
             train_dataset=examples,
-            eval_dataset=Subset(examples, held_out),
+            eval_dataset=Subset(examples, self._held_out),
             data_collator=collator,
             processing_class=tokenizer,
             callbacks=[nonfinite, *callbacks],
         )
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.mixed_precision_policy is not None:
-            # otherwise accelerate rounds labels and losses to the half precision of the weights
-            plugin.mixed_precision_policy = replace(
-                plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
-            )
         self._nonfinite, self._tokenizer = nonfinite, tokenizer
-        self._sampler, self._held_out = sampler, list(held_out)
-        self.loss_is_scaled_for_ga = True
         self.finished = False  # whether the checkpoint to resume from is that of the last step
-        self._sums: Tensor | None = None  # SUMS and the number of positions since the last log line
-        self._slots: Tensor | None = None  # tokens and places for them since the last log line
+
+    def _prepare_loss(self) -> None:
+        make_loss_forward(self.model, self._loss, self._teacher, self._router)
+
+    def _batches(self) -> BatchSampler:
+        return self._sampler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with explain_save_errors(Path(self.args.output_dir)):
@@ -143,49 +96,6 @@ class DistillationTrainer(Trainer):
         epochs, *rest = super().set_initial_training_values(*given, **named)
         return 0 if self.finished else epochs, *rest
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader of batches in the sampler's order."""
-        return self._loader(self._sampler)
-
-    def _loader(self, batches: Any) -> DataLoader[Any]:
-        workers = self.args.dataloader_num_workers
-        loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
-            worker_init_fn=ignore_interrupts,
-            persistent_workers=workers > 0,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        # the sampler already splits batches among ranks; accelerate's split would repeat examples to fill the last step
-        prepared: DataLoader[Any] = prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
-        return prepared
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
-        """Return the batches of one optimizer step and the number of their target positions over all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
-        count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(count[None]).sum()
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return this batch's share of the step's mean; ranks are averaged later, hence the factor."""
-        sums: LossSums = model(**inputs)
-        assert num_items_in_batch is not None
-        assert not return_outputs
-        parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
-        row = torch.stack([*parts, sums.hard.new_tensor(len(inputs["gold"]))])
-        self._sums = row if self._sums is None else self._sums + row
-        self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
-        return sums.total * self.accelerator.num_processes / num_items_in_batch
-
     def training_step(self, *arguments: Any, **named: Any) -> Tensor:
         """Run the Trainer's step and note its loss for the check of finiteness."""
         loss: Tensor = super().training_step(*arguments, **named)
@@ -200,37 +110,20 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's line with the parts of the loss instead of the Trainer's mean of means."""
-        if "loss" in logs and self._sums is not None:
-            logs = {key: value for key, value in logs.items() if key != "loss"}
-            assert self._slots is not None
-            tokens, places = self.accelerator.reduce(self._slots, "sum").tolist()
-            logs = {**self._means(self._sums, ""), "padding": 1.0 - tokens / places, "tokens": tokens, **logs}
-            self._sums = self._slots = None
-        super().log(logs, start_time)
+        parts = self._parts() if "loss" in logs else {}
+        others = {key: value for key, value in logs.items() if key != "loss" or not parts}
+        Trainer.log(self, {**parts, **others}, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return means over all target positions of the held-out examples, of the same quantities as in training."""
-        size = self.args.per_device_eval_batch_size
-        ranks = self.args.world_size
-        batches = [self._held_out[first : first + size] for first in range(0, len(self._held_out), size)]
-        batches += [[]] * (-len(batches) % ranks)  # under FSDP all ranks must call each forward
-        self.model.eval()
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in batches[self.args.process_index :: ranks]:
-                sums += self._held_out_sums(batch)
-            metrics = self._means(sums.float().to(self.args.device), "eval_")
-            if not math.isfinite(metrics["eval_total_loss"]):  # on all ranks, so that all run these forwards
-                nonfinite = (i for i in self._held_out if not bool(self._held_out_sums([i]).isfinite().all()))
-                self._nonfinite.note_held_out(next(nonfinite, None))
+        metrics = self._evaluation(self.eval_dataset, "eval_")
+        if not math.isfinite(metrics["eval_total_loss"]):  # on all ranks, so that all run these forwards
+            with torch.no_grad():
+                sums = ((i, self._sums_of([self.train_dataset[i]])) for i in self._held_out)
+                self._nonfinite.note_held_out(next((i for i, s in sums if not bool(s.isfinite().all())), None))
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _held_out_sums(self, batch: list[int]) -> Tensor:
-        inputs = self._prepare_inputs(self.data_collator([self.train_dataset[i] for i in batch]))
-        sums: LossSums = self.model(**inputs)
-        return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save an ordinary, unsharded model at the end of a run; the format of checkpoints follows FSDP's settings."""
@@ -250,14 +143,3 @@ class DistillationTrainer(Trainer):
     def student_logits(self) -> Tensor:
         """Return the student's logits (L, V) on a probe; all ranks must call it."""
         return probe_logits(self.model, sharded=self.is_fsdp_enabled)
-
-    def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
-        totals = self.accelerator.reduce(sums, "sum").tolist()
-        means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
-        metrics = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
-        metrics[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
-        metrics[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
-        metrics[f"{prefix}student_head_mass"] = means["student_mass"]
-        if len(totals) > len(SUMS) + 1:
-            metrics[f"{prefix}aux_loss"] = totals[-2] / max(1.0, totals[-1])
-        return metrics

@@ -29,7 +29,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import train_settings
 
 ROUNDS, BATCH = 5, 4
@@ -83,7 +83,6 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
     arguments = training_arguments(settings)
     arguments.save_strategy = SaveStrategy.NO
     model = student_from_config(config, label.vocab_size)
-    make_loss_forward(model, LossSettings(0.5, 2.0, "sampled", "forward-kl"))
     examples = InMemory(cache) if kept else CacheExamples(cache, with_targets=True)
     sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
     plain = Collator(0, tuple(label.temperatures), 2.0, "sampled")
@@ -97,7 +96,7 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
     trainer = DistillationTrainer(
         model=model, args=arguments, examples=examples, sampler=sampler, held_out=[],
         collator=collator, tokenizer=tokenizer_from_files(reader.tokenizer_files()),
-        nonfinite=nonfinite, callbacks=[timed],
+        nonfinite=nonfinite, callbacks=[timed], loss=LossSettings(0.5, 2.0, "sampled", "forward-kl"),
     )  # fmt: skip
     return trainer, timed
 

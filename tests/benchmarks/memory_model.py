@@ -22,7 +22,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import shape_of_student, student_memory
 from logitcask.pipeline.plan.estimates import MEASURED_VOCABULARY
-from logitcask.pipeline.train.trainer import make_loss_forward
+from logitcask.pipeline.train.loss import make_loss_forward
 
 # config, examples per batch, tokens per example, gradient checkpointing, mixed precision
 CASES = [

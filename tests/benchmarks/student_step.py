@@ -32,7 +32,7 @@ from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
-from logitcask.pipeline.train.trainer import make_loss_forward
+from logitcask.pipeline.train.loss import make_loss_forward
 from tests.benchmarks.capture import teacher_path
 
 STUDENT, TEACHER = Path("configs/students/100m.json"), Path("configs/students/1b.json")

@@ -12,7 +12,7 @@ from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
-from logitcask.pipeline.train.trainer import make_loss_forward
+from logitcask.pipeline.train.loss import make_loss_forward
 from tests.support.runs import write_config
 
 V, N, ROWS, HEAD, TAIL = 262_144, 192, 6, 8, 24

@@ -15,7 +15,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.trainer import DistillationTrainer, make_loss_forward
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import STUDENT, train_settings, write_config
 from tests.support.tiny import make_tokenizer
 
@@ -44,7 +44,6 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
                               max_steps=steps,
                               num_workers=workers, gradient_accumulation_steps=accumulation)  # fmt: skip
     model = student_from_config(write_config(folder / "student.json", STUDENT), 300)
-    make_loss_forward(model, LossSettings(1.0, 1.0, "bucket", "forward-kl"))
     examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
     collator = Collator(0, (), 1.0, "bucket")
     nonfinite = StopOnNonFinite(folder, step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
@@ -52,6 +51,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
     return DistillationTrainer(
         model=model, args=training_arguments(settings), examples=examples, sampler=sampler, held_out=[],
         collator=collator, tokenizer=make_tokenizer(), nonfinite=nonfinite, callbacks=[],
+        loss=LossSettings(1.0, 1.0, "bucket", "forward-kl"),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from logitcask.pipeline.models.load import load_causal_lm, probe_ids
 from logitcask.pipeline.models.losses import LossSettings, distillation_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
-from logitcask.pipeline.train.trainer import make_loss_forward
+from logitcask.pipeline.train.loss import make_loss_forward
 from tests.support.runs import losses, metrics, train, train_settings
 from tests.support.tiny import make_cache, make_teacher
 

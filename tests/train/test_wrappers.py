@@ -14,7 +14,7 @@ from logitcask.pipeline.batches.collate import Batch, Collator
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.train.trainer import make_loss_forward
+from logitcask.pipeline.train.loss import make_loss_forward
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache
 

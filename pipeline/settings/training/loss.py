@@ -26,6 +26,9 @@ class LossOptions(Settings):
     divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
         "forward-kl", description="reverse-kl and jsd need --tail bucket"
     )
+    loss: str | None = Field(
+        None, description="module:function, a soft loss of your own in place of T^2 times the divergence"
+    )
     router_aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="weight of a mixture of experts' router loss; default: as its config says; 0: off"
     )
@@ -47,6 +50,11 @@ class LossOptions(Settings):
             )
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
+        if self.loss is not None and (self.hard_weight == 1.0 or self.divergence != "forward-kl" or self.min_fidelity):
+            raise ValueError(
+                "--loss takes the place of the divergence: leave out --divergence, --min-fidelity and "
+                "--distillation-type output"
+            )
         return self
 
     @property

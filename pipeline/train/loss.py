@@ -1,0 +1,334 @@
+"""The loss of a batch for any loop or trainer: from hidden states and head, or from logits.
+
+Legend: R rows of a batch, L tokens per row, N target positions of the batch, V vocabulary.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.labels import SoftLabels
+from logitcask.pipeline.batches.collate import Batch
+from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss, fused_position_losses
+from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
+from logitcask.pipeline.models.losses import LossSettings, OwnLoss, RouterLoss, position_losses
+
+DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The loss: alpha * cross-entropy + (1 - alpha) * T^2 * divergence, or in its place a ``loss`` of your own.
+
+    ``temperature``: None takes that of the labels; a number is compared with it. ``divergence``: forward-kl, or with
+    labels of tail="bucket" also reverse-kl and jsd. ``loss``: a function of the student's logits (n, V) of n positions,
+    at T=1, and their ``SoftLabels`` (ids, weights, log_probs, log_rest, temperature); it returns n losses.
+
+        Distillation(alpha=0.1)
+    """
+
+    alpha: float = 0.1
+    temperature: float | None = None
+    divergence: str = "forward-kl"
+    loss: OwnLoss | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise LogitcaskError(f"alpha must be between 0 and 1, got {self.alpha}")
+        if self.divergence not in DIVERGENCES:
+            raise LogitcaskError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        if self.loss is not None and self.divergence != "forward-kl":
+            raise LogitcaskError(f"divergence {self.divergence!r} and a loss of your own: give one of the two")
+
+    def settings(self, batch: Mapping[str, Any]) -> LossSettings:
+        """Return the loss of a batch at its labels' temperature. Raises LogitcaskError if its labels do not fit."""
+        labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
+        if labels is None:
+            if self.alpha < 1.0:
+                raise LogitcaskError(
+                    f"alpha {self.alpha:g} needs soft labels, but the batch has none: take batches from a cache, or "
+                    "set alpha to 1"
+                )
+            return LossSettings(1.0, 1.0, "sampled", "forward-kl")
+        if len(labels.log_rest) != len(batch["target_index"]):
+            raise LogitcaskError(
+                f"the batch has labels for {len(labels.log_rest)} positions and {len(batch['target_index'])} target "
+                "positions: take both from one collator"
+            )
+        if self.temperature is not None and abs(self.temperature - labels.temperature) > 1e-6:
+            raise LogitcaskError(
+                f"temperature is {self.temperature:g}, but the batch's labels are at {labels.temperature:g}: give "
+                f"temperature={self.temperature:g} to the collator or loader, too"
+            )
+        if self.divergence != "forward-kl" and labels.tail != "bucket":
+            raise LogitcaskError(
+                f"divergence {self.divergence} requires labels of tail='bucket', got {labels.tail!r}: give "
+                "tail='bucket' to the collator or loader"
+            )
+        return LossSettings(self.alpha, labels.temperature, labels.tail, self.divergence, self.loss)
+
+
+def load_loss(name: str) -> OwnLoss:
+    """Return the function that ``module:function`` names; modules of the working folder are found, too.
+
+    Raises LogitcaskError if there is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise LogitcaskError(f"--loss must be module:function, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        message = " ".join(str(error).split())
+        raise LogitcaskError(
+            f"--loss {name}: cannot import {module_name}: {type(error).__name__}: {message}: run in the folder of "
+            f"{module_name.partition('.')[0]}.py, or install it"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    function: OwnLoss | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise LogitcaskError(f"--loss {name}: {module.__file__} has no function {function_name}")
+    return function
+
+
+def make_loss_forward(
+    model: PreTrainedModel,
+    how: LossSettings | Distillation,
+    teacher: Callable[[Batch], TeacherRows] | None = None,
+    router: RouterLoss | None = None,
+) -> None:
+    """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
+
+    Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because
+    only there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels. While training, a
+    ``router`` loss is added to the total, once per target position: so a step's mean weighs its batches as usual.
+    """
+    read = read_head(model)
+    _install(model, read.scale, read.softcap, how, teacher, router)
+
+
+def _install(
+    model: PreTrainedModel,
+    scale: float,
+    softcap: float | None,
+    how: LossSettings | Distillation,
+    teacher: Callable[[Batch], TeacherRows] | None = None,
+    router: RouterLoss | None = None,
+    *,
+    per_position: bool = False,
+) -> None:
+    model_forward, head = model.forward, model.get_output_embeddings()
+    head_forward = head.forward
+
+    def head_loss(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
+        if batch is None:
+            return head_forward(hidden)
+        run = trained_head(head)
+        current = LMHead(run.weight, getattr(run, "bias", None), scale, softcap)
+        settings = how if isinstance(how, LossSettings) else how.settings(batch)
+        if per_position:
+            return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
+        return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
+
+    def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
+        if target_index is None:
+            return model_forward(*args, **inputs)
+        batch = {**inputs, "target_index": target_index}
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        aux = None
+        if router is None or not model.training:
+            hidden = last_hidden_states(model, ids, positions)
+        else:
+            given = {} if positions is None else {"position_ids": positions}
+            outputs = model.base_model(input_ids=ids, use_cache=False, output_router_logits=True, **given)
+            hidden = outputs.last_hidden_state
+            aux = router(outputs.router_logits, inputs["is_token"])
+        sums = head(hidden.flatten(0, 1)[target_index], batch, teacher(batch) if teacher else None)
+        if router is None or aux is None:
+            return sums
+        aux = aux * len(target_index)
+        return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
+
+    model.forward, head.forward = loss_forward, head_loss
+
+
+def bare_model(model: nn.Module) -> PreTrainedModel:
+    """Return the causal LM inside wrappers: peft's, DistributedDataParallel, torch.compile.
+
+    Raises LogitcaskError if there is none, or its adapter adds tokens to the input.
+    """
+    bare: Any = model
+    while not isinstance(bare, PreTrainedModel):
+        if hasattr(bare, "get_base_model"):
+            if getattr(bare.active_peft_config, "is_prompt_learning", False):
+                raise LogitcaskError(
+                    f"{type(bare.active_peft_config).__name__}: not supported: it adds tokens to the input; use LoRA"
+                )
+            bare = bare.get_base_model()
+        elif isinstance(bare, nn.Module) and (inner := getattr(bare, "module", getattr(bare, "_orig_mod", None))):
+            bare = inner
+        else:
+            raise LogitcaskError(
+                f"the model must be a causal language model of transformers, got {type(bare).__name__}"
+            )
+    return bare
+
+
+@dataclass
+class _Student:
+    """What is found out once about a model: its head's scale and soft-cap, and whether it keeps examples apart."""
+
+    scale: float
+    softcap: float | None
+    apart: bool | None = None
+
+
+_students: WeakKeyDictionary[nn.Module, _Student] = WeakKeyDictionary()
+
+
+def kd_loss(
+    model: nn.Module,
+    batch: Batch,
+    alpha: float = 0.1,
+    temperature: float | None = None,
+    divergence: str = "forward-kl",
+    *,
+    loss: OwnLoss | None = None,
+    per_position: bool = False,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Return the distillation loss of a batch, its mean over the target positions, without the full logits.
+
+        loss = lc.kd_loss(model, batch, alpha=0.1)
+        loss.backward()
+
+    ``model``: a causal LM of transformers, with peft and DistributedDataParallel around it or not; ``batch``: from
+    ``loader`` or ``collator``, moved to the model's device. ``alpha``, ``temperature``, ``divergence`` and ``loss``:
+    see ``Distillation``. ``normalizer``: what the sum over the positions is divided by, in place of their number: with
+    accumulation, that of the whole optimizer step. ``per_position``: return the losses (N,) themselves, in the order of
+    ``batch["target_index"]``. A mixture of experts' router loss is not part of it.
+    Raises LogitcaskError if model and batch do not fit each other.
+    """
+    how, bare = Distillation(alpha, temperature, divergence, loss), bare_model(model)
+    device = bare.get_input_embeddings().weight.device
+    if hasattr(bare, "_original_forward") and not torch.is_autocast_enabled(device.type):
+        raise LogitcaskError(
+            "the model was prepared by accelerate for mixed precision: call kd_loss inside accelerator.autocast()"
+        )
+    student = _students.get(bare)
+    if student is None or batch["input_ids"].device.type == "cpu":
+        _require_same_positions(batch)
+        _require_vocabulary(batch, bare.get_input_embeddings().num_embeddings)
+    if student is None:
+        read = read_head(bare)
+        student = _students[bare] = _Student(read.scale, read.softcap)
+    if "position_ids" in batch:
+        student.apart = keeps_apart(bare) if student.apart is None else student.apart
+        require_apart(bare, student.apart)
+    moved = {name: value.to(device) for name, value in batch.items()}
+    with _installed(bare, student, how, per_position):
+        result = model(**moved)
+    if per_position:
+        losses: Tensor = result
+        return losses
+    total: Tensor = result.total
+    return total / (max(1, len(batch["target_index"])) if normalizer is None else normalizer)
+
+
+@contextmanager
+def _installed(model: PreTrainedModel, student: _Student, how: Distillation, per_position: bool) -> Iterator[None]:
+    """Replace the forward of model and head for one call, so that wrappers see an ordinary one."""
+    modules = (model, model.get_output_embeddings())
+    before = [module.__dict__.get("forward") for module in modules]
+    _install(model, student.scale, student.softcap, how, per_position=per_position)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def kd_loss_from_logits(
+    logits: Tensor,
+    batch: Batch,
+    alpha: float = 0.1,
+    temperature: float | None = None,
+    divergence: str = "forward-kl",
+    *,
+    loss: OwnLoss | None = None,
+    per_position: bool = False,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Return the loss of ``kd_loss`` from logits (R, L, V) of ``batch["input_ids"]``, or (N, V) of the targets alone.
+
+        logits = model(input_ids=batch["input_ids"]).logits
+        loss = lc.kd_loss_from_logits(logits, batch, alpha=0.1)
+
+    For models that ``kd_loss`` does not take; the logits and their gradient are in memory. Raises LogitcaskError if
+    logits and batch do not fit each other.
+    """
+    settings = Distillation(alpha, temperature, divergence, loss).settings(batch)
+    rows, index = batch["input_ids"].shape, batch["target_index"]
+    if logits.shape[:-1] not in (rows, index.shape):
+        raise LogitcaskError(
+            f"logits must have the shape ({rows[0]}, {rows[1]}, V) of the batch's input_ids, or ({len(index)}, V) of "
+            f"its target positions, got {tuple(logits.shape)}"
+        )
+    if batch["input_ids"].device.type == "cpu":
+        _require_same_positions(batch)
+        _require_vocabulary(batch, logits.shape[-1])
+    moved = {name: value.to(logits.device) for name, value in batch.items()}
+    selected = logits if logits.dim() == 2 else logits.flatten(0, 1)[moved["target_index"]]
+    wide = selected if selected.dtype == torch.float64 else selected.float()
+    losses = position_losses(wide, moved["gold"], moved.get("soft_labels"), settings)[0]
+    if per_position:
+        return losses
+    return losses.sum() / (max(1, len(index)) if normalizer is None else normalizer)
+
+
+def require_apart(model: PreTrainedModel, apart: bool) -> None:
+    """Raise LogitcaskError if examples that share a row would see each other."""
+    if not apart:
+        raise LogitcaskError(
+            f"{type(model).__name__}: with packed=True, examples that share a row would see each other in this model: "
+            "leave packed out"
+        )
+
+
+def require_vocabulary(needed: int, size: int) -> None:
+    """Raise LogitcaskError if a model has too few tokens for labels."""
+    if needed > size:
+        raise LogitcaskError(
+            f"the model's vocabulary has {size:,} tokens and the labels need {needed:,}: use a model of the labels' "
+            "tokenizer, or resize_token_embeddings"
+        )
+
+
+def _require_vocabulary(batch: Batch, size: int) -> None:
+    labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
+    ids = [batch["input_ids"]] + ([] if labels is None else [labels.ids])
+    require_vocabulary(max(int(part.max()) + 1 if part.numel() else 0 for part in ids), size)
+
+
+def _require_same_positions(batch: Batch) -> None:
+    """Raise LogitcaskError if the tokens after the target positions are not those that the labels are for."""
+    ids, after = batch["input_ids"].flatten(), batch["target_index"] + 1
+    if len(after) and (int(after.max()) >= len(ids) or not torch.equal(ids[after], batch["gold"])):
+        raise LogitcaskError(
+            "the batch's labels are for other positions: input_ids was padded, cut or shifted after the collator"
+        )

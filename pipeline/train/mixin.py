@@ -1,0 +1,204 @@
+"""Distillation from a cache in any subclass of transformers.Trainer: the loss, its normalisation, the order of data."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.batches.collate import Batch
+from logitcask.pipeline.models.head import keeps_apart
+from logitcask.pipeline.models.losses import LossSums, read_router_loss
+from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
+from logitcask.pipeline.train.loss import Distillation, bare_model, make_loss_forward, require_apart, require_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # the class that comes after the mixin
+
+SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
+NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+
+
+class DistillationMixin(Trainer):
+    """Put before ``transformers.Trainer`` or TRL's ``SFTTrainer``: trains on a cache, normalised over the step.
+
+        class Trainer(lc.DistillationMixin, SFTTrainer): ...
+        Trainer(model=model, args=args, train_dataset=cache.dataset(), data_collator=cache.collator(temperature=1.0),
+                distillation=lc.Distillation(alpha=0.1)).train()
+
+    The loss is a mean over the target positions of the whole optimizer step, on all ranks. Batches follow the order of
+    the cache's shards, shuffled by the seed. ``log`` and ``evaluate`` give the parts of the loss, means over positions.
+    All else is the trainer's own.
+    """
+
+    loss_is_scaled_for_ga = True  # by the number of the step's positions
+
+    def __init__(
+        self, *args: Any, distillation: Distillation | None = None, train_dataset: Any = None, **named: Any
+    ) -> None:
+        """Take the trainer's own arguments. Raises LogitcaskError if data, model and settings do not fit each other."""
+        self.distillation = Distillation() if distillation is None else distillation
+        given = [name for name in NO_LOGITS if named.get(name) is not None]
+        if given:
+            raise LogitcaskError(f"{given[0]} takes logits of the whole vocabulary, which are never made: leave it out")
+        if any(parent.__name__ == "SFTTrainer" for parent in type(self).__mro__):
+            self._init_sft(args, named)
+        else:
+            super().__init__(*args, train_dataset=train_dataset, **named)
+        self.train_dataset, self.eval_dataset = train_dataset, named.get("eval_dataset")
+        self._prepare_loss()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # otherwise accelerate rounds labels and losses to the half precision of the weights
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
+            )
+        self._sums: Tensor | None = None  # SUMS and the number of positions since the last log line
+        self._slots: Tensor | None = None  # tokens and places for them since the last log line
+
+    def _init_sft(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Call SFTTrainer's constructor with a stand-in of the type it insists on, which it has nothing to prepare."""
+        from datasets import Dataset
+
+        config = named.get("args", args[1] if len(args) > 1 else None)
+        if config is not None:
+            if getattr(config, "packing", False) or getattr(config, "padding_free", False):
+                raise LogitcaskError(
+                    "SFTConfig's packing and padding_free do not apply to a cache: leave them out, and give "
+                    "data_collator=cache.collator(packed=True)"
+                )
+            config.dataset_kwargs = {**(getattr(config, "dataset_kwargs", None) or {}), "skip_prepare_dataset": True}
+        stand_in = Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
+        held_out = None if named.get("eval_dataset") is None else stand_in
+        super().__init__(*args, **{**named, "train_dataset": stand_in, "eval_dataset": held_out})
+
+    def _prepare_loss(self) -> None:
+        """Make the model compute the loss. Raises LogitcaskError if data and model do not fit each other."""
+        model, data, collator = bare_model(self.model), self.train_dataset, self.data_collator
+        if not hasattr(data, "batches"):
+            raise LogitcaskError(f"train_dataset must be cache.dataset(), got {type(data).__name__}")
+        if not hasattr(collator, "packed"):
+            raise LogitcaskError(
+                f"data_collator must be cache.collator(temperature=1.0), got {type(collator).__name__}"
+            )
+        require_vocabulary(data.vocab_size, model.get_input_embeddings().num_embeddings)
+        if collator.packed:
+            require_apart(model, keeps_apart(model))
+        make_loss_forward(model, self.distillation, None, read_router_loss(model, None))
+
+    def _batches(self) -> Any:
+        """Return the sampler of the training batches of this rank."""
+        args = self.args
+        return self.train_dataset.batches(
+            args.per_device_train_batch_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            ranks=args.world_size,
+            accumulation=args.gradient_accumulation_steps,
+            packed=self.data_collator.packed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return a loader of batches in the sampler's order."""
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self._batches(),
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
+            worker_init_fn=ignore_interrupts,
+            persistent_workers=workers > 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # the sampler already splits batches among ranks; accelerate's split would repeat examples to fill the last step
+        prepared: DataLoader[Any] = prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """Return the batches of one optimizer step and the number of their target positions over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count[None]).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this batch's share of the step's mean; ranks are averaged later, hence the factor."""
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        sums: LossSums = model(**inputs)
+        parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
+        row = torch.stack([*parts, sums.hard.new_tensor(len(inputs["gold"]))])
+        self._sums = row if self._sums is None else self._sums + row
+        self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
+        return sums.total * self.accelerator.num_processes / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the trainer's line with the parts of the loss."""
+        super().log({**self._parts(), **logs} if "loss" in logs else logs, start_time)
+
+    def _parts(self) -> dict[str, float]:
+        """Return means over the target positions since the last line, and the share of padding."""
+        if self._sums is None or self._slots is None:
+            return {}
+        tokens, places = self.accelerator.reduce(self._slots, "sum").tolist()
+        parts = {**self._means(self._sums, ""), "padding": 1.0 - tokens / places, "tokens": tokens}
+        self._sums = self._slots = None
+        return parts
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return means over all target positions of a dataset, of the same quantities as in training."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
+            return {name: value for metrics in parts for name, value in metrics.items()}
+        metrics = self._evaluation(dataset, f"{metric_key_prefix}_")
+        metrics = {f"{metric_key_prefix}_loss": metrics[f"{metric_key_prefix}_total_loss"], **metrics}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Raise LogitcaskError: there are no logits to return."""
+        raise LogitcaskError("predict returns logits of the whole vocabulary, which are never made: use evaluate")
+
+    def _evaluation(self, dataset: Any, prefix: str) -> dict[str, float]:
+        size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        batches = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
+        batches += [range(0)] * (-len(batches) % ranks)  # under FSDP all ranks must call each forward
+        self.model.eval()
+        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in batches[self.args.process_index :: ranks]:
+                sums += self._sums_of([dataset[i] for i in batch])
+        return self._means(sums.float().to(self.args.device), prefix)
+
+    def _sums_of(self, examples: list[Any]) -> Tensor:
+        inputs = {name: part.to(self.args.device) for name, part in self.data_collator(examples).items()}
+        sums: LossSums = self.model(**inputs)
+        return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
+
+    def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
+        totals = self.accelerator.reduce(sums, "sum").tolist()
+        means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
+        metrics = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
+        metrics[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
+        metrics[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
+        metrics[f"{prefix}student_head_mass"] = means["student_mass"]
+        if len(totals) > len(SUMS) + 1:
+            metrics[f"{prefix}aux_loss"] = totals[-2] / max(1.0, totals[-1])
+        return metrics
