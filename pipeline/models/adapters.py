@@ -8,13 +8,14 @@ name of the model they belong to.
 import copy
 import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError, shown_reason
 
@@ -22,6 +23,18 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 NAME = "default"  # peft's for the first adapter of a model
 ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."  # of names in an adapter's file
+
+
+def four_bits() -> Any:
+    """Return the config of weights in 4 bits. Raises LogitcaskError if bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise LogitcaskError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def is_adapter(source: str | Path) -> bool:

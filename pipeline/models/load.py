@@ -16,6 +16,7 @@ from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import adapter_differences, base_of, is_adapter, merged
 from logitcask.pipeline.settings.base import config_file
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 # Weights that checkpoints of causal language models hold beside those of the language model: constants, which each
 # version computes itself, towers for images and sound, and heads that predict several tokens.
@@ -33,17 +34,25 @@ class ParameterCount:
 
 
 def load_causal_lm(
-    source: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model with plain float weights; the folder of an adapter gives its base, merged with it.
+    """Load a causal language model; the folder of an adapter gives its base, merged with it.
 
-    Raises LogitcaskError if it cannot be loaded.
+    Its weights are plain floats unless a config of ``quantization`` is given. Raises LogitcaskError if it cannot be
+    loaded.
     """
     if is_adapter(source):
         return _load_merged(source, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, then refused
+    if quantization is not None:
+        options["quantization_config"] = quantization
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -54,7 +63,9 @@ def load_causal_lm(
     except Exception as error:  # each format and architecture refuses a damaged model in its own way
         if out_of_memory(error):
             raise
-        raise LogitcaskError(f"{source}: no causal language model could be loaded: {shown_reason(error)}") from error
+        code = ": if you trust it, give --trust-remote-code" if "trust_remote_code=True" in str(error) else ""
+        reason = f"{shown_reason(error)}{code}"
+        raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
     _require_all_weights(source, report)
     if path.suffix == ".gguf":
         _forget_gguf(model)
@@ -130,6 +141,17 @@ def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
     return model
 
 
+def stored_dtype(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
+    """Return the float dtype in which a model is stored, float32 if its config names none."""
+    try:
+        config = PreTrainedConfig.get_config_dict(source, revision=revision, trust_remote_code=trust_remote_code)[0]
+    except Exception:  # a GGUF file has no config of this kind; loading tells of all else
+        return torch.float32
+    texts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    names = [str(part.get(key)).removeprefix("torch.") for part in texts for key in ("dtype", "torch_dtype")]
+    return next((DTYPES[name] for name in names if name in DTYPES), torch.float32)
+
+
 def count_parameters(model: PreTrainedModel) -> ParameterCount:
     """Count parameters with and without the embedding matrices."""
     embeddings = {
@@ -182,16 +204,25 @@ def probe_logits(model: PreTrainedModel, *, sharded: bool = False) -> Tensor:
     return logits[0].float().cpu()
 
 
-def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None, *, exact: bool) -> None:
+def require_saved(
+    folder: Path,
+    logits_LV: Tensor,
+    model: PreTrainedModel | None,
+    *,
+    exact: bool,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> None:
     """Load a saved student as anybody would, and compare it with the one in memory, which gave ``logits_LV``.
 
-    Weights are compared, too, if the ``model`` is given. Unless ``exact``, another device or dtype computed the logits:
-    half of the positions must agree to a few percent. Raises LogitcaskError with the difference.
+    Weights are compared, too, if the ``model`` is given, up to rounding to ``dtype``. Unless ``exact``, another device
+    or dtype computed the logits: half of the positions must agree to a few percent. Raises LogitcaskError with the
+    difference.
     """
-    saved = load_causal_lm(str(folder), dtype=torch.float32)
+    saved = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
     advice = "the checkpoints of this run hold what was trained; report this, with config.json"
     if model is not None:
-        other = adapter_differences(folder, model) if is_adapter(folder) else _differences(model, saved)
+        other = adapter_differences(folder, model) if is_adapter(folder) else _differences(model, saved, dtype)
         if other:
             raise LogitcaskError(
                 f"{folder}: loaded by transformers, {len(other)} weights are not those in memory, the "
@@ -206,10 +237,15 @@ def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None
         )
 
 
-def _differences(model: PreTrainedModel, saved: PreTrainedModel) -> list[str]:
-    """Return the names of a model's weights that a saved one does not have exactly."""
+def _differences(model: PreTrainedModel, saved: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return the names of a model's weights that a saved one has neither exactly nor rounded to a dtype."""
     own, loaded = model.state_dict(), saved.state_dict()
-    return [n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].float())]
+
+    def is_saved(name: str) -> bool:
+        weight, stored = own[name].cpu(), loaded[name].float()
+        return torch.equal(weight.float(), stored) or torch.equal(weight.to(dtype).float(), stored)
+
+    return [name for name in own if name not in loaded or not is_saved(name)]
 
 
 def sampling(temperature: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Settings of ``logitcask train``; most of them stand in ``training/``, by what they are about."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,11 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
         if self.loss is not None and self.cache is None:
             raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
         return self
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the student model is loaded."""
+        return {"revision": self.student_revision, "trust_remote_code": self.trust_remote_code}
 
     @property
     def copies_folder(self) -> Path:

@@ -38,6 +38,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         fp16=half == "fp16",
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        torch_compile=settings.torch_compile,
         use_cpu=settings.device == "cpu",
         **{checkpointing: settings.use_gradient_checkpointing},
         report_to="none",  # trackers() reports instead

@@ -42,10 +42,15 @@ MAY_CHANGE = {
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("chat_turns", "columns", "on_bad_record", "max_bad"),  # the data itself is compared by its tokens
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
-    *("merge_lora", BASE_WEIGHTS),
+    *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
 # What a run did before it could be told otherwise, and stored nothing about.
-AS_BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+AS_BEFORE = {
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+    "student_dtype": "float32",
+    "load_in_4bit": False,
+}
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns
 STATE_FILE, WEIGHTS_FILE = "trainer_state.json", "model.safetensors"
 HOLDS = {"optimizer.pt": "param_groups", "scheduler.pt": "last_epoch", "scaler.pt": "scale"}  # a key of each file

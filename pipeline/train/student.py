@@ -9,19 +9,21 @@ from transformers import PreTrainedModel, set_seed
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.console import results, say
 from logitcask.pipeline.models import adapters
-from logitcask.pipeline.models.adapters import add_lora
+from logitcask.pipeline.models.adapters import add_lora, four_bits
 from logitcask.pipeline.models.load import (
+    DTYPES,
     count_parameters,
     load_causal_lm,
     require_finite,
     require_saved,
+    stored_dtype,
     trained_parameters,
     weights_fingerprint,
 )
 from logitcask.pipeline.models.losses import require_known_loss
 from logitcask.pipeline.models.recompute import require_checkpointing
 from logitcask.pipeline.models.shapes import shape_of_model
-from logitcask.pipeline.models.student import make_student
+from logitcask.pipeline.models.student import cast, freeze, make_student
 from logitcask.pipeline.runs.run_folder import (
     ENDS_FILE,
     FINAL,
@@ -55,6 +57,9 @@ def student_of_run(
         vocab_size=source.vocab_size,
         longest=source.longest,
         tokenizer=source.tokenizer,
+        dtype=DTYPES[settings.student_dtype],
+        attention=settings.attn_implementation,
+        loading={**settings.loading, "quantization": four_bits() if settings.load_in_4bit else None},
     )
     size = count_parameters(model)
     where = f", on {ranks} ranks" if ranks > 1 else ""
@@ -74,8 +79,10 @@ def student_of_run(
             alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
             dropout=settings.lora_dropout,
             targets=settings.lora_target_modules,
-            revision=None,
+            revision=settings.student_revision,
         )
+    if settings.freeze is not None:
+        freeze(model, settings.freeze)
     trained = trained_parameters(model)
     if trained < size.total:
         say(f"trained: {trained:,} parameters{' of an adapter' if settings.lora_rank else ''}")
@@ -125,10 +132,20 @@ def save_final(
         trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
-        if settings.merge_lora:
-            _replace_by_merged(final, trainer.model, source)
+        dtype = _final_dtype(settings)
+        if settings.merge_lora or (settings.lora_rank is None and dtype != trainer.model.dtype):
+            _save_again(final, trainer.model, source, dtype, settings.trust_remote_code)
         compared = None if sharded or settings.merge_lora else trainer.model
-        require_saved(final, logits, compared, exact=on_cpu and not sharded)
+        whole = dtype == trainer.model.dtype == torch.float32 and not settings.load_in_4bit
+        require_saved(
+            final,
+            logits,
+            compared,
+            exact=on_cpu and not sharded and whole,
+            dtype=dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
@@ -137,11 +154,24 @@ def save_final(
         say(f"student -> {final}")
 
 
-def _replace_by_merged(folder: Path, trained: PreTrainedModel, source: Source) -> None:
-    """Replace the adapter in a folder by the whole model that it makes of its base, in float32."""
-    model = load_causal_lm(str(folder), dtype=torch.float32)
-    model.config, model.generation_config = trained.config, trained.generation_config
+def _final_dtype(settings: TrainSettings) -> torch.dtype:
+    """Return the dtype of the weights in ``final/``: as asked, or the one in which the student is stored elsewhere."""
+    if settings.save_dtype is not None:
+        return DTYPES[settings.save_dtype]
+    if settings.student_model is not None:
+        return stored_dtype(settings.student_model, **settings.loading)
+    if settings.init_from_teacher_layers is not None:
+        return stored_dtype(str(settings.teacher_model))
+    return DTYPES[settings.student_dtype]
+
+
+def _save_again(folder: Path, trained: PreTrainedModel, source: Source, dtype: torch.dtype, own_code: bool) -> None:
+    """Replace what was saved to a folder by a whole model in ``dtype``; an adapter is merged in float32."""
+    model = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=own_code)
+    config, generation = trained.config, trained.generation_config
     for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)
+    model.config, model.generation_config = config, generation
+    cast(model, dtype)
     model.save_pretrained(folder)
     make_loadable(source.tokenizer, folder)

@@ -97,6 +97,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
             settings.train_data,
             folder,
             student_model=settings.student_model,
+            loading=settings.loading,
             teacher_model=settings.teacher_model,
             online=soft,
             max_seq_length=settings.max_seq_length,
@@ -112,7 +113,10 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
         temperature=settings.temperature,
         tail=settings.tail,
         min_fidelity=settings.min_fidelity,
-        same_tokenizer=[str(model) for model in {settings.student_model, settings.teacher_model} - {None}],
+        same_tokenizer={
+            str(model): settings.loading if model == settings.student_model else {}
+            for model in {settings.student_model, settings.teacher_model} - {None}
+        },
     )
 
 
@@ -139,7 +143,7 @@ def _train(
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
     if step.on_cpu:
         free_large_blocks()
-        if not step.checkpointing:
+        if not step.checkpointing and not settings.torch_compile:
             keep_products_only(model)
     if arguments.process_index == 0:
         for line in summary(run, step, str(arguments.device), _precision(settings)):

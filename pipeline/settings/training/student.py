@@ -1,8 +1,9 @@
 """Options about the student of ``logitcask train``."""
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logitcask.pipeline.settings.base import FilePath, Place, Settings, Whole, flag_of
 
@@ -21,6 +22,16 @@ class StudentSettings(Settings):
         None,
         description="source of layers; without a cache, also of the tokenizer and of exact soft labels made online",
     )
+    student_revision: str | None = Field(None, description="branch, tag or commit of the --student-model on the hub")
+    trust_remote_code: bool = Field(False, description="run the code that a --student-model brings")
+    student_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights in training")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="dtype of the weights in final/; default: the one the student came in"
+    )
+    attn_implementation: str | None = Field(None, description="attention by its name in transformers, such as eager")
+    torch_compile: bool = Field(False, description="compile the student with torch.compile")
+    load_in_4bit: bool = Field(False, description="hold the weights below an adapter in 4 bits (bitsandbytes)")
+    freeze: str | None = Field(None, description="regular expression: parameters in whose name it is found stay as are")
     lora_rank: Whole | None = Field(None, description="train a low-rank adapter (LoRA) of a --student-model instead")
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="the adapter's scale times the rank; default: twice the rank"
@@ -40,7 +51,22 @@ class StudentSettings(Settings):
             raise ValueError("--lora-rank needs --student-model: an adapter belongs to a model that others can load")
         if self.lora_rank is not None and str(self.student_model).endswith(".gguf") and not self.merge_lora:
             raise ValueError("--lora-rank of a GGUF file needs --merge-lora: peft does not load an adapter of one")
+        if self.student_model is None and (self.student_revision is not None or self.trust_remote_code):
+            raise ValueError("--student-revision and --trust-remote-code apply to a --student-model: leave them out")
+        if self.load_in_4bit and self.lora_rank is None:
+            raise ValueError("--load-in-4bit needs --lora-rank: weights in 4 bits do not learn, an adapter does")
+        if self.save_dtype is not None and self.lora_rank is not None and not self.merge_lora:
+            raise ValueError("--save-dtype of an adapter needs --merge-lora: an adapter is saved as it was trained")
         return self
+
+    @field_validator("freeze")
+    @classmethod
+    def _is_a_regular_expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"must be a regular expression: {error}") from error
+        return pattern
 
     @model_validator(mode="after")
     def _lora_options_have_a_rank(self) -> Self:
