@@ -1,11 +1,57 @@
 """The settings of the Trainer that a run of stage 2 has."""
 
-import torch
-from transformers import TrainingArguments
+import difflib
+from collections.abc import Mapping
+from typing import Any
 
-from logitcask.cache.errors import LogitcaskError
+import torch
+from transformers import Trainer, TrainingArguments
+
+from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.machine import choose_device
+from logitcask.pipeline.settings.base import flag_of
 from logitcask.pipeline.settings.train import TrainSettings
+
+WARMUP_SHARE = "warmup_ratio"  # of earlier versions of transformers, which now take a share as warmup_steps
+OPTIONS = {
+    **{"per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size"},
+    **{"num_train_epochs": "--epochs", "bf16": "--use-mixed-precision", "fp16": "--use-mixed-precision"},
+    **{"gradient_checkpointing": "--use-gradient-checkpointing", "use_cpu": "--device"},
+    **{"activation_checkpointing": "--use-gradient-checkpointing", "dataloader_num_workers": "--num-workers"},
+    **{"project": "--wandb-project", "run_name": "--wandb-run-name", "report_to": "--use-wandb and the like"},
+    **{"warmup_steps": f"--warmup-steps, or {WARMUP_SHARE}", "hub_token": "the login of hf auth login"},
+    **{
+        name: flag_of(name)
+        for name in (
+            *(
+                "gradient_accumulation_steps",
+                "learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "max_steps",
+                "output_dir",
+            ),
+            *("save_steps", "save_total_limit", "logging_steps", "eval_steps", "seed", "resume_from_checkpoint"),
+            "torch_compile",
+        )
+    },
+}
+OURS = {
+    *(
+        "remove_unused_columns",
+        "label_names",
+        "save_strategy",
+        "eval_strategy",
+        "logging_strategy",
+        "do_train",
+        "do_eval",
+    ),
+    *("do_predict", "save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("label_smoothing_factor", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only", "data_seed"),
+    *("train_sampling_strategy", "length_column_name", "ignore_data_skip", "auto_find_batch_size", "bf16_full_eval"),
+    *("fp16_full_eval", "average_tokens_across_devices", "logging_nan_inf_filter", "save_on_each_node"),
+    *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "logging_first_step"),
+}
 
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
@@ -15,7 +61,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if half == "fp16" and choose_device(settings.device).type == "cpu":
         raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, but the device is cpu: use bf16")
-    return TrainingArguments(
+    values: dict[str, Any] = dict(
         output_dir=str(settings.output_dir),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -47,3 +93,39 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         seed=settings.seed,
         remove_unused_columns=False,
     )
+    try:
+        arguments = TrainingArguments(**{**values, **_others(settings.training_args)})
+        if {"optim", "optim_args"} & settings.training_args.keys():
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        if not settings.training_args:
+            raise
+        raise LogitcaskError(
+            f"--training-args: transformers refuses them: {shown_reason(error)}: correct them"
+        ) from error
+    return arguments
+
+
+def _others(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of TrainingArguments beside ours. Raises LogitcaskError if one is ours or does not exist."""
+    known = {name for name, field in TrainingArguments.__dataclass_fields__.items() if field.init} | {WARMUP_SHARE}
+    for name in given:
+        if name in OPTIONS:
+            raise LogitcaskError(f"--training-args: {name} is set by {OPTIONS[name]}: give that instead")
+        if name in OURS or name.startswith(("dataloader_", "fsdp", "eval_", "local_")):
+            raise LogitcaskError(
+                f"--training-args: {name} cannot be set: batches, evaluations, checkpoints and the log are Logitcask's "
+                "own: leave it out"
+            )
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 3) or ["optim"]
+            raise LogitcaskError(
+                f"--training-args: TrainingArguments has no field {shown(name)}: did you mean {', '.join(close)}?"
+            )
+    others = dict(given)
+    share = others.pop(WARMUP_SHARE, None)
+    if share is not None:
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise LogitcaskError(f"--training-args: {WARMUP_SHARE} must be at least 0 and below 1, got {shown(share)}")
+        others["warmup_steps"] = float(share)
+    return others

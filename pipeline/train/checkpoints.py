@@ -51,6 +51,7 @@ AS_BEFORE = {
     "student_dtype": "float32",
     "load_in_4bit": False,
 }
+ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns
 STATE_FILE, WEIGHTS_FILE = "trainer_state.json", "model.safetensors"
 HOLDS = {"optimizer.pt": "param_groups", "scheduler.pt": "last_epoch", "scaler.pt": "scale"}  # a key of each file
@@ -157,7 +158,8 @@ def _learning_settings(record: dict[str, Any]) -> dict[str, Any]:
     examples = 1
     for name in BATCH:
         examples *= int(record[name])
-    return {**others, " * ".join(BATCH): examples}
+    arguments = {k: v for k, v in (record.get("training_args") or {}).items() if not k.startswith(ARGUMENTS_MAY_CHANGE)}
+    return {**others, "training_args": arguments, " * ".join(BATCH): examples}
 
 
 def _rng_file(rank: int, ranks: int) -> str:

@@ -1,10 +1,27 @@
 """Options about the optimizer's steps of ``logitcask train``."""
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from logitcask.pipeline.settings.base import Settings, Whole
+from logitcask.pipeline.settings.base import Settings, Whole, home_path, read_config
+
+
+def _parse_arguments(value: Any) -> Any:
+    """Return the fields that a JSON object or a file, JSON or YAML, gives; a mapping is kept."""
+    if not isinstance(value, str):
+        return value
+    if not value.lstrip().startswith("{"):
+        return read_config(home_path(value))
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"must be a file or a JSON object: {error}") from error
+
+
+TrainingArgs = Annotated[Mapping[str, Any], BeforeValidator(_parse_arguments)]
 
 
 class OptimizerSettings(Settings):
@@ -20,6 +37,9 @@ class OptimizerSettings(Settings):
     )
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(1.0, description="passes over the data")
     max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimizer steps; overrides --epochs")
+    training_args: TrainingArgs = Field(
+        {}, description="file, or JSON, with other fields of transformers' TrainingArguments, such as optim, adam_beta2"
+    )
     use_gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     use_mixed_precision: bool = Field(False, description="autocast to --mixed-precision-dtype")
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
