@@ -1,14 +1,18 @@
 """The settings of the Trainer that a run of stage 2 has."""
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
+from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device
+from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.base import flag_of
 from logitcask.pipeline.settings.train import TrainSettings
 
@@ -54,6 +58,48 @@ OURS = {
 }
 
 
+def with_defaults(settings: TrainSettings) -> TrainSettings:
+    """Return settings whose defaults by student and device are resolved; a resumed run keeps what it was begun with."""
+    begun = _stored(settings)
+    found: dict[str, Any] = {}
+    if settings.learning_rate is None:
+        rate, student = _rate(settings)
+        found["learning_rate"] = begun.get("learning_rate", rate)
+        by = "as the run began" if "learning_rate" in begun else f"the default for {student}"
+        say(f"learning rate: {found['learning_rate']:g}, {by}")
+    if settings.use_mixed_precision is None:
+        found["use_mixed_precision"] = begun.get("use_mixed_precision", _has_bf16(settings))
+    return settings.model_copy(update=found)
+
+
+def _stored(settings: TrainSettings) -> dict[str, Any]:
+    """Return the settings of the checkpoint to resume, empty if there is none, or not a sound one."""
+    given = settings.resume_from_checkpoint
+    if given is None:
+        return {}
+    folder = latest_checkpoint(settings.output_dir) if given == "latest" else Path(given)
+    try:
+        stored: Any = {} if folder is None else json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # choose_checkpoint says what is wrong with it
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _rate(settings: TrainSettings) -> tuple[float, str]:
+    """Return the default learning rate of a student, and what it is for."""
+    if settings.lora_rank is not None:
+        return 2e-4, "an adapter"
+    if settings.student_model is not None:
+        return 1e-5, "a pretrained student"
+    return (1e-4, "layers of a teacher") if settings.init_from_teacher_layers is not None else (5e-4, "a new student")
+
+
+def _has_bf16(settings: TrainSettings) -> bool:
+    """Return whether mixed precision in bf16 is of use: on a GPU that has it, for weights in float32."""
+    cuda = choose_device(settings.device).type == "cuda"
+    return cuda and settings.student_dtype == "float32" and torch.cuda.is_bf16_supported()
+
+
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
     """Return the Trainer's own settings. Raises LogitcaskError if the device does not support the precision."""
     known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
@@ -66,7 +112,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or _rate(settings)[0],
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,

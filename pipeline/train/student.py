@@ -109,7 +109,7 @@ def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation_steps,
         checkpointing=settings.use_gradient_checkpointing,
-        mixed=settings.use_mixed_precision,
+        mixed=bool(settings.use_mixed_precision),
         from_cache=settings.cache is not None,
     )
 

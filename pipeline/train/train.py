@@ -40,7 +40,7 @@ from logitcask.pipeline.runs.run_folder import (
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
-from logitcask.pipeline.train.arguments import training_arguments
+from logitcask.pipeline.train.arguments import training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
@@ -67,6 +67,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     """
     if settings.loss is not None:
         load_loss(settings.loss)  # before anything that takes time
+    settings = with_defaults(settings)
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
@@ -249,8 +250,8 @@ def _stop_on_nonfinite(
         step_examples=sampler.step_examples,
         held_out=sampler.left_out,
         label_is_finite=lambda index: labels_are_finite(collator([examples[index]])),
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or 0.0,
         warmup_steps=settings.warmup_steps,
-        fp16=settings.use_mixed_precision and settings.mixed_precision_dtype == "fp16",
+        fp16=bool(settings.use_mixed_precision) and settings.mixed_precision_dtype == "fp16",
         resumed_from=settings.resume_from_checkpoint,
     )

@@ -29,7 +29,11 @@ class OptimizerSettings(Settings):
 
     batch_size: Whole = Field(8, description="examples per device and forward pass")
     gradient_accumulation_steps: Whole = Field(1, description="forward passes per optimizer step")
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(5e-4, description="peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="peak learning rate; default: 5e-4 for a new student, 1e-4 for layers of a teacher, 1e-5 for a "
+        "pretrained one, 2e-4 for an adapter",
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="steps of linear warm-up before a cosine decay")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.01, description="AdamW's weight decay")
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
@@ -41,5 +45,7 @@ class OptimizerSettings(Settings):
         {}, description="file, or JSON, with other fields of transformers' TrainingArguments, such as optim, adam_beta2"
     )
     use_gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
-    use_mixed_precision: bool = Field(False, description="autocast to --mixed-precision-dtype")
+    use_mixed_precision: bool | None = Field(
+        None, description="autocast to --mixed-precision-dtype; default: on a GPU that has bf16"
+    )
     mixed_precision_dtype: Literal["bf16", "fp16"] = Field("bf16", description="dtype of mixed precision")
