@@ -45,12 +45,7 @@ MAY_CHANGE = {
     *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
 # What a run did before it could be told otherwise, and stored nothing about.
-AS_BEFORE = {
-    "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
-    "student_dtype": "float32",
-    "load_in_4bit": False,
-}
+BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear", "student_dtype": "float32", "load_in_4bit": False}
 ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns
 STATE_FILE, WEIGHTS_FILE = "trainer_state.json", "model.safetensors"
@@ -154,7 +149,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _learning_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine what a run learns at each step."""
-    others = {name: value for name, value in {**AS_BEFORE, **record}.items() if name not in {*MAY_CHANGE, *BATCH}}
+    others = {name: value for name, value in {**BEFORE, **record}.items() if name not in {*MAY_CHANGE, *BATCH}}
     examples = 1
     for name in BATCH:
         examples *= int(record[name])
