@@ -82,9 +82,10 @@ def fused_position_losses(
 
     rows = max(16, SLICE_LOGITS // len(weight) // 16 * 16)
     parts = [slice(first, first + rows) for first in range(0, len(hidden_NH), rows)]
+    how = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": False}
     with torch.autocast(hidden_NH.device.type, enabled=False):
         losses: list[Tensor] = [
-            checkpoint(losses_of, part, hidden_NH[part], weight, bias, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(losses_of, part, hidden_NH[part], weight, bias, **how)  # type: ignore[arg-type]
             for part in parts
         ]
     return torch.cat(losses) if losses else hidden_NH.sum(1)

@@ -35,7 +35,6 @@ class DistillationMixin(Trainer):
 
     The loss is a mean over the target positions of the whole optimizer step, on all ranks. Batches follow the order of
     the cache's shards, shuffled by the seed. ``log`` and ``evaluate`` give the parts of the loss, means over positions.
-    All else is the trainer's own.
     """
 
     loss_is_scaled_for_ga = True  # by the number of the step's positions
@@ -85,16 +84,13 @@ class DistillationMixin(Trainer):
         if not hasattr(data, "batches"):
             raise LogitcaskError(f"train_dataset must be cache.dataset(), got {type(data).__name__}")
         if not hasattr(collator, "packed"):
-            raise LogitcaskError(
-                f"data_collator must be cache.collator(temperature=1.0), got {type(collator).__name__}"
-            )
+            raise LogitcaskError(f"data_collator must be cache.collator(…), got {type(collator).__name__}")
         require_vocabulary(data.vocab_size, model.get_input_embeddings().num_embeddings)
         if collator.packed:
             require_apart(model, keeps_apart(model))
         make_loss_forward(model, self.distillation, None, read_router_loss(model, None))
 
     def _batches(self) -> Any:
-        """Return the sampler of the training batches of this rank."""
         args = self.args
         return self.train_dataset.batches(
             args.per_device_train_batch_size,

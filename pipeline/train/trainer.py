@@ -110,9 +110,9 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the Trainer's line with the parts of the loss instead of the Trainer's mean of means."""
-        parts = self._parts() if "loss" in logs else {}
-        others = {key: value for key, value in logs.items() if key != "loss" or not parts}
-        Trainer.log(self, {**parts, **others}, start_time)
+        if "loss" in logs and (parts := self._parts()):
+            logs = {**parts, **{key: value for key, value in logs.items() if key != "loss"}}
+        Trainer.log(self, logs, start_time)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Return means over all target positions of the held-out examples, of the same quantities as in training."""

@@ -1,4 +1,4 @@
-"""A skewed KL: KL(teacher || s * teacher + (1 - s) * student), on the label's entries. `--loss` takes it by its name."""
+"""A skewed KL, KL(teacher || s * teacher + (1 - s) * student), for `logitcask train --loss example_loss:skewed_kl`."""
 
 import torch
 from torch import Tensor
@@ -13,4 +13,5 @@ def skewed_kl(logits: Tensor, labels: SoftLabels[Tensor]) -> Tensor:
     t = labels.temperature
     log_q = torch.log_softmax(logits / t, dim=1).gather(1, labels.ids)  # (n, S), at the label's entries
     mixed = torch.logaddexp(labels.log_probs + torch.tensor(SKEW).log(), log_q + torch.tensor(1 - SKEW).log())
-    return t * t * (labels.weights * (labels.log_probs - mixed)).sum(1)
+    loss: Tensor = t * t * (labels.weights * (labels.log_probs - mixed)).sum(1)
+    return loss

@@ -19,10 +19,9 @@ import logitcask as lc
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch
 from tests.library.example_loss import skewed_kl
-from tests.support.distilled import assert_close, dense_gradients, dense_losses, gradients, make_student
-from tests.support.runs import train, train_settings
+from tests.support.distilled import assert_close, dense_gradients, dense_losses, gradients, make_student, mixed_lengths
+from tests.support.runs import STUDENT, train, train_settings, write_config
 from tests.support.servers import free_port
-from tests.support.tiny import make_cache
 
 ALPHA = 0.3
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -31,13 +30,13 @@ BATCHES = [(1.0, "sampled"), (2.0, "sampled"), (2.0, "bucket")]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("loss"))
+    return mixed_lengths(tmp_path_factory.mktemp("loss"))
 
 
 def batch_at(cache: Path, temperature: float = 1.0, tail: str | None = None, **options: Any) -> Batch:
     opened = lc.open(cache)
     dataset = opened.dataset()
-    batch: Batch = opened.collator(temperature=temperature, tail=tail, **options)([dataset[i] for i in range(6)])
+    batch: Batch = opened.collator(temperature=temperature, tail=tail, **options)([dataset[i] for i in range(24)])
     return batch
 
 
@@ -62,19 +61,20 @@ def test_plain_loop_has_the_gradients_of_the_dense_loss(
     cache: Path, temperature: float, packed: bool, wrap: Callable[[Any], Any] | None
 ) -> None:
     model, batch = make_student(), batch_at(cache, temperature, packed=packed)
+    assert ("position_ids" in batch) == packed
     model = wrap(model) if wrap else model
     expected, wanted = dense_gradients(model, [batch], ALPHA)
     forward = model.forward
     loss = lc.kd_loss(model, batch, alpha=ALPHA)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    torch.autograd.backward(loss)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert_close(gradients(model), wanted)
     assert model.forward == forward  # nothing is left behind
     assert model(input_ids=batch["input_ids"]).logits.shape[-1] == 300
     model.zero_grad()
     positions = {"position_ids": batch["position_ids"]} if packed else {}
     logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
-    lc.kd_loss_from_logits(logits, batch, alpha=ALPHA).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(lc.kd_loss_from_logits(logits, batch, alpha=ALPHA))
     assert_close(gradients(model), wanted)
 
 
@@ -83,13 +83,13 @@ def test_losses_per_position_may_be_weighted(cache: Path, tail: str) -> None:
     model, batch = make_student(), batch_at(cache, 2.0, tail)
     weights = torch.linspace(0, 1, len(batch["gold"]))
     losses = lc.kd_loss(model, batch, alpha=ALPHA, per_position=True)
-    (losses * weights).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward((losses * weights).sum())
     fused = gradients(model)
     model.zero_grad()
     logits = model(input_ids=batch["input_ids"]).logits
     plain = lc.kd_loss_from_logits(logits, batch, alpha=ALPHA, per_position=True)
     torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-5)
-    (plain * weights).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward((plain * weights).sum())
     assert_close(fused, gradients(model))
     torch.testing.assert_close(losses.mean(), lc.kd_loss(model, batch, alpha=ALPHA), rtol=1e-5, atol=1e-6)
     if tail != "bucket":
@@ -103,7 +103,7 @@ def test_a_normalizer_makes_accumulation_exact(cache: Path) -> None:
     _, wanted = dense_gradients(model, batches, ALPHA)
     count = sum(len(batch["gold"]) for batch in batches)
     for batch in batches:
-        lc.kd_loss(model, batch, alpha=ALPHA, normalizer=count).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(lc.kd_loss(model, batch, alpha=ALPHA, normalizer=count))
     assert_close(gradients(model), wanted)
 
 
@@ -111,7 +111,7 @@ def test_a_trained_copy_of_the_head(batch: Batch) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = with_lora(make_student(), config)
     _, wanted = dense_gradients(model, [batch], ALPHA)
-    lc.kd_loss(model, batch, alpha=ALPHA).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(lc.kd_loss(model, batch, alpha=ALPHA))
     assert any("lm_head" in name for name in wanted)
     assert_close(gradients(model), wanted)
 
@@ -129,7 +129,7 @@ def test_wrapped_by_ddp(batch: Batch) -> None:
     _, wanted = dense_gradients(model, [batch], ALPHA)
     wrapped, calls = DistributedDataParallel(model), []
     wrapped.register_forward_hook(lambda *_: calls.append(1))
-    lc.kd_loss(wrapped, batch, alpha=ALPHA).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(lc.kd_loss(wrapped, batch, alpha=ALPHA))
     assert calls == [1]  # gradients are averaged only of what went through the wrapper
     assert_close(gradients(model), wanted)
 
@@ -139,25 +139,26 @@ def test_a_loss_of_ones_own(cache: Path) -> None:
     labels = batch["soft_labels"]
     logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[batch["target_index"]]
     hard = nn.functional.cross_entropy(logits, batch["gold"], reduction="none")
-    (ALPHA * hard + (1 - ALPHA) * skewed_kl(logits, labels)).mean().backward()
+    torch.autograd.backward((ALPHA * hard + (1 - ALPHA) * skewed_kl(logits, labels)).mean())
     wanted = gradients(model)
     for losses in (lc.kd_loss(model, batch, ALPHA, loss=skewed_kl),
                    lc.kd_loss(model, batch, ALPHA, loss=skewed_kl, per_position=True).mean()):  # fmt: skip
         model.zero_grad()
-        losses.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(losses)
         assert_close(gradients(model), wanted)
 
 
 def test_train_takes_it_by_name_and_resumes_with_the_same_only(cache: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"loss": "tests.library.example_loss:skewed_kl", "save_steps": 2}
+    options["student_config"] = student = write_config(tmp_path / "student.json", STUDENT)
     whole = train(cache, tmp_path / "whole", max_steps=4, **options)
     assert json.loads((whole / "final/settings.json").read_text())["loss"] == options["loss"]
     other = train(cache, tmp_path / "other", max_steps=4)
     lines = [json.loads((run / "metrics.json").read_text())["after"]["eval_soft_loss"] for run in (whole, other)]
     assert lines[0] != lines[1]
     latest = str(whole / "checkpoint-2")
-    with pytest.raises(LogitcaskError, match="loss"):
-        train(cache, tmp_path / "again", max_steps=4, resume_from_checkpoint=latest, save_steps=2)
+    with pytest.raises(LogitcaskError, match="another run: loss: checkpoint has"):
+        train(cache, tmp_path / "again", max_steps=4, resume_from_checkpoint=latest, student_config=student)
     train(cache, tmp_path / "again", max_steps=4, resume_from_checkpoint=latest, **options)
     same = [(run / "final/model.safetensors").read_bytes() for run in (whole, tmp_path / "again")]
     assert same[0] == same[1]
@@ -227,17 +228,19 @@ def test_bad_batches_and_settings(
     batch: Batch, change: Callable[[Batch], Batch], options: dict[str, Any], line: str
 ) -> None:
     model, changed = make_student(), change(batch)
-    for call in (
+    calls: list[Callable[[], Tensor]] = [
         lambda: lc.kd_loss(model, changed, **options),
         lambda: lc.kd_loss_from_logits(model(input_ids=batch["input_ids"]).logits, changed, **options),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(LogitcaskError, match=line) as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
-def prefixed(model: Any) -> nn.Module:
-    return get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+def prefixed(model: Any) -> Any:
+    config: Any = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
 
 
 @pytest.mark.parametrize(
@@ -286,4 +289,4 @@ def test_gradients_flow_to_float64_models(batch: Batch) -> None:
     loss: Tensor = lc.kd_loss(model, batch, alpha=ALPHA)
     assert loss.dtype == torch.float64
     expected, _ = dense_gradients(model, [batch], ALPHA)
-    assert float(loss) == pytest.approx(expected, rel=1e-9)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
