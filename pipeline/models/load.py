@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.machine import out_of_memory
+from logitcask.pipeline.models.adapters import adapter_differences, base_of, is_adapter, merged
 from logitcask.pipeline.settings.base import config_file
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLED = 4096  # entries of each parameter in the weights fingerprint
 # Weights that checkpoints of causal language models hold beside those of the language model: constants, which each
 # version computes itself, towers for images and sound, and heads that predict several tokens.
@@ -32,12 +34,25 @@ class ParameterCount:
 
 
 def load_causal_lm(
-    source: str, *, dtype: torch.dtype, revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> PreTrainedModel:
-    """Load a causal language model with plain float weights. Raises LogitcaskError if it cannot be loaded."""
+    """Load a causal language model; the folder of an adapter gives its base, merged with it.
+
+    Its weights are plain floats unless a config of ``quantization`` is given. Raises LogitcaskError if it cannot be
+    loaded.
+    """
+    if is_adapter(source):
+        return _load_merged(source, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, then refused
+    if quantization is not None:
+        options["quantization_config"] = quantization
     path = Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -48,12 +63,28 @@ def load_causal_lm(
     except Exception as error:  # each format and architecture refuses a damaged model in its own way
         if out_of_memory(error):
             raise
-        raise LogitcaskError(f"{source}: no causal language model could be loaded: {shown_reason(error)}") from error
+        code = ": if you trust it, give --trust-remote-code" if "trust_remote_code=True" in str(error) else ""
+        reason = f"{shown_reason(error)}{code}"
+        raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
     _require_all_weights(source, report)
     if path.suffix == ".gguf":
         _forget_gguf(model)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _load_merged(source: str, **options: Any) -> PreTrainedModel:
+    base, revision = base_of(Path(source))
+    if is_adapter(base):
+        raise LogitcaskError(f"{source}: is an adapter of {base}, which is an adapter itself: merge that one first")
+    try:
+        model = load_causal_lm(base, revision=revision, **options)
+    except LogitcaskError as error:
+        raise LogitcaskError(
+            f"{source}: is an adapter, and its base cannot be loaded: {error}: write the base's place as "
+            "base_model_name_or_path into adapter_config.json"
+        ) from error
+    return merged(model, Path(source))
 
 
 def _require_all_weights(source: str, report: dict[str, Any]) -> None:
@@ -110,6 +141,17 @@ def student_from_config(path: Path, vocab_size: int) -> PreTrainedModel:
     return model
 
 
+def stored_dtype(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
+    """Return the float dtype in which a model is stored, float32 if its config names none."""
+    try:
+        config = PreTrainedConfig.get_config_dict(source, revision=revision, trust_remote_code=trust_remote_code)[0]
+    except Exception:  # a GGUF file has no config of this kind; loading tells of all else
+        return torch.float32
+    texts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    names = [str(part.get(key)).removeprefix("torch.") for part in texts for key in ("dtype", "torch_dtype")]
+    return next((DTYPES[name] for name in names if name in DTYPES), torch.float32)
+
+
 def count_parameters(model: PreTrainedModel) -> ParameterCount:
     """Count parameters with and without the embedding matrices."""
     embeddings = {
@@ -117,6 +159,11 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
     }
     total = sum(parameter.numel() for parameter in model.parameters())
     return ParameterCount(total, total - sum(embeddings.values()))
+
+
+def trained_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters that training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def require_finite(model: torch.nn.Module, where: str) -> None:
@@ -157,20 +204,28 @@ def probe_logits(model: PreTrainedModel, *, sharded: bool = False) -> Tensor:
     return logits[0].float().cpu()
 
 
-def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None, *, exact: bool) -> None:
+def require_saved(
+    folder: Path,
+    logits_LV: Tensor,
+    model: PreTrainedModel | None,
+    *,
+    exact: bool,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> None:
     """Load a saved student as anybody would, and compare it with the one in memory, which gave ``logits_LV``.
 
-    Weights are compared, too, if the ``model`` is given. Unless ``exact``, another device or dtype computed the logits:
-    half of the positions must agree to a few percent. Raises LogitcaskError with the difference.
+    Weights are compared, too, if the ``model`` is given, up to rounding to ``dtype``. Unless ``exact``, another device
+    or dtype computed the logits: half of the positions must agree to a few percent. Raises LogitcaskError with the
+    difference.
     """
-    saved = load_causal_lm(str(folder), dtype=torch.float32)
+    saved = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
     advice = "the checkpoints of this run hold what was trained; report this, with config.json"
     if model is not None:
-        own, loaded = model.state_dict(), saved.state_dict()
-        other = [n for n in own if n not in loaded or not torch.equal(own[n].cpu().float(), loaded[n].float())]
+        other = adapter_differences(folder, model) if is_adapter(folder) else _differences(model, saved, dtype)
         if other:
             raise LogitcaskError(
-                f"{folder}: loaded by transformers, {len(other)} of {len(own)} weights are not those in memory, the "
+                f"{folder}: loaded by transformers, {len(other)} weights are not those in memory, the "
                 f"first is {other[0]}: {advice}"
             )
     errors_L = (probe_logits(saved) - logits_LV).abs().amax(1)
@@ -180,6 +235,17 @@ def require_saved(folder: Path, logits_LV: Tensor, model: PreTrainedModel | None
             f"{folder}: loaded by transformers, it is another student than the one in memory: its logits differ by up "
             f"to {float(errors_L.max()):.3g}: {advice}"
         )
+
+
+def _differences(model: PreTrainedModel, saved: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return the names of a model's weights that a saved one has neither exactly nor rounded to a dtype."""
+    own, loaded = model.state_dict(), saved.state_dict()
+
+    def is_saved(name: str) -> bool:
+        weight, stored = own[name].cpu(), loaded[name].float()
+        return torch.equal(weight.float(), stored) or torch.equal(weight.to(dtype).float(), stored)
+
+    return [name for name in own if name not in loaded or not is_saved(name)]
 
 
 def sampling(temperature: float) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Model dimensions that determine cost. No weights are loaded: parameters are counted on the meta device."""
+"""Model dimensions that determine cost, and the memory that training takes by them.
+
+No weights are loaded: parameters are counted on the meta device.
+"""
 
 import math
 import re
@@ -10,7 +13,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError, shown_reason
+from logitcask.pipeline.models.fused_loss import SLICE_LOGITS as LOSS_SLICE
 from logitcask.pipeline.models.load import count_parameters, student_from_config
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The amount of text in a data set."""
+
+    examples: int
+    tokens: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -116,3 +131,41 @@ def _experts(config: Any) -> tuple[int, float]:
     total = next((value for value in (getattr(config, name, None) for name in names) if value), None)
     active = getattr(config, "num_experts_per_tok", None)
     return (active, active / total) if total and active else (1, 1.0)
+
+
+def student_memory(
+    student: ModelShape,
+    tokens: int,
+    *,
+    checkpointing: bool,
+    mixed: bool,
+    on_cpu: bool = False,
+    trained: int | None = None,
+) -> dict[str, float]:
+    """Return the bytes stage 2 takes, by purpose, for ``tokens`` per forward pass, padding included.
+
+    After Korthikanti et al. (2022), Reducing Activation Recomputation in Large Transformer Models, section 4, for
+    Llama-style blocks: no dropout, RMSNorm, gated feed-forward, and attention that stores no score matrix. Per token,
+    a block of width h, attention width a and feed-forward width f stores: both norms' input, normalised and scaled
+    (6 h); queries, keys and values repeated to all heads, and their output (4 a); gate, its activation, up, and their
+    product (4 f). With mixed precision the norms stay in float32 and each of the five linear maps after one stores its
+    own 16-bit copy (16 h + 10 h bytes, the rest halved). On a CPU a block stores its input and the results of all
+    matrix products but the last (``models/recompute.py``): 2 h, 4 a and 2 f, the products' in 16 bits with mixed
+    precision; one block at a time is recomputed in full.
+    If only ``trained`` parameters learn, the others have neither gradients nor moments.
+    ``python -m tests.benchmarks.memory_model`` compares the formula with real training.
+    """
+    h, a, f = student.hidden, student.attention, student.inner
+    block = 26 * h + 8 * a + 8 * f if mixed else 24 * h + 16 * a + 16 * f
+    products = 6 * h + 8 * a + 4 * f if mixed else 8 * h + 16 * a + 8 * f
+    stored = student.layers * block
+    if checkpointing or on_cpu:
+        stored = student.layers * (4 * h if checkpointing else products) + block
+    learning = student.parameters if trained is None else trained
+    return {
+        "weights": (6.0 if mixed else 4.0) * student.parameters,  # float32, and autocast's 16-bit copy
+        "gradients": 4.0 * learning,
+        "optimizer": 8.0 * learning,  # AdamW's two moments
+        "activations": float(tokens * (stored + 16 * h)),
+        "loss": 4.0 * (2 * min(LOSS_SLICE, tokens * student.vocabulary) + student.vocabulary * h),
+    }

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,11 @@ def make_student(
     vocab_size: int,
     longest: int,
     tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Return the student of a run, in float32, with the tokenizer's special tokens.
+    """Return the student of a run with the tokenizer's special tokens.
 
     It is new from a ``config`` file, continued from a ``model``, or built from the ``teacher_layers`` (such as
     ``"0,9,19"``) of a ``teacher``. Raises LogitcaskError if it cannot be built, its vocabulary is smaller than
@@ -56,16 +59,52 @@ def make_student(
     if config is not None:
         student = student_from_config(config, vocab_size)
     elif model is not None:
-        student = load_causal_lm(model, dtype=torch.float32)
+        student = load_causal_lm(model, dtype=dtype, **(loading or {}))
     else:
         assert teacher is not None
         assert teacher_layers is not None
         student = keep_layers(load_causal_lm(teacher, dtype=torch.float32), teacher_layers)
+    if model is None:
+        cast(student, dtype)
+    if attention is not None:
+        _set_attention(student, attention)
     require_room(student, vocab_size, longest)
     if config is not None:
         _require_forward(student, config)
     set_special_tokens(student, tokenizer, new=config is not None)
     return student
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model's parameters; its buffers, such as rotary frequencies, keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+        reason = "" if model.config._attn_implementation == name else "its class has only one"
+    except Exception as error:  # each kernel and architecture refuses in its own way
+        reason = shown_reason(error)
+    if reason:
+        raise LogitcaskError(
+            f"--attn-implementation {name}: not for {type(model).__name__}: {reason}: use eager or sdpa, or none"
+        )
+
+
+def freeze(model: PreTrainedModel, pattern: str) -> None:
+    """Keep the parameters in whose name a regular expression is found. Raises LogitcaskError if all or none are."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = [parameter for name, parameter in named if re.search(pattern, name)]
+    if len(found) in (0, len(named)):
+        what = "every one" if found else "none"
+        raise LogitcaskError(
+            f"--freeze {pattern}: is found in {what} of the {len(named)} names of parameters, such as {named[0][0]}: "
+            f"it must leave some to train and freeze some"
+        )
+    for parameter in found:
+        parameter.requires_grad_(False)
 
 
 def _require_forward(student: PreTrainedModel, config: Path) -> None:

@@ -10,8 +10,7 @@ from rich.table import Table
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.report.info import LABEL_PARTS
 from logitcask.pipeline.console import results
-from logitcask.pipeline.models.shapes import shape_of_teacher
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
 from logitcask.pipeline.plan.plan import plan_cache, size_text
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled

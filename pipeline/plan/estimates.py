@@ -1,7 +1,7 @@
 """Estimates of stage 1: devices, the bytes of a cache, and the teacher's time and memory, by formula.
 
 Sizes are in bytes, times in seconds, except where a field says GB. A measured constant names the command that measured
-it; an assumed one says so. The student's memory is in ``pipeline/models/student_memory.py``.
+it; an assumed one says so. The student's memory is in ``pipeline/models/shapes.py``.
 """
 
 import math
@@ -10,8 +10,7 @@ from typing import Literal
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.fidelity import row_width
-from logitcask.pipeline.models.shapes import ModelShape
-from logitcask.pipeline.models.student_memory import GB, Amount
+from logitcask.pipeline.models.shapes import GB, Amount, ModelShape
 from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.teachers.labelling import SLICE_LOGITS as LABEL_SLICE
 

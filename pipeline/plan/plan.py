@@ -14,8 +14,15 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
 from logitcask.pipeline.console import results
-from logitcask.pipeline.models.shapes import ModelShape, is_size, shape_of_size, shape_of_student, shape_of_teacher
-from logitcask.pipeline.models.student_memory import Amount, student_memory
+from logitcask.pipeline.models.shapes import (
+    Amount,
+    ModelShape,
+    is_size,
+    shape_of_size,
+    shape_of_student,
+    shape_of_teacher,
+    student_memory,
+)
 from logitcask.pipeline.plan.estimates import (
     CPU,
     TOKENIZER_BYTES,

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 from rich.table import Table
 
-from logitcask.pipeline.models.shapes import shape_of_size
-from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
+from logitcask.pipeline.models.shapes import GB, Amount, shape_of_size, student_memory
 from logitcask.pipeline.plan.estimates import CPU, GPUS, Device, smallest_gpu, teacher_memory, teacher_seconds
 
 STUDENTS, TEACHERS = ("100M", "350M", "1B", "7B"), ("7B", "13B", "34B")

@@ -250,7 +250,7 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Return one option. All but switches are passed on as text, so that only the settings model judges values."""
     flag = flag_of(name)
-    switch = field.annotation is bool
+    switch = field.annotation in (bool, bool | None)
     help_text = field.description or ""
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
     if choices:

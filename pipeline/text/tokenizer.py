@@ -58,13 +58,18 @@ def load_tokenizer(
 def require_no_run(source: str) -> None:
     """Raise LogitcaskError if a folder is that of a run, where its student in ``final`` or a checkpoint is meant."""
     run = Path(source)
-    if not run.is_dir() or (run / "config.json").exists():
+    if not run.is_dir() or _holds_model(run):
         return
     numbered = [(int(name[11:]), name) for name in os.listdir(run) if re.fullmatch("checkpoint-[0-9]+", name)]
     names = ["final", *(name for _, name in sorted(numbered, reverse=True))]
-    model = next((run / name for name in names if (run / name / "config.json").is_file()), None)
+    model = next((run / name for name in names if _holds_model(run / name)), None)
     if model is not None:
         raise LogitcaskError(f"{source}: is the folder of a run, not a model: give {model}")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Return whether a folder holds a model or an adapter."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def has_tokenizer(source: str) -> bool:

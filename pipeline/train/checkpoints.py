@@ -21,6 +21,8 @@ from transformers.utils import logging
 from logitcask.cache.errors import LogitcaskError, differences, first_line
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import out_of_memory
+from logitcask.pipeline.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from logitcask.pipeline.models.adapters import has_adapter, load_adapter_weights
 from logitcask.pipeline.runs.run_folder import (
     ENDS_FILE,
     FINAL,
@@ -32,6 +34,7 @@ from logitcask.pipeline.runs.run_folder import (
     write_json,
 )
 
+BASE_WEIGHTS = "base_weights"  # fingerprint of the weights that an adapter was trained on
 # Settings that may change when a run is resumed: they affect what a step learns by rounding at most.
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
@@ -40,7 +43,11 @@ MAY_CHANGE = {
     *("chat_turns", "columns", "on_bad_record", "max_bad"),  # the data itself is compared by its tokens
     *("data_config", "data_split", "where"),  # as is what a cache's examples are chosen by
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
+    *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
+# What a run did before it could be told otherwise, and stored nothing about.
+BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear", "student_dtype": "float32", "load_in_4bit": False}
+ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns
 STATE_FILE, WEIGHTS_FILE = "trainer_state.json", "model.safetensors"
 HOLDS = {"optimizer.pt": "param_groups", "scheduler.pt": "last_epoch", "scaler.pt": "scale"}  # a key of each file
@@ -143,11 +150,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _learning_settings(record: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that determine what a run learns at each step."""
-    others = {name: value for name, value in record.items() if name not in {*MAY_CHANGE, *BATCH}}
+    others = {name: value for name, value in {**BEFORE, **record}.items() if name not in {*MAY_CHANGE, *BATCH}}
     examples = 1
     for name in BATCH:
         examples *= int(record[name])
-    return {**others, " * ".join(BATCH): examples}
+    arguments = {k: v for k, v in (record.get("training_args") or {}).items() if not k.startswith(ARGUMENTS_MAY_CHANGE)}
+    return {**others, "training_args": arguments, " * ".join(BATCH): examples}
 
 
 def _rng_file(rank: int, ranks: int) -> str:
@@ -173,7 +181,7 @@ def _require_intact(folder: Path, saved: dict[str, Any], record: dict[str, Any],
     if fsdp:
         _require_shards(folder)
     else:
-        _require_weights(folder)
+        _require_weights(folder, adapter=saved.get("lora_rank") is not None)
     torch_files = ["scheduler.pt"] if fsdp else ["optimizer.pt", "scheduler.pt"]
     if all(part["use_mixed_precision"] and part["mixed_precision_dtype"] == "fp16" for part in (saved, record)):
         torch_files.append("scaler.pt")
@@ -210,10 +218,10 @@ def _require_shards(folder: Path) -> None:
             raise _damaged(folder / name, "missing or incomplete")
 
 
-def _require_weights(folder: Path) -> None:
-    """Raise LogitcaskError if the weights of a checkpoint are missing or cut short."""
+def _require_weights(folder: Path, *, adapter: bool) -> None:
+    """Raise LogitcaskError if the weights of a checkpoint, which may be those of an adapter, are missing or cut."""
     index = folder / "model.safetensors.index.json"
-    files = {folder / WEIGHTS_FILE}
+    files = {folder / (ADAPTER_WEIGHTS if adapter else WEIGHTS_FILE)}
     try:
         if index.exists():
             files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -251,6 +259,12 @@ def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
     The Trainer's own loading leaves weights as the model was made if they are stored under other names, such as those
     of experts. Raises LogitcaskError if one is missing, of another shape, or not the model's.
     """
+    if has_adapter(model):
+        try:
+            load_adapter_weights(checkpoint, model)
+        except LogitcaskError as error:
+            raise _damaged(checkpoint / ADAPTER_WEIGHTS, str(error)) from error
+        return
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.machine import out_of_memory
-from logitcask.pipeline.models.shapes import ModelShape
-from logitcask.pipeline.models.student_memory import GB, Amount, student_memory
+from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, usually by a system out of memory
@@ -46,6 +45,7 @@ class StepSize:
     checkpointing: bool
     mixed: bool
     from_cache: bool
+    trained: int | None = None  # parameters that learn, if not all do
 
     def memory(self) -> float:
         """Return the estimated peak memory of a step, in bytes."""
@@ -55,6 +55,7 @@ class StepSize:
             checkpointing=self.checkpointing,
             mixed=self.mixed,
             on_cpu=self.on_cpu,
+            trained=self.trained,
         )
         return sum(parts.values())
 
@@ -62,7 +63,7 @@ class StepSize:
         """Return the changes that lower the memory of a step, each with its estimated saving in GB, largest first."""
         now = self.memory()
         stage = " in stage 1" if self.from_cache else ""
-        fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed)
+        fixed = student_memory(self.student, 0, checkpointing=False, mixed=self.mixed, trained=self.trained)
         smaller = f"a student with half of this one's {self.student.parameters:,} parameters"
         options = [(sum(fixed.values()) / 2, smaller)]
         if self.batch_size > 1:

@@ -1,9 +1,10 @@
 """The source of a run's examples in stage 2: a cache, or a data file with or without a teacher in memory."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
@@ -84,13 +85,13 @@ def cache_source(
     temperature: float,
     tail: str | None,
     min_fidelity: float | None,
-    same_tokenizer: Iterable[str],
+    same_tokenizer: Mapping[str, Mapping[str, Any]],
     where: Mapping[str, Sequence[str]] | None = None,
 ) -> Source:
     """Open a cache as the source of a run. Raises LogitcaskError if the cache does not fit the run.
 
     ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer, if they bring one, must
-    equal the cache's; ``where``: the values that the examples must have, by column.
+    equal the cache's, and how they are loaded; ``where``: the values that the examples must have, by column.
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
@@ -112,9 +113,9 @@ def cache_source(
             f"{cache}: its tokenizer files load as another tokenizer than it was made with: fingerprints {wanted[:12]} "
             f"and {fingerprint(tokenizer)[:12]}: use the version of transformers it was made with, or make it anew"
         )
-    for model in same_tokenizer:
+    for model, loading in same_tokenizer.items():
         if has_tokenizer(model):
-            require_tokenizer(model, wanted, cache)
+            require_tokenizer(model, wanted, cache, **loading)
         else:
             say(f"{model}: holds no tokenizer: the cache's is used")
     chosen = matching(reader, where) if where else None
@@ -187,16 +188,17 @@ def file_source(
     chat_turns: str,
     columns: Mapping[str, str],
     bad: BadRecords,
+    loading: Mapping[str, Any] | None = None,
 ) -> Source:
     """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
-    The tokenizer is the student's if the student is a model, else the teacher's; online the two must be equal. Tokens
-    are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
+    The tokenizer is the student's if the student is a model, loaded as ``loading`` tells, else the teacher's; online
+    the two must be equal. Tokens are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
     """
     owner = next((model for model in (student_model, teacher_model) if model and has_tokenizer(model)), None)
     if owner is None:
         raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model (only its tokenizer is loaded)")
-    tokenizer = load_tokenizer(owner)
+    tokenizer = load_tokenizer(owner, **((loading or {}) if owner == student_model else {}))
     teacher = None
     if online:
         assert teacher_model is not None
@@ -223,9 +225,9 @@ def file_source(
     )
 
 
-def require_tokenizer(source: str, wanted: str, cache: str) -> None:
+def require_tokenizer(source: str, wanted: str, cache: str, **loading: Any) -> None:
     """Raise CacheMismatchError if a model's own tokenizer is not the one that the cache was made with."""
-    own = fingerprint(load_tokenizer(source))
+    own = fingerprint(load_tokenizer(source, **loading))
     if own != wanted:
         raise CacheMismatchError(
             f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "

@@ -28,27 +28,20 @@ from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
 from logitcask.pipeline.batches.order import BatchSampler, held_out
-from logitcask.pipeline.console import notices, results, say
+from logitcask.pipeline.console import notices, say
 from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
-from logitcask.pipeline.models.load import count_parameters, require_finite, require_plain_weights, require_saved
-from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
-from logitcask.pipeline.models.recompute import keep_products_only, require_checkpointing
-from logitcask.pipeline.models.shapes import shape_of_model
-from logitcask.pipeline.models.student import make_student
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.load import require_plain_weights
+from logitcask.pipeline.models.losses import LossSettings, read_router_loss
+from logitcask.pipeline.models.recompute import keep_products_only
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import (
-    ENDS_FILE,
-    FINAL,
-    SETTINGS_FILE,
-    divergence_name,
-    ends_table,
     read_before,
-    write_json,
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.train.arguments import training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
@@ -58,14 +51,14 @@ from logitcask.pipeline.train.checkpoints import (
     Checkpoint,
     CompleteCheckpoint,
     choose_checkpoint,
-    explain_save_errors,
     finished_student,
     make_output,
 )
 from logitcask.pipeline.train.loss import load_loss
-from logitcask.pipeline.train.memory_advice import RunSize, StepSize, explain_memory, summary
+from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, summary
 from logitcask.pipeline.train.source import Source, cache_source, file_source
-from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp, training_arguments
+from logitcask.pipeline.train.student import save_final, step_size, student_of_run
+from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -75,6 +68,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     """
     if settings.loss is not None:
         load_loss(settings.loss)  # before anything that takes time
+    settings = with_defaults(settings)
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
@@ -105,6 +99,7 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
             Reading(settings.train_data, **settings.taken),
             folder,
             student_model=settings.student_model,
+            loading=settings.loading,
             teacher_model=settings.teacher_model,
             online=soft,
             max_seq_length=settings.max_seq_length,
@@ -121,7 +116,10 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
         tail=settings.tail,
         min_fidelity=settings.min_fidelity,
         where=settings.where,
-        same_tokenizer=[str(model) for model in {settings.student_model, settings.teacher_model} - {None}],
+        same_tokenizer={
+            str(model): settings.loading if model == settings.student_model else {}
+            for model in {settings.student_model, settings.teacher_model} - {None}
+        },
     )
 
 
@@ -143,12 +141,12 @@ def _train(
         if after is not None:
             return after
     reports = _trackers(settings, arguments, record, checkpoint)
-    model = _make_student(settings, source, arguments.world_size)
+    model = student_of_run(settings, source, arguments.world_size, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
-    step = _step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
     if step.on_cpu:
         free_large_blocks()
-        if not step.checkpointing:
+        if not step.checkpointing and not settings.torch_compile:
             keep_products_only(model)
     if arguments.process_index == 0:
         for line in summary(run, step, str(arguments.device), _precision(settings)):
@@ -170,7 +168,7 @@ def _train(
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         interrupt.raise_if_stopped(settings.resume_from_checkpoint)
         after = trainer.evaluate() if len(held) else {}
-    _save_final(settings, trainer, record, before, after)
+    save_final(settings, trainer, source, record, before, after)
     return after
 
 
@@ -236,40 +234,6 @@ def _trackers(
     )
 
 
-def _make_student(settings: TrainSettings, source: Source, ranks: int) -> PreTrainedModel:
-    model = make_student(
-        config=settings.student_config,
-        model=settings.student_model,
-        teacher=settings.teacher_model,
-        teacher_layers=settings.init_from_teacher_layers,
-        seed=settings.seed,
-        vocab_size=source.vocab_size,
-        longest=source.longest,
-        tokenizer=source.tokenizer,
-    )
-    size = count_parameters(model)
-    where = f", on {ranks} ranks" if ranks > 1 else ""
-    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
-    require_finite(model, "the student")
-    require_known_loss(model)
-    if settings.use_gradient_checkpointing:
-        require_checkpointing(model)
-    return model
-
-
-def _step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool) -> StepSize:
-    return StepSize(
-        student=shape_of_model(model, "student"),
-        longest=longest,
-        on_cpu=on_cpu,
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        checkpointing=settings.use_gradient_checkpointing,
-        mixed=settings.use_mixed_precision,
-        from_cache=settings.cache is not None,
-    )
-
-
 def _run_size(settings: TrainSettings, data: Amount, held: int, ranks: int) -> RunSize:
     batches = -(-(data.examples - held) // (settings.batch_size * ranks))
     accumulation = settings.gradient_accumulation_steps
@@ -288,30 +252,8 @@ def _stop_on_nonfinite(
         step_examples=sampler.step_examples,
         held_out=sampler.left_out,
         label_is_finite=lambda index: labels_are_finite(collator([examples[index]])),
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or 0.0,
         warmup_steps=settings.warmup_steps,
-        fp16=settings.use_mixed_precision and settings.mixed_precision_dtype == "fp16",
+        fp16=bool(settings.use_mixed_precision) and settings.mixed_precision_dtype == "fp16",
         resumed_from=settings.resume_from_checkpoint,
     )
-
-
-def _save_final(
-    settings: TrainSettings,
-    trainer: DistillationTrainer,
-    record: dict[str, Any],
-    before: dict[str, float] | None,
-    after: dict[str, float],
-) -> None:
-    final = settings.output_dir / FINAL
-    logits = trainer.student_logits()
-    with explain_save_errors(settings.output_dir):
-        trainer.save_model(str(final))
-    if trainer.is_world_process_zero():
-        sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
-        require_saved(final, logits, None if sharded else trainer.model, exact=on_cpu and not sharded)
-        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
-        write_json(final / SETTINGS_FILE, record)
-        write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
-        if after:
-            results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
-        say(f"student -> {final}")

@@ -22,8 +22,9 @@ from logitcask.pipeline.batches.collate import Collator
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.losses import LossSettings
+from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.trainer import DistillationTrainer, training_arguments
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.distilled import make_student
 from tests.support.runs import train_settings
 from tests.support.tiny import RECORDS, make_cache, make_tokenizer, write_jsonl

@@ -27,8 +27,9 @@ from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
+from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.trainer import DistillationTrainer, training_arguments
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import train_settings
 
 ROUNDS, BATCH = 5, 4

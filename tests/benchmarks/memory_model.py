@@ -20,8 +20,7 @@ from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
-from logitcask.pipeline.models.shapes import shape_of_student
-from logitcask.pipeline.models.student_memory import student_memory
+from logitcask.pipeline.models.shapes import shape_of_student, student_memory
 from logitcask.pipeline.plan.estimates import MEASURED_VOCABULARY
 from logitcask.pipeline.train.loss import make_loss_forward
 

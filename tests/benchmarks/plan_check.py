@@ -15,7 +15,7 @@ from rich.table import Table
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.plan.estimates import Preset
 from logitcask.pipeline.plan.plan import count_data, plan_cache
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings

@@ -128,7 +128,7 @@ def test_a_saved_student_that_differs_is_reported(tmp_path: Path) -> None:
             require_saved(other, logits, model, exact=exact)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
-    with pytest.raises(LogitcaskError, match=r"1 of 21 weights are not those in memory.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(LogitcaskError, match=r"1 weights are not those in memory.*layers\.1\.mlp\.up_proj"):
         require_saved(folder, logits, model, exact=True)
     with pytest.raises(LogitcaskError, match="logits differ"):
         require_saved(folder, logits + 1.0, None, exact=True)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import main
-from logitcask.pipeline.models.student_memory import Amount
+from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.plan.dry_run import DryRun, dry_run
 from logitcask.pipeline.plan.plan import plan_cache
 from logitcask.pipeline.precompute.precompute import precompute

@@ -12,8 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Mixtra
 
 from logitcask.cache.report.info import describe
 from logitcask.pipeline.cli import main
-from logitcask.pipeline.models.shapes import ModelShape, shape_of_size, shape_of_student, shape_of_teacher
-from logitcask.pipeline.models.student_memory import Amount, student_memory
+from logitcask.pipeline.models.shapes import (
+    Amount,
+    ModelShape,
+    shape_of_size,
+    shape_of_student,
+    shape_of_teacher,
+    student_memory,
+)
 from logitcask.pipeline.plan.estimates import (
     CPU,
     GPUS,

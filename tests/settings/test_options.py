@@ -38,7 +38,8 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
-             "init_from_teacher_layers", "columns", "loss", "data_config", "data_split", "where"}  # fmt: skip
+             "init_from_teacher_layers", "columns", "data_config", "data_split", "where", "student_revision", "freeze",
+             "attn_implementation", "lora_target_modules", "training_args", "loss"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -22,14 +22,17 @@ from tests.support.tiny import make_cache
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "configs" / "runs"
 FILES = sorted(RUNS.glob("*"))
+GUIDE = [file for file in FILES if file.stem.startswith("guide-")]
 TYPES, SIZES = ("output", "logit", "hybrid"), ("100m", "350m", "1b")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if file not in GUIDE], ids=lambda file: file.stem)
 def test_every_file_is_valid_and_states_its_students_memory(file: Path, tmp_path: Path) -> None:
     settings = resolve(TrainSettings, file, {"cache": "c", "output_dir": str(tmp_path)})
     assert settings.student_config is not None
-    shared = settings.model_dump(include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"})
+    shared = settings.model_dump(
+        include={"batch_size", "use_mixed_precision", "use_gradient_checkpointing"}, exclude_none=True
+    )
     device = "2-core-CPU" if settings.device == "cpu" else "L4"
     fixed = {"tokens": 1_000_000, "teacher_model": "135M", "device": device}
     plan = make_plan(PlanSettings.model_validate({**shared, **fixed, "student_config": str(settings.student_config)}))
@@ -49,6 +52,19 @@ def test_the_approaches_differ_only_in_their_type(size: str) -> None:
 
 def test_the_laptop_configs_exist() -> None:
     assert {"laptop-cpu", "laptop-mps", "laptop-8gb-gpu"} <= {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", GUIDE, ids=lambda file: file.stem)
+def test_the_guides_own_settings_train(file: Path, tmp_path: Path) -> None:
+    flags = {"cache": str(make_cache(tmp_path)), "output_dir": str(tmp_path / "run"), "max_steps": 1, "device": "cpu",
+             "student_config": str(write_config(tmp_path / "student.json", STUDENT)), "logging_steps": 1}  # fmt: skip
+    settings = resolve(TrainSettings, file, flags)
+    kind = file.stem.removeprefix("guide-")
+    assert (settings.distillation_type, settings.temperature, settings.learning_rate) == (kind, 2.0, 1e-4)
+    assert (settings.use_gradient_checkpointing, settings.use_mixed_precision) == (True, True)
+    assert (settings.hard_weight, settings.save_steps) == ({"output": 1.0, "logit": 0.0, "hybrid": 0.5}[kind], 1000)
+    run_training(settings)
+    assert len(losses(tmp_path / "run")) == 1
 
 
 def test_laptop_cpu_trains_a_step(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.trainer import DistillationTrainer, training_arguments
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import STUDENT, train_settings, write_config
 from tests.support.tiny import make_tokenizer
 

@@ -51,7 +51,9 @@ def command(
     name, *rest = launcher or ("",)
     port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
     launch = ["-m", name, *rest, f"{port}={free_port()}"] if launcher else []
-    flags = [f"--{option}" + ("" if value is True else f"={value}") for option, value in values.items()]
+    flags = [
+        f"--{option}" + ("" if value is True else f"={value}") for option, value in values.items() if value is not None
+    ]
     return [sys.executable, *launch, "-m", module, "train", f"--output-dir={folder / output}", *flags]
 
 
@@ -125,6 +127,24 @@ def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) 
     assert_same(
         run(folder, sharded_run.name, FSDP, epochs=2, resume_from_checkpoint="latest", **options, **changes), want
     )
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP])
+def test_an_adapter_on_two_ranks(folder: Path, launcher: tuple[str, ...]) -> None:
+    """Replicated and sharded, and the latter resumed: final/ holds the adapter of one rank."""
+    lora = {"student_config": None, "student_model": folder / "teacher", "lora_rank": 4, "learning_rate": 1e-2}
+    want = folder / "lora"
+    if not want.exists():
+        run(folder, "lora", (), batch_size=8, epochs=2, **lora)
+    module = "tests.support.fsdp_on_cpu" if launcher is FSDP else "logitcask"
+    two = run(folder, f"lora {module}", launcher, module=module, batch_size=4, epochs=2, **lora)
+    expected, found = (load_file(place / "final/adapter_model.safetensors") for place in (want, two))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    if launcher is FSDP:
+        for name in ("checkpoint-6", "final"):
+            shutil.rmtree(two / name)
+        run(folder, two.name, FSDP, module=module, batch_size=4, epochs=2, resume_from_checkpoint="latest", **lora)
+        torch.testing.assert_close(load_file(two / "final/adapter_model.safetensors"), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_half_precision_under_fsdp_rounds_no_label(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""The options of ``logitcask train``, by what they are about."""

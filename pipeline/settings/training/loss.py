@@ -1,0 +1,64 @@
+"""Options about the loss of ``logitcask train``."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitcask.pipeline.settings.base import Settings, Temperature
+
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class LossOptions(Settings):
+    """What is minimised."""
+
+    distillation_type: Literal["output", "logit", "hybrid"] = Field(
+        "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
+    )
+    alpha: Fraction | None = Field(None, description="weight of the hard loss; default with hybrid: 0.1")
+    temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
+    min_fidelity: Fraction | None = Field(
+        None, description="refuse a cache whose gradient at --temperature has a smaller cosine to the exact one"
+    )
+    tail: Literal["sampled", "bucket", "renormalize"] | None = Field(
+        None, description="how to treat mass outside the head; default: sampled if the cache holds draws, else bucket"
+    )
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
+        "forward-kl", description="reverse-kl and jsd need --tail bucket"
+    )
+    loss: str | None = Field(
+        None, description="module:function, a soft loss of your own in place of T^2 times the divergence"
+    )
+    router_aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="weight of a mixture of experts' router loss; default: as its config says; 0: off"
+    )
+
+    @model_validator(mode="after")
+    def _loss_is_defined(self) -> Self:
+        fixed = {"output": 1.0, "logit": 0.0}.get(self.distillation_type)
+        if fixed is not None and self.alpha not in (None, fixed):
+            raise ValueError(
+                f"--alpha must be {fixed} for --distillation-type {self.distillation_type}, got {self.alpha}: "
+                "use hybrid or leave --alpha out"
+            )
+        if self.min_fidelity is not None and (
+            self.distillation_type == "output" or self.tail is not None or self.divergence != "forward-kl"
+        ):
+            raise ValueError(
+                "--min-fidelity applies to the forward KL with the default tail: "
+                "leave out --distillation-type output, --tail and --divergence"
+            )
+        if self.divergence != "forward-kl" and self.tail != "bucket":
+            raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
+        if self.loss is not None and (self.hard_weight == 1.0 or self.divergence != "forward-kl" or self.min_fidelity):
+            raise ValueError(
+                "--loss takes the place of the divergence: leave out --divergence, --min-fidelity and "
+                "--distillation-type output"
+            )
+        return self
+
+    @property
+    def hard_weight(self) -> float:
+        """Weight of the hard loss, alpha."""
+        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}[self.distillation_type]
+        return fixed if self.alpha is None else self.alpha

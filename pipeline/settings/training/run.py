@@ -1,0 +1,31 @@
+"""Options about the run of ``logitcask train``: its folder, evaluations, checkpoints, machine and trackers."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole
+
+
+class RunSettings(Settings):
+    """Where and how a run is made, saved and reported."""
+
+    output_dir: FilePath = Field(description="folder of the run: checkpoints and final/")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of examples held out")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between evaluations; default: only before and after training"
+    )
+    save_steps: Whole = Field(1000, description="steps between checkpoints")
+    save_total_limit: Whole = Field(3, description="most recent checkpoints to keep")
+    logging_steps: Whole = Field(10, description="steps between log lines")
+    resume_from_checkpoint: Place | None = Field(None, description="a checkpoint folder, or latest")
+    num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="processes that prefetch batches from the cache"
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator if there is one")
+    use_wandb: bool = Field(False, description="report to Weights & Biases")
+    wandb_project: str = Field("logitcask", description="project in W&B and trackio")
+    wandb_run_name: str | None = Field(None, description="run name in W&B and trackio")
+    use_tensorboard: bool = Field(False, description="write TensorBoard events to the run's folder")
+    use_trackio: bool = Field(False, description="report to trackio, on this machine")
+    seed: Seed = Field(0, description="seed of initial weights, held-out examples and order")

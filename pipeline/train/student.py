@@ -1,0 +1,177 @@
+"""The student of a run of stage 2: made before its first step, saved and checked after its last."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.console import results, say
+from logitcask.pipeline.models import adapters
+from logitcask.pipeline.models.adapters import add_lora, four_bits
+from logitcask.pipeline.models.load import (
+    DTYPES,
+    count_parameters,
+    load_causal_lm,
+    require_finite,
+    require_saved,
+    stored_dtype,
+    trained_parameters,
+    weights_fingerprint,
+)
+from logitcask.pipeline.models.losses import require_known_loss
+from logitcask.pipeline.models.recompute import require_checkpointing
+from logitcask.pipeline.models.shapes import shape_of_model
+from logitcask.pipeline.models.student import cast, freeze, make_student
+from logitcask.pipeline.runs.run_folder import (
+    ENDS_FILE,
+    FINAL,
+    SETTINGS_FILE,
+    divergence_name,
+    ends_table,
+    write_json,
+)
+from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.text.tokenizer import make_loadable
+from logitcask.pipeline.train.checkpoints import BASE_WEIGHTS, Checkpoint, explain_save_errors
+from logitcask.pipeline.train.memory_advice import StepSize
+from logitcask.pipeline.train.source import Source
+from logitcask.pipeline.train.trainer import DistillationTrainer
+
+
+def student_of_run(
+    settings: TrainSettings, source: Source, ranks: int, record: dict[str, Any], checkpoint: Checkpoint | None
+) -> PreTrainedModel:
+    """Return the student as its run begins, in training parts of it or an adapter if asked; say what it is.
+
+    The record keeps the fingerprint of the weights that an adapter belongs to. Raises LogitcaskError if the student
+    cannot be made or trained, or the adapter to resume was trained on other weights.
+    """
+    model = make_student(
+        config=settings.student_config,
+        model=settings.student_model,
+        teacher=settings.teacher_model,
+        teacher_layers=settings.init_from_teacher_layers,
+        seed=settings.seed,
+        vocab_size=source.vocab_size,
+        longest=source.longest,
+        tokenizer=source.tokenizer,
+        dtype=DTYPES[settings.student_dtype],
+        attention=settings.attn_implementation,
+        loading={**settings.loading, "quantization": four_bits() if settings.load_in_4bit else None},
+    )
+    size = count_parameters(model)
+    where = f", on {ranks} ranks" if ranks > 1 else ""
+    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
+    require_finite(model, "the student")
+    require_known_loss(model)
+    if settings.use_gradient_checkpointing:
+        require_checkpointing(model)
+    if settings.lora_rank is not None:
+        assert settings.student_model is not None
+        _note_base(record, checkpoint, weights_fingerprint(model))
+        set_seed(settings.seed)
+        add_lora(
+            model,
+            settings.student_model,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_target_modules,
+            revision=settings.student_revision,
+        )
+    if settings.freeze is not None:
+        freeze(model, settings.freeze)
+    trained = trained_parameters(model)
+    if trained < size.total:
+        say(f"trained: {trained:,} parameters{' of an adapter' if settings.lora_rank else ''}")
+    return model
+
+
+def _note_base(record: dict[str, Any], checkpoint: Checkpoint | None, fingerprint: str) -> None:
+    """Note the base of an adapter in the record. Raises LogitcaskError if a checkpoint's had other weights."""
+    record[BASE_WEIGHTS] = fingerprint
+    if checkpoint is not None and checkpoint.record.get(BASE_WEIGHTS) != fingerprint:
+        raise LogitcaskError(
+            f"{checkpoint.folder}: its adapter was trained on other weights than --student-model "
+            f"{record['student_model']} has now: give the model that the run began with"
+        )
+
+
+def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool) -> StepSize:
+    """Return what determines the memory of a step of this student."""
+    return StepSize(
+        student=shape_of_model(model, "student"),
+        trained=trained_parameters(model),
+        longest=longest,
+        on_cpu=on_cpu,
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        checkpointing=settings.use_gradient_checkpointing,
+        mixed=bool(settings.use_mixed_precision),
+        from_cache=settings.cache is not None,
+    )
+
+
+def save_final(
+    settings: TrainSettings,
+    trainer: DistillationTrainer,
+    source: Source,
+    record: dict[str, Any],
+    before: dict[str, float] | None,
+    after: dict[str, float],
+) -> None:
+    """Save the student to ``final/`` and check that it loads as what was trained; write and show the evaluations.
+
+    Raises LogitcaskError if it cannot be saved, or loads as another one.
+    """
+    final = settings.output_dir / FINAL
+    logits = trainer.student_logits()
+    with explain_save_errors(settings.output_dir):
+        trainer.save_model(str(final))
+    if trainer.is_world_process_zero():
+        sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
+        dtype = _final_dtype(settings)
+        if settings.merge_lora or (settings.lora_rank is None and dtype != trainer.model.dtype):
+            _save_again(final, trainer.model, source, dtype, settings.trust_remote_code)
+        compared = None if sharded or settings.merge_lora else trainer.model
+        whole = dtype == trainer.model.dtype == torch.float32 and not settings.load_in_4bit
+        require_saved(
+            final,
+            logits,
+            compared,
+            exact=on_cpu and not sharded and whole,
+            dtype=dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        record["save_dtype"] = str(dtype).removeprefix("torch.")
+        (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
+        write_json(final / SETTINGS_FILE, record)
+        write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
+        if after:
+            results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
+        say(f"student -> {final}")
+
+
+def _final_dtype(settings: TrainSettings) -> torch.dtype:
+    """Return the dtype of the weights in ``final/``: as asked, or the one in which the student is stored elsewhere."""
+    if settings.save_dtype is not None:
+        return DTYPES[settings.save_dtype]
+    if settings.student_model is not None:
+        return stored_dtype(settings.student_model, **settings.loading)
+    if settings.init_from_teacher_layers is not None:
+        return stored_dtype(str(settings.teacher_model))
+    return DTYPES[settings.student_dtype]
+
+
+def _save_again(folder: Path, trained: PreTrainedModel, source: Source, dtype: torch.dtype, own_code: bool) -> None:
+    """Replace what was saved to a folder by a whole model in ``dtype``; an adapter is merged in float32."""
+    model = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=own_code)
+    config, generation = trained.config, trained.generation_config
+    for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
+        (folder / name).unlink(missing_ok=True)
+    model.config, model.generation_config = config, generation
+    cast(model, dtype)
+    model.save_pretrained(folder)
+    make_loadable(source.tokenizer, folder)

@@ -1,0 +1,49 @@
+"""Defaults by student and device: printed, stored as resolved, and kept by a resumed run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.pipeline.train.arguments import with_defaults
+from tests.support.runs import losses, train, train_settings
+from tests.support.tiny import make_teacher
+
+
+@pytest.mark.parametrize(
+    ("student", "rate", "words"),
+    [
+        ({"student_config": "tiny"}, 5e-4, "a new student"),
+        ({"init_from_teacher_layers": "0", "teacher_model": "m"}, 1e-4, "layers of a teacher"),
+        ({"student_model": "m"}, 1e-5, "a pretrained student"),
+        ({"student_model": "m", "lora_rank": 8}, 2e-4, "an adapter"),
+    ],
+)
+def test_the_rate_follows_the_student(
+    tmp_path: Path, student: dict[str, Any], rate: float, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = with_defaults(train_settings("c", tmp_path / "run", **student))
+    assert settings.learning_rate == rate
+    assert settings.use_mixed_precision is False  # on a CPU
+    assert f"learning rate: {rate:g}, the default for {words}" in capfd.readouterr().err
+    given = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
+    assert given.learning_rate == 1e-3
+    assert "learning rate" not in capfd.readouterr().err
+
+
+def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run of an earlier version, whose default for a pretrained student was 5e-4."""
+    options: dict[str, Any] = {
+        "student_model": str(make_teacher(tmp_path / "student")),
+        "max_steps": 4,
+        "save_steps": 2,
+    }
+    whole = train(cache, tmp_path / "whole", **options, learning_rate=5e-4)
+    again = tmp_path / "again"
+    shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
+    train(cache, again, **options, resume_from_checkpoint="latest")
+    assert losses(again) == losses(whole)
+    assert "learning rate: 0.0005, as the run began" in capfd.readouterr().err
+    assert json.loads((again / "final/settings.json").read_text())["learning_rate"] == 5e-4
