@@ -163,7 +163,7 @@ def decompress(packed_NB: Tensor, settings: Compression) -> Tensor:
 
     def take(count: int, dtype: str) -> Tensor:
         nonlocal place
-        piece = packed_NB[:, place : place + count * WIDTH[dtype]].contiguous()
+        piece = packed_NB[:, place : place + count * WIDTH[dtype]].clone()  # aligned
         place += count * WIDTH[dtype]
         return piece.view(DTYPES[dtype]).reshape(len(packed_NB), count)
 

@@ -54,6 +54,7 @@ class Evidence:
     beyond: int = 0  # rows that sum to more than certainty allows
     certain: int = 0
     probabilities: int = 0  # rows of numbers in [0, 1] that sum to at most 1
+    bare: int = 0  # rows whose rest the source says is unknown
     whole: int = 0  # rows that hold the whole vocabulary, or whose rest is given
     mass: float = 0.0
     own: float = 0.0  # what the rows give, on average, to a token that they are the distribution of
@@ -75,6 +76,7 @@ class Evidence:
         self.beyond += int((sums > SLACK).sum())
         self.certain += int((np.abs(sums) < CERTAIN).sum())
         self.probabilities += int(((positive >= 0).all(1) & (positive.sum(1) <= 1.0 + CERTAIN)).sum())
+        self.bare += len(at) * text.bare
         self.whole += len(at) if text.log_rest is not None or ids.shape[1] >= vocab_size else 0
         self.mass += float(np.exp(np.minimum(sums, 0.0)).sum())
         self.own += float((share**2).sum())
@@ -99,7 +101,7 @@ class Evidence:
         kind = "logprobs"
         if self.beyond > LOGITS * self.rows:
             kind = "logits"
-        elif self.certain == self.rows and self.whole < self.rows:
+        elif self.bare or (self.certain == self.rows and self.whole < self.rows):
             kind = "renormalized"
         offset = max(offsets, key=self._score)
         fit = Fit(offset, kind)

@@ -43,14 +43,16 @@ class ReadReplies:
                 ids = next((each["prompt_token_ids"] for each in holders if each.get("prompt_token_ids")), None)
                 yield _prompt_logprobs(ids, scored["prompt_logprobs"])
                 return
-            prompt = self._prompt({**record, **{k: v for k, v in reply.items() if k == "prompt_token_ids"}})
             contents = [(choice.get("logprobs") or {}).get("content") for choice in choices]
+        except RecordError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise RecordError(
                 f"is no reply with log-probabilities: {type(error).__name__}: {first_line(error)}"
             ) from error
         if not any(contents):
             raise RecordError(f"has no log-probabilities: must have {WANTED}")
+        prompt = self._prompt({**record, **{k: v for k, v in reply.items() if k == "prompt_token_ids"}})
         for content in contents:
             if content:
                 yield self._continued(prompt, content)

@@ -81,12 +81,11 @@ class StagedLabels:
         values = self._staged["values"][inside].reshape(shape).astype(np.float32)
         rest = self._staged["rest"][rows].astype(np.float64)
         kept, cut = log_sums(values[:, :head_size]), log_sums(values[:, head_size:])
-        partition = np.zeros_like(kept)
+        head = values[:, :head_size] if self._fit.rest_is_known else _alone(values[:, :head_size], kept)
+        partition = log_sums(head)
         if self._fit.rest_is_known:
             partition = np.logaddexp(kept, cut) - np.log(-np.expm1(np.minimum(rest, LEAST_HEAD)))
             rest = np.logaddexp(rest, cut - partition)
-        shift = 0.0 if self._fit.rest_is_known else kept[:, None]
-        head = (values[:, :head_size] - shift).astype(np.float32)
         none = np.zeros((shape[0], 0))
         return SparseTargets(
             head_ids=ids,
@@ -116,7 +115,7 @@ class StagedLabels:
         """Return log-probabilities and the log of the mass outside them; without a known rest there is none."""
         sums = log_sums(values)
         if not self._fit.rest_is_known:
-            return values - sums[:, None].astype(np.float32), np.full(len(values), -np.inf, dtype=np.float32)
+            return _alone(values, sums), np.full(len(values), -np.inf, dtype=np.float32)
         whole = sums if rest is None else np.logaddexp(sums, rest)
         wrong = (whole > SLACK) if rest is None else np.abs(whole) > SLACK
         if wrong.any():
@@ -130,6 +129,11 @@ class StagedLabels:
             left = np.where(sums < 0, np.log(-np.expm1(np.minimum(sums, 0.0))), -np.inf)
         scaled: FloatArray = values - np.maximum(sums, 0.0)[:, None].astype(np.float32)
         return scaled, np.where(values.shape[1] >= self._vocab, -np.inf, left).astype(np.float32)
+
+
+def _alone(values: FloatArray, sums: NDArray[np.float64]) -> FloatArray:
+    """Return values that sum to a probability of 1, up to what coarse codes leave of it, so that those stay equal."""
+    return values - np.where(np.abs(sums) > SLACK / 2, sums, 0.0)[:, None].astype(np.float32)
 
 
 def _ordered(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:

@@ -49,7 +49,8 @@ def _columns(record: Mapping[str, Any], names: tuple[str, str], more: Mapping[st
     rest, gold = (
         None if more.get(name) is None else floats(more[name], name, len(ids)) for name in ("log_rest", "gold_logprobs")
     )
-    return LabelledText(text, wanted, at, ids, values, rest, gold)
+    bare = "log_rest" in record and record["log_rest"] is None
+    return LabelledText(text, wanted, at, ids, values, rest, bare, gold)
 
 
 def _tokenized(messages: Any, tokenizer: PreTrainedTokenizerBase) -> IntArray:
