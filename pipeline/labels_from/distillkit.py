@@ -34,6 +34,7 @@ from logitcask.pipeline.labels_from.rows import (
 from logitcask.pipeline.settings.base import read_config
 from logitcask.pipeline.text.columns import RecordError
 
+FITTED = np.inf  # nats by which fitted rows may exceed certainty, to which they are scaled: some fits of real text do
 CONFIG = "compression_config.yaml"  # written beside the Parquet files
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
@@ -117,13 +118,14 @@ def read_distillkit(
     ids, values = _decode(record, settings)
     wanted, mask = targets_of(record, len(text))
     at = places(len(ids), len(text), mask, "labels of input_ids")
+    slack = FITTED if isinstance(settings, Compression) else LabelledText.slack
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     for start, end in _segments(record, len(text)):
         inside = slice(*np.searchsorted(at, (start, end)))
         chosen = wanted[start:end].copy()
         if pad is not None and pad != eos and text[end - 1] == pad:
             chosen[-1] = False
-        yield LabelledText(text[start:end], chosen, at[inside] - start, ids[inside], values[inside])
+        yield LabelledText(text[start:end], chosen, at[inside] - start, ids[inside], values[inside], slack=slack)
 
 
 def _segments(record: Mapping[str, Any], length: int) -> list[tuple[int, int]]:

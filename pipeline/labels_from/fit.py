@@ -17,7 +17,6 @@ from logitcask.cache.labels import FloatArray
 from logitcask.pipeline.labels_from.rows import LabelledText
 
 OFFSETS = (1, 0, 2)  # tokens from a row's place to the token it is the distribution of; 2 is nobody's
-SLACK = 0.25  # nats by which a row of log-probabilities may exceed certainty: what coarse codes and fits do
 CERTAIN = 0.01  # nats: a row within this of certainty holds all the probability
 ENOUGH = 30  # rows: fewer say nothing for sure
 LOGITS = 0.05  # share of rows beyond the slack from which on the numbers are logits
@@ -73,7 +72,7 @@ class Evidence:
         share = np.exp(values - sums[:, None])
         positive = np.where(present, values, 0.0)
         self.rows += len(at)
-        self.beyond += int((sums > SLACK).sum())
+        self.beyond += int((sums > text.slack).sum())
         self.certain += int((np.abs(sums) < CERTAIN).sum())
         self.probabilities += int(((positive >= 0).all(1) & (positive.sum(1) <= 1.0 + CERTAIN)).sum())
         self.bare += len(at) * text.bare

@@ -31,6 +31,7 @@ class LabelledText:
     ids: IntArray  # (N, K)
     values: FloatArray  # (N, K) log-probabilities or logits, in any order; -inf where there is no entry
     log_rest: FloatArray | None = None  # (N,) log of the probability outside the entries, if the source gives it
+    slack: float = 0.25  # nats by which a row of log-probabilities may exceed certainty: coarse codes do
     bare: bool = False  # whether the source says that the probability outside the entries is unknown
     gold: FloatArray | None = None  # (N,) log-probability of the token a row is the distribution of; -inf: not given
 

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
-from logitcask.pipeline.labels_from.fit import SLACK, Fit, log_sums
+from logitcask.pipeline.labels_from.fit import Fit, log_sums
 from logitcask.pipeline.labels_from.rows import LabelledText
 from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.examples import Encoded
 
 LEAST_HEAD = -1e-12  # log of the most that can be outside the entries: more would leave nothing for them
+CODED = 0.125  # nats: what the codes of a cache leave of a sum
 DTYPES = {"ids": "<u4", "values": "<f4", "rest": "<f4", "gold": "<f4"}
 
 
@@ -44,7 +45,8 @@ class StagedLabels:
         _require_ids(ids, values, target - 1, self._vocab)
         width = int(counts.max(initial=0))
         ids, values = ids[:, :width], values[:, :width]
-        values, rest = self._normalized(values, None if text.log_rest is None else text.log_rest[rows], target - 1)
+        given = None if text.log_rest is None else text.log_rest[rows]
+        values, rest = self._normalized(values, given, text.slack, target - 1)
         gold = _gold(ids, values, text.input_ids[target], None if text.gold is None else text.gold[rows])
         mask = np.zeros(len(text.input_ids), dtype=bool)
         mask[target - 1] = True
@@ -81,11 +83,19 @@ class StagedLabels:
         values = self._staged["values"][inside].reshape(shape).astype(np.float32)
         rest = self._staged["rest"][rows].astype(np.float64)
         kept, cut = log_sums(values[:, :head_size]), log_sums(values[:, head_size:])
-        head = values[:, :head_size] if self._fit.rest_is_known else _alone(values[:, :head_size], kept)
-        partition = log_sums(head)
         if self._fit.rest_is_known:
             partition = np.logaddexp(kept, cut) - np.log(-np.expm1(np.minimum(rest, LEAST_HEAD)))
             rest = np.logaddexp(rest, cut - partition)
+            excess, last = np.zeros((shape[0], 1), dtype=np.float32), values[:, head_size - 1]
+            outside = max(1, self._vocab - head_size)  # tokens, each at most as probable as the last of the head
+            floor = (rest + partition - np.log(outside)).astype(np.float32)
+        else:
+            excess = _excess(kept)
+            partition = kept - excess[:, 0]
+            last = floor = np.full(shape[0], -np.inf, dtype=np.float32)
+        gold = self._staged["gold"][rows]
+        gold = np.where((gold >= last) & (gold < floor), floor, gold) - excess[:, 0]
+        head = np.maximum(values[:, :head_size], floor[:, None]) - excess
         none = np.zeros((shape[0], 0))
         return SparseTargets(
             head_ids=ids,
@@ -95,7 +105,7 @@ class StagedLabels:
             tail_counts=none.astype(np.int64),
             log_partition=partition[:, None].astype(np.float32),
             log_tail_mass=np.minimum(rest, 0.0)[:, None].astype(np.float32),
-            gold_logprobs=self._staged["gold"][rows].astype(np.float32),
+            gold_logprobs=np.minimum(gold, np.float32(0.0)),
         )
 
     def _targets(self, text: LabelledText) -> tuple[IntArray, IntArray]:
@@ -110,14 +120,14 @@ class StagedLabels:
         return rows, token[rows]
 
     def _normalized(
-        self, values: FloatArray, rest: FloatArray | None, places: IntArray
+        self, values: FloatArray, rest: FloatArray | None, slack: float, places: IntArray
     ) -> tuple[FloatArray, FloatArray]:
         """Return log-probabilities and the log of the mass outside them; without a known rest there is none."""
         sums = log_sums(values)
         if not self._fit.rest_is_known:
-            return _alone(values, sums), np.full(len(values), -np.inf, dtype=np.float32)
+            return values - _excess(sums), np.full(len(values), -np.inf, dtype=np.float32)
         whole = sums if rest is None else np.logaddexp(sums, rest)
-        wrong = (whole > SLACK) if rest is None else np.abs(whole) > SLACK
+        wrong = (whole > slack) if rest is None else np.abs(whole) > slack
         if wrong.any():
             row = int(wrong.argmax())
             raise RecordError(
@@ -131,9 +141,12 @@ class StagedLabels:
         return scaled, np.where(values.shape[1] >= self._vocab, -np.inf, left).astype(np.float32)
 
 
-def _alone(values: FloatArray, sums: NDArray[np.float64]) -> FloatArray:
-    """Return values that sum to a probability of 1, up to what coarse codes leave of it, so that those stay equal."""
-    return values - np.where(np.abs(sums) > SLACK / 2, sums, 0.0)[:, None].astype(np.float32)
+def _excess(sums: NDArray[np.float64]) -> FloatArray:
+    """Return by how much rows are to be lowered to sum to 1, (N, 1); not by what coarse codes leave of it.
+
+    Labels that came out of a cache are therefore the same when they go into one.
+    """
+    return np.where(np.abs(sums) > CODED, sums, 0.0)[:, None].astype(np.float32)
 
 
 def _ordered(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:

@@ -50,7 +50,7 @@ def _columns(record: Mapping[str, Any], names: tuple[str, str], more: Mapping[st
         None if more.get(name) is None else floats(more[name], name, len(ids)) for name in ("log_rest", "gold_logprobs")
     )
     bare = "log_rest" in record and record["log_rest"] is None
-    return LabelledText(text, wanted, at, ids, values, rest, bare, gold)
+    return LabelledText(text, wanted, at, ids, values, rest, bare=bare, gold=gold)
 
 
 def _tokenized(messages: Any, tokenizer: PreTrainedTokenizerBase) -> IntArray:
