@@ -117,6 +117,8 @@ class DataIdentity(_Part):
 class LabelSettings(_Part):
     """How labels are made from the teacher's logits."""
 
+    absent = frozenset({"unknown"})
+
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     head_size: Annotated[int, Field(ge=0, le=2**16)]
     tail_draws: Annotated[int, Field(ge=0, le=2**16)]
@@ -125,6 +127,15 @@ class LabelSettings(_Part):
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
         default=0, description="positions the fidelity certificate was measured on, over all shards; 0: no certificate"
     )
+    unknown: Annotated[list[Literal["rest", "gold"]], Field(min_length=1, max_length=2)] | None = Field(
+        default=None,
+        description="what the source of imported labels does not give: rest: the mass outside the head, kept as none; "
+        "gold: the log-probability of next tokens outside the head, kept as -inf",
+    )
+
+    def knows(self, what: Literal["rest", "gold"]) -> bool:
+        """Return whether the mass outside the head, or l of every next token, is known."""
+        return what not in (self.unknown or ())
 
 
 class ShardPlan(_Part):

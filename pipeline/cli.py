@@ -12,6 +12,7 @@ from logitcask.pipeline.settings.base import Command, Group, expand_home, home_p
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.split import SplitSettings
@@ -37,7 +38,10 @@ app = typer.Typer(
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
 )
 cache_app = typer.Typer(
-    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Inspect, verify and copy logit caches."
+    cls=Group,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Inspect, verify, copy, import and export logit caches.",
 )
 app.add_typer(cache_app, name="cache")
 
@@ -275,6 +279,45 @@ def cache_copy(
         f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} already present, "
         f"{copied.bytes:,} bytes written; all match their digests"
     )
+
+
+@cache_app.command(
+    "import",
+    **_example("cache import captures/qwen3 --format distillkit --tokenizer Qwen/Qwen3-8B --output data/cache"),
+)
+@options_from(ImportSettings)
+def cache_import(settings: ImportSettings) -> None:
+    """Make a cache of labels that another tool made. They must fit their text; what they lack is recorded.
+
+    Run it again to finish an interrupted import.
+    """
+    from logitcask.pipeline.labels_from.import_labels import import_labels
+
+    report = import_labels(settings)
+    data, label = report.manifest.data, report.manifest.label
+    typer.echo(
+        f"{data.examples:,} examples, {data.positions:,} target positions -> {settings.output} "
+        f"({report.shards_written} shards written)"
+    )
+    typer.echo(
+        f"head {label.head_size} of {report.fewest} to {report.most} entries at T=1, no draws; "
+        f"{report.positions_left_out:,} positions left out: fewer entries"
+    )
+    if not label.knows("rest"):
+        typer.echo("the source gives only the entries, not the mass outside them: train with --tail renormalize")
+
+
+@cache_app.command("export", **_example("cache export data/cache --format parquet --output labels.parquet"))
+def cache_export(
+    cache: Annotated[str, _place("CACHE", "folder, .zip file or URL of the cache")],
+    form: Annotated[str, typer.Option("--format", metavar="NAME", help="parquet or topk-jsonl")],
+    output: Annotated[Path, _file("the file to write")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+) -> None:
+    """Write the heads of a cache's labels at T=1 to a file, one row per example, for `cache import --format topk`."""
+    from logitcask.pipeline.labels_from.export import export_labels
+
+    typer.echo(f"{export_labels(cache, output, form, overwrite=overwrite):,} examples -> {output}")
 
 
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))

@@ -109,7 +109,7 @@ def _part(key: str) -> str:
 
 def render(info: CacheInfo) -> str:
     """Return the figures as lines of text."""
-    labels = _labels(info.labels) if info.labels else []
+    labels = _labels(info.labels, info.manifest.label.knows("gold")) if info.labels else []
     return "\n".join([*_identity(info), *_sizes(info), *_fidelity(info), *labels])
 
 
@@ -132,6 +132,9 @@ def _identity(info: CacheInfo) -> Iterator[str]:
         yield f"            {column}: {len(values):,} values, {', '.join(map(shown, values[:3]))}"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
+    if label.unknown:
+        names = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
+        yield f"            not known: {', '.join(names[each] for each in label.unknown)}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
     yield f"shards      {count:,}, {state}{part}"
 
@@ -181,7 +184,7 @@ def _fidelity(info: CacheInfo) -> Iterator[str]:
             yield f"  T={at.temperature:<6g}{name:24s}{errors}"
 
 
-def _labels(labels: LabelFigures) -> Iterator[str]:
+def _labels(labels: LabelFigures, gold_is_known: bool) -> Iterator[str]:
     """Yield the lines on the sampled labels, one per temperature, then the figures over all."""
     bound = "at least " if labels.entropy_is_bound else ""
     shards = "shard" if labels.shards == 1 else f"{labels.shards:,} shards"
@@ -192,7 +195,8 @@ def _labels(labels: LabelFigures) -> Iterator[str]:
     for temperature, mass, entropy in zip(labels.temperatures, labels.captured_mass, labels.entropy, strict=True):
         yield f"  T={temperature:<8g}head holds {mass:6.1%} of the mass, teacher's entropy {bound}{entropy:.3f} nats"
     yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws per position"
-    yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text"
+    if gold_is_known:
+        yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text"
     at = f"T={labels.certainty_temperature:g}"
     yield from _examples(f"most certain examples (index, mean entropy at {at}, beginning)", labels.most_certain)
     yield from _examples("least certain", labels.least_certain)

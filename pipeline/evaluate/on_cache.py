@@ -68,6 +68,8 @@ class _Totals:
         exact = label.head_size >= label.vocab_size
         self._tail = "sampled" if label.tail_draws or exact else "bucket"
         self._estimate = "exact" if exact else {"sampled": "unbiased", "bucket": "lower bound"}[self._tail]
+        if not label.knows("rest"):  # it counts as none: the teacher is its head, renormalised
+            self._estimate = "of the head alone"
         self._sums = ClusterSums(3 + len(label.temperatures))  # positions, hard loss, teacher's hard loss, KLs
         self._bins, self._teacher_bins = np.zeros((BINS, 2)), np.zeros((BINS, 2))
         self._agreed = self._examples = self._positions = 0

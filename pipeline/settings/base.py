@@ -24,6 +24,7 @@ Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 REPEATABLE = "repeatable"  # marks a field whose option may be given several times
+ARGUMENT = "argument"  # marks a field that is given without an option's name
 
 
 def expand_home(value: Any) -> Any:
@@ -44,6 +45,14 @@ def expand_home(value: Any) -> Any:
         ) from error
 
 
+def path_or_url(value: Any) -> Any:
+    """Return a URL as text, else a path with a name: the files beside a cache are named after its folder."""
+    if not isinstance(value, str | Path) or "://" in str(value):
+        return value
+    path = Path(expand_home(value))
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def home_path(text: str) -> Path:
     """Return the path that a word of the command line names, ``~`` expanded."""
     return Path(expand_home(text))
@@ -60,6 +69,7 @@ def _one_or_all(sources: tuple[str, ...]) -> str | list[str]:
 
 FilePath = Annotated[Path, BeforeValidator(expand_home)]
 Place = Annotated[str, BeforeValidator(expand_home)]  # a path, a URL or a hub id
+CachePlace = Annotated[Path | str, BeforeValidator(path_or_url)]
 Sources = Annotated[
     tuple[Annotated[Place, Field(min_length=1)], ...],
     BeforeValidator(_as_tuple),
@@ -249,6 +259,9 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """Return one option. All but switches are passed on as text, so that only the settings model judges values."""
+    if ARGUMENT in field.metadata:
+        argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument])
     flag = flag_of(name)
     switch = field.annotation in (bool, bool | None)
     help_text = field.description or ""

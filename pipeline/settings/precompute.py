@@ -1,25 +1,16 @@
 """Settings of ``logitcask precompute-logits``."""
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from logitcask.pipeline.settings.base import Place, Seed, Sources, Temperature, Whole, expand_home
+from logitcask.pipeline.settings.base import CachePlace, Place, Seed, Sources, Temperature, Whole
 from logitcask.pipeline.settings.data import DataSettings
 
 
 def _parse_temperatures(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
-
-
-def _path_or_url(value: Any) -> Any:
-    """Return a URL as text, else a path with a name: the files beside a cache are named after its folder."""
-    if not isinstance(value, str | Path) or "://" in str(value):
-        return value
-    path = Path(expand_home(value))
-    return path if path.name not in ("", "..") else path.resolve()
 
 
 Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
@@ -32,9 +23,7 @@ class PrecomputeSettings(DataSettings):
     teacher_model: Place = Field(description="hub id, local folder or .gguf file of a causal language model")
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     train_data: Sources = Field(description=".jsonl or .parquet file, or a dataset's hub id; repeatable, read in order")
-    output: Annotated[Path | str, BeforeValidator(_path_or_url)] = Field(
-        description="folder of the cache, or its s3://, gs:// or ssh:// URL"
-    )
+    output: CachePlace = Field(description="folder of the cache, or its s3://, gs:// or ssh:// URL")
     preset: Literal["lean", "standard", "rich"] = Field(
         "standard", description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64"
     )

@@ -95,11 +95,13 @@ def cache_source(
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
-    tail = tail or ("sampled" if label.tail_draws else "bucket")
+    tail = tail or ("sampled" if label.tail_draws else "bucket" if label.knows("rest") else "renormalize")
     if soft:
         j = temperature_index(label.temperatures, temperature)
         _require_tail(label, tail)
-        if tail == "renormalize":
+        if tail == "renormalize" and not label.knows("rest"):
+            say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
+        elif tail == "renormalize":
             captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
             say(
                 f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
@@ -153,6 +155,11 @@ def cache_identity(reader: CacheReader) -> str:
 def _require_tail(label: LabelSettings, tail: str) -> None:
     if tail != "sampled" and label.head_size == 0:
         raise LogitcaskError(f"--tail {tail} needs a head, but the cache has head size 0: use --tail sampled")
+    if tail != "renormalize" and not label.knows("rest"):
+        raise LogitcaskError(
+            f"--tail {tail} needs the mass outside the head, which the source of this imported cache does not give: "
+            "use --tail renormalize"
+        )
     if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
         raise LogitcaskError("--tail sampled needs draws, but the cache has none: use --tail bucket")
 

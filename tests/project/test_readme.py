@@ -9,27 +9,56 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.cache.labels import soft_labels
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import app, cache_app, main
-from tests.support.tiny import make_cache
+from tests.support.tiny import make_cache, make_teacher
 
 README = Path(__file__).parents[2] / "README.md"
+FORMAT = README.parent / "docs" / "reference" / "cache-format.md"
 
 
 def test_the_decoding_snippet_gives_the_weights_training_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    snippet = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert snippet is not None
+    snippet = re.findall(r"```python\n(.*?)```", FORMAT.read_text(), re.DOTALL)[0]
     variables: dict[str, Any] = {}
-    exec(snippet.group(1), variables)  # noqa: S102
+    exec(snippet, variables)  # noqa: S102
     reader = CacheReader(cache)
     want = soft_labels(reader.shard(0).targets[:1], reader.manifest.label.temperatures, 2.0, "sampled")
     used = want.weights[0] > 0
     np.testing.assert_array_equal(variables["ids"], want.ids[0][used])
     np.testing.assert_allclose(variables["weights"], want.weights[0][used], rtol=1e-4)
+
+
+def test_labels_from_an_own_forward_pass_become_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the specification shows it, with texts that the teacher wrote, as labels must fit their text."""
+    monkeypatch.chdir(tmp_path)
+    teacher = make_teacher(tmp_path / "teacher")
+    tokenizer, model = AutoTokenizer.from_pretrained(teacher), AutoModelForCausalLM.from_pretrained(teacher)
+    torch.manual_seed(0)
+    start = tokenizer("How many", return_tensors="pt")["input_ids"].repeat(40, 1)
+    strange = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).isascii()]  # bytes that are no text alone
+    written = model.generate(
+        start, do_sample=True, top_k=0, max_new_tokens=30, suppress_tokens=[*strange, 0], pad_token_id=0
+    )
+    texts = tokenizer.batch_decode(written)
+    snippet, command = re.findall(r"```python\n(.*?)```\n\n```sh\n(.*?)\n```", FORMAT.read_text(), re.DOTALL)[-1]
+    exec(snippet[snippet.rindex("import json") :], {"teacher": str(teacher), "texts": texts})  # noqa: S102
+    monkeypatch.setattr(sys, "argv", command.replace("TEACHER", str(teacher)).split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert CacheReader(tmp_path / "data" / "cache").manifest.label.unknown is None
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert "docs/reference/cache-format.md" in links
+    assert all((README.parent / link).exists() for link in links)
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -1,0 +1,88 @@
+"""Heads leave a cache and come back label for label; ``datasets`` reads them, a student trains on them."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.report.info import describe, render
+from logitcask.pipeline.labels_from.export import export_labels
+from logitcask.pipeline.train.source import _require_tail
+from tests.labels_from.test_import import TEXTS, K, bring, labels_of, manifest_of, tokenizer
+from tests.support.foreign import top_k_row
+from tests.support.runs import train
+
+__all__ = ["bring", "tokenizer"]  # fixtures
+NAMES = {"parquet": "labels.parquet", "topk-jsonl": "labels.jsonl"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "topk-jsonl"])
+@pytest.mark.parametrize("rest", [True, False], ids=["rest", "no rest"])
+def test_what_is_exported_is_imported_label_for_label(form: str, rest: bool, bring: Any, tmp_path: Path) -> None:
+    rows = [top_k_row(text, K, labels=[-100] * 3 + text.ids[3:].tolist()) for text in TEXTS]
+    for row in rows:
+        values = np.array(row["logprobs"])
+        row["logprobs"] = (values if rest else values - np.log(np.exp(values).sum(1, keepdims=True))).tolist()
+    bring(rows, output=tmp_path / "first")
+    output = tmp_path / NAMES[form]
+    assert export_labels(str(tmp_path / "first"), output, form) == len(TEXTS)
+    bring(output)
+    first, again = CacheReader(tmp_path / "first"), labels_of(tmp_path / "cache")
+    for index, (ids, mask, targets) in enumerate(again):
+        want = first.example(index)
+        np.testing.assert_array_equal(ids, want.input_ids)
+        np.testing.assert_array_equal(mask, want.target_mask)
+        for name, values in vars(targets).items():
+            np.testing.assert_array_equal(values, getattr(want.targets, name), err_msg=name)
+    assert manifest_of(tmp_path / "cache").label == first.manifest.label
+
+
+def test_datasets_reads_what_is_exported(bring: Any, tmp_path: Path) -> None:
+    bring([top_k_row(text, K) for text in TEXTS])
+    want = CacheReader(tmp_path / "cache").example(3)
+    for form, name in NAMES.items():
+        export_labels(str(tmp_path / "cache"), tmp_path / name, form)
+        kind = "parquet" if form == "parquet" else "json"
+        rows = datasets.load_dataset(
+            kind, data_files=str(tmp_path / name), split="train", cache_dir=str(tmp_path / "c")
+        )
+        assert len(rows) == len(TEXTS)
+        np.testing.assert_array_equal(rows[3]["input_ids"], want.input_ids)
+        np.testing.assert_array_equal(rows[3]["token_ids"], want.targets.head_ids)
+        np.testing.assert_array_equal(np.float32(rows[3]["logprobs"]), want.targets.head_logprobs)
+    with pytest.raises(LogitcaskError, match="already exists: choose another --output or pass --overwrite"):
+        export_labels(str(tmp_path / "cache"), tmp_path / name, form)
+    with pytest.raises(LogitcaskError, match="--format: must be parquet or topk-jsonl, got 'csv'"):
+        export_labels(str(tmp_path / "cache"), tmp_path / "x", "csv")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_student_trains_on_imported_labels(bring: Any, tmp_path: Path) -> None:
+    """With the rest by bucket; without, by renormalize alone, and the others are refused in one line."""
+    rows = [top_k_row(text, K) for text in TEXTS]
+    bring(rows, output=tmp_path / "known")
+    bare = [{**row, "logprobs": (np.array(row["logprobs"]) + 3).tolist()} for row in rows]
+    bring(bare, output=tmp_path / "bare")
+    train(tmp_path / "known", tmp_path / "run-known", max_steps=2)
+    train(tmp_path / "bare", tmp_path / "run-bare", max_steps=2)
+    with pytest.raises(LogitcaskError, match="--tail bucket needs the mass outside the head, which the source of"):
+        train(tmp_path / "bare", tmp_path / "run", tail="bucket")
+    label = manifest_of(tmp_path / "bare").label
+    for tail in ("bucket", "sampled"):
+        with pytest.raises(LogitcaskError, match="use --tail renormalize"):
+            _require_tail(label, tail)
+    _require_tail(label, "renormalize")
+    shown = render(describe(tmp_path / "bare"))
+    assert "not known: the mass outside the head, next tokens outside the head" in shown
+    assert "perplexity" not in shown
+    assert "not known" in render(describe(tmp_path / "known"))
+
+
+def test_caches_without_unknowns_have_the_manifest_they_had() -> None:
+    label = LabelSettings(vocab_size=9, head_size=1, tail_draws=0, temperatures=[1.0], seed=0)
+    assert "unknown" not in label.model_dump()
