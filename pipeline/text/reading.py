@@ -1,5 +1,6 @@
 """Which records of the data are taken, and which files they came from: a file that changed since is named."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.pipeline.text.records import Raw, is_saved, read_records, source_files
 
 VALUES_SHOWN = 5
+FILES_SUFFIX = ".files.json"
 Files = dict[str, list[object]]  # bytes and SHA-256, by path in the order read
 
 
@@ -63,8 +65,8 @@ class Reading:
 def files_record(output: Path | str) -> Path:
     """Return where the files of a run's data are recorded: beside its output, in the current folder if it is a URL."""
     if "://" in str(output):
-        return Path(f"{str(output).rstrip('/').rsplit('/', maxsplit=1)[-1]}.files.json")
-    return Path(output).with_name(f"{Path(output).name}.files.json")
+        return Path(f"{str(output).rstrip('/').rsplit('/', maxsplit=1)[-1]}{FILES_SUFFIX}")
+    return Path(output).with_name(f"{Path(output).name}{FILES_SUFFIX}")
 
 
 def data_files(sources: Sequence[str]) -> Files:
@@ -80,11 +82,18 @@ def data_files(sources: Sequence[str]) -> Files:
 
 
 def record_files(record: Path, sources: Sequence[str]) -> None:
-    """Write down the files of a run's data."""
-    record.parent.mkdir(parents=True, exist_ok=True)
+    """Write down the files of a run's data, unless the output is a mounted volume or nothing can be written beside it.
+
+    It only serves a message, so a failure is none of the run.
+    """
+    if os.path.ismount(record.with_name(record.name.removesuffix(FILES_SUFFIX))):
+        return
     partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data_files(sources), indent=1) + "\n", encoding="utf-8")
-    partial.replace(record)
+    text = json.dumps(data_files(sources), indent=1) + "\n"
+    with contextlib.suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(record)
 
 
 def changed_files(record: Path, sources: Sequence[str]) -> str:

@@ -10,7 +10,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
-from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.base import flag_of
@@ -58,18 +57,23 @@ OURS = {
 }
 
 
-def with_defaults(settings: TrainSettings) -> TrainSettings:
-    """Return settings whose defaults by student and device are resolved; a resumed run keeps what it was begun with."""
-    begun = _stored(settings)
-    found: dict[str, Any] = {}
+def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
+    """Return settings whose defaults by student and device are resolved, and lines on those that were chosen.
+
+    A resumed run keeps what it was begun with.
+    """
+    begun, found, lines = _stored(settings), dict[str, Any](), []
     if settings.learning_rate is None:
         rate, student = _rate(settings)
-        found["learning_rate"] = begun.get("learning_rate", rate)
-        by = "as the run began" if "learning_rate" in begun else f"the default for {student}"
-        say(f"learning rate: {found['learning_rate']:g}, {by}")
+        kept = begun.get("learning_rate")
+        known = isinstance(kept, float)  # else choose_checkpoint says what is wrong with it
+        found["learning_rate"] = kept if known else rate
+        by = "as the run began" if known else f"the default for {student}"
+        lines.append(f"learning rate: {found['learning_rate']:g}, {by}")
     if settings.use_mixed_precision is None:
-        found["use_mixed_precision"] = begun.get("use_mixed_precision", _has_bf16(settings))
-    return settings.model_copy(update=found)
+        half = begun.get("use_mixed_precision")
+        found["use_mixed_precision"] = half if isinstance(half, bool) else _has_bf16(settings)
+    return settings.model_copy(update=found), lines
 
 
 def _stored(settings: TrainSettings) -> dict[str, Any]:

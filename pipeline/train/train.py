@@ -68,7 +68,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     """
     if settings.loss is not None:
         load_loss(settings.loss)  # before anything that takes time
-    settings = with_defaults(settings)
+    settings, defaults = with_defaults(settings)
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         source = _open_source(settings, Path(folder))
@@ -76,7 +76,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
         checkpoint = choose_checkpoint(
             settings.output_dir, settings.resume_from_checkpoint, record, fsdp=fsdp_requested()
         )
-        return _train(settings, arguments, source, record, checkpoint)
+        return _train(settings, arguments, source, record, checkpoint, defaults)
 
 
 def run_record(settings: TrainSettings, source: Source, world_size: int) -> dict[str, Any]:
@@ -129,6 +129,7 @@ def _train(
     source: Source,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
+    defaults: list[str],
 ) -> dict[str, float]:
     held = held_out(len(source.examples), settings.eval_fraction, settings.seed)
     run = _run_size(settings, source.amount, len(held), arguments.world_size)
@@ -149,7 +150,7 @@ def _train(
         if not step.checkpointing and not settings.torch_compile:
             keep_products_only(model)
     if arguments.process_index == 0:
-        for line in summary(run, step, str(arguments.device), _precision(settings)):
+        for line in [*defaults, *summary(run, step, str(arguments.device), _precision(settings))]:
             say(line)
         say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
     folder = None if checkpoint is None else checkpoint.folder

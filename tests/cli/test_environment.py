@@ -10,7 +10,7 @@ import pytest
 from tests.support.malformed import make_stock, usual
 
 WITHOUT = (
-    "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+    "import sys, psutil  # which needs resource on Linux alone\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
     "import logitcask\n"
     "from logitcask.pipeline.cli import main\n"
     "import logitcask.pipeline.train.train, logitcask.pipeline.evaluate.evaluate, logitcask.cache.copy\n"

@@ -21,16 +21,14 @@ from tests.support.tiny import make_teacher
         ({"student_model": "m", "lora_rank": 8}, 2e-4, "an adapter"),
     ],
 )
-def test_the_rate_follows_the_student(
-    tmp_path: Path, student: dict[str, Any], rate: float, words: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    settings = with_defaults(train_settings("c", tmp_path / "run", **student))
+def test_the_rate_follows_the_student(tmp_path: Path, student: dict[str, Any], rate: float, words: str) -> None:
+    settings, lines = with_defaults(train_settings("c", tmp_path / "run", **student))
     assert settings.learning_rate == rate
     assert settings.use_mixed_precision is False  # on a CPU
-    assert f"learning rate: {rate:g}, the default for {words}" in capfd.readouterr().err
-    given = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
+    assert lines == [f"learning rate: {rate:g}, the default for {words}"]
+    given, none = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
     assert given.learning_rate == 1e-3
-    assert "learning rate" not in capfd.readouterr().err
+    assert none == []
 
 
 def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

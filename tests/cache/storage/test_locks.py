@@ -192,4 +192,11 @@ def test_the_working_directory_is_a_place(tmp_path: Path, monkeypatch: pytest.Mo
     precompute(precompute_settings(tmp_path, output="."))
     assert folder_bytes(tmp_path / "here") == folder_bytes(want)
     assert len(CacheReader(".")) == len(RECORDS)
-    assert sorted(os.listdir(tmp_path)) == ["here", "teacher", "train.jsonl", "want"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "here",
+        "here.files.json",
+        "teacher",
+        "train.jsonl",
+        "want",
+        "want.files.json",
+    ]

@@ -34,7 +34,7 @@ def test_the_first_non_finite_held_out_example_is_named(
         with torch.no_grad():
             model.get_parameter("model.embed_tokens.weight")[alone] = torch.nan
 
-    monkeypatch.setattr("logitcask.pipeline.train.train.require_finite", damage_after)
+    monkeypatch.setattr("logitcask.pipeline.train.student.require_finite", damage_after)
     with pytest.raises(LogitcaskError) as refused:
         train(cache, tmp_path / "run", batch_size=2, eval_fraction=0.3, student_config=untied(tmp_path))
     assert str(refused.value).startswith(
