@@ -10,15 +10,10 @@ import logitcask as lc
 caches = [lc.open(path) for path in sys.argv[2:]]  # a folder, a .zip file, s3://, gs://, ssh:// or hf://
 caches[0].check(sys.argv[1])  # raises with the difference if the student's tokenizer is another
 mixed = lc.mix(caches, weights=[0.7, 0.3])  # shares of the target positions
-loader = lc.loader(mixed, batch_size=8, temperature=1.0, seed=0)  # loader.state_dict() resumes within an epoch
-
 student = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-for batch in loader:
-    logits = student(batch["input_ids"]).logits.flatten(0, 1)[batch["target_index"]]
-    labels = batch["soft_labels"]  # ids and weights (N, entries): unbiased for the teacher's distribution
-    log_q = torch.log_softmax(logits / labels.temperature, dim=1).gather(1, labels.ids)
-    loss = (labels.weights * (labels.log_probs - log_q)).sum(1).mean()
+for batch in lc.loader(mixed, batch_size=8, temperature=1.0, seed=0):
+    loss = lc.kd_loss(student, batch, alpha=0.1)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

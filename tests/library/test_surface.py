@@ -5,9 +5,13 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+
+import pytest
 
 import logitcask as lc
 from tests.support.tiny import make_cache
@@ -45,6 +49,17 @@ def test_importing_takes_less_than_150_ms() -> None:
     )
     times = [float(subprocess.check_output([sys.executable, "-c", code]).split()[0]) for _ in range(3)]
     assert min(times) < 0.15
+
+
+@pytest.mark.parametrize("name", ["trainer", "trl"])
+def test_the_readmes_trainers_are_the_examples(name: str) -> None:
+    text = Path(__file__).with_name(f"example_{name}.py").read_text()
+    made = text[text.index("    trainer = ") : text.index("    trainer.train()")].replace("  # fmt: skip", "")
+    section = README.read_text().split("## Use it as a library\n")[1].split("\n## ")[0]
+    assert textwrap.dedent(made) in section
+    (bases,) = re.findall(r"^class CacheTrainer\((.*)\)", text, re.MULTILINE)
+    assert f"({bases})" in section
+    assert len(section.splitlines()) < 40
 
 
 def test_the_readmes_loop_trains(tmp_path: Path) -> None:
