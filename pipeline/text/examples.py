@@ -63,6 +63,8 @@ class Encoder:
         self._day = day or datetime.date.today()
         self._template_kwargs, self._tell = dict(template_kwargs or {}), tell
         self.notices = Notices()
+        self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._known: dict[str, list[int]] = {}  # ids of the record's texts
         empty = tokenizer("").input_ids
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._begin = self._bos if tokenizer.bos_token_id in empty else []
@@ -76,6 +78,7 @@ class Encoder:
 
         Raises RecordError if the record cannot be used, or has no target.
         """
+        self._known.clear()
         try:
             record = shape_record(raw, self._columns)
             for column in sorted(record.unused):
@@ -173,7 +176,7 @@ class Encoder:
     def _ends_a_turn(self, text: str) -> bool:
         """Return whether a target ends with a special token, which a student can learn to stop at."""
         ids = self._ids(text)
-        return bool(ids) and ids[-1] in {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+        return bool(ids) and ids[-1] in self._special
 
     def _closed(self, segments: list[Segment]) -> list[Part]:
         """Return the parts of what no template rendered, with one begin and one end token.
@@ -207,8 +210,9 @@ class Encoder:
         return bool(self._end) and text.rstrip().endswith(self._tokenizer.eos_token)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        if text not in self._known:
+            self._known[text] = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._known[text]
 
     def _continued(self, text: str) -> list[int]:
         """Return the ids of a text that continues another: encoded after a sentinel, which is cut off."""
