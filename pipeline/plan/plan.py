@@ -14,7 +14,14 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
 from logitcask.pipeline.console import results
-from logitcask.pipeline.models.shapes import ModelShape, is_size, shape_of_size, shape_of_student, shape_of_teacher
+from logitcask.pipeline.models.shapes import (
+    ModelShape,
+    is_size,
+    shape_of_size,
+    shape_of_student,
+    shape_of_teacher,
+    usual_length,
+)
 from logitcask.pipeline.models.student_memory import Amount, student_memory
 from logitcask.pipeline.plan.estimates import (
     CPU,
@@ -83,6 +90,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     sized = is_size(source)
     teacher = shape_of_size(source) if sized else shape_of_teacher(source)
     tokenizer = None if sized else load_tokenizer(source)
+    if not sized and "max_seq_length" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"max_seq_length": usual_length(source)})
     amount, assumed = _amount_of_text(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)
