@@ -238,4 +238,4 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     with sole_writer(settings.output), pytest.raises(LogitcaskError, match="another run is writing this cache"):
         precompute(settings)
     precompute(settings)
-    assert sorted(os.listdir(tmp_path)) == ["cache", "teacher", "train.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["cache", "cache.files.json", "teacher", "train.jsonl"]
