@@ -56,6 +56,7 @@ KNOWN_SHAPES = {
     70_000: (80, 8192, 28672, 8192, 128_256),
 }
 TIED_BELOW = 2 * 10**9  # smaller models share one matrix between embeddings and head
+USUAL_LENGTH = 1024
 SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB])", re.IGNORECASE)
 
 
@@ -87,10 +88,7 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
         raise LogitcaskError(f"--teacher-model {source}: no such GGUF file: give its size instead, such as 7B")
     try:
         with torch.device("meta"):
-            if source.endswith(".gguf"):
-                config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-            else:
-                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            config = _config_of(source, revision, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # missing, offline, or refused: each architecture validates configs in its own way
         reason = shown_reason(error)
@@ -98,6 +96,25 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
             f"--teacher-model {source}: no model config could be read: {reason}: give its size instead, such as 7B"
         ) from error
     return shape_of_model(model, path.name if path.exists() else source)
+
+
+def usual_length(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int:
+    """Return the tokens per example of stage 1 that is not told them: as many as the teacher takes, at most 1,024.
+
+    A config that cannot be read, or sets no limit, counts as taking them all.
+    """
+    try:
+        config = _config_of(source, revision, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception:  # loading the teacher says what is wrong with it
+        return USUAL_LENGTH
+    return min(USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or USUAL_LENGTH)
+
+
+def _config_of(source: str, revision: str | None, *, trust_remote_code: bool) -> Any:
+    if source.endswith(".gguf"):
+        path = Path(source)
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def shape_of_student(path: Path, vocabulary: int) -> ModelShape:

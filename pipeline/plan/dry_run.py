@@ -13,6 +13,7 @@ from logitcask.pipeline.console import results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
 from logitcask.pipeline.plan.plan import plan_cache, size_text
+from logitcask.pipeline.precompute.precompute import with_length
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
@@ -20,6 +21,7 @@ from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.pipeline.text.tokens.workers import usual_workers, workers
 
 PERCENTILES = (0, 50, 90, 99, 100)  # of the lengths of examples
 
@@ -46,18 +48,18 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     Raises LogitcaskError if the data, the tokenizer or the config cannot be loaded.
     """
     teacher = shape_of_teacher(settings.teacher_model, settings.teacher_revision)
+    settings = with_length(settings)
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
-    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+    bad, reading = BadRecords(None, settings.bad_share), Reading(settings.train_data, **settings.taken)
+    with (
+        tempfile.TemporaryDirectory(prefix="logitcask-") as folder,
+        workers(encoder, tokenizer, settings.tokenize_workers or usual_workers()) as encode,
+    ):
         table = stage_tokens(
-            encode_sources(
-                encoder,
-                settings.train_data,
-                BadRecords(None, settings.bad_share),
-                Reading(settings.train_data, **settings.taken),
-            ),
+            encode_sources(encoder, settings.train_data, bad, reading, encode),
             Path(folder),
             max_seq_length=settings.max_seq_length,
             prompt_loss=settings.prompt_loss,
@@ -116,6 +118,7 @@ def _scaled_bytes(
 
 def print_dry_run(settings: PrecomputeSettings) -> None:
     """Print what stage 1 would do. Raises LogitcaskError for any error that the user can fix."""
+    settings = with_length(settings)
     report = dry_run(settings)
     if settings.json_:
         print(report.model_dump_json(indent=2))

@@ -22,6 +22,7 @@ from logitcask.pipeline.models.shapes import (
     shape_of_student,
     shape_of_teacher,
     student_memory,
+    usual_length,
 )
 from logitcask.pipeline.plan.estimates import (
     CPU,
@@ -90,6 +91,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     sized = is_size(source)
     teacher = shape_of_size(source) if sized else shape_of_teacher(source)
     tokenizer = None if sized else load_tokenizer(source)
+    if not sized and "max_seq_length" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"max_seq_length": usual_length(source)})
     amount, assumed = _amount_of_text(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)

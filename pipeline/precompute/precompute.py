@@ -23,6 +23,7 @@ from logitcask.cache.storage.ownership import explain_write_errors, sole_writer,
 from logitcask.cache.writer import create_cache, require_same, stored_manifest
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.machine import explain_out_of_memory
+from logitcask.pipeline.models.shapes import usual_length
 from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.precompute.ray import RayExecutor
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_strides, shards_of, shuffled
@@ -34,6 +35,7 @@ from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading, changed_files, files_record, record_files
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.pipeline.text.tokens.workers import usual_workers, workers
 
 ENGINES = {
     "transformers": "transformers",
@@ -105,14 +107,24 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
 
 
 def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> PrecomputeSettings:
-    """Return the settings with ``auto`` as in the cache that is resumed, whatever this machine would choose."""
+    """Return the settings with what was left open as in the cache that is resumed, whatever would be chosen here."""
     if stored is None:
-        return settings
+        return with_length(settings)
     engine = next((name for name, stands_for in ENGINES.items() if stands_for == stored.teacher.engine), "auto")
     auto = {"dtype": stored.teacher.dtype, "engine": engine}
-    return settings.model_copy(
-        update={name: value for name, value in auto.items() if getattr(settings, name) == "auto"}
-    )
+    same: dict[str, Any] = {name: value for name, value in auto.items() if getattr(settings, name) == "auto"}
+    if "max_seq_length" not in settings.model_fields_set:
+        same["max_seq_length"] = stored.data.max_seq_length
+    return settings.model_copy(update=same)
+
+
+def with_length(settings: PrecomputeSettings) -> PrecomputeSettings:
+    """Return the settings with the teacher's usual length, unless they give one."""
+    if "max_seq_length" in settings.model_fields_set:
+        return settings
+    source, revision = settings.teacher_model, settings.teacher_revision
+    length = usual_length(source, revision, trust_remote_code=settings.trust_remote_code)
+    return settings.model_copy(update={"max_seq_length": length})
 
 
 def _require_same(settings: PrecomputeSettings, stored: Manifest, parts: dict[str, Any]) -> None:
@@ -197,18 +209,15 @@ def _plan(
         turns=settings.chat_turns,
         columns=settings.renamed,
     )
-    table = stage_tokens(
-        encode_sources(
-            encoder,
-            settings.train_data,
-            BadRecords(skipped_file(settings.output), settings.bad_share),
-            Reading(settings.train_data, **settings.taken),
-        ),
-        staging,
-        max_seq_length=settings.max_seq_length,
-        prompt_loss=settings.prompt_loss,
-        source=", ".join(settings.train_data),
-    )
+    bad = BadRecords(skipped_file(settings.output), settings.bad_share)
+    with workers(encoder, tokenizer, settings.tokenize_workers or usual_workers()) as encode:
+        table = stage_tokens(
+            encode_sources(encoder, settings.train_data, bad, Reading(settings.train_data, **settings.taken), encode),
+            staging,
+            max_seq_length=settings.max_seq_length,
+            prompt_loss=settings.prompt_loss,
+            source=", ".join(settings.train_data),
+        )
     if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none
         table = replace(table, identity=table.identity.model_copy(update={"metadata": None}), codes={})
     date = encoder.date if stored is None or stored.format_version >= 5 else None  # formats before had no date

@@ -25,7 +25,8 @@ class PlanSettings(DataSettings):
     )
     preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
-        1024, description="tokens per example; longer examples are truncated"
+        1024,
+        description="tokens per example; longer examples are truncated; fewer by default if the teacher takes fewer",
     )
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
     batch_size: Whole = Field(8, description="full-length sequences per forward pass, in both stages")

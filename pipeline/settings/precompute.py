@@ -35,7 +35,11 @@ class PrecomputeSettings(DataSettings):
     )
     temperatures: Temperatures = Field((1.0, 1.5, 2.0), description="temperatures that students can train at")
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
-        1024, description="tokens per example; longer examples are truncated"
+        1024,
+        description="tokens per example; longer examples are truncated; fewer by default if the teacher takes fewer",
+    )
+    tokenize_workers: Whole | None = Field(
+        None, description="processes that tokenize; default: one per core, at most 16; the cache is the same"
     )
     prompt_loss: bool = Field(False, description="label prompts too, not only responses")
     batch_size: Whole = Field(8, description="full-length sequences per forward pass; more if they are shorter")

@@ -7,10 +7,10 @@ again.
 """
 
 import contextlib
+import copy
 import datetime
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +25,10 @@ from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, 
 from logitcask.pipeline.text.chat import ChatError, Message, Segment, cut_chat
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
+from logitcask.pipeline.text.tokens.ready import ready_rows
 
 Part = tuple[list[int], bool]  # the token ids of a segment, and whether they are targets
-IGNORED_LABEL = -100
+Outcome = list["Encoded"] | str  # of a record: its examples, or why it is bad
 OPTIONAL_KEYS = {"name", "reasoning_content", "reasoning", "thinking"}  # of a message: templates need not render them
 
 
@@ -63,6 +64,8 @@ class Encoder:
         self._day = day or datetime.date.today()
         self._template_kwargs, self._tell = dict(template_kwargs or {}), tell
         self.notices = Notices()
+        self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self._known: dict[str, list[int]] = {}  # ids of the record's texts
         empty = tokenizer("").input_ids
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._begin = self._bos if tokenizer.bos_token_id in empty else []
@@ -76,12 +79,13 @@ class Encoder:
 
         Raises RecordError if the record cannot be used, or has no target.
         """
+        self._known.clear()
         try:
             record = shape_record(raw, self._columns)
             for column in sorted(record.unused):
                 self._say_once(f"column {column!r} is not used")
             if record.tokens is not None:
-                encoded = ready_examples(record.tokens, len(self._tokenizer))
+                encoded = [Encoded(*row) for row in ready_rows(record.tokens, len(self._tokenizer))]
                 shape = "token ids, packed rows" if len(encoded) > 1 else "token ids"
             else:
                 shape, parts = self._parts(record)
@@ -94,6 +98,28 @@ class Encoder:
         self.notices.count(shape, len(encoded))
         metadata = metadata_of(raw, self._columns)
         return [replace(example, metadata=metadata) for example in encoded] if metadata else encoded
+
+    def outcome(self, record: dict[str, Any] | RecordError) -> Outcome:
+        """Return the examples of what was read, or why it cannot be used."""
+        try:
+            return str(record) if isinstance(record, RecordError) else self.examples(record)
+        except RecordError as error:
+            return str(error)
+
+    def chunk(self, records: Sequence[dict[str, Any] | RecordError]) -> tuple[list[Outcome], Notices]:
+        """Return the outcome of each record, and what was found out beside."""
+        self.notices = Notices()
+        return [self.outcome(record) for record in records], self.notices
+
+    def silent(self) -> "Encoder":
+        """Return an encoder like this one that has found out nothing and tells nothing, to be sent to a process."""
+        other = copy.copy(self)
+        other.notices, other._tell = Notices(), _ignore
+        return other
+
+    def take(self, notices: Notices) -> None:
+        """Take what an encoder like this one found out."""
+        self.notices.merge(notices, self._tell)
 
     @property
     def date(self) -> str | None:
@@ -173,7 +199,7 @@ class Encoder:
     def _ends_a_turn(self, text: str) -> bool:
         """Return whether a target ends with a special token, which a student can learn to stop at."""
         ids = self._ids(text)
-        return bool(ids) and ids[-1] in {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+        return bool(ids) and ids[-1] in self._special
 
     def _closed(self, segments: list[Segment]) -> list[Part]:
         """Return the parts of what no template rendered, with one begin and one end token.
@@ -207,8 +233,9 @@ class Encoder:
         return bool(self._end) and text.rstrip().endswith(self._tokenizer.eos_token)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        if text not in self._known:
+            self._known[text] = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._known[text]
 
     def _continued(self, text: str) -> list[int]:
         """Return the ids of a text that continues another: encoded after a sentinel, which is cut off."""
@@ -255,77 +282,33 @@ class Encoder:
         return str(texts[0]), places[0]
 
 
+def _ignore(notice: str) -> None:
+    pass
+
+
 def encode_sources(
     encoder: Encoder,
     sources: tuple[str, ...],
     bad: BadRecords,
     records: Callable[[str], Iterator[Raw]] = lambda source: read_records([source]),
+    encode: Callable[[Iterator[Raw]], Iterator[tuple[Raw, Outcome]]] | None = None,
 ) -> Iterator[Encoded]:
     """Yield every example of every source, in order, under a progress bar for each source.
 
-    Raises LogitcaskError at the end if there are more bad records than ``bad`` allows.
+    ``encode``, as of ``tokens.workers``, may use the encoder in other processes. Raises LogitcaskError at the end if
+    there are more bad records than ``bad`` allows.
     """
     with bad:
         for source in sources:
             with track(f"reading {source}", None, "examples") as advance:
-                for where, record in records(source):
+                raws = records(source)
+                pairs = encode(raws) if encode else ((raw, encoder.outcome(raw[1])) for raw in raws)
+                for (where, record), outcome in pairs:
                     bad.read += 1
-                    try:
-                        examples = encoder.examples(record) if isinstance(record, dict) else []
-                        if isinstance(record, RecordError):
-                            raise record
-                    except RecordError as error:
-                        bad.add(where, str(error), record if isinstance(record, dict) else record.value)
+                    if isinstance(outcome, str):
+                        bad.add(where, outcome, record.value if isinstance(record, RecordError) else record)
                         continue
-                    yield from examples
+                    yield from outcome
                     advance(1)
         if chats := encoder.notices.chats():
             say(chats)
-
-
-def ready_examples(tokens: Mapping[str, Any], vocab_size: int) -> list[Encoded]:
-    """Return the examples of a record of token ids: its ``labels`` are -100, or its ``target_mask`` 0, off targets.
-
-    A row that was packed is cut by ``seq_lengths``, or where its ``position_ids`` start again. Raises RecordError if
-    the fields do not fit each other or the vocabulary.
-    """
-    ids = _integers(tokens, "input_ids")
-    name = "labels" if "labels" in tokens else "target_mask"
-    marks = _integers(tokens, name)
-    if len(marks) != len(ids):
-        raise RecordError(f"{name} must have as many entries as input_ids, {len(ids)}, got {len(marks)}")
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise RecordError(f"input_ids must be from 0 to {vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}")
-    targets = marks != (IGNORED_LABEL if name == "labels" else 0)
-    if name == "labels" and (marks[targets] != ids[targets]).any():
-        raise RecordError("labels must be -100 or equal to input_ids at the same place")
-    cuts = _row_borders(tokens, len(ids))
-    examples = []
-    for start, stop in itertools.pairwise(cuts):
-        mask = np.zeros(stop - start, dtype=bool)
-        mask[:-1] = targets[start + 1 : stop]
-        examples.append(Encoded(ids[start:stop], mask))
-    return [example for example in examples if example.target_mask.any()] or examples[:1]
-
-
-def _row_borders(tokens: Mapping[str, Any], length: int) -> list[int]:
-    if "seq_lengths" in tokens:
-        lengths = _integers(tokens, "seq_lengths")
-        if int(lengths.min()) < 1 or int(lengths.sum()) != length:
-            raise RecordError(f"seq_lengths must be positive and sum to the number of input_ids, {length}")
-        return [0, *map(int, np.cumsum(lengths))]
-    if "position_ids" in tokens:
-        positions = _integers(tokens, "position_ids")
-        if len(positions) != length:
-            raise RecordError(f"position_ids must have {length} entries, got {len(positions)}")
-        if positions[0] != 0:
-            raise RecordError(f"position_ids must start at 0, got {int(positions[0])}")
-        return [*map(int, np.flatnonzero(positions == 0)), length]
-    return [0, length]
-
-
-def _integers(tokens: Mapping[str, Any], name: str) -> IntArray:
-    values = np.asarray(tokens[name])
-    if values.ndim != 1 or values.dtype.kind not in "iub" or not len(values):
-        raise RecordError(f"{name} must be a list of integers that is not empty")
-    return values.astype(np.int64)

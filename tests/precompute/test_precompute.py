@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from logitcask.cache.errors import CacheMismatchError
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
+from logitcask.pipeline.plan.dry_run import dry_run
 from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers import labelling
 from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
@@ -191,3 +193,22 @@ def test_responses_written_by_others_get_the_teachers_labels(tmp_path: Path) -> 
         gold = log_probs.gather(1, ids[begin:, None])[:, 0]
         np.testing.assert_allclose(example.targets.gold_logprobs, gold, atol=1 / 15)
     assert not wanted
+
+
+def test_the_usual_length_is_what_the_teacher_takes_and_a_resumed_cache_keeps_its_own(tmp_path: Path) -> None:
+    """A dry run counts the same; a length that is asked for is never lowered."""
+    teacher = make_teacher(tmp_path / "teacher", max_length=40)
+    write_jsonl(tmp_path / "train.jsonl", [*RECORDS, {"text": "a b c " * 40}])
+    given = precompute_settings(tmp_path, teacher_model=str(teacher)).model_dump(exclude_unset=True)
+    del given["max_seq_length"]
+    usual = PrecomputeSettings.model_validate(given)
+    assert dry_run(usual).truncated == 1
+    data = precompute(usual).manifest.data
+    assert (data.max_seq_length, data.longest, data.truncated) == (40, 40, 1)
+    with pytest.raises(LogitcaskError, match="--max-seq-length 1024 is more than the teacher's 40"):
+        precompute(PrecomputeSettings.model_validate({**given, "max_seq_length": 1024, "output": tmp_path / "asked"}))
+    short = {**given, "output": tmp_path / "short"}
+    whole = precompute(PrecomputeSettings.model_validate({**short, "max_seq_length": 24}))
+    again = precompute(PrecomputeSettings.model_validate(short))
+    assert again.manifest == whole.manifest
+    assert again.shards_written == 0

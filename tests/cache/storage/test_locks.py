@@ -112,7 +112,13 @@ def test_a_volume_is_a_cache(volume: Path, part: Part | None) -> None:
     settings = precompute_settings(folder, output=volume, shards="1/1" if part else None)
     with sole_writer(volume, part) as staging:
         assert staging.is_relative_to(volume)
-        assert {path.name for path in folder.iterdir()} == {"teacher", "train.jsonl", "want", "want.files.json", "volume"}
+        assert {path.name for path in folder.iterdir()} == {
+            "teacher",
+            "train.jsonl",
+            "want",
+            "want.files.json",
+            "volume",
+        }
         with pytest.raises(LogitcaskError, match="another run is writing"), sole_writer(volume, part):
             pass
     precompute(settings)
