@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from logitcask.pipeline.settings.base import Command, Group, expand_home, home_path, options_from, require_plain_text
+from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.settings.split import SplitSettings
 from logitcask.pipeline.settings.train import TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

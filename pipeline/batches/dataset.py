@@ -59,8 +59,8 @@ class CacheDataset(Dataset[TrainingExample]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[TrainingExample]:
         """Return several examples, decoding each shard once."""
-        found = {index: self[index] for index in sorted(set(indices))}
-        return [found[index] for index in indices]
+        examples = {index: self[index] for index in sorted(set(indices))}
+        return [examples[index] for index in indices]
 
     @property
     def manifests(self) -> list[Manifest]:

@@ -171,8 +171,8 @@ def _sglang(meta: Mapping[str, Any]) -> LabelledText:
     if len(tokens) != len(tops):
         raise RecordError(f"meta_info: has {len(tokens)} tokens and {len(tops)} rows of top_logprobs")
     text = integers([token[1] for token in tokens], "meta_info", 1)
-    found = [[(int(entry[1]), float(entry[0])) for entry in row or ()] for row in tops[1:]]
-    return _scored(text, found, [-np.inf if token[0] is None else float(token[0]) for token in tokens[1:]])
+    rows = [[(int(entry[1]), float(entry[0])) for entry in row or ()] for row in tops[1:]]
+    return _scored(text, rows, [-np.inf if token[0] is None else float(token[0]) for token in tokens[1:]])
 
 
 def _scored(text: IntArray, found: list[list[tuple[int, float]]], gold: list[float]) -> LabelledText:

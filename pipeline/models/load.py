@@ -145,7 +145,7 @@ def stored_dtype(source: str, *, revision: str | None = None, trust_remote_code:
     """Return the float dtype in which a model is stored, float32 if its config names none."""
     try:
         config = PreTrainedConfig.get_config_dict(source, revision=revision, trust_remote_code=trust_remote_code)[0]
-    except Exception:  # a GGUF file has no config of this kind; loading tells of all else
+    except Exception:  # a GGUF file has no config of this kind; loading reports all else
         return torch.float32
     texts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     names = [str(part.get(key)).removeprefix("torch.") for part in texts for key in ("dtype", "torch_dtype")]

@@ -99,7 +99,7 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
 
 
 def usual_length(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int:
-    """Return the tokens per example of stage 1 that is not told them: as many as the teacher takes, at most 1,024.
+    """Return the tokens per example of stage 1 by default: as many as the teacher takes, at most 1,024.
 
     A config that cannot be read, or sets no limit, counts as taking them all.
     """

@@ -96,14 +96,14 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
 def freeze(model: PreTrainedModel, pattern: str) -> None:
     """Keep the parameters in whose name a regular expression is found. Raises LogitcaskError if all or none are."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    found = [parameter for name, parameter in named if re.search(pattern, name)]
-    if len(found) in (0, len(named)):
-        what = "every one" if found else "none"
+    matched = [parameter for name, parameter in named if re.search(pattern, name)]
+    if len(matched) in (0, len(named)):
+        what = "every one" if matched else "none"
         raise LogitcaskError(
             f"--freeze {pattern}: is found in {what} of the {len(named)} names of parameters, such as {named[0][0]}: "
             f"it must leave some to train and freeze some"
         )
-    for parameter in found:
+    for parameter in matched:
         parameter.requires_grad_(False)
 
 

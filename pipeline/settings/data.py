@@ -1,11 +1,12 @@
 """Options of every command that reads examples."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from logitcask.pipeline.settings.base import Settings
+from logitcask.pipeline.settings.base import Seed, Settings, Sources, Whole
 
 
 def _parse_columns(value: Any) -> Any:
@@ -88,3 +89,12 @@ class DataSettings(SourceSettings):
     def bad_share(self) -> float:
         """The largest share of records that may be skipped."""
         return self.max_bad if self.on_bad_record == "skip" else 0.0
+
+
+class SplitSettings(SourceSettings):
+    """Options of ``logitcask split``."""
+
+    data: Sources = Field(description="data file, folder, pattern or hub data set; repeatable, read in order")
+    output_dir: Path = Field(description="folder for train.jsonl and test.jsonl")
+    test: Whole = Field(description="examples in test.jsonl; a few more if duplicates must stay together")
+    seed: Seed = Field(0, description="which examples are chosen")

@@ -113,20 +113,20 @@ class Notices:
         self.records[shape] += 1
         self.examples[shape] += examples
 
-    def add(self, line: str, tell: Callable[[str], None]) -> None:
-        """Take a line, and tell it the first time."""
+    def add(self, line: str, report: Callable[[str], None]) -> None:
+        """Take a line, and report it the first time."""
         if line not in self.said:
             self.said[line] = None
-            tell(line)
+            report(line)
 
-    def merge(self, other: "Notices", tell: Callable[[str], None]) -> None:
-        """Take what another encoder found out, and tell what is new."""
+    def merge(self, other: "Notices", report: Callable[[str], None]) -> None:
+        """Take what another encoder found out, and report what is new."""
         self.records += other.records
         self.examples += other.examples
         self.refused_chats += other.refused_chats
         self.date, self.rendered = self.date or other.date, self.rendered or other.rendered
         for line in other.said:
-            self.add(line, tell)
+            self.add(line, report)
 
     def chats(self) -> str:
         """Return a line on the chats of several turns, empty if there are none."""

@@ -41,7 +41,7 @@ READ = {
 
 
 class ChatError(ValueError):
-    """A chat that the template cannot render, or renders so that no target can be told apart."""
+    """A chat that the template cannot render, or renders so that its targets cannot be separated."""
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ class Record:
 
 def metadata_of(raw: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, str]:
     """Return the record's ``category`` and ``language``, as text, where it has them."""
-    found = {renamed.get(name, name): value for name, value in raw.items()}
-    return {name: str(found[name]) for name in sorted(KEPT & found.keys()) if found[name] not in (None, "", [], {})}
+    named = {renamed.get(name, name): value for name, value in raw.items()}
+    return {name: str(named[name]) for name in sorted(KEPT & named.keys()) if named[name] not in (None, "", [], {})}
 
 
 def shape_record(raw: Mapping[str, Any], renamed: Mapping[str, str]) -> Record:

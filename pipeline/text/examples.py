@@ -45,7 +45,7 @@ class Encoder:
     """Encodes records as token ids and target masks, with one tokenizer.
 
     A chat template that writes the date writes that of ``day``, today by default, at midnight; ``template_kwargs`` are
-    passed to it. ``tell`` gets each notice once.
+    passed to it. ``report`` gets each notice once.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class Encoder:
         turns: str = "auto",
         columns: Mapping[str, str] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        tell: Callable[[str], None] = say,
+        report: Callable[[str], None] = say,
     ) -> None:
         self._tokenizer, self._prompt_loss, self._turns = tokenizer, prompt_loss, turns
         self._columns = columns or {}  # our names of the user's columns
         self._day = day or datetime.date.today()
-        self._template_kwargs, self._tell = dict(template_kwargs or {}), tell
+        self._template_kwargs, self._report = dict(template_kwargs or {}), report
         self.notices = Notices()
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._known: dict[str, list[int]] = {}  # ids of the record's texts
@@ -112,14 +112,14 @@ class Encoder:
         return [self.outcome(record) for record in records], self.notices
 
     def silent(self) -> "Encoder":
-        """Return an encoder like this one that has found out nothing and tells nothing, to be sent to a process."""
+        """Return an encoder like this one that has found out nothing and reports nothing, to be sent to a process."""
         other = copy.copy(self)
-        other.notices, other._tell = Notices(), _ignore
+        other.notices, other._report = Notices(), _ignore
         return other
 
     def take(self, notices: Notices) -> None:
         """Take what an encoder like this one found out."""
-        self.notices.merge(notices, self._tell)
+        self.notices.merge(notices, self._report)
 
     @property
     def date(self) -> str | None:
@@ -133,7 +133,7 @@ class Encoder:
         return json.dumps(self._template_kwargs, sort_keys=True) if used else None
 
     def _say_once(self, notice: str) -> None:
-        self.notices.add(notice, self._tell)
+        self.notices.add(notice, self._report)
 
     def _parts(self, record: Record) -> tuple[str, list[list[Part]]]:
         """Return the name of a record's shape, and the parts of each of its examples."""

@@ -100,8 +100,8 @@ def _source_records(source: str, config: str | None, split: str) -> Iterator[Raw
 
 def _state(file: Path) -> tuple[int, int, int]:
     """Return what changes when a file is written to or replaced."""
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_records(file: Path) -> Iterator[Raw]:

@@ -45,7 +45,7 @@ MAY_CHANGE = {
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
     *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
-# What a run did before it could be told otherwise, and stored nothing about.
+# What a run did before there were options for it, and stored nothing about.
 BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear", "student_dtype": "float32", "load_in_4bit": False}
 ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns

@@ -109,17 +109,7 @@ def cache_source(
             )
         if min_fidelity is not None:
             require_fidelity(reader, j, min_fidelity)
-    tokenizer, wanted = tokenizer_from_files(reader.tokenizer_files()), reader.manifest.tokenizer.fingerprint
-    if fingerprint(tokenizer) != wanted:
-        raise CacheMismatchError(
-            f"{cache}: its tokenizer files load as another tokenizer than it was made with: fingerprints {wanted[:12]} "
-            f"and {fingerprint(tokenizer)[:12]}: use the version of transformers it was made with, or make it anew"
-        )
-    for model, loading in same_tokenizer.items():
-        if has_tokenizer(model):
-            require_tokenizer(model, wanted, cache, **loading)
-        else:
-            say(f"{model}: holds no tokenizer: the cache's is used")
+    tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
     chosen = matching(reader, where) if where else None
     starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
     shards = range(reader.manifest.shards.count)
@@ -145,6 +135,24 @@ def cache_source(
         amount=amount,
         lengths=lengths,
     )
+
+
+def _cache_tokenizer(
+    reader: CacheReader, cache: str, same_tokenizer: Mapping[str, Mapping[str, Any]]
+) -> PreTrainedTokenizerBase:
+    """Return a cache's tokenizer. Raises CacheMismatchError if it loads as another, or a model's own is another."""
+    tokenizer, wanted = tokenizer_from_files(reader.tokenizer_files()), reader.manifest.tokenizer.fingerprint
+    if fingerprint(tokenizer) != wanted:
+        raise CacheMismatchError(
+            f"{cache}: its tokenizer files load as another tokenizer than it was made with: fingerprints {wanted[:12]} "
+            f"and {fingerprint(tokenizer)[:12]}: use the version of transformers it was made with, or make it anew"
+        )
+    for model, loading in same_tokenizer.items():
+        if has_tokenizer(model):
+            require_tokenizer(model, wanted, cache, **loading)
+        else:
+            say(f"{model}: holds no tokenizer: the cache's is used")
+    return tokenizer
 
 
 def cache_identity(reader: CacheReader) -> str:
@@ -199,7 +207,7 @@ def file_source(
 ) -> Source:
     """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
-    The tokenizer is the student's if the student is a model, loaded as ``loading`` tells, else the teacher's; online
+    The tokenizer is the student's if the student is a model, loaded as ``loading`` says, else the teacher's; online
     the two must be equal. Tokens are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
     """
     owner = next((model for model in (student_model, teacher_model) if model and has_tokenizer(model)), None)

@@ -37,7 +37,7 @@ def main() -> None:
             for count in (1, 2):
                 gc.collect()
                 busy = time.process_time()
-                encoder, began = Encoder(tokenizer, prompt_loss=False, tell=lambda _: None), time.perf_counter()
+                encoder, began = Encoder(tokenizer, prompt_loss=False, report=lambda _: None), time.perf_counter()
                 with workers(encoder, tokenizer, count) as encode:
                     encoded = encode_sources(encoder, sources, BadRecords(None), encode=encode)
                     table = stage_tokens(encoded, folder, max_seq_length=1024, prompt_loss=False, source="data")

@@ -126,8 +126,8 @@ def test_chats_are_counted_and_counts_merge() -> None:
     """A worker's notices are merged into the parent's, which tells each line once."""
     two = [user("add"), assistant("three"), user("more"), assistant("seven")]
     told: list[str] = []
-    each = Encoder(make_tokenizer(chat=True), prompt_loss=False, turns="each", tell=told.append)
-    whole = Encoder(make_tokenizer(chat=True), prompt_loss=False, tell=told.append)
+    each = Encoder(make_tokenizer(chat=True), prompt_loss=False, turns="each", report=told.append)
+    whole = Encoder(make_tokenizer(chat=True), prompt_loss=False, report=told.append)
     for encoder in (each, whole):
         encoder.examples({"messages": two, "id": 7})
         encoder.examples({"prompt": "a", "response": "b"})

@@ -48,7 +48,7 @@ def staged(folder: Path, source: Path, count: int) -> tuple[Any, ...]:
     """Return all that is known of a table, and what was told, for ``count`` processes."""
     tokenizer, told = make_tokenizer(chat=True), list[str]()
     tokenizer.chat_template = DATED + str(tokenizer.chat_template)
-    encoder = Encoder(tokenizer, prompt_loss=False, tell=told.append)
+    encoder = Encoder(tokenizer, prompt_loss=False, report=told.append)
     folder.mkdir()
     bad, sources = BadRecords(folder / "bad.jsonl", 0.5), (str(source), str(source))
     with workers(encoder, tokenizer, count) as encode:

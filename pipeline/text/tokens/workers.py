@@ -28,7 +28,7 @@ Encode = Callable[[Iterator[Raw]], Iterator[tuple[Raw, Outcome]]]
 
 
 def usual_workers() -> int:
-    """Return how many processes tokenize unless told: one per core, at most 16."""
+    """Return how many processes tokenize by default: one per core, at most 16."""
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

@@ -131,7 +131,7 @@ class Cache:
         """Return the function that makes a batch of a data set's items, with labels at a temperature. Needs torch.
 
         ``tail`` says what stands for the mass outside the head: "sampled" (the default if the cache has draws),
-        "bucket" or "renormalize". ``packed`` puts several examples into a row, told apart by ``position_ids``. Raises
+        "bucket" or "renormalize". ``packed`` puts several examples into a row, separated by ``position_ids``. Raises
         LogitcaskError if the cache does not store the temperature, or lacks what the tail needs.
         """
         from logitcask.library.training import collator_of
