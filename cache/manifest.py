@@ -137,6 +137,22 @@ class LabelSettings(_Part):
         """Return whether the mass outside the head, or l of every next token, is known."""
         return what not in (self.unknown or ())
 
+    @property
+    def usual_tail(self) -> str:
+        """What represents the mass outside the head by default: sampled, bucket or renormalize."""
+        return "sampled" if self.tail_draws else "bucket" if self.knows("rest") else "renormalize"
+
+    def tail_fault(self, tail: str) -> tuple[str, str] | None:
+        """Return why students cannot be trained with a tail, and which one they can; None if they can."""
+        if tail != "sampled" and self.head_size == 0:
+            return "needs a head, but the cache has head size 0", "sampled"
+        if tail != "renormalize" and not self.knows("rest"):
+            reason = "needs the mass outside the head, which the source of this imported cache does not give"
+            return reason, "renormalize"
+        if tail == "sampled" and self.tail_draws == 0 and self.head_size < self.vocab_size:
+            return "needs draws, but the cache has none", "bucket"
+        return None
+
 
 class ShardPlan(_Part):
     """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; slots it does not fill stay zero."""

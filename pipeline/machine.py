@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import platform
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +34,11 @@ def choose_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return what a device is: the product's name of a GPU, otherwise its kind, such as cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def ignore_interrupts(_: int) -> None:
+    """Ignore SIGINT in a DataLoader worker: Ctrl-C in a terminal reaches it too, but the step still needs it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def free_large_blocks() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from logitcask.cache.labels import Array, IntArray, SoftLabels, SparseTargets, soft_labels
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 Batch = dict[str, Any]  # tensors by name, and SoftLabels of tensors
 

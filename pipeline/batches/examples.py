@@ -6,8 +6,8 @@ from logitcask.cache.labels import IntArray
 from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import TrainingExample
-from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.text.token_table import TokenTable
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 
 class CacheExamples(Dataset[TrainingExample]):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differenc
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.batches.collate import Batch, Collator
 from logitcask.pipeline.batches.dataset import CacheDataset
+from logitcask.pipeline.machine import ignore_interrupts
 
 
 class Loader:
@@ -52,7 +52,7 @@ class Loader:
             collate_fn=collator,
             num_workers=num_workers,
             multiprocessing_context="spawn" if num_workers else None,  # zarr does not survive a fork
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -127,8 +127,3 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.batches)
-
-
-def _ignore_interrupts(_: int) -> None:
-    """Ignore SIGINT in a worker process: Ctrl-C in a terminal reaches it too, but only the loop should see it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,7 +24,7 @@ from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, sparse_forward_kl
 from logitcask.pipeline.models.student import require_room
 from logitcask.pipeline.runs.evaluation import Divergence, Group, OnCache
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 BINS = 15  # of the calibration error, of equal width
 Array = NDArray[np.float64]

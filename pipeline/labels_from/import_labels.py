@@ -32,15 +32,14 @@ from logitcask.pipeline.labels_from.openai import ReadReplies
 from logitcask.pipeline.labels_from.rows import LabelledText, Read
 from logitcask.pipeline.labels_from.staged import StagedLabels
 from logitcask.pipeline.labels_from.topk import read_axolotl, read_topk
-from logitcask.pipeline.precompute.precompute import explain_limits
-from logitcask.pipeline.precompute.sharding import cut_shards, plan_strides, shuffled
+from logitcask.pipeline.precompute.sharding import cut_shards, explain_limits, plan_strides, shuffled
 from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.columns import RecordError
-from logitcask.pipeline.text.examples import Encoded
 from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 TRIED = 20_000  # rows from which it is decided how a source is read
 SHARD_ENTRIES = 1 << 22  # label entries per shard, the unit of resuming

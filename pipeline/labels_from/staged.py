@@ -14,7 +14,7 @@ from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
 from logitcask.pipeline.labels_from.fit import Fit, log_sums
 from logitcask.pipeline.labels_from.rows import LabelledText
 from logitcask.pipeline.text.columns import RecordError
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 LEAST_HEAD = -1e-12  # log of the most that can be outside the entries: more would leave nothing for them
 CODED = 0.125  # nats: what the codes of a cache leave of a sum

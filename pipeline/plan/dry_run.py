@@ -13,7 +13,7 @@ from logitcask.pipeline.console import results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
 from logitcask.pipeline.plan.plan import plan_cache, size_text
-from logitcask.pipeline.precompute.precompute import with_length
+from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords

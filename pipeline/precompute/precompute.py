@@ -6,13 +6,11 @@ these open. What must be equal is what ``cache.manifest.identity`` returns.
 
 import contextlib
 import datetime
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
@@ -23,10 +21,10 @@ from logitcask.cache.storage.ownership import explain_write_errors, sole_writer,
 from logitcask.cache.writer import create_cache, require_same, stored_manifest
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.machine import explain_out_of_memory
-from logitcask.pipeline.models.shapes import usual_length
+from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.precompute.ray import RayExecutor
-from logitcask.pipeline.precompute.sharding import Work, cut_shards, plan_strides, shards_of, shuffled
+from logitcask.pipeline.precompute.sharding import Work, cut_shards, explain_limits, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
@@ -116,15 +114,6 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
     if "max_seq_length" not in settings.model_fields_set:
         same["max_seq_length"] = stored.data.max_seq_length
     return settings.model_copy(update=same)
-
-
-def with_length(settings: PrecomputeSettings) -> PrecomputeSettings:
-    """Return the settings with the teacher's usual length, unless they give one."""
-    if "max_seq_length" in settings.model_fields_set:
-        return settings
-    source, revision = settings.teacher_model, settings.teacher_revision
-    length = usual_length(source, revision, trust_remote_code=settings.trust_remote_code)
-    return settings.model_copy(update={"max_seq_length": length})
 
 
 def _require_same(settings: PrecomputeSettings, stored: Manifest, parts: dict[str, Any]) -> None:
@@ -242,18 +231,6 @@ def _plan(
         }
     batches = BATCHES_PER_CALL.get(choose_engine(settings.engine, settings.teacher_model), 1)
     return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * batches, label), parts
-
-
-@contextlib.contextmanager
-def explain_limits() -> Iterator[None]:
-    """Turn a manifest that readers would refuse into a one-line LogitcaskError with a remedy."""
-    try:
-        yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        rule = first["msg"].replace("Input should be", "must be", 1)
-        raise LogitcaskError(f"readers would refuse this cache: {field}: {rule}: lower --shard-positions") from error
 
 
 def check_teacher(teacher: TeacherFacts, vocabulary: int, max_seq_length: int) -> None:

@@ -1,10 +1,14 @@
 """Assign examples to shards, and a shard's examples to batches, from data and settings alone."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.layout import stride_for
 from logitcask.cache.manifest import LabelSettings, ShardPlan
@@ -107,3 +111,15 @@ def plan_batches(lengths: IntArray, batch_tokens: int) -> list[IntArray]:
         batches.append(order[first : first + size])
         first += size
     return batches
+
+
+@contextlib.contextmanager
+def explain_limits() -> Iterator[None]:
+    """Turn a manifest that readers would refuse into a one-line LogitcaskError with a remedy."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        rule = first["msg"].replace("Input should be", "must be", 1)
+        raise LogitcaskError(f"readers would refuse this cache: {field}: {rule}: lower --shard-positions") from error

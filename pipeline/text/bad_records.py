@@ -106,7 +106,6 @@ class Notices:
     refused_chats: int = 0
     said: dict[str, None] = field(default_factory=dict)  # lines, in order, each once
     date: str | None = None  # the day that a template wrote, YYYY-MM-DD
-    rendered: bool = False  # whether a chat template rendered any record
 
     def count(self, shape: str, examples: int) -> None:
         """Count a record and its examples."""
@@ -124,7 +123,7 @@ class Notices:
         self.records += other.records
         self.examples += other.examples
         self.refused_chats += other.refused_chats
-        self.date, self.rendered = self.date or other.date, self.rendered or other.rendered
+        self.date = self.date or other.date
         for line in other.said:
             self.add(line, report)
 

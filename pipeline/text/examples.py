@@ -9,22 +9,20 @@ again.
 import contextlib
 import copy
 import datetime
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from logitcask.cache.labels import IntArray
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, BadRecords, Notices
 from logitcask.pipeline.text.chat import ChatError, Message, Segment, cut_chat
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.ready import ready_rows
 
 Part = tuple[list[int], bool]  # the token ids of a segment, and whether they are targets
@@ -32,20 +30,11 @@ Outcome = list["Encoded"] | str  # of a record: its examples, or why it is bad
 OPTIONAL_KEYS = {"name", "reasoning_content", "reasoning", "thinking"}  # of a message: templates need not render them
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids (L,) and the target mask (L,), before truncation."""
-
-    input_ids: IntArray
-    target_mask: NDArray[np.bool_]
-    metadata: Mapping[str, str] = field(default_factory=dict)  # the record's category and language
-
-
 class Encoder:
     """Encodes records as token ids and target masks, with one tokenizer.
 
-    A chat template that writes the date writes that of ``day``, today by default, at midnight; ``template_kwargs`` are
-    passed to it. ``report`` gets each notice once.
+    A chat template that writes the date writes that of ``day``, today by default, at midnight. ``report`` gets each
+    notice once.
     """
 
     def __init__(
@@ -56,13 +45,12 @@ class Encoder:
         day: datetime.date | None = None,
         turns: str = "auto",
         columns: Mapping[str, str] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = say,
     ) -> None:
         self._tokenizer, self._prompt_loss, self._turns = tokenizer, prompt_loss, turns
         self._columns = columns or {}  # our names of the user's columns
         self._day = day or datetime.date.today()
-        self._template_kwargs, self._report = dict(template_kwargs or {}), report
+        self._report = report
         self.notices = Notices()
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._known: dict[str, list[int]] = {}  # ids of the record's texts
@@ -126,12 +114,6 @@ class Encoder:
         """The day that a template wrote, YYYY-MM-DD; None if it wrote none."""
         return self.notices.date
 
-    @property
-    def used_kwargs(self) -> str | None:
-        """The template's arguments as JSON, None if there are none or no record was rendered."""
-        used = self._template_kwargs and self.notices.rendered
-        return json.dumps(self._template_kwargs, sort_keys=True) if used else None
-
     def _say_once(self, notice: str) -> None:
         self.notices.add(notice, self._report)
 
@@ -168,7 +150,6 @@ class Encoder:
         marks = "{% generation" in self._template() or "{%- generation" in self._template()
         eos = self._tokenizer.eos_token or ""
         chat = cut_chat(self._render, messages, tools, self._turns, eos, self._render_marked if marks else None)
-        self.notices.rendered = True
         self._say_what_is_ignored(messages, "".join(text for segments in chat.examples for text, _ in segments))
         if chat.unseen.strip():
             self._say_once(
@@ -249,11 +230,10 @@ class Encoder:
         """
         template = self._tokenizer.get_chat_template(tools=options.get("tools"))
         with self._clock(template):
-            texts, _ = render_jinja_template([messages], chat_template=template, **self._variables(), **options)
+            texts, _ = render_jinja_template(
+                [messages], chat_template=template, **self._tokenizer.special_tokens_map, **options
+            )
         return str(texts[0])
-
-    def _variables(self) -> dict[str, Any]:
-        return {**self._tokenizer.special_tokens_map, **self._template_kwargs}
 
     @contextlib.contextmanager
     def _clock(self, template: str) -> Iterator[None]:
@@ -277,7 +257,7 @@ class Encoder:
                 tools=tools,
                 chat_template=self._template(),
                 return_assistant_tokens_mask=True,
-                **self._variables(),
+                **self._tokenizer.special_tokens_map,
             )
         return str(texts[0]), places[0]
 

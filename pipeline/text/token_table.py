@@ -14,7 +14,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.manifest import DataIdentity
 from logitcask.pipeline.text.columns import MetadataColumns
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch
+from logitcask.pipeline.machine import ignore_interrupts
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
-from logitcask.pipeline.train.callbacks.interrupt import ignore_interrupts
 from logitcask.pipeline.train.loss import Distillation, bare_model, make_loss_forward, require_apart, require_vocabulary
 
 if TYPE_CHECKING:

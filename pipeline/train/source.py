@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.fidelity import BATCH, figures
 from logitcask.cache.labels import IntArray, temperature_index
-from logitcask.cache.manifest import LabelSettings, sha256
+from logitcask.cache.manifest import sha256
 from logitcask.cache.reader import CacheReader, matching
 from logitcask.cache.report.label_figures import fidelity_of
 from logitcask.cache.storage.disk_cache import DiskCache
@@ -95,10 +95,11 @@ def cache_source(
     """
     reader = CacheReader(cache, disk_cache=disk_cache)
     label, data = reader.manifest.label, reader.manifest.data
-    tail = tail or ("sampled" if label.tail_draws else "bucket" if label.knows("rest") else "renormalize")
+    tail = tail or label.usual_tail
     if soft:
         j = temperature_index(label.temperatures, temperature)
-        _require_tail(label, tail)
+        if fault := label.tail_fault(tail):
+            raise LogitcaskError(f"--tail {tail} {fault[0]}: use --tail {fault[1]}")
         if tail == "renormalize" and not label.knows("rest"):
             say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
         elif tail == "renormalize":
@@ -158,18 +159,6 @@ def _cache_tokenizer(
 def cache_identity(reader: CacheReader) -> str:
     """Return the digest of a cache's manifest, which the settings of a run on it hold as ``source``."""
     return sha256(reader.manifest.model_dump_json().encode())
-
-
-def _require_tail(label: LabelSettings, tail: str) -> None:
-    if tail != "sampled" and label.head_size == 0:
-        raise LogitcaskError(f"--tail {tail} needs a head, but the cache has head size 0: use --tail sampled")
-    if tail != "renormalize" and not label.knows("rest"):
-        raise LogitcaskError(
-            f"--tail {tail} needs the mass outside the head, which the source of this imported cache does not give: "
-            "use --tail renormalize"
-        )
-    if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
-        raise LogitcaskError("--tail sampled needs draws, but the cache has none: use --tail bucket")
 
 
 def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:

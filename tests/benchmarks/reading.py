@@ -23,7 +23,7 @@ from logitcask.pipeline.batches.collate import Collator, TrainingExample
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.precompute.sharding import cut_shards
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from tests.cache.test_cache import FILES, label_settings, manifest_of, random_targets
 
 EXAMPLES, LENGTH, BATCH, ROUNDS, VOCABULARY = 1024, 128, 8, 5, 49_152

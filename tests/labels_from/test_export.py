@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 
+import logitcask as lc
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
 from logitcask.pipeline.labels_from.export import export_labels
-from logitcask.pipeline.train.source import _require_tail
 from tests.labels_from.test_import import TEXTS, K, bring, labels_of, manifest_of, tokenizer
 from tests.support.foreign import top_k_row
 from tests.support.runs import train
@@ -74,9 +74,11 @@ def test_a_student_trains_on_imported_labels(bring: Any, tmp_path: Path) -> None
         train(tmp_path / "bare", tmp_path / "run", tail="bucket")
     label = manifest_of(tmp_path / "bare").label
     for tail in ("bucket", "sampled"):
-        with pytest.raises(LogitcaskError, match="use --tail renormalize"):
-            _require_tail(label, tail)
-    _require_tail(label, "renormalize")
+        assert label.tail_fault(tail) is not None
+        with pytest.raises(LogitcaskError, match="use tail='renormalize'"):
+            lc.open(tmp_path / "bare").collator(tail=tail)
+    assert label.tail_fault("renormalize") is None
+    assert lc.open(tmp_path / "bare").collator().tail == "renormalize"
     shown = render(describe(tmp_path / "bare"))
     assert "not known: the mass outside the head, next tokens outside the head" in shown
     assert "perplexity" not in shown

@@ -13,7 +13,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss, require_known_loss
 from logitcask.pipeline.models.recompute import keep_products_only
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
 from tests.support.runs import history, metrics, train, weights, write_config
 from tests.support.tiny import make_cache, make_teacher

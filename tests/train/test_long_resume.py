@@ -12,7 +12,7 @@ from logitcask.pipeline.batches.collate import Collator, TrainingExample
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.trainer import DistillationTrainer

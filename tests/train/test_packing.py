@@ -16,7 +16,7 @@ from logitcask.pipeline.batches.order import GROUP, BatchSampler
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.text.examples import Encoded
+from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
 from tests.support.runs import history, train, write_config
 from tests.support.tiny import make_cache

@@ -14,11 +14,6 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # schedulers send SIGTERM before they reclaim a machine
 
 
-def ignore_interrupts(_: int) -> None:
-    """Ignore SIGINT in a DataLoader worker: Ctrl-C in a terminal reaches it too, but the step still needs it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class SaveOnInterrupt(TrainerCallback):
     """Within its context the first SIGINT or SIGTERM makes the Trainer save and stop; the next has its usual effect.
 

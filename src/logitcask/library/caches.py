@@ -130,9 +130,10 @@ class Cache:
     def collator(self, temperature: float = 1.0, tail: str | None = None, *, packed: bool = False) -> "Collator":
         """Return the function that makes a batch of a data set's items, with labels at a temperature. Needs torch.
 
-        ``tail`` says what stands for the mass outside the head: "sampled" (the default if the cache has draws),
-        "bucket" or "renormalize". ``packed`` puts several examples into a row, separated by ``position_ids``. Raises
-        LogitcaskError if the cache does not store the temperature, or lacks what the tail needs.
+        ``tail`` says what stands for the mass outside the head: "sampled", "bucket" or "renormalize", by default the
+        first of these that the cache has what it needs for. ``packed`` puts several examples into a row, separated by
+        ``position_ids``. Raises LogitcaskError if the cache does not store the temperature, or lacks what the tail
+        needs.
         """
         from logitcask.library.training import collator_of
 

@@ -68,15 +68,14 @@ def collator_of(source: Cache | Mix, temperature: float, tail: str | None, *, pa
     """Return the collator of a cache or a mixture. Raises LogitcaskError if a cache lacks what it needs."""
     caches = source.caches if isinstance(source, Mix) else (source,)
     labels = [cache.label for cache in caches]
-    tail = tail or ("sampled" if all(label.tail_draws for label in labels) else "bucket")
+    usual = {label.usual_tail for label in labels}
+    tail = tail or next(name for name in ("renormalize", "bucket", "sampled") if name in usual)
     for cache, label in zip(caches, labels, strict=True):
         _require_temperature(cache, temperature)
         if tail not in TAILS:
             raise LogitcaskError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-        if tail != "sampled" and label.head_size == 0:
-            raise LogitcaskError(f'{cache.path}: tail={tail!r} needs a head, but it has none: use tail="sampled"')
-        if tail == "sampled" and label.tail_draws == 0 and label.head_size < label.vocab_size:
-            raise LogitcaskError(f'{cache.path}: tail="sampled" needs draws, but it has none: use tail="bucket"')
+        if fault := label.tail_fault(tail):
+            raise LogitcaskError(f"{cache.path}: tail={tail!r} {fault[0]}: use tail={fault[1]!r}")
     if isinstance(source, Cache):
         return Collator(0, source.temperatures, temperature, tail, packed)
     return MixedCollator(

@@ -17,8 +17,8 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import Shard
 from logitcask.cache.storage.ownership import sole_writer, watch_folder
 from logitcask.cache.writer import CacheWriter
-from logitcask.pipeline.precompute.precompute import explain_limits, precompute
-from logitcask.pipeline.precompute.sharding import plan_strides
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.sharding import explain_limits, plan_strides
 from tests.support.needed import as_root, lacking
 from tests.support.runs import STUDENT, train, write_config
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
