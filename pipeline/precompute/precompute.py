@@ -30,7 +30,7 @@ from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.examples import Encoder, encode_sources
-from logitcask.pipeline.text.reading import Reading, changed_files, files_record, record_files
+from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.workers import usual_workers, workers
@@ -95,7 +95,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     shards=None if settings.part is None else mine,
                 )
             if before is None:
-                record_files(files_record(settings.output), settings.train_data)
+                record_files(settings.output, settings.train_data)
             manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
@@ -123,7 +123,7 @@ def _require_same(settings: PrecomputeSettings, stored: Manifest, parts: dict[st
     except CacheMismatchError as error:
         if parts["data"].fingerprint == stored.data.fingerprint:
             raise
-        changes = changed_files(files_record(settings.output), settings.train_data)
+        changes = changed_files(settings.output, settings.train_data)
         raise CacheMismatchError(f"{error}{changes}") from error
 
 

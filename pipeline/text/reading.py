@@ -12,7 +12,6 @@ from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.pipeline.text.records import Raw, is_saved, read_records, source_files
 
 VALUES_SHOWN = 5
-FILES_SUFFIX = ".files.json"
 Files = dict[str, list[object]]  # bytes and SHA-256, by path in the order read
 
 
@@ -62,13 +61,6 @@ class Reading:
             raise LogitcaskError(f"{source}: no record has --where {wanted}; there are {', '.join(others)}")
 
 
-def files_record(output: Path | str) -> Path:
-    """Return where the files of a run's data are recorded: beside its output, in the current folder if it is a URL."""
-    if "://" in str(output):
-        return Path(f"{str(output).rstrip('/').rsplit('/', maxsplit=1)[-1]}{FILES_SUFFIX}")
-    return Path(output).with_name(f"{Path(output).name}{FILES_SUFFIX}")
-
-
 def data_files(sources: Sequence[str]) -> Files:
     """Return the files that sources are read from, with their digests; data sets of the hub have none here."""
     files: Files = {}
@@ -81,12 +73,18 @@ def data_files(sources: Sequence[str]) -> Files:
     return files
 
 
-def record_files(record: Path, sources: Sequence[str]) -> None:
-    """Write down the files of a run's data, unless the output is a mounted volume or nothing can be written beside it.
+def _files_record(output: Path | str) -> Path | None:
+    """Return where the files of a run's data are recorded, beside its output; None at a URL."""
+    return None if "://" in str(output) else Path(output).with_name(f"{Path(output).name}.files.json")
+
+
+def record_files(output: Path | str, sources: Sequence[str]) -> None:
+    """Write down the files of a run's data, if its output is a folder that is no volume and has a place beside it.
 
     It only serves a message, so a failure is none of the run.
     """
-    if os.path.ismount(record.with_name(record.name.removesuffix(FILES_SUFFIX))):
+    record = _files_record(output)
+    if record is None or os.path.ismount(output):
         return
     partial = record.with_name(f".{record.name}.{os.getpid()}.partial")
     text = json.dumps(data_files(sources), indent=1) + "\n"
@@ -96,10 +94,11 @@ def record_files(record: Path, sources: Sequence[str]) -> None:
         partial.replace(record)
 
 
-def changed_files(record: Path, sources: Sequence[str]) -> str:
+def changed_files(output: Path | str, sources: Sequence[str]) -> str:
     """Return, for a message, which files changed since they were written down, "" if that is not known."""
+    record = _files_record(output)
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = None if record is None else json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     if not isinstance(before, dict):

@@ -11,7 +11,7 @@ import pytest
 
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.pipeline.text.bad_records import BadRecords
-from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from tests.support.servers import hf_environment, hf_server
 from tests.support.tiny import RECORDS, make_cache, write_jsonl
 
@@ -117,3 +117,15 @@ def test_bad_records_are_counted_by_kind_of_reason(tmp_path: Path) -> None:
     assert "a.jsonl:5" not in str(told.value)
     assert "1 x text is empty: a.jsonl:9" in str(told.value)
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 8
+
+
+def test_for_a_cache_at_a_url_nothing_is_left_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", RECORDS)
+    monkeypatch.chdir(tmp_path)
+    record_files("s3://bucket/cache", [str(data)])
+    assert os.listdir(tmp_path) == ["data.jsonl"]
+    assert changed_files("s3://bucket/cache", [str(data)]) == ""
+    record_files(tmp_path / "cache", [str(data)])
+    assert sorted(os.listdir(tmp_path)) == ["cache.files.json", "data.jsonl"]
