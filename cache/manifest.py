@@ -95,7 +95,7 @@ class Metadata(_Part):
 class DataIdentity(_Part):
     """The tokenized examples, before shuffling."""
 
-    absent = frozenset({"date", "metadata"})
+    absent = frozenset({"date", "metadata", "chat_template_kwargs"})
 
     fingerprint: Digest
     examples: Count
@@ -108,6 +108,9 @@ class DataIdentity(_Part):
     prompt_loss: bool
     date: Annotated[str, AfterValidator(_day)] | None = Field(
         default=None, description="the day that the chat template wrote into the examples, if it writes the date"
+    )
+    chat_template_kwargs: Annotated[str, Field(max_length=2**16, pattern=NO_CONTROLS)] | None = Field(
+        default=None, description="values that were given to the chat template's variables, as JSON"
     )
     metadata: Metadata | None = Field(
         default=None, description="columns of the records that are kept, if there are any"

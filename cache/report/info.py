@@ -130,6 +130,8 @@ def _identity(info: CacheInfo) -> Iterator[str]:
         yield f"            the chat template writes the date: {data.date}"
     for column, values in metadata_values(m).items():
         yield f"            {column}: {len(values):,} values, {', '.join(map(shown, values[:3]))}"
+    if data.chat_template_kwargs:
+        yield f"            values given to the chat template: {data.chat_template_kwargs}"
     draws = f"head {label.head_size}, tail {label.tail_draws} draws"
     yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
     if label.unknown:

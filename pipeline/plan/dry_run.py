@@ -17,6 +17,7 @@ from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
+from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
@@ -52,6 +53,7 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
+    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
     bad, reading = BadRecords(None, settings.bad_share), Reading(settings.train_data, **settings.taken)
     with (

@@ -39,6 +39,7 @@ from logitcask.pipeline.settings.base import shipped_configs
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
+from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.records import Raw
@@ -93,6 +94,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     tokenizer = None if sized else load_tokenizer(source)
     if not sized and "max_seq_length" not in settings.model_fields_set:
         settings = settings.model_copy(update={"max_seq_length": usual_length(source)})
+    if tokenizer is not None:
+        set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     amount, assumed = _amount_of_text(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)

@@ -29,6 +29,7 @@ from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
+from logitcask.pipeline.text.chats.template import kwargs_text, set_template
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from logitcask.pipeline.text.token_table import stage_tokens
@@ -62,6 +63,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     tokenizer = load_tokenizer(
         settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
+    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     size = tokenizer_size(tokenizer)
     if settings.head_size + settings.tail_draws > size:
         entries = settings.head_size + settings.tail_draws
@@ -209,7 +211,9 @@ def _plan(
         )
     if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none
         table = replace(table, identity=table.identity.model_copy(update={"metadata": None}), codes={})
-    date = encoder.date if stored is None or stored.format_version >= 5 else None  # formats before had no date
+    rendering = {"date": encoder.date, "chat_template_kwargs": kwargs_text(settings.chat_template_kwargs)}
+    if stored is not None and stored.format_version < 5:  # earlier formats had none of them
+        rendering = dict.fromkeys(rendering)
     order = shuffled(len(table), settings.seed)
     positions = table.positions[order].astype(np.int64)
     shard_examples = cut_shards(positions, settings.shard_positions)
@@ -225,7 +229,7 @@ def _plan(
         parts = {
             "format_version": FORMAT_VERSION,
             "tokenizer": identify(tokenizer, files),
-            "data": table.identity.model_copy(update={"date": date}),
+            "data": table.identity.model_copy(update=rendering),
             "label": label,
             "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
         }

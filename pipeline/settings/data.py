@@ -1,12 +1,13 @@
 """Options of every command that reads examples."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from logitcask.pipeline.settings.base import Seed, Settings, Sources, Whole
+from logitcask.pipeline.settings.base import FilePath, Seed, Settings, Sources, Whole, require_plain_text
 
 
 def _parse_columns(value: Any) -> Any:
@@ -43,8 +44,22 @@ def _parse_share(value: Any) -> Any:
     )
 
 
+def _parse_kwargs(value: Any) -> Any:
+    """Return a JSON object as a mapping; a mapping, as from a config file, must be one that JSON can write."""
+    try:
+        parsed = json.loads(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+        json.dumps(parsed, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError("""must be a JSON object, such as '{"enable_thinking": false}'""")
+    require_plain_text("--chat-template-kwargs", parsed)
+    return parsed
+
+
 Columns = Annotated[Mapping[str, str], BeforeValidator(_parse_columns)]
 Where = Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_parse_where)]
+TemplateKwargs = Annotated[Mapping[str, Any], BeforeValidator(_parse_kwargs)]
 Share = Annotated[float, BeforeValidator(_parse_share), Field(ge=0, le=1)]
 
 
@@ -68,6 +83,12 @@ class DataSettings(SourceSettings):
         "auto",
         description="chats of several turns: auto: one example if the template keeps earlier turns, else one per turn; "
         "all: one or an error; each: one per turn; last: the last answer alone",
+    )
+    chat_template: FilePath | None = Field(
+        None, description="Jinja file in place of the tokenizer's chat template; stored with the cache and the student"
+    )
+    chat_template_kwargs: TemplateKwargs = Field(
+        {}, description="""values of the chat template's variables as JSON, such as '{"enable_thinking": false}'"""
     )
     columns: Columns = Field({}, description="your names of columns, such as response=answer,prompt=question")
     on_bad_record: Literal["fail", "skip"] = Field(

@@ -36,6 +36,11 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
     def _options_fit_each_other(self) -> Self:
         if (self.cache is None) == (self.train_data is None):
             raise ValueError("give exactly one of --cache and --train-data")
+        if self.cache is not None and (self.chat_template is not None or self.chat_template_kwargs):
+            raise ValueError(
+                "--chat-template and --chat-template-kwargs apply to --train-data: give them to precompute-logits, "
+                "whose cache holds the template, and leave them out here"
+            )
         local = self.cache is not None and "://" not in self.cache
         if local and self.output_dir.resolve().is_relative_to(Path(str(self.cache)).resolve()):
             raise ValueError(f"--output-dir {self.output_dir} is inside the cache {self.cache}: choose another folder")

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, BadRecords, Notices
-from logitcask.pipeline.text.chat import ChatError, Message, Segment, cut_chat
+from logitcask.pipeline.text.chats.chat import ChatError, Message, Segment, cut_chat
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.tokens.encoded import Encoded

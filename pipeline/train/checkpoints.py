@@ -40,7 +40,8 @@ MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
-    *("chat_turns", "columns", "on_bad_record", "max_bad"),  # the data itself is compared by its tokens
+    *("chat_turns", "chat_template", "columns"),  # the data itself is compared by its tokens
+    *("on_bad_record", "max_bad"),
     *("data_config", "data_split", "where"),  # as is what a cache's examples are chosen by
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
     *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),

@@ -26,6 +26,7 @@ from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_stat
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
+from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
@@ -193,6 +194,8 @@ def file_source(
     columns: Mapping[str, str],
     bad: BadRecords,
     loading: Mapping[str, Any] | None = None,
+    chat_template: Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Source:
     """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
@@ -203,6 +206,7 @@ def file_source(
     if owner is None:
         raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model (only its tokenizer is loaded)")
     tokenizer = load_tokenizer(owner, **((loading or {}) if owner == student_model else {}))
+    set_template(tokenizer, chat_template, chat_template_kwargs or {})
     teacher = None
     if online:
         assert teacher_model is not None

@@ -83,6 +83,8 @@ def run_record(settings: TrainSettings, source: Source, world_size: int) -> dict
     """Return what is stored with checkpoints and ``final/``: the settings as resolved, and what they were used on."""
     record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
     record["world_size"] = world_size
+    if not settings.chat_template_kwargs:  # earlier versions did not have them
+        del record["chat_template_kwargs"]
     if settings.seed:  # earlier versions left the first epoch in the cache's order for any seed, as seed 0 still does
         record["first_epoch"] = "shuffled"
     return record
@@ -105,6 +107,8 @@ def _open_source(settings: TrainSettings, folder: Path) -> Source:
             max_seq_length=settings.max_seq_length,
             device=settings.device,
             chat_turns=settings.chat_turns,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=settings.chat_template_kwargs,
             columns=settings.renamed,
             bad=BadRecords(skipped_file(settings.output_dir), settings.bad_share),
         )

@@ -38,8 +38,9 @@ MODELS: dict[type[Settings], dict[str, object]] = {
     TrainSettings: {"cache": "c", "student_model": "m", "output_dir": "o"},
 }
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
-             "init_from_teacher_layers", "columns", "data_config", "data_split", "where", "student_revision", "freeze",
-             "attn_implementation", "lora_target_modules", "training_args", "loss"}  # fmt: skip
+             "init_from_teacher_layers", "columns", "chat_template_kwargs", "data_config", "data_split", "where",
+             "freeze", "student_revision", "attn_implementation", "lora_target_modules", "training_args",
+             "loss"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -156,7 +157,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(
             usual = {**usual, "provider": "local", "model": "m", "prompts": "p"}
         if name == "student_config" and model is TrainSettings:
             usual = {key: value for key, value in usual.items() if key != "student_model"}
-        if name == "train_data" and model is TrainSettings:
+        if name in {"train_data", "chat_template"} and model is TrainSettings:
             usual = {"train_data": "d", "teacher_model": "t", "student_model": "m", "output_dir": "o"}
         value = getattr(resolve(model, None, {**usual, name: "~/x"}), name)
         assert (value[0] if isinstance(value, tuple) else str(value)) == str(tmp_path / "x"), name

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from logitcask.pipeline.text.chat import ChatError, Segment, cut_chat
+from logitcask.pipeline.text.chats.chat import ChatError, Segment, cut_chat
 
 (TRL,) = list((importlib.util.find_spec("trl") or pytest.fail("trl is missing")).submodule_search_locations or [])
 TEMPLATES = {path.stem: path.read_text() for path in sorted(Path(TRL, "chat_templates").glob("*.jinja"))}

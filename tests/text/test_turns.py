@@ -136,3 +136,29 @@ def test_chats_are_counted_and_counts_merge() -> None:
     assert len(told) == 2
     assert whole.notices.chats() == "chats of several turns: 1 whole, 1 cut into 2 examples of a turn each"
     assert whole.notices.records == {"prompt and response": 2, "chats, whole": 1, "chats, one example per turn": 1}
+
+
+NOTICES = {
+    "the chat template writes no end of turn after an answer: students learn no place to stop": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    ),
+    "the chat template renders an answer without 'Sure, ', the end of its generation prompt: labels begin before it": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\nSure, {% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("notice", NOTICES)
+def test_what_a_template_lacks_is_told_once(notice: str) -> None:
+    tokenizer, told = make_tokenizer(chat=True), list[str]()
+    encoder = Encoder(tokenizer, prompt_loss=False, report=told.append)
+    chat = [user(), assistant("yes"), user("again"), assistant("no")]
+    encoder.examples({"messages": chat})
+    assert told == [], "ChatML has both"
+    tokenizer.chat_template = NOTICES[notice]
+    encoded = [example for _ in range(2) for example in encoder.examples({"messages": chat})]
+    assert told == [notice]
+    text = tokenizer.decode(encoded[0].input_ids[1:][encoded[0].target_mask[:-1]])
+    assert text.startswith("yes"), "labels begin where the answer does"

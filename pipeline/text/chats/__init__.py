@@ -1,0 +1,1 @@
+"""Chats: their template, and what of them the model itself would have written."""
