@@ -34,8 +34,10 @@ from logitcask.pipeline.runs.run_folder import (
 )
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.tokenizer import make_loadable
-from logitcask.pipeline.train.checkpoints import BASE_WEIGHTS, Checkpoint, explain_save_errors
 from logitcask.pipeline.train.memory_advice import StepSize
+from logitcask.pipeline.train.resume.choose import Checkpoint
+from logitcask.pipeline.train.resume.identity import BASE_WEIGHTS
+from logitcask.pipeline.train.resume.saving import explain_save_errors
 from logitcask.pipeline.train.source import Source
 from logitcask.pipeline.train.trainer import DistillationTrainer
 

@@ -14,7 +14,7 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 10. the log line, if due, is written and shown                                  callbacks/metrics_log, live_table
 11. the same line goes to the trackers                                          callbacks/trackers
 12. the held-out examples are evaluated, if due                                 trainer.DistillationTrainer
-13. the checkpoint is saved, if due, its settings last                          checkpoints.CompleteCheckpoint
+13. the checkpoint is saved, if due, its settings last                          resume.CompleteCheckpoint
 """
 
 import tempfile
@@ -35,9 +35,7 @@ from logitcask.pipeline.models.load import require_plain_weights
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
-from logitcask.pipeline.runs.run_folder import (
-    read_before,
-)
+from logitcask.pipeline.runs.run_folder import read_before
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.reading import Reading
@@ -47,15 +45,10 @@ from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
-from logitcask.pipeline.train.checkpoints import (
-    Checkpoint,
-    CompleteCheckpoint,
-    choose_checkpoint,
-    finished_student,
-    make_output,
-)
 from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, summary
+from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
+from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
 from logitcask.pipeline.train.source import Source, cache_source, file_source
 from logitcask.pipeline.train.student import save_final, step_size, student_of_run
 from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp

@@ -21,9 +21,9 @@ from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.losses import LossSettings, RouterLoss
 from logitcask.pipeline.text.tokenizer import make_loadable
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
-from logitcask.pipeline.train.checkpoints import explain_save_errors, load_weights
 from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.mixin import DistillationMixin
+from logitcask.pipeline.train.resume.saving import explain_save_errors, load_weights
 
 
 def fsdp_requested() -> bool:

@@ -14,7 +14,7 @@ import torch
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.runs.run_folder import complete_checkpoints
-from logitcask.pipeline.train.checkpoints import choose_checkpoint
+from logitcask.pipeline.train.resume.choose import choose_checkpoint
 from tests.support.runs import STUDENT, losses, metrics, train, weights, write_config
 from tests.support.servers import free_port
 
