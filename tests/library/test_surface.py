@@ -11,10 +11,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
 
 import logitcask as lc
-from tests.support.tiny import make_cache
+from tests.support.distilled import make_student, mixed_lengths
+from tests.support.tiny import make_cache, make_tokenizer
 
 SURFACE = Path(__file__).with_name("surface.json")
 README = Path(__file__).parents[2] / "README.md"
@@ -71,6 +74,19 @@ def test_the_readmes_loop_trains(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) >= 3
+
+
+def test_the_notebook_runs_and_shows_its_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE", str(mixed_lengths(tmp_path)))
+    monkeypatch.setenv("STUDENT", str(tmp_path / "student"))
+    make_student().save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    notebook = nbformat.read(Path(__file__).with_name("library.ipynb"), as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    done, _ = ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("of the teacher's mass" in output.get("text", "") for output in outputs)
 
 
 if __name__ == "__main__":
