@@ -22,6 +22,7 @@ from tests.library.example_loss import skewed_kl
 from tests.support.distilled import assert_close, dense_gradients, dense_losses, gradients, make_student, mixed_lengths
 from tests.support.runs import STUDENT, train, train_settings, write_config
 from tests.support.servers import free_port
+from tests.support.tiny import make_cache
 
 ALPHA = 0.3
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -75,6 +76,20 @@ def test_plain_loop_has_the_gradients_of_the_dense_loss(
     positions = {"position_ids": batch["position_ids"]} if packed else {}
     logits = model(input_ids=batch["input_ids"], use_cache=False, **positions).logits
     torch.autograd.backward(lc.kd_loss_from_logits(logits, batch, alpha=ALPHA))
+    assert_close(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mixed_batch_has_the_gradients_of_the_dense_loss(cache: Path, tmp_path: Path, packed: bool) -> None:
+    make_cache(tmp_path, head_size=2, tail_draws=4, temperatures="1,2")
+    mixed = lc.mix([lc.open(cache), lc.open(tmp_path / "cache")], [0.6, 0.4])
+    model, batch = make_student(), next(iter(lc.loader(mixed, 24, 2.0, packed=packed)))
+    assert ("position_ids" in batch) == packed
+    assert batch["soft_labels"].head_size == 2
+    expected, wanted = dense_gradients(model, [batch], ALPHA)
+    loss = lc.kd_loss(model, batch, alpha=ALPHA)
+    torch.autograd.backward(loss)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert_close(gradients(model), wanted)
 
 
