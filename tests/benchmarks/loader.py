@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+import logitcask as lc
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.batches.collate import Collator, TrainingExample
 from logitcask.pipeline.batches.examples import CacheExamples
@@ -109,17 +110,35 @@ def seconds_a_step(name: str, cache: str, workers: int, *, kept: bool) -> float:
     return (timed.ends[-1] - timed.ends[0]) / (len(timed.ends) - 1)
 
 
-def loader_alone(cache: str) -> tuple[float, float]:
-    """Return the loader's seconds per batch and target positions per second, with shards decoded on the way."""
-    reader = CacheReader(cache)
-    sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
-    collator = Collator(0, tuple(reader.manifest.label.temperatures), 2.0, "sampled")
-    examples: Any = CacheExamples(cache, with_targets=True)
+def alone(loader: Iterable[Any]) -> tuple[float, float]:
+    """Return a loader's seconds per batch and target positions per second, with shards decoded on the way."""
     began, positions, batches = time.perf_counter(), 0, 0
-    for batch in DataLoader(examples, batch_sampler=sampler, collate_fn=collator):
+    for batch in loader:
         positions, batches = positions + len(batch["gold"]), batches + 1
     seconds = time.perf_counter() - began
     return seconds / batches, positions / seconds
+
+
+def trains(cache: str) -> Iterable[Any]:
+    """Return the loader of `logitcask train`, without workers."""
+    reader = CacheReader(cache)
+    sampler = BatchSampler(reader.shard_starts, held_out(len(reader), 0.0, 0), BATCH, 0)
+    collator = Collator(0, tuple(reader.manifest.label.temperatures), 2.0, "sampled", packed=True)
+    examples: Any = CacheExamples(cache, with_targets=True)
+    return DataLoader(examples, batch_sampler=sampler, collate_fn=collator)
+
+
+def compare_loaders(cache: str) -> float:
+    """Print what lc.loader and train's own loader deliver, in turn; return the seconds per batch of train's."""
+    pairs = [
+        (alone(trains(cache)), alone(lc.loader(lc.open(cache), BATCH, 2.0, packed=True))) for _ in range(4 * ROUNDS)
+    ]
+    train, ours = (statistics.median(pair[i][1] for pair in pairs) for i in (0, 1))
+    print(
+        f"target positions/s: lc.loader {ours:,.0f}, train's loader {train:,.0f}, ratio {ours / train:.3f}; medians of "
+        f"{4 * ROUNDS}, batches of {BATCH}"
+    )
+    return statistics.median(pair[0][0] for pair in pairs)
 
 
 def main() -> None:
@@ -133,20 +152,17 @@ def main() -> None:
     table = Table(
         "student", *(f"{way}, s a step" for way in ways), "no worker / memory", "one worker / memory", "share"
     )
-    alone = [loader_alone(cache) for _ in range(ROUNDS)]
+    loading = compare_loaders(cache)
     for name in sys.argv[2:] or ["tiny"]:
         found: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, run in ways.items():
                 found[way].append(run(name))
         base, *others = (statistics.median(times) for times in found.values())
-        share = statistics.median(seconds for seconds, _ in alone) / base
+        share = loading / base
         words = [f"{seconds:.3f}" for seconds in (base, *others)] + [f"{other / base:.3f}" for other in others]
         table.add_row(name, *words, f"{share:.1%}")
-    rate = statistics.median(rate for _, rate in alone)
-    console = Console(width=130)
-    console.print(f"the loader alone: {rate:,.0f} target positions/s; medians of {ROUNDS}, batches of {BATCH}")
-    console.print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":
