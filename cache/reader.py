@@ -30,7 +30,7 @@ from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.open import open_store, what_is_there
 
-SHARDS_KEPT = 2  # decoded shards kept in memory: a batch may straddle two
+SHARDS_KEPT = 2  # decoded shards kept in memory, unless another number is asked for: a batch may straddle two
 KEPT_BYTES = 800 << 20  # at most, if more than one is kept
 AT_ONCE = 4  # objects of a shard read at the same time
 MAX_TOKENIZER_FILE = 1 << 26  # bytes; the largest in use are half of it
@@ -104,7 +104,7 @@ class CacheReader:
     ) -> None:
         """Open a cache in a folder, in a .zip file, at a URL (reads are cached in ``disk_cache``) or in a Zarr store.
 
-        Decoded shards stay in memory up to ``kept_bytes``, at least one and at most ``SHARDS_KEPT``.
+        Decoded shards stay in memory up to ``kept_bytes``, at least one and at most ``SHARDS_KEPT``; see ``keep``.
 
         Raises CacheFormatError if it is not a sound cache, unless ``partial`` IncompleteCacheError if shards are
         missing, and CacheMismatchError if ``opened``, the attribute of another reader, is of another cache. Every read
@@ -132,14 +132,19 @@ class CacheReader:
             self.shard_starts = self._read_starts(count)
         except CacheFormatError as error:
             raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
-        size = shard_bytes(self.manifest.label, self.manifest.shards)
-        self._keep = SHARDS_KEPT if SHARDS_KEPT * size <= kept_bytes else 1
+        self._kept_bytes = kept_bytes
+        self.keep(SHARDS_KEPT)
         self._decoded: dict[int, Shard] = {}
         self._keeping = threading.Lock()
         self.decodes = 0
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
+
+    def keep(self, shards: int) -> None:
+        """Keep up to so many decoded shards in memory from now on, as far as ``kept_bytes`` allows."""
+        size = shard_bytes(self.manifest.label, self.manifest.shards)
+        self._keep = max(1, min(shards, self._kept_bytes // size))
 
     def shard(self, index: int) -> Shard:
         """Return a whole shard; the last few stay in memory. Raises CacheFormatError if it is damaged."""

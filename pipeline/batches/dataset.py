@@ -123,9 +123,11 @@ class CacheDataset(Dataset[TrainingExample]):
             return MixedSampler(self.mixture, batch_size, seed, rank, ranks, accumulation)
         (source,) = self._sources
         lengths = None if packed else self._lengths
-        return BatchSampler(
+        sampler = BatchSampler(
             source.reader.shard_starts, NONE_LEFT_OUT, batch_size, seed, rank, ranks, lengths, accumulation
         )
+        source.keep(sampler.shards_at_once)
+        return sampler
 
     @cached_property
     def _lengths(self) -> IntArray:

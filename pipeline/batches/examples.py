@@ -3,7 +3,7 @@
 from torch.utils.data import Dataset
 
 from logitcask.cache.labels import IntArray
-from logitcask.cache.reader import KEPT_BYTES, CacheReader
+from logitcask.cache.reader import KEPT_BYTES, SHARDS_KEPT, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.text.token_table import TokenTable
@@ -26,7 +26,7 @@ class CacheExamples(Dataset[TrainingExample]):
         """Take the ``chosen`` examples of the cache at a path, the one that another reader has ``opened`` if given."""
         self._path, self._with_targets, self._disk_cache, self._opened = path, with_targets, disk_cache, opened
         self._chosen = chosen
-        self._kept_bytes = kept_bytes
+        self._kept_bytes, self._shards_kept = kept_bytes, SHARDS_KEPT
         self._reader: CacheReader | None = None
 
     @property
@@ -36,8 +36,14 @@ class CacheExamples(Dataset[TrainingExample]):
             self._reader = CacheReader(
                 self._path, disk_cache=self._disk_cache, opened=self._opened, kept_bytes=self._kept_bytes
             )
+            self._reader.keep(self._shards_kept)
             self._opened = self._reader.opened
         return self._reader
+
+    def keep(self, shards: int) -> None:
+        """Keep up to so many decoded shards in memory, as far as ``kept_bytes`` allows, in worker processes too."""
+        self._shards_kept = shards
+        self.reader.keep(shards)
 
     def __len__(self) -> int:
         return len(self.reader if self._chosen is None else self._chosen)

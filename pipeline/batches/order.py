@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from logitcask.cache.labels import IntArray
+from logitcask.cache.reader import SHARDS_KEPT
 
 GROUP = 64  # optimizer steps whose examples are sorted by length together
 
@@ -64,6 +65,15 @@ class BatchSampler(Sampler[list[int]]):
         for step in range(0, len(order), self._stride):
             first = step + self._first
             yield order[first : first + self.batch_size].tolist()
+
+    @property
+    def shards_at_once(self) -> int:
+        """The most shards that the examples of a group of steps come from: so many are read by turns."""
+        if self._lengths is None:
+            return SHARDS_KEPT
+        sizes = np.sort(np.add.reduceat(self._included.astype(np.int64), self._starts[:-1]))
+        whole = int(np.searchsorted(np.cumsum(sizes), GROUP * self._step_size))
+        return min(len(sizes), whole + 2)  # the first and the last of them in part
 
     def step_examples(self, step: int) -> list[int]:
         """Return the examples of an optimizer step on all ranks; steps count from 0 over all epochs."""

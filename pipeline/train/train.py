@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
+from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.console import notices, say
 from logitcask.pipeline.machine import free_large_blocks
@@ -190,6 +191,8 @@ def _trainer(
         lengths=None if packed else source.lengths(),
         accumulation=settings.gradient_accumulation_steps,
     )
+    if isinstance(source.examples, CacheExamples):
+        source.examples.keep(sampler.shards_at_once)
     own = None if settings.loss is None else load_loss(settings.loss)
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:

@@ -110,11 +110,12 @@ def test_resumed_mid_epoch_it_is_the_same_to_the_last_bit(folder: Path, tmp_path
     assert lines[0] == lines[1]
 
 
-def test_each_shard_is_decoded_once_per_epoch(folder: Path, tmp_path: Path) -> None:
-    one = trainer(folder, tmp_path, max_steps=-1, num_train_epochs=1, packed=True, eval_strategy="no")
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_shard_is_decoded_once_per_epoch(folder: Path, tmp_path: Path, packed: bool) -> None:
+    one = trainer(folder, tmp_path, max_steps=-1, num_train_epochs=1, packed=packed, eval_strategy="no")
     one.train()
-    shards = lc.open(folder / "cache").info().manifest.shards.count
-    assert shards > 2
+    shards = len(lc.open(folder / "cache").reader.shard_starts) - 1
+    assert shards >= 5
     assert one.train_dataset.decodes == shards
 
 
