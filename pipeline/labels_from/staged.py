@@ -138,7 +138,28 @@ class StagedLabels:
         with np.errstate(divide="ignore", invalid="ignore"):
             left = np.where(sums < 0, np.log(-np.expm1(np.minimum(sums, 0.0))), -np.inf)
         scaled: FloatArray = values - np.maximum(sums, 0.0)[:, None].astype(np.float32)
-        return scaled, np.where(values.shape[1] >= self._vocab, -np.inf, left).astype(np.float32)
+        return _raised(scaled, np.where(values.shape[1] >= self._vocab, -np.inf, left).astype(np.float32), self._vocab)
+
+
+def _raised(values: FloatArray, rest: FloatArray, vocab_size: int) -> tuple[FloatArray, FloatArray]:
+    """Return rows in which no entry is less probable than the tokens outside it, and the log of the mass of these.
+
+    Fits give the last entries too little. These and the tokens outside then share what the entries before them leave:
+    the mean of what is behind an entry is least where the entries that are as probable as it end.
+    """
+    counts = (values > -np.inf).sum(1)
+    last = values[np.arange(len(values)), np.maximum(counts - 1, 0)]
+    low = np.flatnonzero((counts < vocab_size) & (last < rest - np.log(np.maximum(vocab_size - counts, 1))))
+    if not len(low):
+        return values, rest
+    before = np.cumsum(np.exp(values[low].astype(np.float64)), axis=1)
+    before = np.concatenate([np.zeros((len(low), 1)), before[:, :-1]], axis=1)
+    level = np.log(((1.0 - before) / (vocab_size - np.arange(values.shape[1]))).min(1))
+    values, rest = values.copy(), rest.copy()
+    present = values[low] > -np.inf
+    values[low] = np.where(present, np.maximum(values[low], level[:, None]), -np.inf)
+    rest[low] = level + np.log(vocab_size - counts[low])
+    return values, rest
 
 
 def _excess(sums: NDArray[np.float64]) -> FloatArray:
