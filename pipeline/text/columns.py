@@ -27,7 +27,11 @@ from logitcask.cache.errors import shown
 from logitcask.cache.manifest import NO_CONTROLS, Metadata
 from logitcask.pipeline.console import say
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"},
+    **{"function_call": "assistant", "observation": "tool", "function_response": "tool"},
+}
 KEPT = {"category", "language"}
 SHAPES: tuple[tuple[str, ...], ...] = (
     ("input_ids", "labels"),
@@ -139,10 +143,28 @@ def _valid(name: str, text: str) -> str:
     return text
 
 
+def _require_valid(name: str, value: Any) -> None:
+    """Raise RecordError if a string in a JSON value is not valid."""
+    if isinstance(value, str):
+        _valid(name, value)
+    elif isinstance(value, dict | list):
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            _require_valid(name, item)
+
+
+def _parsed(value: Any) -> Any:
+    """Return the value of JSON text: data sets hold tools so, whose arguments have no schema in common."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _list(columns: Mapping[str, Any], name: str) -> list[Any]:
-    value = columns[name]
+    value = _parsed(columns[name]) if name == "tools" else columns[name]
     if not isinstance(value, list) or (name != "tools" and not value):
         raise RecordError(f"{name} must be a list that is not empty, got {type(value).__name__}")
+    _require_valid(name, value if name == "tools" else [])
     return value
 
 
@@ -158,11 +180,16 @@ def _message(number: int, raw: Any) -> dict[str, Any]:
         raise RecordError(f"a message must be an object, got {type(raw).__name__}")
     names = {"from": "role", "value": "content"}
     message = {names.get(str(key), str(key)): value for key, value in raw.items()}
+    message["tool_calls"] = _parsed(message.get("tool_calls")) or None
     message = {key: value for key, value in message.items() if value is not None or key == "content"}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise RecordError("a message must have a role that is a string")
     message["role"] = ROLES.get(role.lower(), role)
+    if role.lower() == "function_call" and "tool_calls" not in message:
+        content, message = None, _called(message)
+    for key in message.keys() & READ - {"content"}:
+        _require_valid(key, message[key])
     if isinstance(content, str):
         _valid("content", content)
     elif isinstance(content, list):
@@ -184,6 +211,15 @@ def _message(number: int, raw: Any) -> dict[str, Any]:
     if message["role"] == "assistant" and not (spoken.strip() if isinstance(spoken, str) else spoken):
         raise RecordError("an assistant message is empty: it needs text or tool calls")
     return message
+
+
+def _called(message: dict[str, Any]) -> dict[str, Any]:
+    """Return ShareGPT's message of one or more calls as one with ``tool_calls``."""
+    calls = _parsed(message.get("content"))
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RecordError("a function_call must be JSON with name and arguments")
+    return {**message, "content": None, "tool_calls": [{"type": "function", "function": call} for call in calls]}
 
 
 def _require_flags(number: int, message: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, BadRecords, Notices
-from logitcask.pipeline.text.chats.chat import ChatError, Message, Segment, cut_chat
+from logitcask.pipeline.text.chats.chat import ChatError, Segment, cut_chat
+from logitcask.pipeline.text.chats.forms import Message
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
 from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.tokens.encoded import Encoded
@@ -151,11 +152,8 @@ class Encoder:
         eos = self._tokenizer.eos_token or ""
         chat = cut_chat(self._render, messages, tools, self._turns, eos, self._render_marked if marks else None)
         self._say_what_is_ignored(messages, "".join(text for segments in chat.examples for text, _ in segments))
-        if chat.unseen.strip():
-            self._say_once(
-                f"the chat template renders an answer without {chat.unseen!r}, the end of its generation prompt: "
-                "labels begin before it"
-            )
+        for notice in chat.notices:
+            self._say_once(notice)
         for segments in chat.examples:
             for text, targeted in segments:
                 if targeted and not self._ends_a_turn(text):

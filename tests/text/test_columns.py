@@ -1,5 +1,6 @@
 """Records of the shapes that public data sets have: what each becomes, and why some cannot be used."""
 
+import json
 from typing import Any
 
 import pytest
@@ -80,3 +81,44 @@ def test_messages_keep_what_templates_read() -> None:
 def test_bad_records_say_why(raw: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecordError, match=reason):
         shape_record(raw, {})
+
+
+CALL = {"type": "function", "function": {"name": "plus", "arguments": '{"a": 1}'}}
+
+
+def test_tools_and_calls_may_be_json_text() -> None:
+    """Arrow has one schema per column, so data sets of tools hold them as text."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}]
+    record = shape_record({"messages": chat, "tools": json.dumps([{"name": "plus"}])}, {})
+    assert record.messages[1]["tool_calls"] == [CALL]
+    assert record.tools == ({"name": "plus"},)
+    with pytest.raises(RecordError, match="tools must be a list"):
+        shape_record({"messages": chat, "tools": "plus"}, {})
+
+
+def test_sharegpts_calls_and_observations_are_those_of_tools() -> None:
+    turns = [("Human", "?"), ("function_call", '{"name": "plus", "arguments": {"a": 1}}'), ("observation", "3"),
+             ("gpt", "Three.")]  # fmt: skip
+    record = shape_record({"conversations": [{"from": role, "value": text} for role, text in turns]}, {})
+    assert [message["role"] for message in record.messages] == ["user", "assistant", "tool", "assistant"]
+    assert record.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "plus", "arguments": {"a": 1}}}
+    ]
+    with pytest.raises(RecordError, match="must be JSON with name and arguments"):
+        shape_record({"conversations": [{"from": "function_call", "value": "plus"}]}, {})
+
+
+def test_an_empty_list_of_calls_is_none_and_roles_may_have_capitals() -> None:
+    chat = [{"role": "User", "content": "?"}, {"role": "Assistant", "content": "a", "tool_calls": []}]
+    record = shape_record({"messages": chat}, {})
+    assert record.messages == ({"role": "user", "content": "?"}, {"role": "assistant", "content": "a"})
+
+
+@pytest.mark.parametrize("broken", ["half \ud83d", "a\0b"])
+@pytest.mark.parametrize("key", ["reasoning_content", "tool_calls", "name", "tools"])
+def test_a_string_that_no_tokenizer_takes_is_named_wherever_it_is(key: str, broken: str) -> None:
+    value: Any = {"tool_calls": [{"function": {"name": "plus", "arguments": {"a": broken}}}], "tools": [{broken: 1}]}
+    value = value.get(key, broken)
+    message = {"role": "assistant", "content": "a", **({} if key == "tools" else {key: value})}
+    with pytest.raises(RecordError, match=f"{key} (holds half a surrogate pair|contains a NUL)"):
+        shape_record({"messages": [message], **({"tools": value} if key == "tools" else {})}, {})

@@ -7,37 +7,23 @@ rendered one by one, are prefixes of the whole chat, the chat is one example. If
 would see it. Where a template marks what the model writes by ``{% generation %}`` blocks, these are the targets.
 """
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
 from logitcask.cache.errors import first_line
+from logitcask.pipeline.text.chats.forms import END_THINK, THINK, Message, called_names, forms, is_trained, with_mark
 
-Message = dict[str, Any]
 Segment = tuple[str, bool | None]  # text, and whether its tokens are targets; None: never, whatever the settings
 Marked = Callable[..., tuple[str, list[tuple[int, int]]]]  # (messages, tools=): text, places of {% generation %} blocks
-Change = Callable[[Any], Any]
 Render = Callable[..., str]  # (messages, tools=, add_generation_prompt=)
 
-THINK, END_THINK = "<think>", "</think>"
-ABSENT = object()  # content of a message that has no such key
 MARK = "zqx{}xqz"  # put after a message's text, to see whether the template renders it
-NOT_TRAINED = {"weight": 0, "train": False, "loss_mask": 0}  # a message's own word that it is no target
-READ = {
-    "role",
-    "content",
-    "name",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "tool_calls",
-    "tool_call_id",
-    *NOT_TRAINED,
-}
+GREETING = "the chat template does not let an assistant begin: an answer before the first question is no target"
+BESIDE_CALLS = "the chat template drops the text of an answer that calls tools"
 
 
 class ChatError(ValueError):
@@ -64,7 +50,7 @@ class CutChat:
     examples: list[list[Segment]]
     turns: int  # of the assistant
     whole: bool  # whether it is one example, however many turns it has
-    unseen: str  # the end of a generation prompt that an answer was rendered without
+    notices: tuple[str, ...]  # what the user should know of how the template rendered it
 
 
 def cut_chat(
@@ -82,85 +68,25 @@ def cut_chat(
     ``{% generation %}`` blocks. Raises ChatError with the reason: the template's own if it gives one.
     """
     reasons: list[tuple[int, str]] = []
-    for form in _forms(messages):
-        chat = _Chat(render, form, tools, [is_trained(message) for message in messages], eos, marked)
-        try:
-            return chat.examples(turns)
-        except ChatError as error:
-            reasons.append((0, str(error)))
-        except Exception as error:  # a template is a program of its own and raises what it likes
-            own = type(error) is TemplateError  # its raise_exception; another error is of a form it does not take
-            reasons.append((1 if own else 2, f"the chat template refuses it: {first_line(error)}"))
+    without_text: CutChat | None = None
+    for group in forms(messages):
+        for form in group:
+            chat = _Chat(render, form, tools, [is_trained(message) for message in messages], eos, marked)
+            try:
+                cut = chat.examples(turns)
+            except ChatError as error:
+                reasons.append((0, str(error)))
+            except Exception as error:  # a template is a program of its own and raises what it likes
+                own = type(error) is TemplateError  # its raise_exception; another error is of a form it does not take
+                reasons.append((1 if own else 2, f"the chat template refuses it: {first_line(error)}"))
+            else:
+                if BESIDE_CALLS not in cut.notices:
+                    return cut
+                without_text = without_text or cut
+                break  # other contents may be rendered
+    if without_text is not None:
+        return without_text
     raise ChatError(min(reasons, key=lambda reason: reason[0])[1])
-
-
-def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield the messages as they are, then in the other forms that templates expect of content and tool calls."""
-    contents: list[Change] = [lambda content: content]
-    if any(isinstance(message.get("content"), list) for message in messages):
-        contents.append(_joined)
-    contents.append(lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content)
-    empty: list[Change] = [lambda content: ABSENT if content is None else content]
-    if any(message.get("content") in (None, "") for message in messages):
-        # no key, as transformers has it; some templates print None, others ask for it
-        empty += [lambda content: content or "", lambda content: content or None]
-    arguments: list[Change] = [lambda value: value]
-    if any(message.get("tool_calls") for message in messages):
-        arguments += [_as_text, _as_object]
-    yield from _each_form(messages, contents, empty, arguments)
-    apart = [_reasoning_apart(message) for message in messages]
-    if apart != list(messages):
-        yield from _each_form(apart, contents, empty, arguments)
-
-
-def _each_form(messages: Sequence[Message], *changes: list[Change]) -> Iterator[list[Message]]:
-    for content, blank, argument in itertools.product(*changes):
-        yield [_with(message, content, blank, argument) for message in messages]
-
-
-def _reasoning_apart(message: Message) -> Message:
-    """Return an assistant's message with the reasoning that its content begins with in a field of its own."""
-    content = message.get("content")
-    if message["role"] != "assistant" or not isinstance(content, str) or END_THINK not in content:
-        return message
-    reasoning, answer = content.split(END_THINK, maxsplit=1)
-    return {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.replace(THINK, "", 1).strip("\n")}
-
-
-def _joined(content: Any) -> Any:
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        return "".join(part["text"] for part in content)
-    return content
-
-
-def _as_text(value: Any) -> Any:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _as_object(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def _with(message: Message, content: Change, blank: Change, arguments: Change) -> Message:
-    changed = {key: value for key, value in message.items() if key not in NOT_TRAINED}
-    changed["content"] = content(blank(message.get("content")))
-    if changed["content"] is ABSENT:
-        del changed["content"]
-    if message.get("tool_calls"):
-        changed["tool_calls"] = [_with_arguments(call, arguments) for call in message["tool_calls"]]
-    return changed
-
-
-def _with_arguments(call: Any, arguments: Change) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or "arguments" not in function:
-        return call
-    return {**call, "function": {**function, "arguments": arguments(function["arguments"])}}
-
-
-def is_trained(message: Message) -> bool:
-    """Return whether a message may be a target, by its own ``weight``, ``train`` or ``loss_mask``."""
-    return all(message.get(name) is None or bool(message[name]) for name in NOT_TRAINED)
 
 
 class _Chat:
@@ -177,6 +103,7 @@ class _Chat:
     ) -> None:
         self._messages, self._tools, self._plain_render, self._trained = messages, tools, render, trained
         self._eos, self._marked = eos, marked
+        self._notices: list[str] = []
 
     def _render(self, messages: list[Message], generation: bool) -> str:
         more: Mapping[str, Any] = {"tools": list(self._tools)} if self._tools else {}
@@ -184,12 +111,15 @@ class _Chat:
 
     def examples(self, turns: str) -> CutChat:
         places = [place for place, message in enumerate(self._messages) if message["role"] == "assistant"]
+        if turns != "last" and len(places) > 1 and not self._may_begin(places[0]):
+            self._notices.append(GREETING)
+            places = places[1:]
         places = places[-1:] if turns == "last" else places
         if not any(self._trained[place] for place in places):
             raise ChatError("has no target: the chat has no assistant turn, or none of weight 1")
         cut = {place: self._marked_turn(place) if self._marked else self._turn(place) for place in places}
         for place, turn in cut.items():
-            if any(name not in turn.text for name in _called(self._messages[place])):
+            if any(name not in turn.text for name in called_names(self._messages[place])):
                 raise ChatError("the chat template drops tool calls")
             if 0 <= turn.text.find(END_THINK) < turn.text.find(THINK):
                 raise ChatError("the chat template puts the reasoning of an answer after reasoning of its own")
@@ -197,11 +127,27 @@ class _Chat:
         whole = self._as_one(cut) if turns in ("auto", "all") else None
         if whole is None and turns == "all":
             raise ChatError("the chat template rewrites earlier turns, so the chat cannot be one example")
-        unseen = next((turn.unseen for turn in cut.values() if turn.unseen), "")
+        self._notices += [
+            f"the chat template renders an answer without {turn.unseen!r}, the end of its generation prompt: "
+            "labels begin before it"
+            for turn in cut.values()
+            if turn.unseen.strip()
+        ]
+        notices = tuple(dict.fromkeys(self._notices))
         if whole is not None:
-            return CutChat([whole], len(places), True, unseen)
+            return CutChat([whole], len(places), True, notices)
         examples = [[(turn.prompt, False), *turn.written] for place, turn in cut.items() if self._trained[place]]
-        return CutChat(examples, len(places), False, unseen)
+        return CutChat(examples, len(places), False, notices)
+
+    def _may_begin(self, place: int) -> bool:
+        """Return whether the template renders a chat that ends with an answer before the first question."""
+        if any(message["role"] == "user" for message in self._messages[:place]):
+            return True
+        try:
+            self._render(self._messages[: place + 1], False)
+        except TemplateError as error:
+            return type(error) is not TemplateError
+        return True
 
     def _marked_turn(self, place: int) -> _Turn:
         """Return an assistant turn by its generation blocks, those that end after the messages before it.
@@ -237,12 +183,17 @@ class _Chat:
         return _Turn(after[:border], ((after[border:], True),), before[border:])
 
     def _rewritten(self, place: int, after: str, prompt: str) -> str:
-        """Return what comes after the generation prompt of the last turn of a rendering.
+        """Return what comes after the generation prompt of the last turn of a rendering; it may be empty.
 
         An answer of another text is rendered equally up to where this one begins.
         """
-        other = self._render([*self._messages[:place], {"role": "assistant", "content": "?"}], False)
-        start = after.rfind(prompt, 0, _common(after, other)) if prompt.strip() else -1
+        text = self._messages[place].get("content")
+        probe = "!" if isinstance(text, str) and text.startswith("?") else "?"
+        other = self._render([*self._messages[:place], {"role": "assistant", "content": probe}], False)
+        border = _common(after, other)
+        if not prompt.strip():
+            return after[border:]
+        start = after.rfind(prompt, 0, border)
         if start < 0:
             raise ChatError("the chat template renders a turn otherwise than after its own generation prompt")
         return after[start + len(prompt) :]
@@ -263,6 +214,8 @@ class _Chat:
         probe: list[Message] = [{"role": "user", "content": "?"}]
         asked, plain = self._render(probe, True), self._render(probe, False)
         prompt = asked[_common(asked, plain) :]
+        if not prompt:
+            return after[: _snap(after, _common(after, plain))]
         while prompt and prompt not in after:  # a rendering need not go through the whole of it
             prompt = prompt[: _snap(prompt, len(prompt) - 1)]
         if not prompt:
@@ -306,7 +259,7 @@ class _Chat:
 
         An answer must be rendered where it is the last message: some templates drop one from later prompts.
         """
-        marked = [_with_mark(message, MARK.format(n)) for n, message in enumerate(self._messages[:count], start=1)]
+        marked = [with_mark(message, MARK.format(n)) for n, message in enumerate(self._messages[:count], start=1)]
         rendered = self._render(marked, False)
         lists = [message["content"] for message in marked if isinstance(message.get("content"), list)]
         if any(repr(parts) in rendered or json.dumps(parts, ensure_ascii=False) in rendered for parts in lists):
@@ -315,24 +268,11 @@ class _Chat:
             if message == plain or MARK.format(number) in rendered:
                 continue
             role = message["role"]
-            if role != "assistant" or MARK.format(number) not in self._render(marked[:number], False):
+            if role == "assistant" and MARK.format(number) in self._render(marked[:number], False):
+                continue
+            if not message.get("tool_calls"):
                 raise ChatError(f"the chat template drops message {number}, of role {role!r}")
-
-
-def _with_mark(message: Message, mark: str) -> Message:
-    """Return a message with a mark at the end of its text, the same message if it has none."""
-    content = message.get("content")
-    if isinstance(content, str) and content.strip():
-        return {**message, "content": content + mark}
-    if isinstance(content, list) and content and isinstance(content[-1], dict) and "text" in content[-1]:
-        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]}
-    return message
-
-
-def _called(message: Message) -> list[str]:
-    """Return the names of the functions that a message calls."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
-    return [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
+            self._notices.append(BESIDE_CALLS)
 
 
 def _common(one: str, other: str) -> int:

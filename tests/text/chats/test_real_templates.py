@@ -1,0 +1,61 @@
+"""Chats of every shape by the templates of real models: as expected, and by rules that hold for all of them."""
+
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.text.chats.real_templates import (
+    ORIGINAL,
+    SHAPES,
+    TEMPLATES,
+    Outcome,
+    expected,
+    outcome,
+    prompts_at_inference,
+    tokenizer_with,
+)
+
+DROPS, REFUSES = "the chat template drops ", "the chat template refuses it: "
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_chats_of_every_shape_are_labelled_or_refused_for_the_templates_own_reason(name: str) -> None:
+    tokenizer, lines = tokenizer_with(name), expected()
+    for shape in SHAPES:
+        made = outcome(tokenizer, shape)
+        assert made.line() == lines[name, shape], shape
+        if not made.refused:
+            require_the_models_own_text(tokenizer, shape, made)
+        elif not made.refused.startswith(DROPS):
+            assert made.refused.startswith(REFUSES), shape
+            assert made.refused.removeprefix(REFUSES).rstrip(".") in TEMPLATES[name], shape
+
+
+def require_the_models_own_text(tokenizer: PreTrainedTokenizerFast, shape: str, made: Outcome) -> None:
+    """Each answer is a target up to its end of turn, after what the model sees at inference; nothing else is one."""
+    messages, said = SHAPES[shape], "".join(made.notices)
+    answers = [(place, message) for place, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = answers[1:] if "does not let an assistant begin" in said else answers
+    for (place, message), (before, target) in zip(answers, made.targets, strict=True):
+        assert all(text in target for text in written(message, said)), shape
+        assert "None" not in target, shape
+        others = [text for other in messages if other["role"] != "assistant" for text in written(other)]
+        assert not any(text in target for text in others), shape
+        seen = [text for other in messages[:place] if other["role"] != "assistant" for text in written(other)]
+        assert all(text in before for text in seen), shape
+        assert "'text'" not in before, shape
+        last = tokenizer.encode(target, add_special_tokens=False)[-1]
+        assert last in tokenizer.added_tokens_decoder or "no end of turn" in said, shape
+        prompts = prompts_at_inference(tokenizer, shape, place) if place else [before]
+        rests = [prompt.removeprefix(before) for prompt in prompts if prompt.startswith(before)]
+        assert any(not rest.strip() or repr(rest) in said for rest in rests), shape
+
+
+def written(message: dict[str, Any], said: str = "") -> list[str]:
+    """Return the texts of a message that its turn must hold; the user was told of those that it need not."""
+    content = message["content"] or ""
+    texts = [part["text"] for part in content] if isinstance(content, list) else content.split("</think>")
+    texts = [] if "drops the text" in said and "tool_calls" in message else texts
+    texts += [] if "render 'reasoning_content'" in said else [message.get("reasoning_content", "")]
+    return [text.replace("<think>", "").strip() for text in texts if text]
