@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from logitcask.cache.labels import Array, IntArray, SoftLabels, SparseTargets, soft_labels
 from logitcask.pipeline.text.tokens.encoded import Encoded
@@ -23,6 +24,13 @@ class TrainingExample:
     encoded: Encoded
     targets: SparseTargets | None
     source: int = 0  # which of several caches it is from
+
+
+class Examples(Dataset[TrainingExample]):
+    """Examples by index, of which the number is known."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
@@ -104,6 +112,15 @@ class MixedCollator(Collator):
 
     by_source: tuple[tuple[float, ...], ...] = ()  # the temperatures of each cache
     head_size: int = 0  # the smallest of the caches
+    replays: bool = False  # whether some sources have no labels
+
+    def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
+        """Return a batch, with ``labelled`` (N,) if some sources have no labels: which positions have a row of them."""
+        batch = super().__call__(examples)
+        if self.replays:
+            known = [np.full(example.encoded.target_mask.sum(), example.targets is not None) for example in examples]
+            batch["labelled"] = torch.from_numpy(np.concatenate([np.zeros(0, dtype=bool), *known]))
+        return batch
 
     def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | None:
         """Return the labels of the examples at the training temperature, N rows; None if they have none."""

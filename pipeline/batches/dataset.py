@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.manifest import Manifest
 from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.pipeline.batches.collate import TrainingExample
-from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.examples import CacheExamples, JoinedExamples
+from logitcask.pipeline.batches.mixing import common_temperatures
 from logitcask.pipeline.batches.mixture import MixedSampler, Mixture
 from logitcask.pipeline.batches.order import BatchSampler
 
 NONE_LEFT_OUT: IntArray = np.zeros(0, dtype=np.int64)
 
 
-class CacheDataset(Dataset[TrainingExample]):
+class CacheDataset(JoinedExamples):
     """The examples of caches, by index: those of the first cache, then those of the next.
 
     Worker processes open the caches for themselves; decoded shards take at most 800 MB per process, or one shard per
@@ -38,24 +38,18 @@ class CacheDataset(Dataset[TrainingExample]):
             CacheExamples(reader.path, with_targets=True, opened=reader.opened, kept_bytes=KEPT_BYTES // len(readers))
             for reader in readers
         ]
-        self._ends = np.cumsum([len(reader) for reader in readers])
+        super().__init__(self._sources)
         self._shards = sum(len(reader.shard_starts) - 1 for reader in readers)
         self._mixing = tuple(weights), seed, stop
         self._ordered = False  # whether an order that suits the shards is in use
         self._reads = 0
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
     def __getitem__(self, index: int) -> TrainingExample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self):,}")  # which ends a plain iteration
-        source = int(np.searchsorted(self._ends, index, side="right"))
-        example = self._sources[source][int(index) - int(self._ends[source] - len(self._sources[source]))]
+        example = super().__getitem__(index)
         self._reads += 1
         if not self._ordered:
             self._warn_of_foreign_order()
-        return TrainingExample(example.encoded, example.targets, source)
+        return example
 
     def __getitems__(self, indices: Sequence[int]) -> list[TrainingExample]:
         """Return several examples, decoding each shard once."""
@@ -80,7 +74,7 @@ class CacheDataset(Dataset[TrainingExample]):
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperatures that every cache stores."""
-        return common_temperatures(self.manifests)
+        return common_temperatures([manifest.label.temperatures for manifest in self.manifests])
 
     @property
     def decodes(self) -> int:
@@ -146,16 +140,6 @@ class CacheDataset(Dataset[TrainingExample]):
                 "DistillationMixin, or this data set's batches() as batch_sampler",
                 stacklevel=3,
             )
-
-
-def common_temperatures(manifests: Sequence[Manifest]) -> tuple[float, ...]:
-    """Return the temperatures that every cache stores, ascending. Raises LogitcaskError if there is none."""
-    stored = [{round(t, 6): t for t in manifest.label.temperatures} for manifest in manifests]
-    common = sorted(set.intersection(*map(set, stored)))
-    if not common:
-        lists = "; ".join(", ".join(f"{t:g}" for t in sorted(each)) for each in stored)
-        raise LogitcaskError(f"the caches have no temperature in common: they store {lists}: make one anew")
-    return tuple(stored[0][t] for t in common)
 
 
 def _counts(source: CacheExamples, name: str) -> IntArray:

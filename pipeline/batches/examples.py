@@ -1,16 +1,20 @@
-"""The examples of a run, by index: those of a cache, or of a tokenized file."""
+"""The examples of a run, by index: those of a cache, of a tokenized file, or of several of them."""
 
-from torch.utils.data import Dataset
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import accumulate
 
 from logitcask.cache.labels import IntArray
 from logitcask.cache.reader import KEPT_BYTES, SHARDS_KEPT, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
-from logitcask.pipeline.batches.collate import TrainingExample
+from logitcask.pipeline.batches.collate import Examples, TrainingExample
 from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokens.encoded import Encoded
 
 
-class CacheExamples(Dataset[TrainingExample]):
+class CacheExamples(Examples):
     """The examples of a cache, which each worker process opens for itself at its first read."""
 
     def __init__(
@@ -57,7 +61,7 @@ class CacheExamples(Dataset[TrainingExample]):
         return {**self.__dict__, "_reader": None}
 
 
-class FileExamples(Dataset[TrainingExample]):
+class FileExamples(Examples):
     """The examples of a tokenized file, for output distillation without a cache."""
 
     def __init__(self, table: TokenTable) -> None:
@@ -68,3 +72,24 @@ class FileExamples(Dataset[TrainingExample]):
 
     def __getitem__(self, index: int) -> TrainingExample:
         return TrainingExample(self._table.example(index), None)
+
+
+class JoinedExamples(Examples):
+    """The examples of several sources, by index: those of the first, then those of the next."""
+
+    def __init__(self, sources: Sequence[Examples]) -> None:
+        self._parts = tuple(sources)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self._parts)))  # opens caches
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> TrainingExample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self):,}")  # which ends a plain iteration
+        source = bisect_right(self._ends, index)
+        part = self._parts[source]
+        return replace(part[int(index) - (self._ends[source] - len(part))], source=source)

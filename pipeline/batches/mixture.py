@@ -41,17 +41,17 @@ class Mixture:
     @cached_property
     def examples(self) -> int:
         """Examples per epoch."""
-        return len(self._until(self._end, 0, 0))
+        return len(self._until(self.end, 0, 0))
 
     def order(self, seed: int, epoch: int) -> IntArray:
         """Return the examples of an epoch in order."""
-        end = self._end
+        end = self.end
         while len(order := self._until(end, seed, epoch)) < self.examples:
             end *= LONGER
         return order[: self.examples]
 
     @property
-    def _end(self) -> float:
+    def end(self) -> float:
         """Where the first epoch ends: the positions of all caches together, if each has its share."""
         ends = [float(part.sum(dtype=np.int64)) / w for part, w in zip(self.positions, self.weights, strict=True)]
         end = min(ends) if self.stop == "first" else max(ends)
@@ -91,15 +91,28 @@ def shuffled_shards(shard_starts: IntArray, seed: Sequence[int]) -> IntArray:
 
 
 class MixedSampler(BatchSampler):
-    """The batches of a mixture, as those of ``BatchSampler``."""
+    """The batches of a mixture, as those of ``BatchSampler``; the mixture does not count the examples left out."""
 
     def __init__(
-        self, mixture: Mixture, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, accumulation: int = 1
+        self,
+        mixture: Mixture,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        accumulation: int = 1,
+        left_out: IntArray | None = None,
     ) -> None:
         whole, nothing = np.array([0, mixture.examples], dtype=np.int64), np.zeros(0, dtype=np.int64)
         super().__init__(whole, nothing, batch_size, seed, rank, ranks, accumulation=accumulation)
         self._mixture, self._own_seed = mixture, seed
+        self._kept: IntArray | None = None
+        if left_out is not None:
+            self.left_out = left_out.tolist()
+            count = sum(int(starts[-1]) for starts in mixture.shard_starts)
+            self._kept = np.delete(np.arange(count + len(left_out)), left_out)
 
     def order(self, epoch: int) -> IntArray:
         """Return the examples of an epoch, on all ranks together, in order."""
-        return self._mixture.order(self._own_seed, epoch)
+        order = self._mixture.order(self._own_seed, epoch)
+        return order if self._kept is None else self._kept[order]

@@ -18,7 +18,7 @@ from logitcask.pipeline.runs.evaluation import Evaluation, rows
 from logitcask.pipeline.runs.run_folder import source_of
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer
-from logitcask.pipeline.train.source import cache_identity, require_tokenizer
+from logitcask.pipeline.train.sources.cache import cache_identity, require_tokenizer
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
@@ -38,7 +38,7 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     reader = None if settings.cache is None else CacheReader(settings.cache)
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
-        if source_of(Path(settings.model)) == cache_identity(reader):
+        if cache_identity(reader) in (source_of(Path(settings.model)) or ""):
             say(f"{reader.path}: {settings.model} was trained on it: only other examples show what it has learnt")
     problems = load_problems(settings.problems) if settings.humaneval else None
     if problems is not None:

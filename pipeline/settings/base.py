@@ -4,6 +4,7 @@ The command line is built from these models. A ``--config`` file sets the same n
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 REPEATABLE = "repeatable"  # marks a field whose option may be given several times
+WEIGHT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 ARGUMENT = "argument"  # marks a field that is given without an option's name
 
 
@@ -56,6 +58,14 @@ def path_or_url(value: Any) -> Any:
 def home_path(text: str) -> Path:
     """Return the path that a word of the command line names, ``~`` expanded."""
     return Path(expand_home(text))
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """Return the place and the weight of ``PLACE:WEIGHT``; no weight if none follows, or all of it is a path."""
+    place, _, weight = text.rpartition(":")
+    if not place or not WEIGHT.fullmatch(weight) or os.path.exists(text):
+        return text, None
+    return place, float(weight)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import FilePath, Place, Sources, expand_home
+from logitcask.pipeline.settings.base import FilePath, Sources, expand_home, split_weight
 from logitcask.pipeline.settings.data import DataSettings
 from logitcask.pipeline.settings.training.loss import LossOptions
 from logitcask.pipeline.settings.training.optimizer import OptimizerSettings
@@ -16,8 +16,10 @@ from logitcask.pipeline.settings.training.student import StudentSettings
 class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions, DataSettings):
     """Options of ``logitcask train``."""
 
-    cache: Place | None = Field(
-        None, description="logit cache: a folder, a .zip file, or an s3://, gs://, hf:// or ssh:// URL"
+    cache: Sources | None = Field(
+        None,
+        description="logit cache: a folder, a .zip file, or an s3://, gs://, hf:// or ssh:// URL; repeatable, with the "
+        "share of each, such as a:0.7",
     )
     local_copies: FilePath = Field(
         Path("~/.cache/logitcask"), description="folder for local copies of what is read from a remote cache"
@@ -26,7 +28,9 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
         20.0, description="largest size of that folder, in GB of 10^9 bytes"
     )
     train_data: Sources | None = Field(
-        None, description="data file in place of a cache, repeatable; soft losses then need a --teacher-model in memory"
+        None,
+        description="data file in place of a cache, repeatable; soft losses then need a --teacher-model in memory; or "
+        "beside a cache, with the share of each, such as text.jsonl:0.2: its text has the hard loss alone",
     )
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
         1024, description="tokens per example; only with --train-data"
@@ -34,16 +38,22 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> Self:
-        if (self.cache is None) == (self.train_data is None):
-            raise ValueError("give exactly one of --cache and --train-data")
+        if self.cache is None and self.train_data is None:
+            raise ValueError("give --cache, or --train-data in place of one")
         if self.cache is not None and (self.chat_template is not None or self.chat_template_kwargs):
             raise ValueError(
                 "--chat-template and --chat-template-kwargs apply to --train-data: give them to precompute-logits, "
                 "whose cache holds the template, and leave them out here"
             )
-        local = self.cache is not None and "://" not in self.cache
-        if local and self.output_dir.resolve().is_relative_to(Path(str(self.cache)).resolve()):
-            raise ValueError(f"--output-dir {self.output_dir} is inside the cache {self.cache}: choose another folder")
+        for place, weight in (*self.weighted_caches, *self.weighted_texts):
+            if self.is_mixed and weight is None:
+                raise ValueError(
+                    f"{place}: several caches, or text beside one, need a weight each, such as --cache a:0.7 --cache "
+                    "b:0.3: shares of the target positions that sum to 1"
+                )
+        for place, _ in self.weighted_caches:
+            if "://" not in place and self.output_dir.resolve().is_relative_to(Path(place).resolve()):
+                raise ValueError(f"--output-dir {self.output_dir} is inside the cache {place}: choose another folder")
         if self.cache is None and self.distillation_type != "output":
             if self.teacher_model is None:
                 raise ValueError(
@@ -69,7 +79,22 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
         return {"revision": self.student_revision, "trust_remote_code": self.trust_remote_code}
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether there are several caches, or text beside one."""
+        return self.cache is not None and len(self.cache) + len(self.train_data or ()) > 1
+
+    @property
+    def weighted_caches(self) -> list[tuple[str, float | None]]:
+        """Each cache and its weight, None if there is nothing to mix."""
+        return [split_weight(cache) if self.is_mixed else (cache, None) for cache in self.cache or ()]
+
+    @property
+    def weighted_texts(self) -> list[tuple[str, float | None]]:
+        """Each data file beside caches and its weight."""
+        return [split_weight(text) for text in self.train_data or ()] if self.is_mixed else []
+
+    @property
     def copies_folder(self) -> Path:
         """Folder for local copies. Raises LogitcaskError if it is needed and in an unknown home folder."""
-        remote = self.cache is not None and "://" in self.cache
+        remote = any("://" in cache for cache in self.cache or ())
         return Path(expand_home(self.local_copies)) if remote else self.local_copies

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss, fused_position_losses
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
-from logitcask.pipeline.models.losses import LossSettings, OwnLoss, RouterLoss, position_losses
+from logitcask.pipeline.models.losses import LossSettings, LossSums, OwnLoss, RouterLoss, position_losses
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
 
@@ -140,6 +140,8 @@ def _install(
         settings = how if isinstance(how, LossSettings) else how.settings(batch)
         if per_position:
             return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
+        if "labelled" in batch:
+            return _loss_of_replay(hidden, current, batch, settings)
         return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
 
     def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
@@ -162,6 +164,18 @@ def _install(
         return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
 
     model.forward, head.forward = loss_forward, head_loss
+
+
+def _loss_of_replay(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSettings) -> LossSums:
+    """Return the sums over positions of which only those in ``labelled`` (N,) have labels; the others' loss is hard."""
+    known_N, gold_N = batch["labelled"], batch["gold"]
+    groups = ((known_N, batch.get("soft_labels"), settings), (~known_N, None, replace(settings, alpha=1.0, own=None)))
+    sums = [
+        fused_loss(hidden_NH[rows_N], head, gold_N[rows_N], labels, how)
+        for rows_N, labels, how in groups
+        if bool(rows_N.any()) or not len(gold_N)
+    ]
+    return LossSums(*(torch.stack(parts).sum(0) for parts in zip(*(part[:5] for part in sums), strict=True)))
 
 
 def bare_model(model: nn.Module) -> PreTrainedModel:

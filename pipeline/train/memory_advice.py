@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
@@ -21,6 +22,8 @@ class RunSize:
     data: Amount
     held_out: int  # examples
     batches: int  # per rank and epoch
+    examples: int  # per epoch, on all ranks
+    positions: float  # target positions of those
     ranks: int
     accumulation: int
     epochs: float
@@ -88,15 +91,27 @@ def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[s
     steps, epochs = run.steps()
     data = run.data
     examples = step.batch_size * step.accumulation * run.ranks
-    positions = data.positions / data.examples
-    trained = min(examples, data.examples - run.held_out)
+    trained = min(examples, run.examples)
     return [
         f"steps: {steps:,}, {epochs:,.2f} epochs",
         f"data: {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions; "
-        f"held out: {run.held_out:,} examples, about {run.held_out * positions:,.0f} target positions",
+        f"held out: {run.held_out:,} examples, about {run.held_out * data.positions / data.examples:,.0f} "
+        "target positions",
         f"a step: {examples:,} examples (batch {step.batch_size} x accumulation {step.accumulation} x ranks "
-        f"{run.ranks}), about {trained * positions:,.0f} target positions",
+        f"{run.ranks}), about {trained * run.positions / max(1, run.examples):,.0f} target positions",
         f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB (estimate)",
+    ]
+
+
+def shares(mixture: Mixture | None) -> list[str]:
+    """Return the lines on the parts of a mixture: each one's share, and how often an epoch reads it."""
+    if mixture is None:
+        return []
+    parts = zip(mixture.names, mixture.weights, mixture.positions, strict=True)
+    return [
+        f"mixed: {weight:.1%} of the target positions from {name}, an epoch reads "
+        f"{mixture.end * weight / own.sum():.2f} times what it holds"
+        for name, weight, own in parts
     ]
 
 

@@ -59,7 +59,7 @@ class DistillationMixin(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
-        self._sums: Tensor | None = None  # SUMS and the number of positions since the last log line
+        self._sums: Tensor | None = None  # SUMS, labelled positions and all, since the last log line
         self._slots: Tensor | None = None  # tokens and places for them since the last log line
 
     def _init_sft(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ class DistillationMixin(Trainer):
         assert not return_outputs
         sums: LossSums = model(**inputs)
         parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
-        row = torch.stack([*parts, sums.hard.new_tensor(len(inputs["gold"]))])
+        row = torch.stack([*parts, *sums.hard.new_tensor([_labelled(inputs), len(inputs["gold"])])])
         self._sums = row if self._sums is None else self._sums + row
         self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
         return sums.total * self.accelerator.num_processes / num_items_in_batch
@@ -177,7 +177,7 @@ class DistillationMixin(Trainer):
         batches = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
         batches += [range(0)] * (-len(batches) % ranks)  # under FSDP all ranks must call each forward
         self.model.eval()
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches[self.args.process_index :: ranks]:
                 sums += self._sums_of([dataset[i] for i in batch])
@@ -186,15 +186,23 @@ class DistillationMixin(Trainer):
     def _sums_of(self, examples: list[Any]) -> Tensor:
         inputs = {name: part.to(self.args.device) for name, part in self.data_collator(examples).items()}
         sums: LossSums = self.model(**inputs)
-        return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), torch.tensor(len(inputs["gold"]))])
+        counts = torch.tensor([_labelled(inputs), len(inputs["gold"])])
+        return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), *counts])
 
     def _means(self, sums: Tensor, prefix: str) -> dict[str, float]:
         totals = self.accelerator.reduce(sums, "sum").tolist()
-        means = {name: value / max(1.0, totals[-1]) for name, value in zip(SUMS, totals, strict=False)}
+        labelled, count = (max(1.0, number) for number in totals[-2:])
+        of_labels = ("soft", "teacher_mass", "student_mass")
+        means = {n: value / (labelled if n in of_labels else count) for n, value in zip(SUMS, totals, strict=False)}
         metrics = {f"{prefix}{name}_loss": means[name] for name in ("total", "hard", "soft")}
         metrics[f"{prefix}perplexity"] = float(torch.tensor(means["hard"]).exp())
         metrics[f"{prefix}teacher_captured_mass"] = means["teacher_mass"]
         metrics[f"{prefix}student_head_mass"] = means["student_mass"]
-        if len(totals) > len(SUMS) + 1:
-            metrics[f"{prefix}aux_loss"] = totals[-2] / max(1.0, totals[-1])
+        if len(totals) > len(SUMS) + 2:
+            metrics[f"{prefix}aux_loss"] = totals[-3] / count
         return metrics
+
+
+def _labelled(batch: Batch) -> int:
+    """Return how many of a batch's target positions have a soft loss."""
+    return int(batch["labelled"].sum()) if "labelled" in batch else len(batch["gold"])

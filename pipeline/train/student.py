@@ -38,7 +38,7 @@ from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.resume.choose import Checkpoint
 from logitcask.pipeline.train.resume.identity import BASE_WEIGHTS
 from logitcask.pipeline.train.resume.saving import explain_save_errors
-from logitcask.pipeline.train.source import Source
+from logitcask.pipeline.train.sources.source import Source
 from logitcask.pipeline.train.trainer import DistillationTrainer
 
 

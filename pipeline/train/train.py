@@ -25,21 +25,18 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.labels import IntArray
-from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
 from logitcask.pipeline.batches.examples import CacheExamples
-from logitcask.pipeline.batches.order import BatchSampler, held_out
+from logitcask.pipeline.batches.mixture import Mixture
+from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.console import notices, say
 from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.head import keeps_apart
-from logitcask.pipeline.models.load import require_plain_weights
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import read_before
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
-from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.train.arguments import training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
@@ -47,10 +44,11 @@ from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
 from logitcask.pipeline.train.loss import load_loss
-from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, summary
+from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, shares, summary
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
-from logitcask.pipeline.train.source import Source, cache_source, file_source
+from logitcask.pipeline.train.sources.open import open_source
+from logitcask.pipeline.train.sources.source import Source
 from logitcask.pipeline.train.student import save_final, step_size, student_of_run
 from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp
 
@@ -65,7 +63,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     settings, defaults = with_defaults(settings)
     arguments = training_arguments(settings)
     with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
-        source = _open_source(settings, Path(folder))
+        source = open_source(settings, Path(folder))
         record = run_record(settings, source, arguments.world_size)
         checkpoint = choose_checkpoint(
             settings.output_dir, settings.resume_from_checkpoint, record, fsdp=fsdp_requested()
@@ -84,43 +82,6 @@ def run_record(settings: TrainSettings, source: Source, world_size: int) -> dict
     return record
 
 
-def _open_source(settings: TrainSettings, folder: Path) -> Source:
-    soft = settings.hard_weight < 1.0
-    trained = settings.teacher_model if settings.init_from_teacher_layers else settings.student_model
-    if trained is not None:
-        require_plain_weights(trained)
-    if settings.cache is None:
-        assert settings.train_data is not None
-        return file_source(
-            Reading(settings.train_data, **settings.taken),
-            folder,
-            student_model=settings.student_model,
-            loading=settings.loading,
-            teacher_model=settings.teacher_model,
-            online=soft,
-            max_seq_length=settings.max_seq_length,
-            device=settings.device,
-            chat_turns=settings.chat_turns,
-            chat_template=settings.chat_template,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            columns=settings.renamed,
-            bad=BadRecords(skipped_file(settings.output_dir), settings.bad_share),
-        )
-    return cache_source(
-        settings.cache,
-        DiskCache(settings.copies_folder, int(settings.local_copies_gb * 1e9)),
-        soft=soft,
-        temperature=settings.temperature,
-        tail=settings.tail,
-        min_fidelity=settings.min_fidelity,
-        where=settings.where,
-        same_tokenizer={
-            str(model): settings.loading if model == settings.student_model else {}
-            for model in {settings.student_model, settings.teacher_model} - {None}
-        },
-    )
-
-
 def _train(
     settings: TrainSettings,
     arguments: TrainingArguments,
@@ -129,8 +90,9 @@ def _train(
     checkpoint: Checkpoint | None,
     defaults: list[str],
 ) -> dict[str, float]:
-    held = held_out(len(source.examples), settings.eval_fraction, settings.seed)
-    run = _run_size(settings, source.amount, len(held), arguments.world_size)
+    held = source.held_out(settings.eval_fraction, settings.seed)
+    mixture = source.mixture(held)
+    run = _run_size(settings, source.amount, len(held), mixture, arguments.world_size)
     arguments.max_steps = run.steps()[0]  # counted here only
     finished = checkpoint is not None and checkpoint.step >= arguments.max_steps
     if finished:
@@ -148,7 +110,7 @@ def _train(
         if not step.checkpointing and not settings.torch_compile:
             keep_products_only(model)
     if arguments.process_index == 0:
-        for line in [*defaults, *summary(run, step, str(arguments.device), _precision(settings))]:
+        for line in [*defaults, *shares(mixture), *summary(run, step, str(arguments.device), _precision(settings))]:
             say(line)
         say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
     folder = None if checkpoint is None else checkpoint.folder
@@ -158,7 +120,7 @@ def _train(
         table = LiveTable(notices(), interrupt.note)
         log = MetricsLog(settings.output_dir, table.show)
         callbacks = [interrupt, table, log, complete, *reports]
-        trainer = _trainer(settings, arguments, source, model, held, callbacks, packed=packed)
+        trainer = _trainer(settings, arguments, source, model, held, mixture, callbacks, packed=packed)
         trainer.finished = finished
         require_fsdp(trainer)
         table.replace_bar(trainer)
@@ -177,19 +139,20 @@ def _trainer(
     source: Source,
     model: PreTrainedModel,
     held: IntArray,
+    mixture: Mixture | None,
     callbacks: list[TrainerCallback],
     *,
     packed: bool,
 ) -> DistillationTrainer:
-    sampler = BatchSampler(
-        source.shard_starts,
+    sampler = source.sampler(
         held,
+        mixture,
         settings.batch_size,
         settings.seed,
-        arguments.process_index,
-        arguments.world_size,
-        lengths=None if packed else source.lengths(),
+        rank=arguments.process_index,
+        ranks=arguments.world_size,
         accumulation=settings.gradient_accumulation_steps,
+        packed=packed,
     )
     if isinstance(source.examples, CacheExamples):
         source.examples.keep(sampler.shards_at_once)
@@ -197,8 +160,7 @@ def _trainer(
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:
         say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
-    pad = source.tokenizer.pad_token_id
-    collator = Collator(0 if pad is None else pad, source.temperatures, settings.temperature, source.tail, packed)
+    collator = source.collator(settings.temperature, packed=packed)
     return DistillationTrainer(
         model=model,
         args=arguments,
@@ -235,10 +197,22 @@ def _trackers(
     )
 
 
-def _run_size(settings: TrainSettings, data: Amount, held: int, ranks: int) -> RunSize:
-    batches = -(-(data.examples - held) // (settings.batch_size * ranks))
-    accumulation = settings.gradient_accumulation_steps
-    return RunSize(data, held, batches, ranks, accumulation, settings.epochs, settings.max_steps)
+def _run_size(settings: TrainSettings, data: Amount, held: int, mixture: Mixture | None, ranks: int) -> RunSize:
+    left = data.examples - held
+    examples, positions = (left, data.positions * left / data.examples)
+    if mixture is not None:
+        examples, positions = mixture.examples, mixture.end
+    return RunSize(
+        data=data,
+        held_out=held,
+        batches=-(-examples // (settings.batch_size * ranks)),
+        examples=examples,
+        positions=positions,
+        ranks=ranks,
+        accumulation=settings.gradient_accumulation_steps,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
 
 
 def _precision(settings: TrainSettings) -> str:

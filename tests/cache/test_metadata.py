@@ -21,7 +21,7 @@ from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.runs.evaluation import rows
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
-from logitcask.pipeline.train.source import cache_source
+from logitcask.pipeline.train.sources.cache import cache_source
 from tests.support.runs import train
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, precompute_settings, write_jsonl
 
@@ -155,7 +155,7 @@ def test_a_student_is_trained_and_evaluated_on_some_examples(folder: Path, tmp_p
 
 def test_a_chosen_part_is_what_the_trainer_sees(folder: Path, tmp_path: Path) -> None:
     reader = CacheReader(folder / "cache")
-    source = cache_source(str(folder / "cache"), DiskCache(tmp_path, 0), soft=True, temperature=1.0, tail=None,
+    source = cache_source(reader, DiskCache(tmp_path, 0), soft=True, temperature=1.0, tail="sampled",
                           min_fidelity=None, same_tokenizer={}, where={"language": ("go",)})  # fmt: skip
     chosen = matching(reader, {"language": ["go"]})
     assert (len(source.examples), source.shard_starts[-1], source.amount.examples) == (8, 8, 8)

@@ -20,7 +20,7 @@ from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.reading import Reading
-from logitcask.pipeline.train.source import file_source
+from logitcask.pipeline.train.sources.file import file_source
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
 ROOT: Any = typer.main.get_command(app)
@@ -73,9 +73,10 @@ def test_no_option_is_given_twice(
     assert seen
 
 
-def test_only_train_data_is_repeatable() -> None:
+def test_only_data_and_caches_are_repeatable() -> None:
     repeatable = {(name, o.name) for name, command in COMMANDS.items() for o in options(command) if o.multiple}
-    assert repeatable == {("split", "data"), *((name, "train_data") for name in ("precompute-logits", "train", "plan"))}
+    data = {(name, "train_data") for name in ("precompute-logits", "train", "plan")}
+    assert repeatable == {("split", "data"), ("train", "cache"), *data}
 
 
 def test_a_key_given_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:

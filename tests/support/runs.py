@@ -1,6 +1,7 @@
 """Short training runs of tiny students, and the files they leave."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def write_config(path: Path, config: dict[str, object]) -> Path:
     return path
 
 
-def train_settings(cache: Path | str | None, output: Path, **changes: object) -> TrainSettings:
+def train_settings(cache: Path | str | Sequence[str] | None, output: Path, **changes: object) -> TrainSettings:
     """Return the settings of a short run on the CPU; the student is ``STUDENT`` unless the changes name another."""
     values: dict[str, object] = {
-        "cache": None if cache is None else str(cache),
+        "cache": str(cache) if isinstance(cache, Path) else cache,
         "output_dir": output,
         "max_steps": 3,
         "warmup_steps": 0,
@@ -47,7 +48,7 @@ def train_settings(cache: Path | str | None, output: Path, **changes: object) ->
     return TrainSettings.model_validate(values)
 
 
-def train(cache: Path | str | None, output: Path, **changes: object) -> Path:
+def train(cache: Path | str | Sequence[str] | None, output: Path, **changes: object) -> Path:
     """Train a run and return its folder."""
     run_training(train_settings(cache, output, **changes))
     return output

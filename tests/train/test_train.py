@@ -93,9 +93,9 @@ def test_evaluation_is_the_loss_of_training_on_the_same_examples(
 ) -> None:
     """Over batches of unequal size: a mean of means would differ."""
     nobody = np.zeros(0, dtype=np.int64)
-    monkeypatch.setattr("logitcask.pipeline.train.train.held_out", lambda count, *_: np.arange(count))
+    monkeypatch.setattr("logitcask.pipeline.train.sources.source.held_out", lambda count, *_: np.arange(count))
     monkeypatch.setattr(
-        "logitcask.pipeline.train.train.BatchSampler",
+        "logitcask.pipeline.train.sources.source.BatchSampler",
         lambda starts, _, *rest, **named: BatchSampler(starts, nobody, *rest, **named),
     )
     run = train(cache, tmp_path / "run", batch_size=5, gradient_accumulation_steps=5, max_steps=1)

@@ -1,11 +1,11 @@
 """Several caches mixed by weight. Needs neither torch nor transformers but for what says so."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.errors import LogitcaskError
 from logitcask.library.caches import Cache
+from logitcask.pipeline.batches.mixing import common_temperatures, require_one_tokenizer, require_shares
 
 if TYPE_CHECKING:
     from logitcask.pipeline.batches.collate import Collator
@@ -22,8 +22,7 @@ class Mix:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperatures that every cache stores, ascending."""
-        first, *others = ({round(t, 6) for t in cache.temperatures} for cache in self.caches)
-        return tuple(sorted(first.intersection(*others)))
+        return common_temperatures([cache.temperatures for cache in self.caches])
 
     def __len__(self) -> int:
         """Return the number of examples of all caches."""
@@ -66,25 +65,11 @@ def mix(
     if len(weights) != len(caches):
         raise LogitcaskError(f"mix: there must be one weight per cache, got {len(weights)} for {len(caches)}")
     shares = [float(weight) for weight in weights]
-    if not all(math.isfinite(share) and share > 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise LogitcaskError(f"mix: weights must be above 0 and sum to 1, got {', '.join(f'{w:g}' for w in shares)}")
+    require_shares(shares, "mix")
     if stop not in ("first", "all"):
         raise LogitcaskError(f'mix: stop must be "first" or "all", got {stop!r}')
     if seed < 0:
         raise LogitcaskError(f"mix: seed must be at least 0, got {seed}")
-    first, *others = (cache.reader.manifest for cache in caches)
-    for cache, manifest in zip(caches[1:], others, strict=True):
-        if (manifest.tokenizer.fingerprint, manifest.label.vocab_size) != (
-            first.tokenizer.fingerprint,
-            first.label.vocab_size,
-        ):
-            raise CacheMismatchError(
-                f"{cache.path}: was made with another tokenizer than {caches[0].path}: fingerprints "
-                f"{manifest.tokenizer.fingerprint[:12]} and {first.tokenizer.fingerprint[:12]}: mix caches of one "
-                "tokenizer"
-            )
-    mixed = Mix(caches, shares, seed, stop)
-    if not mixed.temperatures:
-        lists = "; ".join(", ".join(f"{t:g}" for t in sorted(cache.temperatures)) for cache in caches)
-        raise CacheMismatchError(f"mix: the caches have no temperature in common: they store {lists}: make one anew")
-    return mixed
+    require_one_tokenizer([cache.path for cache in caches], [cache.reader.manifest for cache in caches])
+    common_temperatures([cache.temperatures for cache in caches])
+    return Mix(caches, shares, seed, stop)

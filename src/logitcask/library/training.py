@@ -7,6 +7,7 @@ from logitcask.library.mix import Mix
 from logitcask.pipeline.batches.collate import Collator, MixedCollator
 from logitcask.pipeline.batches.dataset import CacheDataset
 from logitcask.pipeline.batches.loader import Loader
+from logitcask.pipeline.batches.mixing import common_tail
 
 TAILS = ("sampled", "bucket", "renormalize")
 
@@ -68,8 +69,7 @@ def collator_of(source: Cache | Mix, temperature: float, tail: str | None, *, pa
     """Return the collator of a cache or a mixture. Raises LogitcaskError if a cache lacks what it needs."""
     caches = source.caches if isinstance(source, Mix) else (source,)
     labels = [cache.label for cache in caches]
-    usual = {label.usual_tail for label in labels}
-    tail = tail or next(name for name in ("renormalize", "bucket", "sampled") if name in usual)
+    tail = tail or common_tail(labels)
     for cache, label in zip(caches, labels, strict=True):
         _require_temperature(cache, temperature)
         if tail not in TAILS:

@@ -1,0 +1,145 @@
+"""A cache as the source of a run's examples in stage 2."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.fidelity import BATCH, figures
+from logitcask.cache.labels import IntArray, temperature_index
+from logitcask.cache.manifest import sha256
+from logitcask.cache.reader import KEPT_BYTES, CacheReader, matching
+from logitcask.cache.report.label_figures import fidelity_of
+from logitcask.cache.storage.disk_cache import DiskCache
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.console import say
+from logitcask.pipeline.models.shapes import Amount
+from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, load_tokenizer, tokenizer_from_files
+from logitcask.pipeline.train.sources.source import Source
+
+
+def cache_source(
+    reader: CacheReader,
+    disk_cache: DiskCache,
+    *,
+    soft: bool,
+    temperature: float,
+    tail: str,
+    min_fidelity: float | None,
+    same_tokenizer: Mapping[str, Mapping[str, Any]],
+    where: Mapping[str, Sequence[str]] | None = None,
+    of: int = 1,
+) -> Source:
+    """Return an open cache as the source of a run, one ``of`` several. Raises LogitcaskError if it does not fit.
+
+    ``soft``: whether the loss needs labels; ``same_tokenizer``: models whose tokenizer, if they bring one, must
+    equal the cache's, and how they are loaded; ``where``: the values that the examples must have, by column.
+    """
+    cache, label, data = reader.path, reader.manifest.label, reader.manifest.data
+    if soft:
+        j = temperature_index(label.temperatures, temperature)
+        if fault := label.tail_fault(tail):
+            of_which = f"{cache}: " if of > 1 else ""
+            raise LogitcaskError(f"{of_which}--tail {tail} {fault[0]}: use --tail {fault[1]}")
+        if tail == "renormalize" and not label.knows("rest"):
+            say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
+        elif tail == "renormalize":
+            captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
+            say(
+                f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
+                "the rest is ignored, which biases the student away from the teacher"
+            )
+        if min_fidelity is not None:
+            require_fidelity(reader, j, min_fidelity)
+    tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
+    chosen = matching(reader, where) if where else None
+    starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
+    shards = range(reader.manifest.shards.count)
+    if chosen is not None:
+        starts = np.unique(np.searchsorted(chosen, starts))  # shards without such an example are left out
+        sums = [int(reader.counts(name, shards)[chosen].sum()) for name in ("token_count", "position_count")]
+        amount = Amount(len(chosen), *sums)
+        say(f"{cache}: {len(chosen):,} of {data.examples:,} examples are taken")
+
+    def counts(name: str) -> IntArray:
+        numbers = reader.counts(name, shards)
+        return numbers if chosen is None else numbers[chosen]
+
+    return Source(
+        name=cache,
+        examples=CacheExamples(
+            cache,
+            with_targets=soft,
+            disk_cache=disk_cache,
+            opened=reader.opened,
+            chosen=chosen,
+            kept_bytes=KEPT_BYTES // of,
+        ),
+        tokenizer=tokenizer,
+        vocab_size=label.vocab_size,
+        longest=data.longest,
+        temperatures=tuple(label.temperatures),
+        tail=tail,
+        head_size=label.head_size,
+        labelled=soft,
+        shard_starts=starts,
+        identity=cache_identity(reader) + (json.dumps(dict(where)) if where else ""),
+        amount=amount,
+        lengths=lambda: counts("token_count"),
+        positions=lambda: counts("position_count"),
+    )
+
+
+def _cache_tokenizer(
+    reader: CacheReader, cache: str, same_tokenizer: Mapping[str, Mapping[str, Any]]
+) -> PreTrainedTokenizerBase:
+    """Return a cache's tokenizer. Raises CacheMismatchError if it loads as another, or a model's own is another."""
+    tokenizer, wanted = tokenizer_from_files(reader.tokenizer_files()), reader.manifest.tokenizer.fingerprint
+    if fingerprint(tokenizer) != wanted:
+        raise CacheMismatchError(
+            f"{cache}: its tokenizer files load as another tokenizer than it was made with: fingerprints {wanted[:12]} "
+            f"and {fingerprint(tokenizer)[:12]}: use the version of transformers it was made with, or make it anew"
+        )
+    for model, loading in same_tokenizer.items():
+        if has_tokenizer(model):
+            require_tokenizer(model, wanted, cache, **loading)
+        else:
+            say(f"{model}: holds no tokenizer: the cache's is used")
+    return tokenizer
+
+
+def cache_identity(reader: CacheReader) -> str:
+    """Return the digest of a cache's manifest, which the settings of a run on it hold as ``source``."""
+    return sha256(reader.manifest.model_dump_json().encode())
+
+
+def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
+    """Raise LogitcaskError if the cosine in the cache's certificate at temperature j is below ``wanted`` or missing."""
+    temperatures = reader.manifest.label.temperatures
+    sums = fidelity_of(reader, range(reader.manifest.shards.count))
+    measured = figures(sums, len(temperatures))
+    if measured is None:
+        raise LogitcaskError(
+            f"--min-fidelity {wanted}: {reader.path} was measured on {sums.positions:g} positions, too few for a "
+            "certificate: precompute it with more --fidelity-positions, or omit this option"
+        )
+    cosine = measured[j][0].cosine
+    if cosine < wanted:
+        raise LogitcaskError(
+            f"--min-fidelity {wanted}: not good enough: at T={temperatures[j]:g} the cosine between {reader.path}'s "
+            f"gradient and the exact one is {cosine:.4f} over {BATCH} positions: use a richer --preset in stage 1, "
+            "another --temperature, or a lower --min-fidelity"
+        )
+
+
+def require_tokenizer(source: str, wanted: str, cache: str, **loading: Any) -> None:
+    """Raise CacheMismatchError if a model's own tokenizer is not the one that the cache was made with."""
+    own = fingerprint(load_tokenizer(source, **loading))
+    if own != wanted:
+        raise CacheMismatchError(
+            f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "
+            "make a cache with a teacher that has the same tokenizer"
+        )

@@ -1,0 +1,99 @@
+"""Opens what the settings of a run name as the source of its examples."""
+
+from pathlib import Path
+from typing import Any
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.storage.disk_cache import DiskCache
+from logitcask.pipeline.batches.mixing import common_tail, common_temperatures, require_one_tokenizer, require_shares
+from logitcask.pipeline.models.load import require_plain_weights
+from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
+from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.train.sources.cache import cache_source
+from logitcask.pipeline.train.sources.file import file_source, text_source
+from logitcask.pipeline.train.sources.mixed import mixed_source
+from logitcask.pipeline.train.sources.source import Source
+
+
+def open_source(settings: TrainSettings, folder: Path) -> Source:
+    """Open caches and data files; tokens of files are staged in ``folder``.
+
+    Raises LogitcaskError if one does not fit the run, or several do not fit each other.
+    """
+    caches, texts = settings.weighted_caches, settings.weighted_texts
+    weights = [weight for _, weight in (*caches, *texts) if weight is not None]
+    if weights:
+        require_shares(weights, "--cache and --train-data" if texts else "--cache")
+    trained = settings.teacher_model if settings.init_from_teacher_layers else settings.student_model
+    if trained is not None:
+        require_plain_weights(trained)
+    if not caches:
+        assert settings.train_data is not None
+        return file_source(
+            Reading(settings.train_data, **settings.taken),
+            folder,
+            student_model=settings.student_model,
+            loading=settings.loading,
+            teacher_model=settings.teacher_model,
+            online=settings.hard_weight < 1.0,
+            device=settings.device,
+            chat_template=settings.chat_template,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            **_reading_options(settings, 1),
+        )
+    disk_cache = DiskCache(settings.copies_folder, int(settings.local_copies_gb * 1e9))
+    readers = [CacheReader(place, disk_cache=disk_cache) for place, _ in caches]
+    parts = _cache_sources(settings, readers, disk_cache)
+    if not weights:
+        return parts[0]
+    for number, (text, _) in enumerate(texts, 1):
+        staged = folder / str(number)
+        staged.mkdir()
+        reading, tokenizer = Reading((text,), **settings.taken), parts[0].tokenizer
+        parts.append(text_source(reading, staged, tokenizer, **_reading_options(settings, number)))
+    return mixed_source(parts, weights)
+
+
+def _cache_sources(settings: TrainSettings, readers: list[CacheReader], disk_cache: DiskCache) -> list[Source]:
+    manifests = [reader.manifest for reader in readers]
+    labels = [manifest.label for manifest in manifests]
+    soft = settings.hard_weight < 1.0
+    if len(readers) > 1:
+        require_one_tokenizer([reader.path for reader in readers], manifests)
+    if len(readers) > 1 and soft:
+        common = common_temperatures([label.temperatures for label in labels])
+        if all(abs(t - settings.temperature) > 1e-6 for t in common):
+            stored = ", ".join(f"{t:g}" for t in common)
+            raise LogitcaskError(
+                f"--temperature {settings.temperature:g} is not stored in every cache: all hold {stored}"
+            )
+    models = {settings.student_model, settings.teacher_model} - {None}
+    return [
+        cache_source(
+            reader,
+            disk_cache,
+            soft=soft,
+            temperature=settings.temperature,
+            tail=settings.tail or common_tail(labels),
+            min_fidelity=settings.min_fidelity,
+            where=settings.where,
+            same_tokenizer={
+                str(model): settings.loading if model == settings.student_model else {} for model in models
+            },
+            of=len(readers),
+        )
+        for reader in readers
+    ]
+
+
+def _reading_options(settings: TrainSettings, number: int) -> dict[str, Any]:
+    """Return how the ``number``-th data file is read."""
+    skipped = skipped_file(settings.output_dir if number == 1 else f"{settings.output_dir}.{number}")
+    return {
+        "max_seq_length": settings.max_seq_length,
+        "chat_turns": settings.chat_turns,
+        "columns": settings.renamed,
+        "bad": BadRecords(skipped, settings.bad_share),
+    }
