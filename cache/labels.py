@@ -24,6 +24,7 @@ B = TypeVar("B")
 Array = NDArray[Any]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+SHARDS_KEPT = 2  # decoded shards kept in memory, unless another number is asked for: a batch may straddle two
 MASS_FLOOR = -64.0  # nats: the log mass given to a tail of no mass, so that reverse KL stays finite
 
 

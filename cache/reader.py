@@ -23,14 +23,13 @@ from logitcask.cache.integrity import (
     shard_keys,
 )
 from logitcask.cache.invariants import unusable
-from logitcask.cache.labels import Example, IntArray, Shard
+from logitcask.cache.labels import SHARDS_KEPT, Example, IntArray, Shard
 from logitcask.cache.layout import ArraySpec, Axis, decode_made_by, decode_targets, shard_specs, zarr_layout
 from logitcask.cache.manifest import MadeBy, Manifest, ShardPlan, metadata_values, parse_manifest, sha256, shard_bytes
 from logitcask.cache.storage.bounded import Decoder, read_bounded, read_json
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.open import open_store, what_is_there
 
-SHARDS_KEPT = 2  # decoded shards kept in memory, unless another number is asked for: a batch may straddle two
 KEPT_BYTES = 800 << 20  # at most, if more than one is kept
 AT_ONCE = 4  # objects of a shard read at the same time
 MAX_TOKENIZER_FILE = 1 << 26  # bytes; the largest in use are half of it

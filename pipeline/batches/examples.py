@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
-from logitcask.cache.labels import IntArray
-from logitcask.cache.reader import KEPT_BYTES, SHARDS_KEPT, CacheReader
+from logitcask.cache.labels import SHARDS_KEPT, IntArray
+from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.collate import Examples, TrainingExample
 from logitcask.pipeline.text.token_table import TokenTable

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from logitcask.cache.labels import IntArray
-from logitcask.cache.reader import SHARDS_KEPT
+from logitcask.cache.labels import SHARDS_KEPT, IntArray
 
 GROUP = 64  # optimizer steps whose examples are sorted by length together
 

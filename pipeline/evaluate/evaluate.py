@@ -17,8 +17,8 @@ from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.runs.evaluation import Evaluation, rows
 from logitcask.pipeline.runs.run_folder import source_of
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
-from logitcask.pipeline.text.tokenizer import load_tokenizer
-from logitcask.pipeline.train.sources.cache import cache_identity, require_tokenizer
+from logitcask.pipeline.text.tokenizer import load_tokenizer, require_tokenizer
+from logitcask.pipeline.train.sources.cache import cache_identity
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from logitcask.cache.errors import CacheFormatError, LogitcaskError, shown, shown_reason
+from logitcask.cache.errors import CacheFormatError, CacheMismatchError, LogitcaskError, shown, shown_reason
 from logitcask.cache.manifest import TokenizerIdentity, sha256
 
 STORED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -289,3 +289,13 @@ def tokenizer_differences(tokenizer: PreTrainedTokenizerBase, other: PreTrainedT
 
 def _load_without_code(folder: Path) -> PreTrainedTokenizerBase:
     return _auto_tokenizer(folder, str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def require_tokenizer(source: str, wanted: str, cache: str, **loading: Any) -> None:
+    """Raise CacheMismatchError if a model's own tokenizer is not the one that the cache was made with."""
+    own = fingerprint(load_tokenizer(source, **loading))
+    if own != wanted:
+        raise CacheMismatchError(
+            f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "
+            "make a cache with a teacher that has the same tokenizer"
+        )

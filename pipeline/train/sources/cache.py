@@ -17,7 +17,7 @@ from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.console import say
 from logitcask.pipeline.models.shapes import Amount
-from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, load_tokenizer, tokenizer_from_files
+from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, require_tokenizer, tokenizer_from_files
 from logitcask.pipeline.train.sources.source import Source
 
 
@@ -40,20 +40,7 @@ def cache_source(
     """
     cache, label, data = reader.path, reader.manifest.label, reader.manifest.data
     if soft:
-        j = temperature_index(label.temperatures, temperature)
-        if fault := label.tail_fault(tail):
-            of_which = f"{cache}: " if of > 1 else ""
-            raise LogitcaskError(f"{of_which}--tail {tail} {fault[0]}: use --tail {fault[1]}")
-        if tail == "renormalize" and not label.knows("rest"):
-            say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
-        elif tail == "renormalize":
-            captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
-            say(
-                f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
-                "the rest is ignored, which biases the student away from the teacher"
-            )
-        if min_fidelity is not None:
-            require_fidelity(reader, j, min_fidelity)
+        _require_labels(reader, temperature, tail, min_fidelity, f"{cache}: " if of > 1 else "")
     tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
     chosen = matching(reader, where) if where else None
     starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
@@ -91,6 +78,24 @@ def cache_source(
         lengths=lambda: counts("token_count"),
         positions=lambda: counts("position_count"),
     )
+
+
+def _require_labels(reader: CacheReader, temperature: float, tail: str, min_fidelity: float | None, where: str) -> None:
+    """Raise LogitcaskError, starting with ``where``, unless the labels suit the loss; say what a tail leaves out."""
+    label = reader.manifest.label
+    j = temperature_index(label.temperatures, temperature)
+    if fault := label.tail_fault(tail):
+        raise LogitcaskError(f"{where}--tail {tail} {fault[0]}: use --tail {fault[1]}")
+    if tail == "renormalize" and not label.knows("rest"):
+        say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
+    elif tail == "renormalize":
+        captured = float(-np.expm1(reader.shard(0).targets.log_tail_mass[:, j].astype(np.float64)).mean())
+        say(
+            f"tail renormalize: the head holds {captured:.1%} of the teacher's mass at this temperature; "
+            "the rest is ignored, which biases the student away from the teacher"
+        )
+    if min_fidelity is not None:
+        require_fidelity(reader, j, min_fidelity)
 
 
 def _cache_tokenizer(
@@ -132,14 +137,4 @@ def require_fidelity(reader: CacheReader, j: int, wanted: float) -> None:
             f"--min-fidelity {wanted}: not good enough: at T={temperatures[j]:g} the cosine between {reader.path}'s "
             f"gradient and the exact one is {cosine:.4f} over {BATCH} positions: use a richer --preset in stage 1, "
             "another --temperature, or a lower --min-fidelity"
-        )
-
-
-def require_tokenizer(source: str, wanted: str, cache: str, **loading: Any) -> None:
-    """Raise CacheMismatchError if a model's own tokenizer is not the one that the cache was made with."""
-    own = fingerprint(load_tokenizer(source, **loading))
-    if own != wanted:
-        raise CacheMismatchError(
-            f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "
-            "make a cache with a teacher that has the same tokenizer"
         )

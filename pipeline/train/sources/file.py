@@ -20,8 +20,13 @@ from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder, encode_sources
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import stage_tokens
-from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, load_tokenizer, tokenizer_size
-from logitcask.pipeline.train.sources.cache import require_tokenizer
+from logitcask.pipeline.text.tokenizer import (
+    fingerprint,
+    has_tokenizer,
+    load_tokenizer,
+    require_tokenizer,
+    tokenizer_size,
+)
 from logitcask.pipeline.train.sources.source import OnlineTeacher, Source
 
 
