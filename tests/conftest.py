@@ -1,5 +1,6 @@
 """What holds for all tests, before any of their modules is imported.
 
+Their folders lie in memory if there is room: on a disk half of the time that a tiny cache takes is waiting for it.
 Progress bars are silenced, as the command does for itself; Ray's workers, by default the last to be given a processor,
 are not kept waiting by the tests beside them. Tests of many processes wait for each other much: they are dealt out and
 come first, so that each of the four workers of the test command begins with some and all others run beside them.
@@ -7,11 +8,18 @@ come first, so that each of the four workers of the test command begins with som
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so
+
+IN_MEMORY, ROOM = Path("/dev/shm"), 4 << 30  # bytes
+if os.access(IN_MEMORY, os.W_OK):
+    place = os.statvfs(IN_MEMORY)
+    if place.f_bavail * place.f_frsize >= ROOM and not place.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 MANY_PROCESSES = (
     ("test_ray", "test_ray_clusters"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.forked import limited
+from tests.support.forked import alone
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 LIMIT = 1 << 30  # bytes beyond what a process has after its imports; threads take a few hundred MB of it
@@ -41,12 +41,12 @@ def test_running_out_of_memory_is_one_line_with_a_remedy(
     command: str, too_much: str, enough: str, remedy: tuple[str, ...], stock: Path, tmp_path: Path
 ) -> None:
     words = [*command.replace("{}", str(stock)).split(), "--device=cpu"]
-    failed = limited(tmp_path, [*words, too_much], LIMIT)
+    failed = alone(tmp_path, [*words, too_much], limit=LIMIT)
     assert failed.returncode == 2, failed.stderr
     assert "Traceback" not in failed.stderr, failed.stderr
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]  # libraries print warnings
     assert line.startswith("error: memory ran out (")
     assert "can't allocate memory" in line
     assert [part for part in remedy if part not in line] == []
-    succeeded = limited(tmp_path, [*words, enough], LIMIT)
+    succeeded = alone(tmp_path, [*words, enough], limit=LIMIT)
     assert succeeded.returncode == 0, succeeded.stderr  # neither the limit nor the failed run's leftovers stop a run

@@ -1,46 +1,99 @@
 """Processes that start at once: forked from one that has done nothing but the slow imports."""
 
+import atexit
 import multiprocessing
 import os
 import resource
+import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-from logitcask.pipeline import cli
+from tests.support.servers import free_port
 
 IMPORTED = [
     "logitcask.pipeline.evaluate.evaluate",
     "logitcask.pipeline.models.generate",
     "logitcask.pipeline.precompute.precompute",
     "logitcask.pipeline.train.train",
+    "tests.support.tiny",
     "torch._dynamo",
 ]
 
 
 def forks() -> ForkServerContext:
-    """Return the context that forks them. All have the environment in which the first one started."""
+    """Return the context that forks them, with the environment in which the first one started."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
 
 
-def limited(folder: Path, words: Sequence[str], limit: int | None) -> subprocess.CompletedProcess[str]:
+def alone(
+    folder: Path,
+    words: Sequence[object],
+    environment: Mapping[str, str | None] | None = None,
+    *,
+    limit: int | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run ``logitcask`` as a process, optionally limited to so many bytes beyond those used after its imports."""
-    said, errors = folder / "said", folder / "errors"
-    child = forks().Process(target=_command, args=(words, limit, said, errors))
-    child.start()
-    child.join()
-    return subprocess.CompletedProcess(words, child.exitcode or 0, said.read_text(), errors.read_text())
+    return ran(folder, words, [environment or {}], limit=limit)
 
 
-def _command(words: Sequence[str], limit: int | None, said: Path, errors: Path) -> None:
+def on_two_ranks(
+    folder: Path, words: Sequence[object], *, module: str = "logitcask", environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module's command on two ranks, with the environment in which a launcher starts them."""
+    common = {**(environment or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    return ran(folder, words, [{**common, "RANK": n, "LOCAL_RANK": n} for n in ("0", "1")], module=module)
+
+
+def ran(
+    folder: Path,
+    words: Sequence[object],
+    environments: Sequence[Mapping[str, str | None]],
+    *,
+    module: str = "logitcask",
+    limit: int | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a module's command in one process per environment, and return what all of them printed.
+
+    The environments are changes of this process's; what is None is unset. The exit code is the first that is not 0;
+    files in the folder keep what was printed.
+    """
+    text = list(map(str, words))
+    said = [folder / f"said {n}" for n in range(len(environments))]
+    errors = [folder / f"errors {n}" for n in range(len(environments))]
+    children = [
+        forks().Process(target=_command, args=(module, text, {**os.environ, **environment}, limit, out, err))
+        for environment, out, err in zip(environments, said, errors, strict=True)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(180)
+        child.kill()  # if it still waits for a rank that is gone
+        child.join()
+    code = next((child.exitcode for child in children if child.exitcode), 0)
+    return subprocess.CompletedProcess(
+        text, code, "".join(file.read_text() for file in said), "".join(file.read_text() for file in errors)
+    )
+
+
+def _command(
+    module: str, words: list[str], environment: Mapping[str, str | None], limit: int | None, said: Path, errors: Path
+) -> None:
     for path, descriptor in ((said, 1), (errors, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+    os.environ.clear()
+    os.environ.update({name: value for name, value in environment.items() if value is not None})
     if limit is not None:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
-    sys.argv = ["logitcask", *words]
-    cli.main()
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # a forked process skips them

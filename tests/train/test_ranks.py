@@ -1,5 +1,8 @@
 """Stage 2 on two ranks over gloo, by torchrun and accelerate, replicated and sharded by FSDP: losses and weights equal
-those of one rank with the whole batch; a lost rank ends the run."""
+those of one rank with the whole batch; a lost rank ends the run.
+
+Each launcher starts one run, or two; all further runs are forked, with the environment that the launcher gives.
+"""
 
 import json
 import os
@@ -13,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, curve, read_log
+from tests.support.forked import alone, on_two_ranks
 from tests.support.runs import STUDENT, history, write_config
 from tests.support.servers import free_port
 from tests.support.tiny import make_cache
@@ -30,6 +35,7 @@ FSDP = (
     f"--config_file={Path(__file__).parents[2] / 'configs/accelerate/fsdp.yaml'}",
     "--num_processes=2",
 )
+ALONE, FORKED, FORKED_FSDP = ("alone",), ("forked",), ("forked with FSDP",)
 STEPS = {"save-steps": 3, "logging-steps": 1, "learning-rate": 1e-3, "warmup-steps": 0, "eval-fraction": 0.1,
          "alpha": 0.5}  # fmt: skip
 
@@ -43,25 +49,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def command(
-    folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "logitcask", **options: object
-) -> list[str]:
+def flags(folder: Path, output: str, **options: object) -> list[str]:
     values = {**STEPS, "cache": folder / "cache", "student-config": folder / "student.json", "device": "cpu"}
     values |= {option.replace("_", "-"): value for option, value in options.items()}
-    name, *rest = launcher or ("",)
-    port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
-    launch = ["-m", name, *rest, f"{port}={free_port()}"] if launcher else []
-    flags = [
+    given = [
         f"--{option}" + ("" if value is True else f"={value}") for option, value in values.items() if value is not None
     ]
-    return [sys.executable, *launch, "-m", module, "train", f"--output-dir={folder / output}", *flags]
+    return ["train", f"--output-dir={folder / output}", *given]
+
+
+def command(launcher: tuple[str, ...], words: list[str], module: str = "logitcask") -> list[str]:
+    name, *rest = launcher
+    port = "--main_process_port" if name.startswith("accelerate") else "--master_port"
+    return [sys.executable, "-m", name, *rest, f"{port}={free_port()}", "-m", module, *words]
+
+
+def fsdp_environment() -> dict[str, str]:
+    """Return the variables that ``accelerate launch`` makes of the shipped configuration."""
+    words = [*FSDP[1:], f"--main_process_port={free_port()}", "-m", "logitcask"]
+    options, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment: dict[str, str] = prepare_multi_gpu_env(options)
+    return environment
+
+
+def launched(
+    folder: Path, output: str, launcher: tuple[str, ...], *, module: str = "logitcask", **options: object
+) -> subprocess.CompletedProcess[str]:
+    words = flags(folder, output, **options)
+    if launcher == ALONE:
+        return alone(folder, words)
+    if launcher in (FORKED, FORKED_FSDP):
+        environment = fsdp_environment() if launcher == FORKED_FSDP else {}
+        return on_two_ranks(folder, words, module=module, environment=environment)
+    started = command(launcher, words, module)
+    return subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
 
 
 def run(folder: Path, output: str, launcher: tuple[str, ...], **options: Any) -> Path:
-    started = command(folder, output, launcher, **options)
-    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ("on 2 ranks" in ran.stderr) == bool(launcher)
+    done = launched(folder, output, launcher, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ("on 2 ranks" in done.stderr) == (launcher != ALONE)
     return folder / output
 
 
@@ -91,7 +118,7 @@ def weights_at_start(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
     """Two epochs on one rank."""
-    return run(folder, "one", (), batch_size=8, epochs=2)
+    return run(folder, "one", ALONE, batch_size=8, epochs=2)
 
 
 def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None:
@@ -112,9 +139,9 @@ def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) 
     want, changes = one, {}
     if not tied:
         changes["student_config"] = write_config(folder / "untied.json", {**STUDENT, "tie_word_embeddings": False})
-        want = run(folder, "one untied", (), batch_size=8, epochs=2, **changes)
+        want = run(folder, "one untied", ALONE, batch_size=8, epochs=2, **changes)
     options: dict[str, Any] = {"module": "tests.support.fsdp_on_cpu", "batch_size": 2, "gradient_accumulation_steps": 2}
-    sharded_run = run(folder, f"sharded {tied}", FSDP, epochs=2, **options, **changes)
+    sharded_run = run(folder, f"sharded {tied}", FSDP if tied else FORKED_FSDP, epochs=2, **options, **changes)
     assert_same(sharded_run, want)
     assert weights(sharded_run).keys() == weights(want).keys()
     assert not (sharded_run / "checkpoint-3/model.safetensors").exists()
@@ -124,33 +151,31 @@ def test_sharded_by_fsdp_they_are_the_same(folder: Path, one: Path, tied: bool) 
         return
     for name in ("checkpoint-6", "final"):
         shutil.rmtree(sharded_run / name)
-    assert_same(
-        run(folder, sharded_run.name, FSDP, epochs=2, resume_from_checkpoint="latest", **options, **changes), want
-    )
+    assert_same(run(folder, sharded_run.name, FORKED_FSDP, epochs=2, resume_from_checkpoint="latest", **options), want)
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP])
+@pytest.mark.parametrize("launcher", [FORKED, FORKED_FSDP])
 def test_an_adapter_on_two_ranks(folder: Path, launcher: tuple[str, ...]) -> None:
     """Replicated and sharded, and the latter resumed: final/ holds the adapter of one rank."""
     lora = {"student_config": None, "student_model": folder / "teacher", "lora_rank": 4, "learning_rate": 1e-2}
     want = folder / "lora"
     if not want.exists():
-        run(folder, "lora", (), batch_size=8, epochs=2, **lora)
-    module = "tests.support.fsdp_on_cpu" if launcher is FSDP else "logitcask"
+        run(folder, "lora", ALONE, batch_size=8, epochs=2, **lora)
+    module = "tests.support.fsdp_on_cpu" if launcher == FORKED_FSDP else "logitcask"
     two = run(folder, f"lora {module}", launcher, module=module, batch_size=4, epochs=2, **lora)
     expected, found = (load_file(place / "final/adapter_model.safetensors") for place in (want, two))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    if launcher is FSDP:
+    if launcher == FORKED_FSDP:
         for name in ("checkpoint-6", "final"):
             shutil.rmtree(two / name)
-        run(folder, two.name, FSDP, module=module, batch_size=4, epochs=2, resume_from_checkpoint="latest", **lora)
+        run(folder, two.name, launcher, module=module, batch_size=4, epochs=2, resume_from_checkpoint="latest", **lora)
         torch.testing.assert_close(load_file(two / "final/adapter_model.safetensors"), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_half_precision_under_fsdp_rounds_no_label(folder: Path) -> None:
     half = {"use_mixed_precision": True, "mixed_precision_dtype": "bf16", "epochs": 1}
-    want = run(folder, "half", (), batch_size=8, **half)
-    sharded_run = run(folder, "half sharded", FSDP, module="tests.support.fsdp_on_cpu", batch_size=4, **half)
+    want = run(folder, "half", ALONE, batch_size=8, **half)
+    sharded_run = run(folder, "half sharded", FORKED_FSDP, module="tests.support.fsdp_on_cpu", batch_size=4, **half)
     for a, b in zip(history(sharded_run), history(want), strict=True):
         assert a["total_loss"] == pytest.approx(b["total_loss"], rel=5e-4)
         assert a["soft_loss"] == pytest.approx(b["soft_loss"], rel=5e-4)
@@ -163,16 +188,16 @@ def assert_same_model(actual: Path, expected: Path) -> None:
 
 
 def test_fsdp_that_would_be_skipped_is_refused(folder: Path) -> None:
-    started = command(folder, "refused", FSDP, batch_size=4, max_steps=1)
-    ran = subprocess.run(started, capture_output=True, text=True, check=False, timeout=180)
-    assert ran.returncode != 0
+    refused = launched(folder, "refused", FORKED_FSDP, batch_size=4, max_steps=1)
+    assert refused.returncode != 0
     rule = "accelerate's FSDP must have fsdp_version 2 and run on several accelerators"
-    assert f"error: {rule}, got version 2 and 2 ranks on cpu" in ran.stderr
+    assert f"error: {rule}, got version 2 and 2 ranks on cpu" in refused.stderr
     assert not (folder / "refused/final").exists()
 
 
 def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path) -> None:
-    with subprocess.Popen(command(folder, "lost", TORCHRUN, batch_size=4, epochs=2), stderr=subprocess.PIPE) as parent:
+    words = command(TORCHRUN, flags(folder, "lost", batch_size=4, epochs=2))
+    with subprocess.Popen(words, stderr=subprocess.PIPE) as parent:
         victim = None
         for _ in range(6000):
             if (folder / "lost/checkpoint-3" / SETTINGS_FILE).exists() and (victim := ranks_of(parent.pid)):
@@ -184,7 +209,7 @@ def test_a_lost_rank_ends_the_run_and_it_can_be_resumed(folder: Path, one: Path)
         _, errors = parent.communicate(timeout=120)
         assert parent.returncode != 0
         assert b"SIGKILL" in errors or b"-9" in errors
-    assert_same(run(folder, "lost", TORCHRUN, batch_size=4, epochs=2, resume_from_checkpoint="latest"), one)
+    assert_same(run(folder, "lost", FORKED, batch_size=4, epochs=2, resume_from_checkpoint="latest"), one)
 
 
 def ranks_of(parent: int) -> list[int]:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.runs.run_folder import complete_checkpoints
 from logitcask.pipeline.train.resume.choose import choose_checkpoint
+from tests.support.forked import on_two_ranks
 from tests.support.runs import STUDENT, losses, metrics, train, weights, write_config
-from tests.support.servers import free_port
 
 LLAMA_LIKE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
               "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
@@ -89,10 +87,7 @@ def test_two_ranks_resumed_on_one(cache: Path, options: dict[str, Any], straight
     words = [f"--cache={cache}", f"--student-config={student}", f"--output-dir={run}", "--device=cpu", "--max-steps=6",
              "--save-steps=2", "--save-total-limit=9", "--batch-size=2", "--warmup-steps=0", "--eval-fraction=0.1",
              "--logging-steps=1"]  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    ran = subprocess.run(
-        [*launch, "-m", "logitcask", "train", *words], capture_output=True, text=True, check=False, timeout=120
-    )
+    ran = on_two_ranks(tmp_path, ["train", *words])
     assert ran.returncode == 0, ran.stderr[:3000]
     assert {file.name for file in run.glob("checkpoint-2/rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     for name in ("checkpoint-4", "checkpoint-6", "final"):

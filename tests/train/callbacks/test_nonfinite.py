@@ -28,10 +28,10 @@ from logitcask.pipeline.runs.run_folder import latest_checkpoint
 from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, StopOnNonFinite
 from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.trainer import DistillationTrainer
-from tests.support.forked import limited
+from tests.support.forked import alone
 from tests.support.runs import STUDENT, losses, train, weights, write_config
 from tests.support.tiny import make_cache
-from tests.train.test_ranks import TORCHRUN, command
+from tests.train.test_ranks import FORKED, launched
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def run_command(
     config = write_config(output.with_suffix(".json"), {**STUDENT, **student})
     words = ["train", f"--cache={cache}", f"--output-dir={output}", f"--student-config={config}", "--device=cpu",
              "--eval-fraction=0.1", *options]  # fmt: skip
-    return limited(output.parent, words, limit)
+    return alone(output.parent, words, limit=limit)
 
 
 def errors(ran: subprocess.CompletedProcess[str]) -> list[str]:
@@ -217,9 +217,8 @@ def test_both_ranks_stop_if_one_is_non_finite(
     cache: Path, tmp_path: Path, module: str, rate: float, cause: str
 ) -> None:
     write_config(tmp_path / "student.json", STUDENT)
-    options = {"cache": cache, "learning_rate": rate, "batch_size": 4, "max_steps": 9, "save_steps": 1}
-    words = command(tmp_path, "run", TORCHRUN, module=module, **options)
-    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    options: dict[str, Any] = {"cache": cache, "learning_rate": rate, "batch_size": 4, "max_steps": 9, "save_steps": 1}
+    ran = launched(tmp_path, "run", FORKED, module=module, **options)
     assert ran.returncode != 0
     lines = [line for line in ran.stderr.splitlines() if line.startswith("error: step")]
     assert len(lines) == 2

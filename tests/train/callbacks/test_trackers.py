@@ -1,11 +1,8 @@
 """A run reports to Weights & Biases, TensorBoard and trackio at the same time, without a network."""
 
 import json
-import os
 import sqlite3
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from logitcask.pipeline.runs.run_folder import curve, read_log
+from tests.support.forked import alone
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache
 
@@ -27,10 +25,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["train", f"--cache={cache}", f"--student-config={student}", f"--output-dir={folder / 'run'}",
              "--device=cpu", "--max-steps=3", "--logging-steps=1", "--eval-steps=2", "--use-wandb", "--use-tensorboard",
              "--use-trackio", "--wandb-project=ours"]  # fmt: skip
-    ran = subprocess.run(
-        [sys.executable, "-m", "logitcask", *words], capture_output=True, text=True, check=False,
-        env={**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")},
-    )  # fmt: skip
+    places = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    ran = alone(folder, words, places)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "rackio" not in ran.stdout
     assert not [line for line in ran.stderr.splitlines() if "Traceback" in line or "WARNING" in line]

@@ -1,16 +1,15 @@
 """A resumed run continues its run in each tracker; W&B without a key, or a tracker that refuses, is one line."""
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
+from tests.support.forked import alone
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import make_cache
 
@@ -18,13 +17,9 @@ from tests.support.tiny import make_cache
 def train(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     options = [f"--cache={folder / 'cache'}", f"--student-config={folder / 'student.json'}", "--max-steps=4",
                f"--output-dir={folder / 'run'}", "--device=cpu", "--save-steps=2", "--logging-steps=1"]  # fmt: skip
-    unset = {"WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_MODE"}
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    return subprocess.run(
-        [sys.executable, "-m", "logitcask", "train", *options, *words], capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL, env={**environment, "WANDB_DIR": str(folder), "HOME": str(folder / "home"),
-                                       "TRACKIO_DIR": str(folder / "trackio"), **variables},
-    )  # fmt: skip
+    environment = {**dict.fromkeys(("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_MODE")), "WANDB_DIR": str(folder),
+                   "HOME": str(folder / "home"), "TRACKIO_DIR": str(folder / "trackio"), **variables}  # fmt: skip
+    return alone(folder, ["train", *options, *words], environment)
 
 
 @pytest.fixture(scope="module")
