@@ -12,13 +12,13 @@ import errno
 import itertools
 import os
 import shutil
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -26,6 +26,7 @@ from zarr.core.sync import sync
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.storage.open import OWN, delete_objects, is_url, write_objects
 from logitcask.cache.storage.remote import RemoteStore, split_url
+from logitcask.cache.storage.staging import begin_staging, end_staging, is_resumable, lock_file, temporary_folder
 
 Part = tuple[int, int]  # part i of n, from 1
 LOCK_PATIENCE = 1.0  # seconds: the last of several parts holds the lock exclusively for a moment while it cleans up
@@ -39,14 +40,15 @@ def sole_writer(
 ) -> Iterator[Path]:
     """Own a cache, or a part of its shards while other processes write other parts.
 
-    Yields an empty staging folder beside the cache, from which the leftovers of a killed run were removed; for a URL, a
-    temporary folder. Raises LogitcaskError if another run owns the cache: two writers of one shard lose data silently.
+    Yields a staging folder beside the cache, for a URL one of the system's for temporary files, which is empty but for
+    what a run that failed left to be resumed. Raises LogitcaskError if another run owns the cache: two writers of one
+    shard lose data silently.
     ``notify`` gets a message before a wait, which happens only for a cache at a URL.
     """
     with contextlib.ExitStack() as stack:
         if is_url(path):
             stack.enter_context(_lease(str(path), part, notify))
-            yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-")))
+            yield stack.enter_context(temporary_folder(f"{path} {part}"))
             return
         with explain_write_errors(path):
             Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
@@ -58,25 +60,9 @@ def sole_writer(
             if part is not None:
                 stack.enter_context(_part_lock(path, folder, part))
                 folder /= _part_name(part)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(folder)
-            folder.mkdir()
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            begin_staging(folder)
+        stack.push(partial(end_staging, folder))
         yield folder
-
-
-def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = False) -> None:
-    """Lock an open file until it is closed.
-
-    The file must be open for reading and writing: where locks are emulated, as on NFS, a shared lock needs the one and
-    an exclusive lock the other. Raises BlockingIOError if another process holds it, unless ``wait``, OSError if the
-    file system has no locks, LogitcaskError if the operating system has none.
-    """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise LogitcaskError("writing needs file locks, which this system lacks: use Linux or macOS") from error
-    fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
 @contextlib.contextmanager
@@ -194,12 +180,13 @@ def _clean_up(stem: Path, lock: IO[str], part: Part | None) -> None:
     """Remove the staging folder and the lock if this is the last run to end.
 
     Keep them while another part's folder is there: of a killed run, or of one on a machine whose locks are not visible
-    here.
+    here. What a run of all shards left to be resumed stays.
     """
     with contextlib.suppress(OSError):
         lock_file(lock)
         if part is None or not any(other.is_dir() for other in _staging(stem).glob(f"*-of-{part[1]}")):
-            shutil.rmtree(_staging(stem), ignore_errors=True)
+            if part is not None or not is_resumable(_staging(stem)):
+                shutil.rmtree(_staging(stem), ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
 
 

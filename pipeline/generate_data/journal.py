@@ -13,7 +13,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.storage.ownership import lock_file
+from logitcask.cache.storage.staging import lock_file
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -37,9 +37,11 @@ from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.records import Raw, read_records
-from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.text.token_table import TokenTable, write_table
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.text.tokens.log import TokenLog
+from logitcask.pipeline.text.tokens.packed import pack
 
 TRIED = 20_000  # rows from which it is decided how a source is read
 SHARD_ENTRIES = 1 << 22  # label entries per shard, the unit of resuming
@@ -176,7 +178,9 @@ def _stage(
                 + (f" of {settings.head_size} entries: lower --head-size" if settings.head_size else "")
             )
 
-    table = stage_tokens(encoded(), folder, max_seq_length=ENDLESS, prompt_loss=False, source=settings.source)
+    with TokenLog(folder) as log:
+        packed = (pack([example], ENDLESS) for example in encoded())
+        table = write_table(packed, log, max_seq_length=ENDLESS, prompt_loss=False, source=settings.source)
     evidence.require(settings.source, fit)
     return table
 

@@ -18,11 +18,11 @@ from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chats.template import set_template
-from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
-from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
-from logitcask.pipeline.text.tokens.workers import usual_workers, workers
+from logitcask.pipeline.text.tokens.stage import stage_tokens
+from logitcask.pipeline.text.tokens.workers import processes
 
 PERCENTILES = (0, 50, 90, 99, 100)  # of the lengths of examples
 
@@ -56,16 +56,15 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
     bad, reading = BadRecords(None, settings.bad_share), Reading(settings.train_data, **settings.taken)
-    with (
-        tempfile.TemporaryDirectory(prefix="logitcask-") as folder,
-        workers(encoder, tokenizer, settings.tokenize_workers or usual_workers()) as encode,
-    ):
+    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
         table = stage_tokens(
-            encode_sources(encoder, settings.train_data, bad, reading, encode),
+            encoder,
+            settings.train_data,
             Path(folder),
+            bad=bad,
             max_seq_length=settings.max_seq_length,
-            prompt_loss=settings.prompt_loss,
-            source=", ".join(settings.train_data),
+            records=reading,
+            workers=processes(settings.tokenize_workers),
         )
     data, lengths = table.identity, np.diff(table.starts)
     positions = table.positions[shuffled(len(table), settings.seed)].astype(np.int64)

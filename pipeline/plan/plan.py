@@ -40,11 +40,11 @@ from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chats.template import set_template
-from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.records import Raw
-from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.pipeline.text.tokens.stage import stage_tokens
 
 SAMPLE_BYTES = 8_000_000  # of a data file, tokenized at most: a few seconds
 SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default
@@ -168,11 +168,11 @@ def _amount_of_text(settings: PlanSettings, tokenizer: PreTrainedTokenizerBase |
         )
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
     reading = Reading(settings.train_data, **settings.taken)
-    return count_data(reading, encoder, settings.max_seq_length, settings.prompt_loss, settings.bad_share)
+    return count_data(reading, encoder, settings.max_seq_length, settings.bad_share)
 
 
 def count_data(
-    reading: Reading, encoder: Encoder, max_seq_length: int, prompt_loss: bool, bad_share: float = 0.0
+    reading: Reading, encoder: Encoder, max_seq_length: int, bad_share: float = 0.0
 ) -> tuple[Amount, list[str]]:
     """Return examples, tokens and target positions after truncation, and what they assume.
 
@@ -190,11 +190,12 @@ def count_data(
 
     with tempfile.TemporaryDirectory() as folder:
         identity = stage_tokens(
-            encode_sources(encoder, reading.sources, BadRecords(None, bad_share), sample),
+            encoder,
+            reading.sources,
             Path(folder),
+            bad=BadRecords(None, bad_share),
             max_seq_length=max_seq_length,
-            prompt_loss=prompt_loss,
-            source=named,
+            records=sample,
         ).identity
     scale = read / math.ceil(read / every)
     amount = Amount(*(round(count * scale) for count in (identity.examples, identity.tokens, identity.positions)))

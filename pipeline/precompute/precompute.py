@@ -30,11 +30,11 @@ from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.chats.template import kwargs_text, set_template
-from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading, changed_files, record_files
-from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
-from logitcask.pipeline.text.tokens.workers import usual_workers, workers
+from logitcask.pipeline.text.tokens.stage import stage_tokens
+from logitcask.pipeline.text.tokens.workers import processes
 
 ENGINES = {
     "transformers": "transformers",
@@ -201,14 +201,16 @@ def _plan(
         columns=settings.renamed,
     )
     bad = BadRecords(skipped_file(settings.output), settings.bad_share)
-    with workers(encoder, tokenizer, settings.tokenize_workers or usual_workers()) as encode:
-        table = stage_tokens(
-            encode_sources(encoder, settings.train_data, bad, Reading(settings.train_data, **settings.taken), encode),
-            staging,
-            max_seq_length=settings.max_seq_length,
-            prompt_loss=settings.prompt_loss,
-            source=", ".join(settings.train_data),
-        )
+    table = stage_tokens(
+        encoder,
+        settings.train_data,
+        staging,
+        bad=bad,
+        max_seq_length=settings.max_seq_length,
+        records=Reading(settings.train_data, **settings.taken),
+        workers=processes(settings.tokenize_workers),
+        resumable=True,
+    )
     if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none
         table = replace(table, identity=table.identity.model_copy(update={"metadata": None}), codes={})
     rendering = {"date": encoder.date, "chat_template_kwargs": kwargs_text(settings.chat_template_kwargs)}

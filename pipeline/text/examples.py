@@ -9,20 +9,23 @@ again.
 import contextlib
 import copy
 import datetime
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from logitcask.pipeline.console import say, track
-from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, BadRecords, Notices
+from logitcask.pipeline.console import say
+from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, Notices
 from logitcask.pipeline.text.chats.chat import ChatError, Segment, cut_chat
 from logitcask.pipeline.text.chats.forms import Message
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
-from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.ready import ready_rows
 
@@ -48,9 +51,9 @@ class Encoder:
         columns: Mapping[str, str] | None = None,
         report: Callable[[str], None] = say,
     ) -> None:
-        self._tokenizer, self._prompt_loss, self._turns = tokenizer, prompt_loss, turns
+        self._tokenizer, self.prompt_loss, self._turns = tokenizer, prompt_loss, turns
         self._columns = columns or {}  # our names of the user's columns
-        self._day = day or datetime.date.today()
+        self.day, self._pinned = day or datetime.date.today(), day
         self._report = report
         self.notices = Notices()
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -88,17 +91,12 @@ class Encoder:
         metadata = metadata_of(raw, self._columns)
         return [replace(example, metadata=metadata) for example in encoded] if metadata else encoded
 
-    def outcome(self, record: dict[str, Any] | RecordError) -> Outcome:
+    def outcome(self, record: Mapping[str, Any] | RecordError) -> Outcome:
         """Return the examples of what was read, or why it cannot be used."""
         try:
             return str(record) if isinstance(record, RecordError) else self.examples(record)
         except RecordError as error:
             return str(error)
-
-    def chunk(self, records: Sequence[dict[str, Any] | RecordError]) -> tuple[list[Outcome], Notices]:
-        """Return the outcome of each record, and what was found out beside."""
-        self.notices = Notices()
-        return [self.outcome(record) for record in records], self.notices
 
     def silent(self) -> "Encoder":
         """Return an encoder like this one that has found out nothing and reports nothing, to be sent to a process."""
@@ -109,6 +107,28 @@ class Encoder:
     def take(self, notices: Notices) -> None:
         """Take what an encoder like this one found out."""
         self.notices.merge(notices, self._report)
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether another process can use it: one with a tokenizer that comes with code of its own stays here."""
+        return type(self._tokenizer).__module__.startswith("transformers.")
+
+    def key(self) -> str | None:
+        """Return a digest of all that examples depend on but the records and the day, unless it is given.
+
+        None if the tokenizer has more than a digest could cover.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or not self.is_portable:
+            return None
+        digest = hashlib.sha256(backend.to_str().encode())
+        for file in sorted(Path(__file__).parent.rglob("*.py")):
+            digest.update(file.read_bytes())
+        tokenizer = [type(self._tokenizer).__name__, self._tokenizer.special_tokens_map, self._tokenizer.chat_template]
+        options = [self.prompt_loss, self._turns, self._columns, self._pinned]
+        packages = [version(name) for name in ("logitcask", "transformers", "tokenizers", "jinja2", "numpy")]
+        digest.update(json.dumps([tokenizer, options, packages], default=str, sort_keys=True).encode())
+        return digest.hexdigest()
 
     @property
     def date(self) -> str | None:
@@ -123,7 +143,7 @@ class Encoder:
         if record.kind == "text":
             return "text", [self._closed([(record.text, True)])]
         if record.kind == "prompt" and not self._tokenizer.chat_template:
-            return PROMPT, [self._closed([(record.prompt, self._prompt_loss), (record.response, True)])]
+            return PROMPT, [self._closed([(record.prompt, self.prompt_loss), (record.response, True)])]
         turns: list[Message] = [dict(message) for message in record.messages] or [
             {"role": "user", "content": record.prompt},
             {"role": "assistant", "content": record.response},
@@ -162,7 +182,7 @@ class Encoder:
                     )
         several = (WHOLE if chat.whole else LAST if self._turns == "last" else EACH) if chat.turns > 1 else ONE
         return several, [
-            [(text, self._prompt_loss if targeted is False else bool(targeted)) for text, targeted in segments]
+            [(text, self.prompt_loss if targeted is False else bool(targeted)) for text, targeted in segments]
             for segments in chat.examples
         ]
 
@@ -187,7 +207,7 @@ class Encoder:
         """
         text = segments[-1][0]
         kept = text.rstrip() if self._ends(text) else text
-        parts = self._encode([*segments[:-1], (kept, True), (text[len(kept) :], self._prompt_loss)])
+        parts = self._encode([*segments[:-1], (kept, True), (text[len(kept) :], self.prompt_loss)])
         last = parts[-2][0]
         parts[-2] = (last if last[-1:] == self._end else last + self._end, True)
         first = next((part for part, _ in parts if part), [])
@@ -243,9 +263,9 @@ class Encoder:
             known["strftime_now"] = clock
 
     def _strftime(self, form: str) -> str:
-        self.notices.date = self._day.isoformat()
+        self.notices.date = self.day.isoformat()
         self._say_once(f"the chat template writes the date into the examples: {self.date}")
-        return datetime.datetime.combine(self._day, datetime.time()).strftime(form)
+        return datetime.datetime.combine(self.day, datetime.time()).strftime(form)
 
     def _render_marked(self, messages: list[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
         """Return a rendering and the places of its generation blocks."""
@@ -262,31 +282,3 @@ class Encoder:
 
 def _ignore(notice: str) -> None:
     pass
-
-
-def encode_sources(
-    encoder: Encoder,
-    sources: tuple[str, ...],
-    bad: BadRecords,
-    records: Callable[[str], Iterator[Raw]] = lambda source: read_records([source]),
-    encode: Callable[[Iterator[Raw]], Iterator[tuple[Raw, Outcome]]] | None = None,
-) -> Iterator[Encoded]:
-    """Yield every example of every source, in order, under a progress bar for each source.
-
-    ``encode``, as of ``tokens.workers``, may use the encoder in other processes. Raises LogitcaskError at the end if
-    there are more bad records than ``bad`` allows.
-    """
-    with bad:
-        for source in sources:
-            with track(f"reading {source}", None, "examples") as advance:
-                raws = records(source)
-                pairs = encode(raws) if encode else ((raw, encoder.outcome(raw[1])) for raw in raws)
-                for (where, record), outcome in pairs:
-                    bad.read += 1
-                    if isinstance(outcome, str):
-                        bad.add(where, outcome, record.value if isinstance(record, RecordError) else record)
-                        continue
-                    yield from outcome
-                    advance(1)
-        if chats := encoder.notices.chats():
-            say(chats)

@@ -2,10 +2,8 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +13,18 @@ from logitcask.cache.labels import IntArray
 from logitcask.cache.manifest import DataIdentity
 from logitcask.pipeline.text.columns import MetadataColumns
 from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.text.tokens.log import TokenLog
+from logitcask.pipeline.text.tokens.packed import BEFORE, PER_TOKEN, PackedChunk
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Examples laid end to end in two files; 12 bytes per example are in memory."""
+    """Examples laid end to end in a file; 12 bytes per example are in memory."""
 
     identity: DataIdentity
     starts: IntArray  # (E + 1,), where each example's tokens start
     positions: NDArray[np.int32]  # (E,), number of target positions of each
-    _ids: NDArray[np.uint32]
-    _mask: NDArray[np.uint8]
+    _tokens: NDArray[np.uint8]  # as ``tokens.packed`` has them
     codes: Mapping[str, NDArray[np.uint16]] = field(default_factory=dict)  # (E,) of each column of the metadata
 
     def __len__(self) -> int:
@@ -33,42 +32,42 @@ class TokenTable:
 
     def example(self, index: int) -> Encoded:
         """Return an example by its index in the data."""
-        span = slice(int(self.starts[index]), int(self.starts[index + 1]))
-        return Encoded(self._ids[span].astype(np.int64), self._mask[span].astype(bool))
+        start, stop = map(int, self.starts[index : index + 2])
+        ids = BEFORE * (index + 1) + PER_TOKEN * start
+        mask = ids + 4 * (stop - start)
+        return Encoded(
+            self._tokens[ids:mask].view("<u4").astype(np.int64), self._tokens[mask : mask + stop - start].astype(bool)
+        )
 
 
-def stage_tokens(
-    encoded: Iterator[Encoded], folder: Path, *, max_seq_length: int, prompt_loss: bool, source: str
+def write_table(
+    chunks: Iterable[PackedChunk], log: TokenLog, *, max_seq_length: int, prompt_loss: bool, source: str
 ) -> TokenTable:
-    """Write encoded examples to ``folder``, truncated to ``max_seq_length`` tokens.
+    """Write examples, truncated to ``max_seq_length`` tokens, through ``log``.
 
-    An example without a target after truncation is dropped; the identity counts both. Raises LogitcaskError if no
-    example remains.
+    Raises LogitcaskError if there is none.
     """
     digest = hashlib.sha256()
-    lengths, positions = array("q"), array("i")  # 12 bytes per example instead of two Python objects
+    lengths, positions = array("i"), array("i")  # 8 bytes per example instead of two Python objects
     truncated, dropped = 0, 0
     columns = MetadataColumns()
-    with (folder / "ids").open("wb") as ids_file, (folder / "mask").open("wb") as mask_file:
-        for example in encoded:
-            ids, mask = example.input_ids[:max_seq_length], example.target_mask[:max_seq_length].copy()
-            if len(ids) < len(example.input_ids):
-                truncated += 1
-                mask[-1] = False  # its next token was cut off
-            if not mask.any():
-                dropped += 1
-                continue
-            columns.add(len(lengths), example.metadata)
-            lengths.append(len(ids))
-            positions.append(int(mask.sum()))
-            digest.update(len(ids).to_bytes(8, "little") + _write(ids_file, ids.astype("<u4")))
-            digest.update(_write(mask_file, mask.astype(np.uint8)))
+    for packed in chunks:
+        for index, values in packed.metadata:
+            columns.add(len(lengths) + index, values)
+        lengths.extend(packed.lengths)
+        positions.extend(packed.positions)
+        truncated += packed.truncated
+        dropped += packed.dropped
+        digest.update(packed.tokens)
+        log.write(packed)
     if not lengths:
         raise LogitcaskError(
             f"{source}: no example has a target within --max-seq-length {max_seq_length}: raise it ({dropped} dropped)"
         )
+    log.flush()
     metadata, codes = columns.settle(len(lengths))
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.frombuffer(lengths, dtype=np.int32), out=starts[1:])
     identity = DataIdentity(
         fingerprint=digest.hexdigest(),
         examples=len(lengths),
@@ -81,17 +80,5 @@ def stage_tokens(
         prompt_loss=prompt_loss,
         metadata=metadata,
     )
-    return TokenTable(
-        identity,
-        starts,
-        np.array(positions, dtype=np.int32),
-        np.memmap(folder / "ids", dtype="<u4", mode="r"),
-        np.memmap(folder / "mask", dtype=np.uint8, mode="r"),
-        codes,
-    )
-
-
-def _write(file: IO[bytes], values: NDArray[np.generic]) -> bytes:
-    data = values.tobytes()
-    file.write(data)
-    return data
+    table = np.memmap(log.file, dtype=np.uint8, mode="r")
+    return TokenTable(identity, starts, np.frombuffer(positions, dtype=np.int32), table, codes)

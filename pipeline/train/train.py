@@ -17,14 +17,13 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 13. the checkpoint is saved, if due, its settings last                          resume.CompleteCheckpoint
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.labels import IntArray
+from logitcask.cache.storage.staging import temporary_folder
 from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
@@ -62,8 +61,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
         load_loss(settings.loss)  # before anything that takes time
     settings, defaults = with_defaults(settings)
     arguments = training_arguments(settings)
-    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
-        source = open_source(settings, Path(folder))
+    with temporary_folder(f"{settings.output_dir.absolute()} {arguments.process_index}") as folder:
+        source = open_source(settings, folder)
         record = run_record(settings, source, arguments.world_size)
         checkpoint = choose_checkpoint(
             settings.output_dir, settings.resume_from_checkpoint, record, fsdp=fsdp_requested()

@@ -19,9 +19,10 @@ from logitcask.cache.integrity import commit_key, committed_shards
 from logitcask.pipeline.generate_data.python_source import from_source
 from logitcask.pipeline.precompute.sharding import cut_shards, plan_strides, shards_of, shuffled
 from logitcask.pipeline.text.bad_records import BadRecords
-from logitcask.pipeline.text.examples import Encoder, encode_sources
-from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import load_tokenizer
+from logitcask.pipeline.text.tokens.stage import stage_tokens
 from tests.benchmarks.capture import teacher_path
 
 MEAN_LENGTH = 1000
@@ -46,13 +47,7 @@ def tokenizing(folder: Path) -> None:
     encoder = Encoder(load_tokenizer(teacher_path()), prompt_loss=False)
 
     def stage() -> TokenTable:
-        return stage_tokens(
-            encode_sources(encoder, (source,), BadRecords(folder / "bad.jsonl")),
-            folder,
-            max_seq_length=1024,
-            prompt_loss=False,
-            source=source,
-        )
+        return stage_tokens(encoder, (source,), folder, bad=BadRecords(folder / "bad.jsonl"), max_seq_length=1024)
 
     began = time.perf_counter()
     data = timed("tokenize", stage).identity

@@ -30,8 +30,10 @@ from logitcask.pipeline.precompute.sharding import cut_shards, plan_batches, pla
 from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import read_records
-from logitcask.pipeline.text.token_table import TokenTable, stage_tokens
+from logitcask.pipeline.text.token_table import TokenTable, write_table
 from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.text.tokens.log import TokenLog
+from logitcask.pipeline.text.tokens.packed import pack
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 VOCAB = 300
@@ -260,7 +262,8 @@ def test_records_are_read_with_their_location(tmp_path: Path) -> None:
 def stage(folder: Path, examples: list[tuple[int, list[int]]], limit: int) -> TokenTable:
     """Return a table of examples, each given by its length and target positions."""
     encoded = [Encoded(np.arange(n), np.isin(np.arange(n), at)) for n, at in examples]
-    return stage_tokens(iter(encoded), folder, max_seq_length=limit, prompt_loss=False, source="data")
+    with TokenLog(folder) as log:
+        return write_table([pack(encoded, limit)], log, max_seq_length=limit, prompt_loss=False, source="data")
 
 
 def test_long_examples_are_truncated_and_dropped_if_no_target_is_left(tmp_path: Path) -> None:

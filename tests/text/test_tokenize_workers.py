@@ -1,6 +1,5 @@
 """Several processes that encode give what one gives, and end with a line when one of them dies."""
 
-import contextlib
 import json
 import os
 import signal
@@ -17,11 +16,11 @@ import pytest
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.text.bad_records import BadRecords
-from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import Raw
-from logitcask.pipeline.text.token_table import stage_tokens
-from logitcask.pipeline.text.tokens import workers as module
-from logitcask.pipeline.text.tokens.workers import workers
+from logitcask.pipeline.text.tokens import chunks, stage
+from logitcask.pipeline.text.tokens.stage import stage_tokens
+from logitcask.pipeline.text.tokens.workers import processes
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, make_tokenizer, precompute_settings, write_jsonl
 
 DATED = "{{ strftime_now('%Y') }}"
@@ -40,8 +39,8 @@ MIXED: list[dict[str, Any]] = [
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ALONE", 2)
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(stage, "ALONE", 4)
+    monkeypatch.setattr(chunks, "RECORDS", 4)
 
 
 def staged(folder: Path, source: Path, count: int) -> tuple[Any, ...]:
@@ -51,11 +50,7 @@ def staged(folder: Path, source: Path, count: int) -> tuple[Any, ...]:
     encoder = Encoder(tokenizer, prompt_loss=False, report=told.append)
     folder.mkdir()
     bad, sources = BadRecords(folder / "bad.jsonl", 0.5), (str(source), str(source))
-    with workers(encoder, tokenizer, count) as encode:
-        table = stage_tokens(
-            encode_sources(encoder, sources, bad, encode=encode),
-            folder, max_seq_length=64, prompt_loss=False, source="data",
-        )  # fmt: skip
+    table = stage_tokens(encoder, sources, folder, bad=bad, max_seq_length=64, workers=processes(count))
     codes = {name: values.tolist() for name, values in table.codes.items()}
     return table.identity, codes, encoder.notices, told, bad.read, bad.count, folder_bytes(folder)
 
@@ -80,12 +75,12 @@ def test_a_cache_made_with_workers_is_that_of_one_process(tmp_path: Path, monkey
         return popen(*words, **options)
 
     monkeypatch.setattr(subprocess, "Popen", spy)
-    for count, processes in ((1, 0), (2, 2)):
+    for count, expected in ((1, 0), (2, 2)):
         settings = precompute_settings(
             tmp_path, teacher_model=str(teacher), output=tmp_path / str(count), tokenize_workers=count
         )
         precompute(settings)
-        assert len(started) == processes
+        assert len(started) == expected
     assert folder_bytes(tmp_path / "1") == folder_bytes(tmp_path / "2")
 
 
@@ -101,42 +96,45 @@ def test_an_error_of_reading_comes_after_the_records_before_it(tmp_path: Path) -
         raise LogitcaskError("the file ends here")
 
     encoder, bad = Encoder(tokenizer, prompt_loss=False), BadRecords(tmp_path / "bad.jsonl")
-    with workers(encoder, tokenizer, 2) as encode:
-        examples = encode_sources(encoder, ("data",), bad, records, encode)
-        for _ in range(21):
-            next(examples)
-        with pytest.raises(LogitcaskError, match="the file ends here"):
-            next(examples)
+    with pytest.raises(LogitcaskError, match="the file ends here"):
+        stage_tokens(encoder, ("data",), tmp_path, bad=bad, max_seq_length=64, records=records, workers=processes(2))
+    assert (tmp_path / "tokens").stat().st_size > 21 * 13
     assert json.loads((tmp_path / "bad.jsonl").read_text())["where"] == "19"
 
 
-def test_a_worker_that_dies_ends_the_run_with_one_line_and_no_worker_is_left() -> None:
+def test_a_worker_that_dies_ends_the_run_with_one_line_and_no_worker_is_left(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer, prompt_loss=False)
-    with contextlib.ExitStack() as stack:
-        encode = stack.enter_context(workers(encoder, tokenizer, 2))
-        pairs = encode((str(n), {"text": f"text {n}"}) for n in range(10**6))
-        for _ in range(20):
-            next(pairs)
-        children = _children()
-        assert len(children) == 2
-        os.kill(children[0], signal.SIGKILL)
-        with pytest.raises(LogitcaskError, match=r"a process that tokenizes ended.*--tokenize-workers 1"):
-            list(pairs)
+
+    def records(_: str) -> Iterator[Raw]:
+        for n in range(10**6):
+            yield str(n), {"text": f"text {n}"}
+            if n == 40:
+                children = _children()
+                assert len(children) == 2
+                os.kill(children[0], signal.SIGKILL)
+
+    with pytest.raises(LogitcaskError, match=r"a process that tokenizes ended.*--tokenize-workers 1"):
+        stage_tokens(
+            encoder, ("data",), tmp_path, bad=BadRecords(None), max_seq_length=64, records=records, workers=processes(2)
+        )
     assert not _children()
 
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from logitcask.pipeline.text.tokens import workers as module\n"
+        "import sys; from pathlib import Path; from logitcask.pipeline.text.tokens import chunks, stage\n"
+        "from logitcask.pipeline.text.bad_records import BadRecords\n"
         "from logitcask.pipeline.text.examples import Encoder\n"
         "from logitcask.pipeline.text.tokenizer import load_tokenizer\n"
-        "module.ALONE, module.CHUNK = 0, 4\n"
-        "tokenizer = load_tokenizer(sys.argv[1])\n"
-        "encoder = Encoder(tokenizer, prompt_loss=False)\n"
-        "with module.workers(encoder, tokenizer, 2) as encode:\n"
-        "    for n, _ in enumerate(encode((str(n), {'text': f'text {n}'}) for n in range(10**9))):\n"
+        "from logitcask.pipeline.text.tokens.workers import processes\n"
+        "stage.ALONE, chunks.RECORDS = 0, 4\n"
+        "def records(source):\n"
+        "    for n in range(10**9):\n"
+        "        yield str(n), {'text': f'text {n}'}\n"
         "        if n == 100: print('going', flush=True)\n"
+        "stage.stage_tokens(Encoder(load_tokenizer(sys.argv[1]), prompt_loss=False), ('data',), Path(sys.argv[1]),\n"
+        "    bad=BadRecords(None), max_seq_length=64, records=records, workers=processes(2))\n"
     )
     make_tokenizer().save_pretrained(tmp_path)
     run = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)

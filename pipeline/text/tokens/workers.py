@@ -1,7 +1,6 @@
-"""Worker processes for encoding. This process reads; chunks of records go out, and outcomes come back in order."""
+"""Worker processes for encoding. This process reads; chunks of records go out, and what comes of them comes back."""
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -9,22 +8,30 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 
-from transformers import PreTrainedTokenizerBase
-
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.text.bad_records import Notices
-from logitcask.pipeline.text.examples import Encoder, Outcome
-from logitcask.pipeline.text.records import Raw
+from logitcask.pipeline.text.tokens.chunks import ChunkEncoder
+from logitcask.pipeline.text.tokens.packed import PackedChunk
 
-ALONE = 4096  # records that are encoded here before workers are started, which takes seconds
-CHUNK = 256  # records
-CHUNK_BYTES = 4 << 20  # as pickled; a longer chunk is cut, unless it is one record
 MOST_WORKERS = 16
+AHEAD = 2  # chunks per worker that are on their way
 START = "import sys; from logitcask.pipeline.text.tokens.worker import work; work(int(sys.argv[1]))"
-Encode = Callable[[Iterator[Raw]], Iterator[tuple[Raw, Outcome]]]
+Promise = Callable[[], PackedChunk]  # waits for what comes of a chunk
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What encodes the pickled records of chunks elsewhere, ``depth`` chunks at a time."""
+
+    submit: Callable[[bytes], Promise]
+    depth: int
+
+
+Workers = Callable[[ChunkEncoder], AbstractContextManager[Pool | None]]  # None: there are none but this process
 
 
 def usual_workers() -> int:
@@ -32,96 +39,54 @@ def usual_workers() -> int:
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-@contextlib.contextmanager
-def workers(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[Encode]:
-    """Yield what encodes records with an encoder's ``tokenizer``, in ``count`` processes unless the data is small.
+def processes(count: int | None) -> Workers:
+    """Return what starts ``count`` processes that encode, by default one per core, once the first chunk is submitted.
 
-    The outcomes, and what ``encoder`` finds out, are those of one process. A tokenizer that comes with code of its own
-    is used in this process alone. Raises LogitcaskError if a worker ends.
+    What they give raises LogitcaskError if one of them ends.
     """
-    with contextlib.ExitStack() as stack:
-        several = count > 1 and type(tokenizer).__module__.startswith("transformers.")
-        pool = _Pool(encoder, count, stack)
-        alone = 0
 
-        def encode(records: Iterator[Raw]) -> Iterator[tuple[Raw, Outcome]]:
-            nonlocal alone
-            first = itertools.islice(records, ALONE - alone) if several else records
-            for raw in first:
-                alone += 1
-                yield raw, encoder.outcome(raw[1])
-            yield from pool.encode(records)
+    @contextlib.contextmanager
+    def workers(encode: ChunkEncoder) -> Iterator[Pool | None]:
+        wanted = count or usual_workers()
+        with contextlib.ExitStack() as stack:
+            yield Pool(_Processes(encode, wanted, stack).submit, AHEAD * wanted) if wanted > 1 else None
 
-        yield encode
+    return workers
 
 
 @dataclass
-class _Chunk:
-    """Records on their way; an error of reading comes after the records before it."""
-
-    records: list[Raw]
-    fault: LogitcaskError | None = None
-    outcomes: list[Outcome] | None = None
-    notices: Notices | None = None
+class _Answer:
+    packed: PackedChunk | None = None
 
 
-class _Pool:
-    """Worker processes, started when first needed; each has one chunk at a time."""
+class _Processes:
+    """Processes, started when first needed, with a pipe and the answers that are awaited through it each."""
 
-    def __init__(self, encoder: Encoder, count: int, stack: contextlib.ExitStack) -> None:
-        self._encoder, self._count, self._stack = encoder, count, stack
-        self._idle: list[Connection] = []
-        self._busy: dict[Connection, _Chunk] = {}
-        self._started = False
+    def __init__(self, encode: ChunkEncoder, count: int, stack: contextlib.ExitStack) -> None:
+        self._encode, self._count, self._stack = encode, count, stack
+        self._awaited: dict[Connection, deque[_Answer]] = {}
 
-    def encode(self, records: Iterator[Raw]) -> Iterator[tuple[Raw, Outcome]]:
-        chunks, queue = _chunks(records), deque[_Chunk]()
-        while True:
-            while len(queue) < 2 * self._count and (self._idle or not self._started):
-                chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                queue.append(chunk)
-                self._hand_out(chunk)
-            if not queue:
-                return
-            if queue[0].notices is None:
-                self._receive()
-                continue
-            yield from self._settled(queue.popleft())
-
-    def _settled(self, chunk: _Chunk) -> Iterator[tuple[Raw, Outcome]]:
-        assert chunk.outcomes is not None
-        assert chunk.notices is not None
-        self._encoder.take(chunk.notices)
-        yield from zip(chunk.records, chunk.outcomes, strict=True)
-        if chunk.fault:
-            raise chunk.fault
-
-    def _hand_out(self, chunk: _Chunk) -> None:
-        try:
-            message = pickle.dumps([record for _, record in chunk.records])
-        except Exception:  # a data set of the hub may hold what no other process can take, such as an open file
-            chunk.outcomes, chunk.notices = self._encoder.silent().chunk([record for _, record in chunk.records])
-            return
-        if not self._started:
+    def submit(self, message: bytes) -> Promise:
+        """Send pickled records to the process that has the least to do."""
+        if not self._awaited:
             self._start()
-        connection = self._idle.pop()
-        self._busy[connection] = chunk
+        connection = min(self._awaited, key=lambda each: len(self._awaited[each]))
         with _explained():
             connection.send_bytes(message)
+        answer = _Answer()
+        self._awaited[connection].append(answer)
+        return partial(self._result, answer)
 
-    def _receive(self) -> None:
-        for connection in wait(list(self._busy)):
-            assert isinstance(connection, Connection)
-            with _explained():
-                chunk = self._busy.pop(connection)
-                chunk.outcomes, chunk.notices = connection.recv()
-            self._idle.append(connection)
+    def _result(self, answer: _Answer) -> PackedChunk:
+        while answer.packed is None:
+            for connection in wait([each for each, awaited in self._awaited.items() if awaited]):
+                assert isinstance(connection, Connection)
+                with _explained():
+                    self._awaited[connection].popleft().packed = connection.recv()
+        return answer.packed
 
     def _start(self) -> None:
-        self._started = True
-        encoder = pickle.dumps(self._encoder.silent())
+        encode = pickle.dumps(self._encode)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # the processes are the threads
         with _explained():
@@ -139,39 +104,14 @@ class _Pool:
                 )
                 self._stack.callback(_end, process)
                 there.close()
-                self._idle.append(here)
-            for connection in self._idle:
-                connection.send_bytes(encoder)
+                self._awaited[here] = deque()
+            for connection in self._awaited:
+                connection.send_bytes(encode)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
     process.kill()
     process.wait()
-
-
-def _chunks(records: Iterator[Raw]) -> Iterator[_Chunk]:
-    chunk, size = list[Raw](), 0
-    try:
-        for raw in records:
-            chunk.append(raw)
-            size += _size(raw[1])
-            if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-                yield _Chunk(chunk)
-                chunk, size = [], 0
-    except LogitcaskError as fault:
-        yield _Chunk(chunk, fault)
-        return
-    if chunk:
-        yield _Chunk(chunk)
-
-
-def _size(record: object) -> int:
-    """Return about how many characters a record has, by its strings and lists."""
-    if isinstance(record, str | bytes):
-        return len(record)
-    if isinstance(record, dict):
-        return sum(map(_size, record.values()))
-    return sum(map(_size, record)) if isinstance(record, list) else 8
 
 
 @contextlib.contextmanager

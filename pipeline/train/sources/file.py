@@ -1,5 +1,6 @@
 """Data files as the source of a run's examples in stage 2, with or without a teacher in memory."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chats.template import set_template
-from logitcask.pipeline.text.examples import Encoder, encode_sources
+from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
-from logitcask.pipeline.text.token_table import stage_tokens
 from logitcask.pipeline.text.tokenizer import (
     fingerprint,
     has_tokenizer,
@@ -27,6 +27,8 @@ from logitcask.pipeline.text.tokenizer import (
     require_tokenizer,
     tokenizer_size,
 )
+from logitcask.pipeline.text.tokens.stage import stage_tokens
+from logitcask.pipeline.text.tokens.workers import processes, usual_workers
 from logitcask.pipeline.train.sources.source import OnlineTeacher, Source
 
 
@@ -85,13 +87,23 @@ def text_source(
     bad: BadRecords,
     teacher: OnlineTeacher | None = None,
 ) -> Source:
-    """Tokenize data files into ``folder`` as a source without stored labels. Raises LogitcaskError if one is bad."""
+    """Tokenize data files into ``folder`` as a source without stored labels; what a killed run did there is taken.
+
+    Raises LogitcaskError if a file is bad.
+    """
     encoder = Encoder(tokenizer, prompt_loss=False, turns=chat_turns, columns=columns)
-    encoded = encode_sources(encoder, reading.sources, bad, reading)
-    name = ", ".join(reading.sources)
-    table = stage_tokens(encoded, folder, max_seq_length=max_seq_length, prompt_loss=False, source=name)
+    table = stage_tokens(
+        encoder,
+        reading.sources,
+        folder,
+        bad=bad,
+        max_seq_length=max_seq_length,
+        records=reading,
+        workers=processes(max(1, usual_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
+        resumable=True,
+    )
     return Source(
-        name=name,
+        name=", ".join(reading.sources),
         examples=FileExamples(table),
         tokenizer=tokenizer,
         vocab_size=tokenizer_size(tokenizer),

@@ -50,7 +50,7 @@ def open_source(settings: TrainSettings, folder: Path) -> Source:
         return parts[0]
     for number, (text, _) in enumerate(texts, 1):
         staged = folder / str(number)
-        staged.mkdir()
+        staged.mkdir(exist_ok=True)
         reading, tokenizer = Reading((text,), **settings.taken), parts[0].tokenizer
         parts.append(text_source(reading, staged, tokenizer, **_reading_options(settings, number)))
     return mixed_source(parts, weights)

@@ -15,7 +15,8 @@ from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
-from logitcask.cache.storage.ownership import Part, lock_file, sole_writer
+from logitcask.cache.storage.ownership import Part, sole_writer
+from logitcask.cache.storage.staging import lock_file
 from logitcask.cache.verify import repair, verify
 from logitcask.pipeline.generate_data.journal import Journal
 from logitcask.pipeline.precompute.precompute import precompute
