@@ -191,7 +191,7 @@ def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path,
     command = [sys.executable, "-m", "logitcask", "precompute-logits", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
-        while not (".staging/mask" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
+        while not (".staging/tokens" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
             assert run.poll() is None, "the run ended before the disk was unmounted"
             time.sleep(0.002)
         subprocess.run(["umount", "-l", mount], check=True)
