@@ -144,8 +144,9 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
         f"({report.shards_written} shards written, {report.shards_found} already present)\n"
         f"{data.truncated} examples truncated at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
     )
-    if settings.engine == "vllm-topk":
-        typer.echo("labels are vLLM's own: only the head at T=1, no draws, no other temperature")
+    if settings.engine in ("vllm-topk", "server"):
+        owner = "vLLM's own" if settings.engine == "vllm-topk" else "the server's"
+        typer.echo(f"labels are {owner}: only the head at T=1, no draws, no other temperature")
 
 
 @app.command("train", **_example("train --cache data/cache --student-config tiny --output-dir runs/a"))

@@ -98,16 +98,20 @@ def shape_of_teacher(source: str, revision: str | None = None) -> ModelShape:
     return shape_of_model(model, path.name if path.exists() else source)
 
 
-def usual_length(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> int:
+def usual_length(
+    source: str, revision: str | None = None, *, generated: int = 0, trust_remote_code: bool = False
+) -> int:
     """Return the tokens per example of stage 1 by default: as many as the teacher takes, at most 1,024.
 
-    A config that cannot be read, or sets no limit, counts as taking them all.
+    ``generated``: how many it generates after them. A config that cannot be read, or sets no limit, counts as taking
+    them all.
     """
     try:
         config = _config_of(source, revision, trust_remote_code=trust_remote_code).get_text_config()
     except Exception:  # loading the teacher says what is wrong with it
         return USUAL_LENGTH
-    return min(USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or USUAL_LENGTH)
+    longest = getattr(config, "max_position_embeddings", None)
+    return min(USUAL_LENGTH, longest - generated) if longest else USUAL_LENGTH
 
 
 def _config_of(source: str, revision: str | None, *, trust_remote_code: bool) -> Any:

@@ -48,10 +48,10 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
 
     Raises LogitcaskError if the data, the tokenizer or the config cannot be loaded.
     """
-    teacher = shape_of_teacher(settings.teacher_model, settings.teacher_revision)
+    teacher = shape_of_teacher(settings.tokenizer_source, settings.teacher_revision)
     settings = with_length(settings)
     tokenizer = load_tokenizer(
-        settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
+        settings.tokenizer_source, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)

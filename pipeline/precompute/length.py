@@ -8,6 +8,7 @@ def with_length(settings: PrecomputeSettings) -> PrecomputeSettings:
     """Return the settings with the teacher's usual length, unless they give one."""
     if "max_seq_length" in settings.model_fields_set:
         return settings
-    source, revision = settings.teacher_model, settings.teacher_revision
-    length = usual_length(source, revision, trust_remote_code=settings.trust_remote_code)
+    source, revision = settings.tokenizer_source, settings.teacher_revision
+    generated = int(settings.engine == "server")  # which cannot only read
+    length = usual_length(source, revision, generated=generated, trust_remote_code=settings.trust_remote_code)
     return settings.model_copy(update={"max_seq_length": length})

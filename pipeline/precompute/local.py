@@ -28,8 +28,14 @@ class LocalExecutor:
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""
         writer = CacheWriter(self._output, manifest, made_by=self.teacher.made_by)
+        following = map(work.batches, shards)
+        batches = next(following, [])
+        self._teacher.expect(batches, work.label)
         for index in shards:
-            writer.write_shard(index, label_shard(self._teacher, work.batches(index), work.label, advance))
+            coming = next(following, [])
+            self._teacher.expect(coming, work.label)
+            writer.write_shard(index, label_shard(self._teacher, batches, work.label, advance))
+            batches = coming
 
     def close(self) -> None:
         """Do nothing: there is nothing to shut down."""

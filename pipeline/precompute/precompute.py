@@ -27,6 +27,7 @@ from logitcask.pipeline.precompute.ray import RayExecutor
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, explain_limits, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
+from logitcask.pipeline.teachers.served.servers import Connection
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.chats.template import kwargs_text, set_template
@@ -40,7 +41,9 @@ ENGINES = {
     "transformers": "transformers",
     "vllm": "vllm",
     "vllm-topk": "vllm prompt_logprobs",
+    "server": "server",
 }  # as manifests name them
+IN_VLLM = {ENGINES["vllm"], ENGINES["vllm-topk"]}
 BATCHES_PER_CALL = {"vllm": 64, "vllm-topk": 64}  # vLLM schedules them itself
 
 
@@ -61,7 +64,7 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
 
 def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     tokenizer = load_tokenizer(
-        settings.teacher_model, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
+        settings.tokenizer_source, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     size = tokenizer_size(tokenizer)
@@ -99,7 +102,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             if before is None:
                 record_files(settings.output, settings.train_data)
             manifest, missing = writer.manifest, writer.missing_shards()
-            if missing and executor.teacher.identity.engine != "transformers" and not settings.skip_engine_check:
+            if missing and executor.teacher.identity.engine in IN_VLLM and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
                 executor.write_shards(work, missing, manifest, advance)
@@ -115,6 +118,10 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
     same: dict[str, Any] = {name: value for name, value in auto.items() if getattr(settings, name) == "auto"}
     if "max_seq_length" not in settings.model_fields_set:
         same["max_seq_length"] = stored.data.max_seq_length
+    if engine == "server" and same.get("engine") == "server":
+        raise LogitcaskError(
+            f"{settings.output}: was labelled by a server: add --engine server --base-url URL to resume"
+        )
     return settings.model_copy(update=same)
 
 
@@ -135,7 +142,10 @@ def _is_done(settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, s
     Only loading it would show whether its weights are the same: for a local teacher, which may have changed, that is
     said; for one of the hub the revision is compared.
     """
-    teacher, revision = stored.teacher, tokenizer.init_kwargs.get("_commit_hash") or settings.teacher_revision
+    teacher = stored.teacher
+    revision = None  # of a server it is not known
+    if settings.engine != "server":
+        revision = tokenizer.init_kwargs.get("_commit_hash") or settings.teacher_revision
     asked = (
         teacher_id(settings.teacher_model),
         settings.dtype,
@@ -162,6 +172,11 @@ def memory_remedy(settings: PrecomputeSettings) -> str:
 
 def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
     """Return what a worker needs to load the teacher."""
+    connection = None
+    if settings.engine == "server":
+        connection = Connection(
+            settings.base_url or (), settings.concurrency, settings.request_timeout, settings.max_retries
+        )
     return TeacherSpec(
         model=settings.teacher_model,
         revision=settings.teacher_revision,
@@ -172,6 +187,8 @@ def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
         tensor_parallel_size=settings.tensor_parallel_size,
         trust_remote_code=settings.trust_remote_code,
         head_size=settings.head_size,
+        tokenizer=settings.tokenizer_source,
+        connection=connection,
     )
 
 

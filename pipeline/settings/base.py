@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import typer
 import yaml
@@ -53,6 +54,16 @@ def path_or_url(value: Any) -> Any:
         return value
     path = Path(expand_home(value))
     return path if path.name not in ("", "..") else path.resolve()
+
+
+def is_plain_url(value: str) -> bool:
+    """Return whether a text is an http:// or https:// URL of a host and a path, without user, password or query."""
+    try:
+        parts = urlsplit(value)
+        has_host = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return has_host and "@" not in parts.netloc and not parts.query and not parts.fragment
 
 
 def home_path(text: str) -> Path:

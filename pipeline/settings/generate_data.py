@@ -1,11 +1,10 @@
 """Settings of ``logitcask generate-data``, and which options each provider takes."""
 
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of
+from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of, is_plain_url
 
 Provider = Literal["source", "openai", "anthropic", "openai-compatible", "local"]
 PRICE_RULE = (
@@ -28,15 +27,6 @@ def _parse_prices(value: Any) -> Any:
             raise ValueError(f"the price of {model.strip()} is given twice: give it once")
         prices[model.strip()] = tuple(price.split("/"))
     return prices
-
-
-def _is_plain_url(value: str) -> bool:
-    try:
-        parts = urlsplit(value)
-        has_host = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    return has_host and "@" not in parts.netloc and not parts.query and not parts.fragment
 
 
 Dollars = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -115,7 +105,7 @@ class GenerateDataSettings(Settings):
         for name in NEEDS:
             if name in takes and getattr(self, name) is None:
                 raise ValueError(f"--provider {self.provider} needs {flag_of(name)}")
-        if self.base_url is not None and not _is_plain_url(self.base_url):  # not printed: it may hold a key
+        if self.base_url is not None and not is_plain_url(self.base_url):  # not printed: it may hold a key
             raise ValueError(
                 "--base-url must be http:// or https://, a host and a path, without user name, password or query: "
                 "the key comes from the environment variable OPENAI_COMPATIBLE_API_KEY"

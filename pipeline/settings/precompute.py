@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from logitcask.pipeline.settings.base import CachePlace, Place, Seed, Sources, Temperature, Whole
+from logitcask.pipeline.settings.base import CachePlace, Place, Seed, Sources, Temperature, Whole, flag_of, is_plain_url
 from logitcask.pipeline.settings.data import DataSettings
 
 
@@ -14,6 +14,17 @@ def _parse_temperatures(value: Any) -> Any:
 
 
 Temperatures = Annotated[tuple[Temperature, ...], BeforeValidator(_parse_temperatures), Field(min_length=1)]
+
+
+def _parse_urls(value: Any) -> Any:
+    return tuple(url.strip() for url in value.split(",")) if isinstance(value, str) else value
+
+
+Urls = Annotated[tuple[str, ...], BeforeValidator(_parse_urls), Field(min_length=1)]
+# what only a served teacher takes, and what it does not take
+OF_SERVERS = ("base_url", "tokenizer", "concurrency", "request_timeout", "max_retries")
+NOT_OF_SERVERS = ("dtype", "device", "ray", "workers", "tensor_parallel_size", "skip_engine_check")
+HEAD_OF_SERVERS = {"head_size": 20, "tail_draws": 0, "temperatures": (1.0,), "fidelity_positions": 0}
 PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, tail draws
 
 
@@ -47,8 +58,23 @@ class PrecomputeSettings(DataSettings):
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
         512, description="positions on which labels are measured against the full distribution; 0: none"
     )
-    engine: Literal["auto", "transformers", "vllm", "vllm-topk"] = Field(
-        "auto", description="auto: vLLM if it and an accelerator are available; vllm-topk: head at T=1 only, no draws"
+    engine: Literal["auto", "transformers", "vllm", "vllm-topk", "server"] = Field(
+        "auto",
+        description="auto: vLLM if it and an accelerator are available; vllm-topk: head at T=1 only, no draws; server: "
+        "the same from a running vLLM or SGLang, by default 20 tokens",
+    )
+    base_url: Urls | None = Field(
+        None, description="with --engine server: its URL, such as http://localhost:8000/v1; several share the work"
+    )
+    tokenizer: Place | None = Field(
+        None, description="with --engine server: hub id or folder of the tokenizer; default: --teacher-model"
+    )
+    concurrency: Whole = Field(16, description="with --engine server: concurrent requests per server")
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        600.0, description="with --engine server: seconds to wait for a reply"
+    )
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
+        20, description="with --engine server: retries in a row, 0.5 to 30 s apart: 20 take 8 minutes"
     )
     tensor_parallel_size: Whole = Field(1, description="devices that share the teacher, with --engine vllm")
     ray: str | None = Field(
@@ -78,6 +104,8 @@ class PrecomputeSettings(DataSettings):
     @classmethod
     def _fill_from_preset(cls, given: dict[str, Any]) -> dict[str, Any]:
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
+        if given.get("engine") == "server":
+            return {**HEAD_OF_SERVERS, **({"head_size": head} if "preset" in given else {}), **given}
         return {"head_size": head, "tail_draws": tail, **given}
 
     @field_validator("shards")
@@ -117,17 +145,38 @@ class PrecomputeSettings(DataSettings):
         return self
 
     @model_validator(mode="after")
+    def _options_fit_servers(self) -> Self:
+        served = self.engine == "server"
+        for name in NOT_OF_SERVERS if served else OF_SERVERS:
+            if name in self.model_fields_set:
+                rule = "does not apply to --engine server" if served else "requires --engine server"
+                raise ValueError(f"{flag_of(name)} {rule}: {'leave it out' if served else 'add it'}")
+        if served and not self.base_url:
+            raise ValueError("--engine server requires --base-url, such as http://localhost:8000/v1")
+        if not all(map(is_plain_url, self.base_url or ())):  # not printed: it may hold a key
+            raise ValueError(
+                "--base-url must be http:// or https://, a host and a path, without user name, password or query, with "
+                "commas between several: the key comes from the environment variable OPENAI_COMPATIBLE_API_KEY"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _top_k_gives_the_head_alone(self) -> Self:
-        if self.engine == "vllm-topk" and (self.tail_draws, self.temperatures, self.fidelity_positions) != (
+        if self.engine in ("vllm-topk", "server") and (self.tail_draws, self.temperatures, self.fidelity_positions) != (
             0,
             (1.0,),
             0,
         ):
             raise ValueError(
-                "--engine vllm-topk gives the head at T=1 alone: "
+                f"--engine {self.engine} gives the head at T=1 alone: "
                 "add --tail-draws 0 --temperatures 1 --fidelity-positions 0"
             )
         return self
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the teacher's tokenizer and config are: its own place, unless that is only a server's name for it."""
+        return self.tokenizer or self.teacher_model
 
     @property
     def part(self) -> tuple[int, int] | None:

@@ -10,6 +10,8 @@ import torch
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.teachers.labelling import require_possible
+from logitcask.pipeline.teachers.served.servers import Connection
+from logitcask.pipeline.teachers.served.teacher import load_served_teacher
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
@@ -31,11 +33,22 @@ class TeacherSpec:
     max_seq_length: int
     tensor_parallel_size: int
     trust_remote_code: bool
-    head_size: int  # prompt log-probabilities per position for --engine vllm-topk
+    head_size: int  # prompt log-probabilities per position for --engine vllm-topk and server
+    tokenizer: str = ""  # where that of a served model is
+    connection: Connection | None = None  # to the servers of --engine server
 
 
 def load_engine(spec: TeacherSpec) -> Teacher:
     """Load the teacher in the requested engine. Raises LogitcaskError if the model or the engine cannot be loaded."""
+    if spec.connection is not None:
+        return load_served_teacher(
+            spec.model,
+            spec.connection,
+            spec.tokenizer,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            head_size=spec.head_size,
+        )
     if choose_engine(spec.engine, spec.model) == "transformers":
         return load_transformers(spec, spec.dtype, spec.device)
     return load_vllm_teacher(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcask.cache.labels import SparseTargets
+from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
 
 BLOCK = 128  # vocabulary entries per block, in the two-level sums and in the search for the largest
 LARGEST_POWER = 16  # computed by repeated multiplication
@@ -67,6 +67,34 @@ def sparsify(
         log_partition=(log_z_NJ - log_z_N1 / z_NV.new_tensor(stored))[:, at].cpu().numpy(),
         log_tail_mass=(log_tail_NJ - log_z_NJ)[:, at].clamp_max(0.0).cpu().numpy(),
         gold_logprobs=(z_NV.gather(1, gold_N[:, None]) - log_z_N1).squeeze(1).clamp_max(0.0).cpu().numpy(),
+    )
+
+
+def head_only(
+    ids_NK: IntArray, logprobs_NK: FloatArray, gold_N: FloatArray, next_ids_N: IntArray, vocab_size: int
+) -> SparseTargets:
+    """Return labels that are heads at T=1 alone, from log-probabilities; the rest is 1 minus the head.
+
+    What rounding leaves of that difference is at least the probability of the next token outside the head, and at most
+    that of all tokens outside it as probable as the head's last.
+    """
+    n, k = ids_NK.shape
+    outside_N = ~(ids_NK == next_ids_N[:, None]).any(1)
+    least_N = np.where(outside_N, np.exp(gold_N.astype(np.float64)), 0.0)
+    most_N = (vocab_size - k) * np.exp(logprobs_NK[:, -1].astype(np.float64))
+    rest_N = np.minimum(np.maximum(1.0 - np.exp(logprobs_NK.astype(np.float64)).sum(1), least_N), most_N)
+    none_N0 = np.zeros((n, 0))
+    with np.errstate(divide="ignore"):
+        log_rest_N1 = np.log(rest_N)[:, None]
+    return SparseTargets(
+        head_ids=ids_NK,
+        head_logprobs=logprobs_NK,
+        tail_ids=none_N0.astype(np.int64),
+        tail_logprobs=none_N0.astype(np.float32),
+        tail_counts=none_N0.astype(np.int64),
+        log_partition=np.zeros((n, 1), dtype=np.float32),
+        log_tail_mass=log_rest_N1.astype(np.float32),
+        gold_logprobs=gold_N,
     )
 
 

@@ -64,6 +64,10 @@ class Teacher(Protocol):
 
     facts: TeacherFacts
 
+    def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
+        """Learn which batches will be labelled soon; a teacher may begin with them."""
+        ...
+
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions, in order."""
         ...

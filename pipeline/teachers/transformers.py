@@ -35,6 +35,9 @@ class TransformersTeacher:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.facts = TeacherFacts(identity, maker, int(self._head.weight.shape[0]), longest)
 
+    def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
+        """Do nothing: batches are labelled one after another."""
+
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions.
 

@@ -17,6 +17,7 @@ from logitcask.cache.labels import SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 from logitcask.pipeline.machine import device_name
 from logitcask.pipeline.teachers.labelling import split_rows
+from logitcask.pipeline.teachers.sparsify import head_only
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 
 KEY = "logitcask"  # in a request's extra_args
@@ -31,6 +32,9 @@ class VllmTeacher:
     def __init__(self, llm: Any, facts: TeacherFacts) -> None:
         self._llm, self.facts = llm, facts
         self._label: LabelSettings | None = None
+
+    def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
+        """Do nothing: batches are labelled one after another."""
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions. vLLM schedules the batch as it sees fit."""
@@ -123,19 +127,7 @@ def _top_k(logprobs: Any, example: TokenizedExample, label: LabelSettings) -> Sp
                 f"beyond the tokenizer's {label.vocab_size}: use --engine vllm or transformers"
             )
         ids[place], values[place] = [token for token, _ in best], [value for _, value in best]
-    with np.errstate(divide="ignore"):
-        rest = np.log(np.maximum(0.0, -np.expm1(np.log(np.exp(values.astype(np.float64)).sum(1)))))
-    none = np.zeros((n, 0))
-    return SparseTargets(
-        head_ids=ids,
-        head_logprobs=values,
-        tail_ids=none.astype(np.int64),
-        tail_logprobs=none.astype(np.float32),
-        tail_counts=none.astype(np.int64),
-        log_partition=np.zeros((n, 1), dtype=np.float32),
-        log_tail_mass=rest[:, None].astype(np.float32),
-        gold_logprobs=gold,
-    )
+    return head_only(ids, values, gold, example.input_ids[np.array(rows)], label.vocab_size)
 
 
 def load_vllm_teacher(

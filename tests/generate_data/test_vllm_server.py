@@ -1,4 +1,4 @@
-"""Data from a real vLLM server over loopback. ``just test-vllm`` runs it."""
+"""Data and labels from a real vLLM server over loopback. ``just test-vllm`` runs it."""
 
 import contextlib
 import json
@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has its own environment: just setup-vllm && just test-vllm")
 
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.verify import verify
 from logitcask.pipeline.generate_data.local_model import answer_locally
 from logitcask.pipeline.generate_data.prompts import make_prompts, read_templates
+from logitcask.pipeline.teachers.served.servers import Connection
+from logitcask.pipeline.teachers.served.teacher import ServedTeacher, load_served_teacher
+from logitcask.pipeline.teachers.teacher import TokenizedExample
+from logitcask.pipeline.teachers.transformers import load_teacher
 from tests.support.servers import free_port
-from tests.support.tiny import make_teacher
+from tests.support.tiny import RECORDS, make_teacher, write_jsonl
 
 PROMPTS, NEW_TOKENS, CONCURRENCY = 60, 24, 4
 START = 240  # seconds the server may take to start
@@ -144,3 +152,47 @@ def test_a_wrong_model_is_an_error(served: Served, tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "Error code: 404" in refused.stderr
     assert "big" in refused.stderr
+
+
+def teacher_of(served: Served, head_size: int) -> ServedTeacher:
+    connection = Connection((f"{served.url}/v1",), 8, 60.0, 3)
+    source = str(served.model)
+    return load_served_teacher("tiny", connection, source, revision=None, trust_remote_code=False, head_size=head_size)
+
+
+def test_labels_are_the_heads_of_the_transformers_engine(served: Served) -> None:
+    """Label by label, the server's own numbers, twelve texts of up to the longest it scores."""
+    random = np.random.default_rng(0)
+    batch = []
+    for n, length in enumerate((255, 2, *random.integers(2, 200, 10))):
+        mask = (random.random(length) < 0.7) & (np.arange(length) < length - 1)
+        mask[0] = True
+        ids = random.integers(0, 300, length)
+        batch.append(TokenizedExample(n, ids, mask, np.zeros(mask.sum(), dtype=bool)))
+    settings = {"tail_draws": 0, "temperatures": [1.0], "seed": 0, "fidelity_positions": 0}
+    label = LabelSettings.model_validate({"vocab_size": 300, "head_size": 20, **settings})
+    teacher = teacher_of(served, 20)
+    assert teacher.facts.max_length == 255
+    plain = load_teacher(str(served.model), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    for own, others in zip(teacher.label(batch, label).targets, plain.label(batch, label).targets, strict=True):
+        assert (own.head_ids == others.head_ids).mean() > 0.99  # two tokens may be equally probable
+        np.testing.assert_allclose(own.head_logprobs, others.head_logprobs, atol=1e-3)
+        np.testing.assert_allclose(own.gold_logprobs, others.gold_logprobs, atol=1e-3)
+        np.testing.assert_allclose(np.exp(own.log_tail_mass), np.exp(others.log_tail_mass), atol=1e-4)
+
+
+def test_a_head_above_the_servers_cap_is_one_line(served: Served) -> None:
+    with pytest.raises(LogitcaskError, match="start vLLM with --max-logprobs 21 or more, or lower --head-size from 21"):
+        teacher_of(served, 21)
+
+
+def test_stage_1_runs_on_the_server(served: Served, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    values = {"engine": "server", "base_url": f"{served.url}/v1,{served.url}", "teacher_model": "tiny",
+              "tokenizer": served.model, "train_data": tmp_path / "train.jsonl", "output": tmp_path / "cache",
+              "shard_positions": 64}  # fmt: skip
+    words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "logitcask", "precompute-logits", *words]
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert done[-1] == "labels are the server's: only the head at T=1, no draws, no other temperature"
+    assert verify(tmp_path / "cache").problems == []

@@ -101,6 +101,9 @@ class Faulty:
         identity = teacher.facts.identity.model_copy(update={"engine": "vllm", "dtype": "bfloat16"})
         self.facts = replace(teacher.facts, identity=identity)
 
+    def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
+        pass
+
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         labels = self._teacher.label(batch, label)
         first, second, *rest = labels.targets
