@@ -14,7 +14,6 @@ from logitcask.pipeline.teachers.sparsify import head_only
 
 NONE = -9000.0  # vLLM writes -9999 for minus infinity, which JSON lacks
 MOST_MASS = 1.01  # of a head; above it the numbers are no log-probabilities
-CAP = "start vLLM with --max-logprobs {0} or more, or lower --head-size from {0}"
 Entry = tuple[int, float]  # id and log-probability
 Row = tuple[float, list[Entry]]  # of a position: the log-probability of the token after it, and the head
 
@@ -31,6 +30,11 @@ class Protocol:
     path: str
     body: Callable[[str, Sequence[int], int, int], dict[str, Any]]  # of a model's name, a text, its first position, K
     rows: Callable[[Any, Sequence[int], int, int], list[Row]]  # of a reply, a text, its first position, K
+
+
+def remedy_of_cap(head_size: int) -> str:
+    """Return what to do about a server that gives fewer tokens than asked."""
+    return f"start vLLM with --max-logprobs {head_size} or more, or lower --head-size from {head_size}"
 
 
 def read_head(
@@ -53,7 +57,7 @@ def read_head(
         gold[place], entries = rows[position - first]
         if len(entries) != head_size:
             raise ReplyError(
-                f"has {len(entries)} of {head_size} entries at position {position}: {CAP.format(head_size)}"
+                f"has {len(entries)} of {head_size} entries at position {position}: {remedy_of_cap(head_size)}"
             )
         ids[place], values[place] = zip(*entries, strict=True)
     values, gold = (np.where(each <= NONE, np.float32(-np.inf), each) for each in (values, gold))

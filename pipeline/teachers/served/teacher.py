@@ -18,7 +18,7 @@ from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity, sha256
-from logitcask.pipeline.teachers.served.replies import CAP, SGLANG, VLLM, Protocol, ReplyError, read_head
+from logitcask.pipeline.teachers.served.replies import SGLANG, VLLM, Protocol, ReplyError, read_head, remedy_of_cap
 from logitcask.pipeline.teachers.served.servers import KEY_VARIABLE, Connection, RefusedError, Server, Servers
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 from logitcask.pipeline.text.tokenizer import PROBES, load_tokenizer, tokenizer_size
@@ -94,7 +94,7 @@ class ServedTeacher:
             reply = self._servers.post(server, known.protocol.path, body)
         except RefusedError as error:
             capped = "logprobs" in str(error) and "max allowed" in str(error)
-            remedy = CAP.format(self._head_size) if capped else _remedy(error)
+            remedy = remedy_of_cap(self._head_size) if capped else _remedy(error)
             raise LogitcaskError(f"{server.url}{error}: {remedy}") from error
         return read_head(known.protocol, reply, text, at, self._head_size, self._vocab)
 
