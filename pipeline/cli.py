@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from logitcask.pipeline.settings.base import Command, Group, expand_home, home_path, options_from, require_plain_text
+from logitcask.pipeline.settings.browse import BrowseSettings
 from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
@@ -41,7 +42,7 @@ cache_app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Inspect, verify, copy, import and export logit caches.",
+    help="Inspect, browse, verify, copy, import and export logit caches.",
 )
 app.add_typer(cache_app, name="cache")
 
@@ -319,6 +320,15 @@ def cache_export(
     from logitcask.pipeline.labels_from.export import export_labels
 
     typer.echo(f"{export_labels(cache, output, form, overwrite=overwrite):,} examples -> {output}")
+
+
+@cache_app.command("browse", **_example("cache browse data/cache --examples worst:10,0:5 --html labels.html"))
+@options_from(BrowseSettings)
+def cache_browse(settings: BrowseSettings) -> None:
+    """Write a page of labels, token by token: one file, to be opened in a browser, that loads nothing."""
+    from logitcask.pipeline.browse.page import browse
+
+    typer.echo(f"{browse(settings)} examples -> {settings.html}")
 
 
 @cache_app.command("verify", **_example("cache verify data/cache --repair"))
