@@ -75,8 +75,14 @@ def contents(examples: list[Example], texts: dict[int, str], **changes: Any) -> 
 def test_it_shows_the_labels_and_follows_the_keys(tmp_path: Path, browser: Chrome) -> None:
     make_cache(tmp_path)
     page = tmp_path / "labels.html"
-    settings = BrowseSettings(
-        cache=str(tmp_path / "cache"), html=page, examples=("2", "5"), student=str(tmp_path / "teacher"), device="cpu"
+    settings = BrowseSettings.model_validate(
+        {
+            "cache": str(tmp_path / "cache"),
+            "html": page,
+            "examples": "2,5",
+            "student": str(tmp_path / "teacher"),
+            "device": "cpu",
+        }
     )
     assert browse(settings) == 2
     wait = opened(browser, page)
@@ -107,8 +113,9 @@ def test_it_shows_the_labels_and_follows_the_keys(tmp_path: Path, browser: Chrom
     press(browser, word, Keys.ENTER)
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".hit"))
     assert "hits" in browser.find_element(By.ID, "hits").text
-    assert word.lower() in browser.find_element(By.CSS_SELECTOR, ".hit").get_property("textContent").lower()
-    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert word.lower() in browser.execute_script("return document.querySelector('.hit').textContent").lower()
+    logged: Any = browser.execute("getLog", {"type": "browser"})["value"]
+    assert not [line for line in logged if line["level"] == "SEVERE"]
 
 
 def test_hostile_texts_stay_text(tmp_path: Path, browser: Chrome) -> None:
