@@ -113,7 +113,8 @@ def split(settings: SplitSettings) -> None:
     from logitcask.pipeline.text.reading import Reading
     from logitcask.pipeline.text.split import split_data
 
-    done = split_data(Reading(settings.data, **settings.taken), settings.output_dir, settings.test, settings.seed)
+    reading = Reading(settings.data, **settings.taken)
+    done = split_data(reading, settings.output_dir, settings.test, settings.seed, settings.bad_share)
     typer.echo(f"{done.train_examples:,} examples -> {done.train}, {done.test_examples:,} -> {done.test}")
 
 

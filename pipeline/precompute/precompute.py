@@ -79,10 +79,11 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         stored = stored_manifest(settings.output, overwrite=settings.overwrite)
         before = None if settings.overwrite else stored
         settings = _resumed(settings, before)
-        work, parts = _plan(settings, tokenizer, files, staging, before)
+        reading = Reading(settings.train_data, **settings.taken)
+        work, parts = _plan(settings, reading, tokenizer, files, staging, before)
         mine = shards_of(settings.part or (1, 1), parts["shards"].count)
         if before:  # before loading a large teacher in vain
-            _require_same(settings, before, parts)
+            _require_same(settings, reading, before, parts)
             if _is_done(settings, tokenizer, before, mine):
                 return PrecomputeReport(before, 0, len(mine))
         with contextlib.closing(_executor(settings)) as executor:
@@ -100,7 +101,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     shards=None if settings.part is None else mine,
                 )
             if before is None:
-                record_files(settings.output, settings.train_data)
+                record_files(settings.output, reading)
             manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine in IN_VLLM and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
@@ -125,14 +126,14 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
     return settings.model_copy(update=same)
 
 
-def _require_same(settings: PrecomputeSettings, stored: Manifest, parts: dict[str, Any]) -> None:
-    """Raise CacheMismatchError, naming the data files that changed, unless this run may resume the cache."""
+def _require_same(settings: PrecomputeSettings, reading: Reading, stored: Manifest, parts: dict[str, Any]) -> None:
+    """Raise CacheMismatchError, naming the data that changed, unless this run may resume the cache."""
     try:
         require_same(settings.output, stored, parts)
     except CacheMismatchError as error:
         if parts["data"].fingerprint == stored.data.fingerprint:
             raise
-        changes = changed_files(settings.output, settings.train_data)
+        changes = changed_files(settings.output, reading)
         raise CacheMismatchError(f"{error}{changes}") from error
 
 
@@ -203,6 +204,7 @@ def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
 
 def _plan(
     settings: PrecomputeSettings,
+    reading: Reading,
     tokenizer: PreTrainedTokenizerBase,
     files: dict[str, bytes],
     staging: Path,
@@ -224,7 +226,7 @@ def _plan(
         staging,
         bad=bad,
         max_seq_length=settings.max_seq_length,
-        records=Reading(settings.train_data, **settings.taken),
+        records=reading,
         workers=processes(settings.tokenize_workers),
         resumable=True,
     )

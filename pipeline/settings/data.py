@@ -76,23 +76,12 @@ class SourceSettings(Settings):
         return {"config": self.data_config, "split": self.data_split, "where": self.where}
 
 
-class DataSettings(SourceSettings):
-    """How records become examples."""
+class RecordSettings(SourceSettings):
+    """What counts as a good record."""
 
-    chat_turns: Literal["auto", "all", "last", "each"] = Field(
-        "auto",
-        description="chats of several turns: auto: one example if the template keeps earlier turns, else one per turn; "
-        "all: one or an error; each: one per turn; last: the last answer alone",
-    )
-    chat_template: FilePath | None = Field(
-        None, description="Jinja file in place of the tokenizer's chat template; stored with the cache and the student"
-    )
-    chat_template_kwargs: TemplateKwargs = Field(
-        {}, description="""values of the chat template's variables as JSON, such as '{"enable_thinking": false}'"""
-    )
     columns: Columns = Field({}, description="your names of columns, such as response=answer,prompt=question")
     on_bad_record: Literal["fail", "skip"] = Field(
-        "fail", description="fail reports every bad record before the teacher is loaded; skip leaves them out"
+        "fail", description="fail reports every bad record, before a teacher is loaded; skip leaves them out"
     )
     max_bad: Share = Field(0.01, description="with --on-bad-record skip: largest share of bad records, such as 1%")
 
@@ -112,7 +101,23 @@ class DataSettings(SourceSettings):
         return self.max_bad if self.on_bad_record == "skip" else 0.0
 
 
-class SplitSettings(SourceSettings):
+class DataSettings(RecordSettings):
+    """How records become examples."""
+
+    chat_turns: Literal["auto", "all", "last", "each"] = Field(
+        "auto",
+        description="chats of several turns: auto: one example if the template keeps earlier turns, else one per turn; "
+        "all: one or an error; each: one per turn; last: the last answer alone",
+    )
+    chat_template: FilePath | None = Field(
+        None, description="Jinja file in place of the tokenizer's chat template; stored with the cache and the student"
+    )
+    chat_template_kwargs: TemplateKwargs = Field(
+        {}, description="""values of the chat template's variables as JSON, such as '{"enable_thinking": false}'"""
+    )
+
+
+class SplitSettings(RecordSettings):
     """Options of ``logitcask split``."""
 
     data: Sources = Field(description="data file, folder, pattern or hub data set; repeatable, read in order")

@@ -1,9 +1,10 @@
 """``logitcask split``: data cut into a training and a test file, duplicates on one side. Two passes over the data."""
 
+import contextlib
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.console import track
+from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.columns import RecordError, shape_record
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.records import Raw
@@ -28,34 +30,31 @@ class Split:
     test_examples: int
 
 
-def split_data(reading: Reading, output_dir: Path, test: int, seed: int) -> Split:
+def split_data(reading: Reading, output_dir: Path, test: int, seed: int, bad_share: float = 0.0) -> Split:
     """Write ``train.jsonl`` and ``test.jsonl``, the latter with ``test`` examples, a few more if there are duplicates.
 
-    Which side a record is on depends on its text and the seed alone, so more data at the end moves few records. Memory:
-    8 bytes per example. Raises LogitcaskError if a file exists or the data has too few examples.
+    Which side a record is on depends on its text and the seed alone, so more data at the end moves few records. At most
+    ``bad_share`` of them may be bad; these are left out. Memory: 8 bytes per example. Raises LogitcaskError if a file
+    exists, more records are bad, or the data has too few examples.
     """
     files = output_dir / "train.jsonl", output_dir / "test.jsonl"
     for file in files:
         if file.exists():
             raise LogitcaskError(f"{file}: already exists: choose another --output-dir or remove it")
     ranks = array("Q")
-    with track("reading", None, "examples") as advance:
+    bad = BadRecords(skipped_file(output_dir), bad_share)
+    with bad, track("reading", None, "examples") as advance:
         for where, record in _all(reading):
-            if isinstance(record, RecordError):
-                raise LogitcaskError(f"{where}: {record}")
-            ranks.append(_rank(record, seed))
+            bad.read += 1
+            try:
+                ranks.append(_rank(record, seed, reading.renamed))
+            except RecordError as error:
+                bad.add(where, str(error), record.value if isinstance(record, RecordError) else record)
             advance(1)
     limit = _limit(np.frombuffer(ranks, dtype=np.uint64), test)
     output_dir.mkdir(parents=True, exist_ok=True)
-    counts = [0, 0]
     partial = [file.with_suffix(".partial") for file in files]
-    with partial[0].open("w") as train_file, partial[1].open("w") as test_file:
-        for _, record in _all(reading):
-            if isinstance(record, RecordError):
-                continue  # it was read above, so the file has changed: the counts differ
-            side = int(_rank(record, seed) <= limit)
-            (train_file, test_file)[side].write(json.dumps(record) + "\n")
-            counts[side] += 1
+    counts = _write(reading, partial, seed, limit)
     if sum(counts) != len(ranks):
         raise LogitcaskError(f"{', '.join(reading.sources)}: changed while it was read: run the same command again")
     for written, file in zip(partial, files, strict=True):
@@ -63,18 +62,32 @@ def split_data(reading: Reading, output_dir: Path, test: int, seed: int) -> Spli
     return Split(*files, *counts)
 
 
+def _write(reading: Reading, files: Sequence[Path], seed: int, limit: int) -> list[int]:
+    """Write the good records to the files of both sides; return how many went to each."""
+    counts = [0, 0]
+    with files[0].open("w") as train_file, files[1].open("w") as test_file:
+        for _, record in _all(reading):
+            with contextlib.suppress(RecordError):
+                side = int(_rank(record, seed, reading.renamed) <= limit)
+                (train_file, test_file)[side].write(json.dumps(record) + "\n")
+                counts[side] += 1
+    return counts
+
+
 def _all(reading: Reading) -> Iterator[Raw]:
     for source in reading.sources:
         yield from reading(source)
 
 
-def _rank(record: dict[str, Any], seed: int) -> int:
-    """Return a number in [0, 2^64) that depends on the record's text and the seed: duplicates have the same."""
-    try:
-        text: Any = asdict(replace(shape_record(record, {}), unused=frozenset()))
-        text["unused"] = []
-    except RecordError:
-        text = record
+def _rank(record: dict[str, Any] | RecordError, seed: int, renamed: Mapping[str, str]) -> int:
+    """Return a number in [0, 2^64) that depends on the record's text and the seed: duplicates have the same.
+
+    Raises RecordError if the record is bad.
+    """
+    if isinstance(record, RecordError):
+        raise record
+    text: Any = asdict(replace(shape_record(record, renamed), unused=frozenset()))
+    text["unused"] = []
     content = json.dumps(text, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(f"{seed} {content}".encode()).digest()[:8])
 

@@ -13,7 +13,7 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from tests.support.servers import hf_environment, hf_server
-from tests.support.tiny import RECORDS, make_cache, write_jsonl
+from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
 CARD = """---
 configs:
@@ -28,17 +28,26 @@ configs:
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    folder = tmp_path_factory.mktemp("hub")
-    repository = folder / "mirrors/datasets/me/texts"
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def port(hub: Path) -> Iterator[int]:
+    repository = hub / "mirrors/datasets/me/texts"
     for name in ("code/train", "code/test", "prose"):
         write_jsonl(repository / f"{name}.jsonl", [{"prompt": f"{n} of", "response": name} for n in range(4)])
     (repository / "README.md").write_text(CARD)
-    git = ["git", "-C", str(repository), "-c", "user.name=me", "-c", "user.email=me@localhost"]
-    for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "Texts"]):
-        subprocess.run([*git, *command], check=True)
-    with hf_server(folder) as port:
+    subprocess.run(["git", "init", "-q", "-b", "main", repository], check=True)
+    commit(repository)
+    with hf_server(hub) as port:
         yield port
+
+
+def commit(repository: Path) -> None:
+    git = ["git", "-C", str(repository), "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for command in (["add", "-A"], ["commit", "-q", "-m", "Texts"]):
+        subprocess.run([*git, *command], check=True)
 
 
 def split(port: int, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -105,6 +114,36 @@ def test_a_file_that_changed_since_the_first_run_is_named(tmp_path: Path) -> Non
     assert str(files[0]) not in str(told.value)
 
 
+def test_a_data_set_of_the_hub_that_changed_since_the_first_run_is_named(port: int, hub: Path, tmp_path: Path) -> None:
+    """Beside a file that did not; and an option that did is not taken for the data."""
+    make_teacher(tmp_path / "teacher")
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    program = (
+        "import sys; from pathlib import Path; from logitcask.cache.errors import LogitcaskError\n"
+        "from logitcask.pipeline.precompute.precompute import precompute\n"
+        "from tests.support.tiny import precompute_settings, write_jsonl; from tests.text.test_reading import commit\n"
+        "data = ['train.jsonl', 'me/texts']\n"
+        "def run(**more):\n"
+        "    try: precompute(precompute_settings(Path(), train_data=data, data_config='prose', **more))\n"
+        "    except LogitcaskError as error: print(error)\n"
+        "    else: print('done')\n"
+        "run(); run(); run(prompt_loss=True)\n"
+        "write_jsonl(Path(sys.argv[1], 'prose.jsonl'), [{'prompt': 'a', 'response': 'b'}])\n"
+        "commit(Path(sys.argv[1])); run()\n"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, **hf_environment(port, tmp_path / "home"), "PYTHONPATH": f"{root}:{root}/src"}
+    command = [sys.executable, "-c", program, str(hub / "mirrors/datasets/me/texts")]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    said = run.stdout.splitlines()
+    assert said[:2] == ["done", "done"], run.stderr
+    assert said[2].endswith("; the data did not change since: an option did")
+    assert said[-1].endswith("; since the first run me/texts changed"), run.stdout
+    assert list(json.loads((tmp_path / "cache.files.json").read_text())) == ["train.jsonl", "me/texts"]
+
+
 def test_bad_records_are_counted_by_kind_of_reason(tmp_path: Path) -> None:
     bad = BadRecords(tmp_path / "bad.jsonl")
     for number in range(7):
@@ -124,8 +163,8 @@ def test_for_a_cache_at_a_url_nothing_is_left_in_the_working_directory(
 ) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", RECORDS)
     monkeypatch.chdir(tmp_path)
-    record_files("s3://bucket/cache", [str(data)])
+    record_files("s3://bucket/cache", Reading((str(data),)))
     assert os.listdir(tmp_path) == ["data.jsonl"]
-    assert changed_files("s3://bucket/cache", [str(data)]) == ""
-    record_files(tmp_path / "cache", [str(data)])
+    assert changed_files("s3://bucket/cache", Reading((str(data),))) == ""
+    record_files(tmp_path / "cache", Reading((str(data),)))
     assert sorted(os.listdir(tmp_path)) == ["cache.files.json", "data.jsonl"]

@@ -46,6 +46,31 @@ def test_more_data_moves_few_records(tmp_path: Path) -> None:
     assert len(set(lines(first.test)) - set(lines(more.test))) < 15
 
 
+def test_all_bad_records_are_reported_at_once_or_left_out(tmp_path: Path) -> None:
+    good = [json.dumps({"question": record["prompt"], "response": record["response"]}) for record in records(300)]
+    broken = [
+        '{"question": "a"',
+        "[1]",
+        '{"question": "b", "response": ""}',
+        '{"question": "c", "response": "\\ud800"}',
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_bytes("\n".join([*good[:100], *broken, *good[100:]]).encode() + b'\n{"question": "\xff"}\n')
+    reading = Reading((str(data),), renamed={"question": "prompt"})
+    with pytest.raises(LogitcaskError) as refused:
+        split_data(reading, tmp_path / "out", 30, 0)
+    said, kept = str(refused.value), tmp_path / "out.skipped.jsonl"
+    assert said.startswith("5 bad records of 305: 1 x malformed JSON")
+    assert f"response is empty: a response needs text: {data}:103" in said
+    assert [json.loads(line)["where"].rpartition(":")[2] for line in lines(kept)] == ["101", "102", "103", "104", "305"]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(LogitcaskError, match=r"5 bad records of 305: .*more than --max-bad 1"):
+        split_data(reading, tmp_path / "out", 30, 0, 0.01)
+    done = split_data(reading, tmp_path / "out", 30, 0, 0.02)
+    assert (done.train_examples, done.test_examples) == (270, 30)
+    assert sorted(lines(done.train) + lines(done.test)) == sorted(good)
+
+
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     data = str(write_jsonl(tmp_path / "data.jsonl", records(10)))
     with pytest.raises(LogitcaskError, match="--test 10: the data has 10 examples"):
