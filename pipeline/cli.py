@@ -4,17 +4,16 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from logitcask.pipeline.settings.base import Command, Group, expand_home, home_path, options_from, require_plain_text
-from logitcask.pipeline.settings.browse import BrowseSettings
+from logitcask.pipeline.cache_cli import cache_app
+from logitcask.pipeline.settings.base import Group, example, file, options_from, require_plain_text, run_folders
 from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
-from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
@@ -37,12 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
-)
-cache_app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Inspect, browse, verify, copy, import and export logit caches.",
 )
 app.add_typer(cache_app, name="cache")
 
@@ -73,27 +66,9 @@ def _options(
         os.environ.update(QUIET_PACKAGES)
 
 
-def _example(text: str) -> dict[str, Any]:
-    """Return what every command is registered with: its class, and an example at the end of its help."""
-    return {"cls": Command, "epilog": f"Example: logitcask {text}"}
-
-
-def _place(name: str, words: str) -> Any:
-    """Return the argument that names a cache: a path, with ``~`` expanded, or a URL."""
-    return typer.Argument(parser=expand_home, metavar=name, help=words)
-
-
-def _runs(words: str) -> Any:
-    return typer.Argument(parser=home_path, metavar="RUNS", help=words)
-
-
-def _file(words: str) -> Any:
-    return typer.Option(parser=home_path, metavar="PATH", help=words)
-
-
 @app.command(
     "generate-data",
-    **_example(
+    **example(
         "generate-data --provider openai --model gpt-5-mini --prompts code --num-examples 500 "
         "--prices gpt-5-mini=0.25/2 --max-cost 3 --output-dir data"
     ),
@@ -106,7 +81,7 @@ def generate_data(settings: GenerateDataSettings) -> None:
     typer.echo(run.generate_data(settings))
 
 
-@app.command("split", **_example("split --data data/all.jsonl --test 1000 --output-dir data"))
+@app.command("split", **example("split --data data/all.jsonl --test 1000 --output-dir data"))
 @options_from(SplitSettings)
 def split(settings: SplitSettings) -> None:
     """Cut data into train.jsonl and test.jsonl; duplicates stay on one side."""
@@ -120,7 +95,7 @@ def split(settings: SplitSettings) -> None:
 
 @app.command(
     "precompute-logits",
-    **_example("precompute-logits --teacher-model Qwen/Qwen3-8B --train-data data/train.jsonl --output data/cache"),
+    **example("precompute-logits --teacher-model Qwen/Qwen3-8B --train-data data/train.jsonl --output data/cache"),
 )
 @options_from(PrecomputeSettings)
 def precompute_logits(settings: PrecomputeSettings) -> None:
@@ -151,7 +126,7 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
         typer.echo(f"labels are {owner}: only the head at T=1, no draws, no other temperature")
 
 
-@app.command("train", **_example("train --cache data/cache --student-config tiny --output-dir runs/a"))
+@app.command("train", **example("train --cache data/cache --student-config tiny --output-dir runs/a"))
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, without a teacher in memory."""
@@ -163,7 +138,7 @@ def train(settings: TrainSettings) -> None:
 
 
 @app.command(
-    "plan", **_example("plan --train-data data/train.jsonl --teacher-model Qwen/Qwen3-8B --device H100 --price 2.5")
+    "plan", **example("plan --train-data data/train.jsonl --teacher-model Qwen/Qwen3-8B --device H100 --price 2.5")
 )
 @options_from(PlanSettings)
 def plan(settings: PlanSettings) -> None:
@@ -173,10 +148,10 @@ def plan(settings: PlanSettings) -> None:
     print_plan(settings)
 
 
-@app.command("plot", **_example("plot runs/a runs/b --output curves.png"))
+@app.command("plot", **example("plot runs/a runs/b --output curves.png"))
 def plot(
-    runs: Annotated[list[Path], _runs("folders of runs, finished or not")],
-    output: Annotated[Path, _file("the figure to write: .png, .svg or .pdf")] = Path("curves.png"),
+    runs: Annotated[list[Path], run_folders("folders of runs, finished or not")],
+    output: Annotated[Path, file("the figure to write: .png, .svg or .pdf")] = Path("curves.png"),
 ) -> None:
     """Plot the losses and perplexities of runs, in training and on held-out examples, from their metrics.jsonl."""
     from logitcask.pipeline.runs.curves import plot_runs
@@ -185,7 +160,7 @@ def plot(
 
 
 @app.command(
-    "evaluate", **_example("evaluate --model runs/a/final --cache data/held-out-cache --output runs/a/evaluation.json")
+    "evaluate", **example("evaluate --model runs/a/final --cache data/held-out-cache --output runs/a/evaluation.json")
 )
 @options_from(EvaluateSettings)
 def evaluate(settings: EvaluateSettings) -> None:
@@ -202,12 +177,12 @@ def evaluate(settings: EvaluateSettings) -> None:
         evaluating.print_evaluation(evaluation)
 
 
-@app.command("compare", **_example("compare runs/a runs/b --output comparison.md --plot curves.png"))
+@app.command("compare", **example("compare runs/a runs/b --output comparison.md --plot curves.png"))
 def compare(
-    runs: Annotated[list[Path], _runs("folders of finished runs")],
+    runs: Annotated[list[Path], run_folders("folders of finished runs")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    output: Annotated[Path | None, _file("write the table to this file, as Markdown")] = None,
-    plot: Annotated[Path | None, _file("plot the total losses to this .png, .svg or .pdf")] = None,
+    output: Annotated[Path | None, file("write the table to this file, as Markdown")] = None,
+    plot: Annotated[Path | None, file("plot the total losses to this .png, .svg or .pdf")] = None,
 ) -> None:
     """Compare runs in one table: the settings that differ, what they cost, and their results."""
     from logitcask.pipeline.runs.compare import compare as compare_runs
@@ -215,7 +190,7 @@ def compare(
     typer.echo(compare_runs(runs, output, plot, as_json=json))
 
 
-@app.command("generate", **_example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
+@app.command("generate", **example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:
     """Generate text with a student."""
@@ -231,135 +206,6 @@ def generate(settings: GenerateSettings) -> None:
     ):
         typer.echo(piece, nl=False)  # flushed at once
     typer.echo()
-
-
-@cache_app.command("info", **_example("cache info data/cache --plot cache.png"))
-def cache_info(
-    path: Annotated[str, _place("PATH", "folder, .zip file or URL of the cache")],
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    plot: Annotated[Path | None, _file("plot mass by rank and entropies to this .png, .svg or .pdf")] = None,
-) -> None:
-    """Show what a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
-    from logitcask.cache.errors import IncompleteCacheError
-    from logitcask.cache.report.info import describe, render
-    from logitcask.cache.report.plot import plot_labels, require_plot
-
-    if plot:
-        require_plot(plot)
-    info = describe(path)
-    typer.echo(info.model_dump_json(indent=2) if json else render(info))
-    if plot:
-        if info.labels is None:
-            raise IncompleteCacheError(f"{path}: no shard is committed yet: there is nothing to plot")
-        plot_labels(info.labels, info.manifest.teacher.id, plot)
-
-
-def _shard_count(path: str) -> int:
-    """Return the number of shards of a cache, finished or not."""
-    from logitcask.cache.reader import read_manifest
-    from logitcask.cache.storage.open import open_store
-
-    return read_manifest(open_store(path, read_only=True), path).shards.count
-
-
-@cache_app.command("copy", **_example("cache copy data/cache s3://bucket/caches/code --shards 0:10"))
-def cache_copy(
-    source: Annotated[str, _place("SOURCE", "folder, .zip file, or s3://, gs://, hf://, ssh:// URL")],
-    destination: Annotated[str, _place("DESTINATION", "the same; an interrupted copy there is resumed")],
-    shards: Annotated[
-        str | None, typer.Option(metavar="FIRST:STOP", help="copy only these, as a cache in itself")
-    ] = None,
-) -> None:
-    """Copy a cache, checking every object at both ends. Run it again to finish an interrupted copy."""
-    from logitcask.cache.copy import copy_cache
-    from logitcask.pipeline.console import track
-    from logitcask.pipeline.settings.base import shard_range
-
-    chosen = shard_range(shards) if shards else None
-    with track("copying", chosen[1] - chosen[0] if chosen else _shard_count(source), "shards") as advance:
-        copied = copy_cache(source, destination, chosen, advance)
-    typer.echo(
-        f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} already present, "
-        f"{copied.bytes:,} bytes written; all match their digests"
-    )
-
-
-@cache_app.command(
-    "import",
-    **_example("cache import captures/qwen3 --format distillkit --tokenizer Qwen/Qwen3-8B --output data/cache"),
-)
-@options_from(ImportSettings)
-def cache_import(settings: ImportSettings) -> None:
-    """Make a cache of labels that another tool made. They must fit their text; what they lack is recorded.
-
-    Run it again to finish an interrupted import.
-    """
-    from logitcask.pipeline.labels_from.import_labels import import_labels
-
-    report = import_labels(settings)
-    data, label = report.manifest.data, report.manifest.label
-    typer.echo(
-        f"{data.examples:,} examples, {data.positions:,} target positions -> {settings.output} "
-        f"({report.shards_written} shards written)"
-    )
-    typer.echo(
-        f"head {label.head_size} of {report.fewest} to {report.most} entries at T=1, no draws; "
-        f"{report.positions_left_out:,} positions left out: fewer entries"
-    )
-    if not label.knows("rest"):
-        typer.echo("the source gives only the entries, not the mass outside them: train with --tail renormalize")
-
-
-@cache_app.command("export", **_example("cache export data/cache --format parquet --output labels.parquet"))
-def cache_export(
-    cache: Annotated[str, _place("CACHE", "folder, .zip file or URL of the cache")],
-    form: Annotated[str, typer.Option("--format", metavar="NAME", help="parquet or topk-jsonl")],
-    output: Annotated[Path, _file("the file to write")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
-) -> None:
-    """Write the heads of a cache's labels at T=1 to a file, one row per example, for `cache import --format topk`."""
-    from logitcask.pipeline.labels_from.export import export_labels
-
-    typer.echo(f"{export_labels(cache, output, form, overwrite=overwrite):,} examples -> {output}")
-
-
-@cache_app.command("browse", **_example("cache browse data/cache --examples worst:10,0:5 --html labels.html"))
-@options_from(BrowseSettings)
-def cache_browse(settings: BrowseSettings) -> None:
-    """Write a page of labels, token by token: one file, to be opened in a browser, that loads nothing."""
-    from logitcask.pipeline.browse.page import browse
-
-    typer.echo(f"{browse(settings)} examples -> {settings.html}")
-
-
-@cache_app.command("verify", **_example("cache verify data/cache --repair"))
-def cache_verify(
-    path: Annotated[str, _place("PATH", "folder, .zip file or URL of the cache")],
-    repair: Annotated[
-        bool, typer.Option("--repair", help="drop damaged shards, so that stage 1 computes them again")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-) -> None:
-    """Check every object against its digest, and the labels against the manifest and each other."""
-    from dataclasses import asdict
-    from json import dumps
-
-    from logitcask.cache import verify as verification
-    from logitcask.cache.errors import CacheFormatError
-    from logitcask.pipeline.console import track
-
-    with track("verifying", _shard_count(path), "shards") as advance:
-        report = verification.verify(path, advance)
-    summary = "\n".join(report.problems) or f"{path}: all {report.shards} shards are intact"
-    typer.echo(dumps({"path": path, **asdict(report)}, indent=2) if json else summary)
-    if not report.problems:
-        return
-    if not repair:
-        raise CacheFormatError(f"{path}: {len(report.problems)} problems: {report.remedy}")
-    dropped = verification.repair(path, report)
-    if not json:
-        again = f"dropped shards {dropped}: run the same logitcask precompute-logits command again to recompute them"
-        typer.echo(again if dropped else f"nothing to repair: {report.remedy}")
 
 
 def main() -> None:

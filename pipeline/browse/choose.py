@@ -8,7 +8,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import IntArray
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import sample_shards
-from logitcask.pipeline.settings.browse import PART
+from logitcask.pipeline.settings.cache import PART
 
 RANKED_POSITIONS = 1_000_000  # target positions of the shards whose examples are ranked
 
@@ -23,7 +23,7 @@ def choose(reader: CacheReader, parts: Sequence[str], seed: int) -> dict[int, st
     ranked: IntArray | None = None
     for part in parts:
         match = PART.fullmatch(part)
-        assert match is not None  # settings.browse
+        assert match is not None  # settings.cache
         if match["kind"] is None:
             indices = _range(reader, int(match["first"]), match["stop"])
         elif match["kind"] == "random":

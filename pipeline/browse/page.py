@@ -19,7 +19,7 @@ from logitcask.pipeline.console import track
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.models.student import require_room
-from logitcask.pipeline.settings.browse import BrowseSettings
+from logitcask.pipeline.settings.cache import BrowseSettings
 from logitcask.pipeline.text.tokenizer import require_tokenizer
 
 PARTS = {"style": "page.css", "script": "page.js"}

@@ -33,7 +33,7 @@ from logitcask.pipeline.labels_from.rows import LabelledText, Read
 from logitcask.pipeline.labels_from.staged import StagedLabels
 from logitcask.pipeline.labels_from.topk import read_axolotl, read_topk
 from logitcask.pipeline.precompute.sharding import cut_shards, explain_limits, plan_strides, shuffled
-from logitcask.pipeline.settings.import_labels import ImportSettings
+from logitcask.pipeline.settings.cache import ImportSettings
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.records import Raw, read_records

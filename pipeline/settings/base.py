@@ -322,3 +322,23 @@ def _metavar(field: FieldInfo) -> str:
         if word in text:
             return metavar
     return "TEXT"
+
+
+def example(text: str) -> dict[str, Any]:
+    """Return what every command is registered with: its class, and an example at the end of its help."""
+    return {"cls": Command, "epilog": f"Example: logitcask {text}"}
+
+
+def place(name: str, words: str) -> Any:
+    """Return the argument that names a cache: a path, with ``~`` expanded, or a URL."""
+    return typer.Argument(parser=expand_home, metavar=name, help=words)
+
+
+def run_folders(words: str) -> Any:
+    """Return the argument that names the folders of runs."""
+    return typer.Argument(parser=home_path, metavar="RUNS", help=words)
+
+
+def file(words: str) -> Any:
+    """Return an option that names a file."""
+    return typer.Option(parser=home_path, metavar="PATH", help=words)

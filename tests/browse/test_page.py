@@ -18,7 +18,7 @@ from logitcask.cache.labels import Example, soft_labels
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.browse.contents import pack
 from logitcask.pipeline.browse.page import browse, render
-from logitcask.pipeline.settings.browse import BrowseSettings
+from logitcask.pipeline.settings.cache import BrowseSettings
 from tests.cache.test_cache import label_settings
 from tests.support.needed import lacking
 from tests.support.tiny import make_cache, sound_shards

@@ -15,7 +15,7 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
 from logitcask.pipeline.labels_from.import_labels import ImportReport, import_labels
 from logitcask.pipeline.precompute.sharding import shuffled
-from logitcask.pipeline.settings.import_labels import ImportSettings
+from logitcask.pipeline.settings.cache import ImportSettings
 from tests.support.foreign import Drawn, drawn_texts, top_k_row
 from tests.support.tiny import folder_bytes, make_tokenizer, write_jsonl
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.cache.labels import soft_labels
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.cli import app, cache_app, main
+from logitcask.pipeline.cache_cli import cache_app
+from logitcask.pipeline.cli import app, main
 from tests.support.tiny import make_cache, make_teacher
 
 README = Path(__file__).parents[2] / "README.md"
