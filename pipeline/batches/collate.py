@@ -24,6 +24,7 @@ class TrainingExample:
     encoded: Encoded
     targets: SparseTargets | None
     source: int = 0  # which of several caches it is from
+    temperature: float | None = None  # of its labels, if not the collator's
 
 
 class Examples(Dataset[TrainingExample]):
@@ -99,7 +100,14 @@ class Collator:
         parts = [example.targets for example in examples if example.targets is not None]
         if not parts:
             return None
-        return soft_labels(SparseTargets.concatenate(parts), self.temperatures, self.temperature, self.tail)
+        return soft_labels(
+            SparseTargets.concatenate(parts), self.temperatures, self.temperature_of(examples), self.tail
+        )
+
+    def temperature_of(self, examples: Sequence[TrainingExample]) -> float:
+        """Return the temperature of a batch's labels."""
+        given = examples[0].temperature
+        return self.temperature if given is None else given
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,8 @@ class MixedCollator(Collator):
             if chosen:
                 rows.append(np.concatenate([places[i] for i in chosen]))
                 parts = [targets for i in chosen if (targets := examples[i].targets) is not None]
-                own = soft_labels(SparseTargets.concatenate(parts), temperatures, self.temperature, self.tail)
+                joined = SparseTargets.concatenate(parts)
+                own = soft_labels(joined, temperatures, self.temperature_of(examples), self.tail)
                 labels.append(cut_head(own, self.head_size))
         return merge_rows(labels, rows) if labels else None
 

@@ -27,6 +27,7 @@ Whole = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 REPEATABLE = "repeatable"  # marks a field whose option may be given several times
 WEIGHT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+NUMBER = "number"  # marks a field of numbers whose type does not say so
 ARGUMENT = "argument"  # marks a field that is given without an option's name
 
 
@@ -171,7 +172,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a mapping with a key given twice."""
+    """YAML's safe loader, which refuses a mapping with a key given twice, and reads 2:1 as text, not to the base 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping. Raises ConstructorError, with the line, if a key is repeated."""
@@ -182,6 +183,18 @@ class _UniqueKeys(yaml.SafeLoader):
                     None, None, f"{key} is given {keys.count(key)} times: give it once", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        """Return an integer, or the text of FIRST:LAST."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> Any:
+        """Return a number, or the text of FIRST:LAST."""
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
+_UniqueKeys.add_constructor("tag:yaml.org,2002:float", _UniqueKeys.construct_yaml_float)
 
 
 def config_file(kind: str, name: str | Path) -> Path:
@@ -313,11 +326,15 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def is_repeatable(field: FieldInfo) -> bool:
     """Return whether an option may be given several times."""
-    return REPEATABLE in field.metadata or REPEATABLE in str(field.annotation)
+    return _is_marked(field, REPEATABLE)
+
+
+def _is_marked(field: FieldInfo, mark: str) -> bool:
+    return mark in field.metadata or repr(mark) in str(field.annotation)
 
 
 def _metavar(field: FieldInfo) -> str:
-    text = "TEXT" if is_repeatable(field) else str(field.annotation)
+    text = "TEXT" if is_repeatable(field) else "float" if _is_marked(field, NUMBER) else str(field.annotation)
     for word, metavar in (("Literal", "NAME"), ("Path", "PATH"), ("tuple", "LIST"), ("float", "NUMBER"), ("int", "N")):
         if word in text:
             return metavar

@@ -65,6 +65,8 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
                     "--tail and --divergence apply to a cache: leave them out, a teacher in memory gives the exact "
                     "forward KL"
                 )
+        if self.cache is None and not self.temperatures.level:
+            raise ValueError("--temperature FIRST:LAST applies to a cache: give one number to a teacher in memory")
         if self.min_fidelity is not None and self.cache is None:
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"

@@ -22,6 +22,7 @@ from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss, fused_position_losses
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
 from logitcask.pipeline.models.losses import LossSettings, LossSums, OwnLoss, RouterLoss, position_losses
+from logitcask.pipeline.settings.training.schedule import Ramp
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
 
@@ -30,6 +31,7 @@ DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
 class Distillation:
     """The loss: alpha * cross-entropy + (1 - alpha) * T^2 * divergence, or in its place a ``loss`` of your own.
 
+    ``alpha``: a number, or (first, last) for a straight line over the steps of a trainer, which evaluates by the last.
     ``temperature``: None takes that of the labels; a number is compared with it. ``divergence``: forward-kl, or with
     labels of tail="bucket" also reverse-kl and jsd. ``loss``: a function of the student's logits (n, V) of n positions,
     at T=1, and their ``SoftLabels`` (ids, weights, log_probs, log_rest, temperature); it returns n losses.
@@ -37,26 +39,32 @@ class Distillation:
         Distillation(alpha=0.1)
     """
 
-    alpha: float = 0.1
+    alpha: float | tuple[float, float] = 0.1
     temperature: float | None = None
     divergence: str = "forward-kl"
     loss: OwnLoss | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
+        if not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
             raise LogitcaskError(f"alpha must be between 0 and 1, got {self.alpha}")
         if self.divergence not in DIVERGENCES:
             raise LogitcaskError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
         if self.loss is not None and self.divergence != "forward-kl":
             raise LogitcaskError(f"divergence {self.divergence!r} and a loss of your own: give one of the two")
 
+    @property
+    def alphas(self) -> Ramp:
+        """The weight of the hard loss over the steps of a run."""
+        return Ramp.of(self.alpha)
+
     def settings(self, batch: Mapping[str, Any]) -> LossSettings:
         """Return the loss of a batch at its labels' temperature. Raises LogitcaskError if its labels do not fit."""
         labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
+        alpha = self.alphas.last
         if labels is None:
-            if self.alpha < 1.0 and len(batch["target_index"]):  # a rank may have no examples in the last step
+            if alpha < 1.0 and len(batch["target_index"]):  # a rank may have no examples in the last step
                 raise LogitcaskError(
-                    f"alpha {self.alpha:g} needs soft labels, but the batch has none: take batches from a cache, or "
+                    f"alpha {alpha:g} needs soft labels, but the batch has none: take batches from a cache, or "
                     "set alpha to 1"
                 )
             return LossSettings(1.0, 1.0, "sampled", "forward-kl")
@@ -75,7 +83,7 @@ class Distillation:
                 f"divergence {self.divergence} requires labels of tail='bucket', got {labels.tail!r}: give "
                 "tail='bucket' to the collator or loader"
             )
-        return LossSettings(self.alpha, labels.temperature, labels.tail, self.divergence, self.loss)
+        return LossSettings(alpha, labels.temperature, labels.tail, self.divergence, self.loss)
 
 
 def load_loss(name: str) -> OwnLoss:
@@ -112,8 +120,9 @@ def make_loss_forward(
     """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
 
     Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because
-    only there has FSDP gathered its weight. A ``teacher`` in memory replaces the batch's labels. While training, a
-    ``router`` loss is added to the total, once per target position: so a step's mean weighs its batches as usual.
+    only there has FSDP gathered its weight. An ``alpha`` in the batch replaces that of ``how``, and a ``teacher`` in
+    memory the batch's labels. While training, a ``router`` loss is added to the total, once per target position: so a
+    step's mean weighs its batches as usual.
     """
     read = read_head(model)
     _install(model, read.scale, read.softcap, how, teacher, router)
@@ -137,7 +146,7 @@ def _install(
             return head_forward(hidden)
         run = trained_head(head)
         current = LMHead(run.weight, getattr(run, "bias", None), scale, softcap)
-        settings = how if isinstance(how, LossSettings) else how.settings(batch)
+        settings = _at_step(how if isinstance(how, LossSettings) else how.settings(batch), batch)
         if per_position:
             return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
         if "labelled" in batch:
@@ -176,6 +185,13 @@ def _loss_of_replay(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: Los
         if bool(rows_N.any()) or not len(gold_N)
     ]
     return LossSums(*(torch.stack(parts).sum(0) for parts in zip(*(part[:5] for part in sums), strict=True)))
+
+
+def _at_step(settings: LossSettings, batch: Batch) -> LossSettings:
+    """Return the loss with what changes over a run as it is in this batch: alpha, and its labels' temperature."""
+    labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
+    temperature = settings.temperature if labels is None else labels.temperature
+    return replace(settings, alpha=batch.get("alpha", settings.alpha), temperature=temperature)
 
 
 def bare_model(model: nn.Module) -> PreTrainedModel:

@@ -59,6 +59,8 @@ class DistillationMixin(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
+        self._alphas = self.distillation.alphas
+        self._now: dict[str, float] = {}  # what changes over the run, at the last step
         self._sums: Tensor | None = None  # SUMS, labelled positions and all, since the last log line
         self._slots: Tensor | None = None  # tokens and places for them since the last log line
 
@@ -101,11 +103,15 @@ class DistillationMixin(Trainer):
             packed=self.data_collator.packed,
         )
 
+    def _items(self) -> Any:
+        """Return the data set of what the batch sampler gives."""
+        return self.train_dataset
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of batches in the sampler's order."""
         workers = self.args.dataloader_num_workers
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
+            self._items(),
             batch_sampler=self._batches(),
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -134,7 +140,11 @@ class DistillationMixin(Trainer):
         """Return this batch's share of the step's mean; ranks are averaged later, hence the factor."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        sums: LossSums = model(**inputs)
+        alpha = {}
+        if not self._alphas.level:
+            alpha["alpha"] = self._alphas.at(self.state.global_step, self.state.max_steps)
+            self._now |= alpha
+        sums: LossSums = model(**inputs, **alpha)
         parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
         row = torch.stack([*parts, *sums.hard.new_tensor([_labelled(inputs), len(inputs["gold"])])])
         self._sums = row if self._sums is None else self._sums + row
@@ -150,7 +160,7 @@ class DistillationMixin(Trainer):
         if self._sums is None or self._slots is None:
             return {}
         tokens, places = self.accelerator.reduce(self._slots, "sum").tolist()
-        parts = {**self._means(self._sums, ""), "padding": 1.0 - tokens / places, "tokens": tokens}
+        parts = {**self._means(self._sums, ""), "padding": 1.0 - tokens / places, "tokens": tokens, **self._now}
         self._sums = self._slots = None
         return parts
 

@@ -152,7 +152,7 @@ def save_final(
         write_json(final / SETTINGS_FILE, record)
         write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
         if after:
-            results().print(ends_table(before, after, settings.temperature, divergence_name(record)))
+            results().print(ends_table(before, after, settings.temperatures.last, divergence_name(record)))
         say(f"student -> {final}")
 
 

@@ -159,7 +159,8 @@ def _trainer(
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:
         say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
-    collator = source.collator(settings.temperature, packed=packed)
+    alpha, temperature = settings.alphas.last, settings.temperatures.last  # of evaluations
+    collator = source.collator(temperature, packed=packed)
     return DistillationTrainer(
         model=model,
         args=arguments,
@@ -170,7 +171,9 @@ def _trainer(
         tokenizer=source.tokenizer,
         nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
         callbacks=callbacks,
-        loss=LossSettings(settings.hard_weight, settings.temperature, source.tail, settings.divergence, own),
+        loss=LossSettings(alpha, temperature, source.tail, settings.divergence, own),
+        alphas=settings.alphas,
+        temperatures=settings.temperatures,
         teacher=source.teacher,
         router=router,
     )

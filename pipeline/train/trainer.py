@@ -16,9 +16,11 @@ from transformers.trainer_callback import TrainerCallback
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.batches.order import BatchSampler
+from logitcask.pipeline.batches.scheduled import ScheduledExamples, ScheduledSampler
 from logitcask.pipeline.models.fused_loss import TeacherRows
 from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.losses import LossSettings, RouterLoss
+from logitcask.pipeline.settings.training.schedule import Ramp
 from logitcask.pipeline.text.tokenizer import make_loadable
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.loss import make_loss_forward
@@ -42,7 +44,10 @@ def require_fsdp(trainer: Trainer) -> None:
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """The Trainer of ``logitcask train``: its own order and held-out examples, exact resume, a check of finiteness."""
+    """The Trainer of ``logitcask train``: its own order and held-out examples, exact resume, a check of finiteness.
+
+    ``loss`` is that of evaluations; ``alphas`` and ``temperatures`` replace its own at each step.
+    """
 
     def __init__(
         self,
@@ -57,6 +62,8 @@ class DistillationTrainer(DistillationMixin, Trainer):
         nonfinite: StopOnNonFinite,
         callbacks: list[TrainerCallback],
         loss: LossSettings,
+        alphas: Ramp | None = None,
+        temperatures: Ramp | None = None,
         teacher: Callable[[Batch], TeacherRows] | None = None,
         router: RouterLoss | None = None,
     ) -> None:
@@ -71,14 +78,30 @@ class DistillationTrainer(DistillationMixin, Trainer):
             processing_class=tokenizer,
             callbacks=[nonfinite, *callbacks],
         )
+        self._alphas = alphas or Ramp.of(loss.alpha)
+        self._temperatures = temperatures or Ramp.of(loss.temperature)
         self._nonfinite, self._tokenizer = nonfinite, tokenizer
         self.finished = False  # whether the checkpoint to resume from is that of the last step
 
     def _prepare_loss(self) -> None:
         make_loss_forward(self.model, self._loss, self._teacher, self._router)
 
-    def _batches(self) -> BatchSampler:
-        return self._sampler
+    def _batches(self) -> BatchSampler | ScheduledSampler:
+        if self._temperatures.level:
+            return self._sampler
+        stored, accumulation = self.data_collator.temperatures, self.args.gradient_accumulation_steps
+        return ScheduledSampler(
+            self._sampler, self._temperatures, stored, accumulation=accumulation, steps=self.args.max_steps
+        )
+
+    def _items(self) -> Any:
+        return self.train_dataset if self._temperatures.level else ScheduledExamples(self.train_dataset)
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *given: Any, **named: Any) -> Any:
+        """Return the mixin's loss, noting for the log the temperature of the labels if it changes over the run."""
+        if not self._temperatures.level and "soft_labels" in inputs:
+            self._now["temperature"] = inputs["soft_labels"].temperature
+        return super().compute_loss(model, inputs, *given, **named)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with explain_save_errors(Path(self.args.output_dir)):

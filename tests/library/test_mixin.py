@@ -51,13 +51,15 @@ def arguments(output: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(str(output), **{**values, **changes})
 
 
-def trainer(folder: Path, output: Path, *callbacks: TrainerCallback, packed: bool = False, **changes: Any) -> Any:
+def trainer(
+    folder: Path, output: Path, *callbacks: TrainerCallback, packed: bool = False, alpha: Any = ALPHA, **changes: Any
+) -> Any:
     cache = lc.open(folder / "cache")
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     return CacheTrainer(
         model, arguments(output, **changes), train_dataset=cache.dataset(), eval_dataset=cache.dataset(),
         data_collator=cache.collator(temperature=2.0, packed=packed), callbacks=list(callbacks),
-        distillation=lc.Distillation(alpha=ALPHA),
+        distillation=lc.Distillation(alpha=alpha),
     )  # fmt: skip
 
 
@@ -79,6 +81,18 @@ def test_a_step_has_the_gradient_of_the_dense_loss(
     line = one.state.log_history[0]
     assert line["total_loss"] == pytest.approx(expected, rel=1e-5)
     assert line["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_alpha_on_a_line_over_the_steps(folder: Path, tmp_path: Path) -> None:
+    one = trainer(folder, tmp_path, alpha=(0.8, 0.2), max_steps=3)
+    one.train()
+    lines = [line for line in one.state.log_history if "alpha" in line]
+    assert [line["alpha"] for line in lines] == pytest.approx([0.8, 0.5, 0.2])
+    for line in lines:
+        total = line["alpha"] * line["hard_loss"] + (1 - line["alpha"]) * line["soft_loss"]
+        assert line["total_loss"] == pytest.approx(total, rel=1e-5)
+    found = one.evaluate()
+    assert found["eval_loss"] == pytest.approx(0.2 * found["eval_hard_loss"] + 0.8 * found["eval_soft_loss"], rel=1e-5)
 
 
 def test_evaluation_is_a_mean_over_positions(folder: Path, tmp_path: Path) -> None:

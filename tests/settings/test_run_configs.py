@@ -62,7 +62,7 @@ def test_the_guides_own_settings_train(file: Path, tmp_path: Path) -> None:
     kind = file.stem.removeprefix("guide-")
     assert (settings.distillation_type, settings.temperature, settings.learning_rate) == (kind, 2.0, 1e-4)
     assert (settings.use_gradient_checkpointing, settings.use_mixed_precision) == (True, True)
-    assert (settings.hard_weight, settings.save_steps) == ({"output": 1.0, "logit": 0.0, "hybrid": 0.5}[kind], 1000)
+    assert (settings.alphas.last, settings.save_steps) == ({"output": 1.0, "logit": 0.0, "hybrid": 0.5}[kind], 1000)
     run_training(settings)
     assert len(losses(tmp_path / "run")) == 1
 
@@ -111,7 +111,7 @@ def test_a_sweep_skips_what_is_finished_and_resumes_what_was_interrupted(tmp_pat
     assert code == 130
     runs = [settings_of(words[1:]) for words in began]
     assert [run.output_dir.name for run in runs] == ["output", "logit-T1", "hybrid-T1"]
-    assert [(run.distillation_type, run.hard_weight, run.temperature, run.max_steps) for run in runs] == [
+    assert [(run.distillation_type, run.alphas.last, run.temperature, run.max_steps) for run in runs] == [
         ("output", 1.0, 2.0, 40),
         ("logit", 0.0, 1.0, 40),
         ("hybrid", 0.5, 1.0, 40),

@@ -4,9 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from logitcask.pipeline.settings.base import Settings, Temperature
-
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+from logitcask.pipeline.settings.base import Settings
+from logitcask.pipeline.settings.training.schedule import Alpha, Fraction, Ramp, Temperatures
 
 
 class LossOptions(Settings):
@@ -15,8 +14,12 @@ class LossOptions(Settings):
     distillation_type: Literal["output", "logit", "hybrid"] = Field(
         "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
     )
-    alpha: Fraction | None = Field(None, description="weight of the hard loss; default with hybrid: 0.1")
-    temperature: Temperature = Field(1.0, description="one of the cache's temperatures")
+    alpha: Alpha | None = Field(
+        None, description="weight of the hard loss, or FIRST:LAST over the run's steps; default with hybrid: 0.1"
+    )
+    temperature: Temperatures = Field(
+        1.0, description="one of the cache's temperatures, or FIRST:LAST of them over the run's steps"
+    )
     min_fidelity: Fraction | None = Field(
         None, description="refuse a cache whose gradient at --temperature has a smaller cosine to the exact one"
     )
@@ -48,9 +51,11 @@ class LossOptions(Settings):
                 "--min-fidelity applies to the forward KL with the default tail: "
                 "leave out --distillation-type output, --tail and --divergence"
             )
+        if self.min_fidelity is not None and not self.temperatures.level:
+            raise ValueError("--min-fidelity applies to one --temperature: leave it out with FIRST:LAST")
         if self.divergence != "forward-kl" and self.tail != "bucket":
             raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
-        if self.loss is not None and (self.hard_weight == 1.0 or self.divergence != "forward-kl" or self.min_fidelity):
+        if self.loss is not None and (not self.soft or self.divergence != "forward-kl" or self.min_fidelity):
             raise ValueError(
                 "--loss takes the place of the divergence: leave out --divergence, --min-fidelity and "
                 "--distillation-type output"
@@ -58,7 +63,17 @@ class LossOptions(Settings):
         return self
 
     @property
-    def hard_weight(self) -> float:
-        """Weight of the hard loss, alpha."""
+    def alphas(self) -> Ramp:
+        """The weight of the hard loss over the run."""
         fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}[self.distillation_type]
-        return fixed if self.alpha is None else self.alpha
+        return Ramp.of(fixed if self.alpha is None else self.alpha)
+
+    @property
+    def temperatures(self) -> Ramp:
+        """The temperature over the run, before it is rounded to those that are stored."""
+        return Ramp.of(self.temperature)
+
+    @property
+    def soft(self) -> bool:
+        """Whether the loss has a soft part at any step."""
+        return min(self.alphas) < 1.0

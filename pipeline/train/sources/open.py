@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.labels import temperature_index
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.mixing import common_tail, common_temperatures, require_one_tokenizer, require_shares
@@ -37,7 +38,7 @@ def open_source(settings: TrainSettings, folder: Path) -> Source:
             student_model=settings.student_model,
             loading=settings.loading,
             teacher_model=settings.teacher_model,
-            online=settings.hard_weight < 1.0,
+            online=settings.soft,
             device=settings.device,
             chat_template=settings.chat_template,
             chat_template_kwargs=settings.chat_template_kwargs,
@@ -59,23 +60,24 @@ def open_source(settings: TrainSettings, folder: Path) -> Source:
 def _cache_sources(settings: TrainSettings, readers: list[CacheReader], disk_cache: DiskCache) -> list[Source]:
     manifests = [reader.manifest for reader in readers]
     labels = [manifest.label for manifest in manifests]
-    soft = settings.hard_weight < 1.0
+    soft, ends = settings.soft, settings.temperatures
     if len(readers) > 1:
         require_one_tokenizer([reader.path for reader in readers], manifests)
     if len(readers) > 1 and soft:
         common = common_temperatures([label.temperatures for label in labels])
-        if all(abs(t - settings.temperature) > 1e-6 for t in common):
+        missing = [end for end in ends if all(abs(t - end) > 1e-6 for t in common)]
+        if missing:
             stored = ", ".join(f"{t:g}" for t in common)
-            raise LogitcaskError(
-                f"--temperature {settings.temperature:g} is not stored in every cache: all hold {stored}"
-            )
+            raise LogitcaskError(f"--temperature {missing[0]:g} is not stored in every cache: all hold {stored}")
+    elif soft:
+        temperature_index(labels[0].temperatures, ends.first)
     models = {settings.student_model, settings.teacher_model} - {None}
     return [
         cache_source(
             reader,
             disk_cache,
             soft=soft,
-            temperature=settings.temperature,
+            temperature=ends.last,
             tail=settings.tail or common_tail(labels),
             min_fidelity=settings.min_fidelity,
             where=settings.where,
