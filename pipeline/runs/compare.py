@@ -12,7 +12,7 @@ from logitcask.pipeline.runs.evaluation import rows as evaluation_rows
 from logitcask.pipeline.runs.run_folder import Run, curve, divergence_name, read_run, run_names
 
 # only the place of a run, how it was resumed, and what follows from the seed
-NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "wandb_run_id", "first_epoch"}
+NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "extend", "wandb_run_id", "first_epoch"}
 LOSSES = {
     "total_loss": "total loss",
     "hard_loss": "hard loss, nats",

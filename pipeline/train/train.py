@@ -45,6 +45,7 @@ from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
 from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, shares, summary
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
+from logitcask.pipeline.train.resume.extend import extension
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
 from logitcask.pipeline.train.sources.open import open_source
 from logitcask.pipeline.train.sources.source import Source
@@ -65,7 +66,11 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
         source = open_source(settings, folder)
         record = run_record(settings, source, arguments.world_size)
         checkpoint = choose_checkpoint(
-            settings.output_dir, settings.resume_from_checkpoint, record, fsdp=fsdp_requested()
+            settings.output_dir,
+            settings.resume_from_checkpoint,
+            record,
+            fsdp=fsdp_requested(),
+            extend=settings.extend,
         )
         return _train(settings, arguments, source, record, checkpoint, defaults)
 
@@ -93,6 +98,7 @@ def _train(
     mixture = source.mixture(held)
     run = _run_size(settings, source.amount, len(held), mixture, arguments.world_size)
     arguments.max_steps = run.steps()[0]  # counted here only
+    longer = extension(checkpoint, arguments.max_steps, record)
     finished = checkpoint is not None and checkpoint.step >= arguments.max_steps
     if finished:
         after = finished_student(settings.output_dir, record)
@@ -118,7 +124,7 @@ def _train(
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
         table = LiveTable(notices(), interrupt.note)
         log = MetricsLog(settings.output_dir, table.show)
-        callbacks = [interrupt, table, log, complete, *reports]
+        callbacks = [interrupt, table, log, complete, *longer, *reports]
         trainer = _trainer(settings, arguments, source, model, held, mixture, callbacks, packed=packed)
         trainer.finished = finished
         require_fsdp(trainer)

@@ -1,8 +1,8 @@
 """Options about the run of ``logitcask train``: its folder, evaluations, checkpoints, machine and trackers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole
 
@@ -19,6 +19,7 @@ class RunSettings(Settings):
     save_total_limit: Whole = Field(3, description="most recent checkpoints to keep")
     logging_steps: Whole = Field(10, description="steps between log lines")
     resume_from_checkpoint: Place | None = Field(None, description="a checkpoint folder, or latest")
+    extend: bool = Field(False, description="resume a run for more --max-steps or --epochs than it was started with")
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(
         0, description="processes that prefetch batches from the cache"
     )
@@ -29,3 +30,11 @@ class RunSettings(Settings):
     use_tensorboard: bool = Field(False, description="write TensorBoard events to the run's folder")
     use_trackio: bool = Field(False, description="report to trackio, on this machine")
     seed: Seed = Field(0, description="seed of initial weights, held-out examples and order")
+
+    @model_validator(mode="after")
+    def _only_a_run_that_is_resumed_is_extended(self) -> Self:
+        if self.extend and self.resume_from_checkpoint is None:
+            raise ValueError(
+                "--extend applies to a run that is resumed: give --resume-from-checkpoint, such as latest, too"
+            )
+        return self

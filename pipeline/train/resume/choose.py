@@ -7,7 +7,7 @@ from typing import Any
 
 from logitcask.cache.errors import LogitcaskError, differences
 from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, LOG_FILE, SETTINGS_FILE, latest_checkpoint
-from logitcask.pipeline.train.resume.identity import learning_settings
+from logitcask.pipeline.train.resume.identity import LENGTH, learning_settings
 from logitcask.pipeline.train.resume.intact import (
     STATE_FILE,
     damaged,
@@ -25,16 +25,19 @@ class Checkpoint:
     folder: Path
     step: int  # optimizer steps done
     record: dict[str, Any]  # the settings stored with it, ``world_size`` included
+    steps: int = 0  # of its whole run
+    extended: bool = False  # whether this run has another length than that
 
 
 def choose_checkpoint(
-    output: Path, resume_from: str | None, record: dict[str, Any], *, fsdp: bool = False
+    output: Path, resume_from: str | None, record: dict[str, Any], *, fsdp: bool = False, extend: bool = False
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from, None for a new run.
 
-    ``record`` holds the settings of this run with its ``world_size``; ``fsdp``: whether it is sharded. A folder with
-    nothing but a log, left by a run that saved no checkpoint, counts as empty. Raises LogitcaskError if the output
-    folder is not empty, or the checkpoint is missing, damaged or of another run.
+    ``record`` holds the settings of this run with its ``world_size``; ``fsdp``: whether it is sharded; ``extend``:
+    whether its length may be another than the checkpoint's. A folder with nothing but a log, left by a run that saved
+    no checkpoint, counts as empty. Raises LogitcaskError if the output folder is not empty, or the checkpoint is
+    missing, damaged or of another run.
     """
     if resume_from is None:
         if output.exists() and (not output.is_dir() or {file.name for file in output.iterdir()} - {LOG_FILE}):
@@ -50,17 +53,29 @@ def choose_checkpoint(
         )
     _require_checkpoint(folder)
     saved = _read_record(folder)
+    extended = _require_same_run(folder, saved, record, extend=extend)
+    require_same_sharding(folder, fsdp)
+    step, steps = require_intact(folder, saved, record, fsdp)
+    return Checkpoint(folder, step, saved, steps, extended)
+
+
+def _require_same_run(folder: Path, saved: dict[str, Any], record: dict[str, Any], *, extend: bool) -> bool:
+    """Return whether the two runs have different lengths. Raises LogitcaskError if one must not continue the other."""
     try:
-        changed = differences(learning_settings(saved), learning_settings(record), "checkpoint")
+        before, now = learning_settings(saved), learning_settings(record)
     except (TypeError, KeyError) as error:
         raise damaged(folder / SETTINGS_FILE) from error
-    if changed:
-        raise LogitcaskError(
-            f"{folder}: is a checkpoint of another run: {'; '.join(changed)}; use the settings it started with"
-        )
-    require_same_sharding(folder, fsdp)
-    step = require_intact(folder, saved, record, fsdp)
-    return Checkpoint(folder, step, saved)
+    changed = differences(before, now, "checkpoint")
+    length = [name for name in LENGTH if before.get(name) != now.get(name)]
+    others = len(changed) > len(length)
+    if others or (length and not extend):
+        remedy = "use the settings it started with"
+        if not others:
+            remedy += ", or train it for more steps with --extend"
+        elif extend:
+            remedy += ": --extend allows other --max-steps and --epochs alone"
+        raise LogitcaskError(f"{folder}: is a checkpoint of another run: {'; '.join(changed)}; {remedy}")
+    return bool(length)
 
 
 def _require_checkpoint(folder: Path) -> None:

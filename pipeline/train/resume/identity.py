@@ -5,7 +5,8 @@ from typing import Any
 BASE_WEIGHTS = "base_weights"  # fingerprint of the weights that an adapter was trained on
 # Settings that may change when a run is resumed: they affect what a step learns by rounding at most.
 MAY_CHANGE = {
-    *("output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "eval_steps"),
+    *("output_dir", "resume_from_checkpoint", "extend", "extended_at"),
+    *("save_steps", "save_total_limit", "logging_steps", "eval_steps"),
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("chat_turns", "chat_template", "columns"),  # the data itself is compared by its tokens
@@ -14,6 +15,7 @@ MAY_CHANGE = {
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
     *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
+LENGTH = ("max_steps", "epochs")  # may be greater if asked
 # What a run did before there were options for it, and stored nothing about.
 BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear", "student_dtype": "float32", "load_in_4bit": False}
 ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")

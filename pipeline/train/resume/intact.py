@@ -52,12 +52,13 @@ def require_same_sharding(folder: Path, fsdp: bool) -> None:
         )
 
 
-def require_intact(folder: Path, saved: dict[str, Any], record: dict[str, Any], fsdp: bool) -> int:
-    """Return the steps of a checkpoint. Raises LogitcaskError if a file is missing, cut short or not what it should be.
+def require_intact(folder: Path, saved: dict[str, Any], record: dict[str, Any], fsdp: bool) -> tuple[int, int]:
+    """Return the steps of a checkpoint and of its run.
 
-    The random states of another number of ranks are not used.
+    Raises LogitcaskError if a file is missing, cut short or not what it should be. The random states of another number
+    of ranks are not used.
     """
-    step = _steps_done(folder / STATE_FILE)
+    steps = _read_steps(folder / STATE_FILE)
     if fsdp:
         _require_shards(folder)
     else:
@@ -72,19 +73,21 @@ def require_intact(folder: Path, saved: dict[str, Any], record: dict[str, Any], 
         say(f"resuming on {now} ranks a run of {ranks}: each step has the same examples, but dropout draws anew")
     for name in torch_files:
         _require_torch_file(folder / name)
-    return step
+    return steps
 
 
-def _steps_done(state: Path) -> int:
+def _read_steps(file: Path) -> tuple[int, int]:
+    """Return the steps done and those of the whole run. Raises LogitcaskError if the file is missing or damaged."""
     try:
-        step = TrainerState.load_from_json(str(state)).global_step
-        if type(step) is not int or step < 1:
-            raise ValueError(step)
+        state = TrainerState.load_from_json(str(file))
+        steps = state.global_step, state.max_steps
+        if not all(type(step) is int and step >= 1 for step in steps):
+            raise ValueError(steps)
     except FileNotFoundError as error:
-        raise damaged(state, "missing") from error
+        raise damaged(file, "missing") from error
     except (OSError, ValueError, TypeError) as error:
-        raise damaged(state) from error
-    return step
+        raise damaged(file) from error
+    return steps
 
 
 def _require_shards(folder: Path) -> None:
