@@ -45,22 +45,17 @@ class Distillation:
     loss: OwnLoss | None = None
 
     def __post_init__(self) -> None:
-        if not all(0.0 <= alpha <= 1.0 for alpha in self.alphas):
+        if not all(0.0 <= alpha <= 1.0 for alpha in Ramp.of(self.alpha)):
             raise LogitcaskError(f"alpha must be between 0 and 1, got {self.alpha}")
         if self.divergence not in DIVERGENCES:
             raise LogitcaskError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
         if self.loss is not None and self.divergence != "forward-kl":
             raise LogitcaskError(f"divergence {self.divergence!r} and a loss of your own: give one of the two")
 
-    @property
-    def alphas(self) -> Ramp:
-        """The weight of the hard loss over the steps of a run."""
-        return Ramp.of(self.alpha)
-
     def settings(self, batch: Mapping[str, Any]) -> LossSettings:
         """Return the loss of a batch at its labels' temperature. Raises LogitcaskError if its labels do not fit."""
         labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
-        alpha = self.alphas.last
+        alpha = Ramp.of(self.alpha).last
         if labels is None:
             if alpha < 1.0 and len(batch["target_index"]):  # a rank may have no examples in the last step
                 raise LogitcaskError(

@@ -15,6 +15,7 @@ from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.machine import ignore_interrupts
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
+from logitcask.pipeline.settings.training.schedule import Ramp
 from logitcask.pipeline.train.loss import Distillation, bare_model, make_loss_forward, require_apart, require_vocabulary
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class DistillationMixin(Trainer):
             plugin.mixed_precision_policy = replace(
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
-        self._alphas = self.distillation.alphas
+        self._alphas = Ramp.of(self.distillation.alpha)
         self._now: dict[str, float] = {}  # what changes over the run, at the last step
         self._sums: Tensor | None = None  # SUMS, labelled positions and all, since the last log line
         self._slots: Tensor | None = None  # tokens and places for them since the last log line
