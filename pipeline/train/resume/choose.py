@@ -69,12 +69,11 @@ def _require_same_run(folder: Path, saved: dict[str, Any], record: dict[str, Any
     length = [name for name in LENGTH if before.get(name) != now.get(name)]
     others = len(changed) > len(length)
     if others or (length and not extend):
-        remedy = "use the settings it started with"
-        if not others:
-            remedy += ", or train it for more steps with --extend"
-        elif extend:
-            remedy += ": --extend allows other --max-steps and --epochs alone"
-        raise LogitcaskError(f"{folder}: is a checkpoint of another run: {'; '.join(changed)}; {remedy}")
+        or_else = ": --extend allows other --max-steps and --epochs alone" if extend else ""
+        or_else = or_else if others else ", or train it for more steps with --extend"
+        raise LogitcaskError(
+            f"{folder}: is a checkpoint of another run: {'; '.join(changed)}; use the settings it started with{or_else}"
+        )
     return bool(length)
 
 
