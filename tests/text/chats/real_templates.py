@@ -161,6 +161,15 @@ def prompts_at_inference(tokenizer: PreTrainedTokenizerFast, shape: str, place: 
                 yield str(texts[0])
 
 
+def written(message: dict[str, Any], said: str = "") -> list[str]:
+    """Return the texts of a message that its turn must hold; the user was told of those that it need not."""
+    content = message["content"] or ""
+    texts = [part["text"] for part in content] if isinstance(content, list) else content.split("</think>")
+    texts = [] if "drops the text" in said and "tool_calls" in message else texts
+    texts += [] if "render 'reasoning_content'" in said else [message.get("reasoning_content", "")]
+    return [text.replace("<think>", "").strip() for text in texts if text]
+
+
 def expected() -> dict[tuple[str, str], str]:
     """Return the expected outcomes by template and shape."""
     lines = (line.split("\t") for line in EXPECTED.read_text().splitlines())

@@ -1,10 +1,9 @@
 """Chats of every shape by the templates of real models: as expected, and by rules that hold for all of them."""
 
-from typing import Any
-
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from tests.text.chats import trl_masks
 from tests.text.chats.real_templates import (
     ORIGINAL,
     SHAPES,
@@ -14,6 +13,7 @@ from tests.text.chats.real_templates import (
     outcome,
     prompts_at_inference,
     tokenizer_with,
+    written,
 )
 
 DROPS, REFUSES = "the chat template drops ", "the chat template refuses it: "
@@ -21,15 +21,18 @@ DROPS, REFUSES = "the chat template drops ", "the chat template refuses it: "
 
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_chats_of_every_shape_are_labelled_or_refused_for_the_templates_own_reason(name: str) -> None:
+    """TRL's masks are compared here too: encoding takes the time."""
     tokenizer, lines = tokenizer_with(name), expected()
-    for shape in SHAPES:
-        made = outcome(tokenizer, shape)
+    outcomes = {shape: outcome(tokenizer, shape) for shape in SHAPES}
+    for shape, made in outcomes.items():
         assert made.line() == lines[name, shape], shape
         if not made.refused:
             require_the_models_own_text(tokenizer, shape, made)
         elif not made.refused.startswith(DROPS):
             assert made.refused.startswith(REFUSES), shape
             assert made.refused.removeprefix(REFUSES).rstrip(".") in TEMPLATES[name], shape
+    if name in trl_masks.TRAINED:
+        assert trl_masks.differences(name, outcomes) == trl_masks.expected(name)
 
 
 def require_the_models_own_text(tokenizer: PreTrainedTokenizerFast, shape: str, made: Outcome) -> None:
@@ -50,12 +53,3 @@ def require_the_models_own_text(tokenizer: PreTrainedTokenizerFast, shape: str, 
         prompts = prompts_at_inference(tokenizer, shape, place) if place else [before]
         rests = [prompt.removeprefix(before) for prompt in prompts if prompt.startswith(before)]
         assert any(not rest.strip() or repr(rest) in said for rest in rests), shape
-
-
-def written(message: dict[str, Any], said: str = "") -> list[str]:
-    """Return the texts of a message that its turn must hold; the user was told of those that it need not."""
-    content = message["content"] or ""
-    texts = [part["text"] for part in content] if isinstance(content, list) else content.split("</think>")
-    texts = [] if "drops the text" in said and "tool_calls" in message else texts
-    texts += [] if "render 'reasoning_content'" in said else [message.get("reasoning_content", "")]
-    return [text.replace("<think>", "").strip() for text in texts if text]
