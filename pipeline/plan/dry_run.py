@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 from rich.table import Table
+from rich.text import Text
 
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.report.info import LABEL_PARTS
@@ -13,6 +14,7 @@ from logitcask.pipeline.console import results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
 from logitcask.pipeline.plan.plan import plan_cache, size_text
+from logitcask.pipeline.plan.show import ShownExample, first_examples, print_examples
 from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
@@ -20,6 +22,7 @@ from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
@@ -31,6 +34,8 @@ class DryRun(BaseModel):
     """Exact counts of the data as stage 1 will cut it; estimates of bytes and hours."""
 
     records: dict[str, int]  # by shape, those that can be used
+    made: dict[str, int]  # examples by shape of their record
+    bad: dict[str, int]  # records by reason, those that cannot be used
     examples: int
     tokens: int
     positions: int
@@ -41,13 +46,15 @@ class DryRun(BaseModel):
     cache_bytes: dict[str, float]  # by part
     hours: dict[str, float]  # by device, for those that hold the teacher
     assumed: list[str]
+    shown: list[ShownExample]
 
 
-def dry_run(settings: PrecomputeSettings) -> DryRun:
-    """Tokenize the data and estimate the rest.
+def dry_run(settings: PrecomputeSettings, bad: BadRecords | None = None) -> DryRun:
+    """Tokenize the data and estimate the rest; the bad records go to ``bad``, if given.
 
-    Raises LogitcaskError if the data, the tokenizer or the config cannot be loaded.
+    Raises LogitcaskError if the data, the tokenizer or the config cannot be loaded, or no record can be used.
     """
+    bad = bad or BadRecords(None, settings.bad_share)
     teacher = shape_of_teacher(settings.tokenizer_source, settings.teacher_revision)
     settings = with_length(settings)
     tokenizer = load_tokenizer(
@@ -55,17 +62,8 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     )
     set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
     encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
-    bad, reading = BadRecords(None, settings.bad_share), Reading(settings.train_data, **settings.taken)
-    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
-        table = stage_tokens(
-            encoder,
-            settings.train_data,
-            Path(folder),
-            bad=bad,
-            max_seq_length=settings.max_seq_length,
-            records=reading,
-            workers=processes(settings.tokenize_workers),
-        )
+    reading = Reading(settings.train_data, **settings.taken)
+    table = _tokenize(settings, encoder, reading, bad)
     data, lengths = table.identity, np.diff(table.starts)
     positions = table.positions[shuffled(len(table), settings.seed)].astype(np.int64)
     shards = len(cut_shards(positions, settings.shard_positions))
@@ -80,6 +78,8 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
     ]
     return DryRun(
         records=dict(encoder.notices.records),
+        made=dict(encoder.notices.examples),
+        bad=bad.by_reason(),
         **{name: getattr(data, name) for name in ("examples", "tokens", "positions", "truncated", "dropped")},
         lengths={q: int(np.percentile(lengths, q, method="inverted_cdf")) for q in PERCENTILES},
         shards=shards,
@@ -91,7 +91,23 @@ def dry_run(settings: PrecomputeSettings) -> DryRun:
             "a GPU reaches 40% of its peak, not measured; 2-core-CPU is the machine of tests.benchmarks.capture",
             *(["all parts of --shards are counted together"] if settings.part else []),
         ],
+        shown=first_examples(
+            encoder.silent(), tokenizer, settings.train_data, reading, settings.show, settings.max_seq_length
+        ),
     )
+
+
+def _tokenize(settings: PrecomputeSettings, encoder: Encoder, reading: Reading, bad: BadRecords) -> TokenTable:
+    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+        return stage_tokens(
+            encoder,
+            settings.train_data,
+            Path(folder),
+            bad=bad,
+            max_seq_length=settings.max_seq_length,
+            records=reading,
+            workers=processes(settings.tokenize_workers),
+        )
 
 
 def _nearest_preset(settings: PrecomputeSettings) -> tuple[Preset, list[str]]:
@@ -120,10 +136,16 @@ def _scaled_bytes(
 def print_dry_run(settings: PrecomputeSettings) -> None:
     """Print what stage 1 would do. Raises LogitcaskError for any error that the user can fix."""
     settings = with_length(settings)
-    report = dry_run(settings)
+    bad = BadRecords(None, settings.bad_share, decides=False)
+    report = dry_run(settings, bad)
     if settings.json_:
         print(report.model_dump_json(indent=2))
-        return
+    else:
+        _print_report(report, settings)
+    bad.settle()
+
+
+def _print_report(report: DryRun, settings: PrecomputeSettings) -> None:
     size = sum(report.cache_bytes.values())
     labels = sum(value for name, value in report.cache_bytes.items() if name.startswith(LABEL_PARTS))
     console = results()
@@ -131,7 +153,9 @@ def print_dry_run(settings: PrecomputeSettings) -> None:
     table.add_row(
         "data", f"{report.examples:,} examples, {report.tokens:,} tokens, {report.positions:,} target positions"
     )
-    table.add_row("records", ", ".join(f"{count:,} {shape}" for shape, count in report.records.items()))
+    table.add_row("records", "\n".join(_shape_lines(report)))
+    if report.bad:
+        table.add_row("bad records", Text("\n".join(f"{count:,} {reason}" for reason, count in report.bad.items())))
     table.add_row("tokens per example", ", ".join(f"{q}%: {length:,}" for q, length in report.lengths.items()))
     table.add_row(
         "truncated",
@@ -148,4 +172,13 @@ def print_dry_run(settings: PrecomputeSettings) -> None:
     console.print(table)
     for line in report.assumed:
         console.print(f"- {line}", markup=False, highlight=False)
+    print_examples(console, report.shown)
     console.print(f"nothing was written to {settings.output}", markup=False, highlight=False)
+
+
+def _shape_lines(report: DryRun) -> list[str]:
+    """Return a line for each shape of records, with the number of examples if a record made several."""
+    return [
+        f"{count:,} {shape}" + (f": {report.made[shape]:,} examples" if report.made[shape] != count else "")
+        for shape, count in report.records.items()
+    ]

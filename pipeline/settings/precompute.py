@@ -93,6 +93,7 @@ class PrecomputeSettings(DataSettings):
     trust_remote_code: bool = Field(False, description="run model code that comes with a hub teacher")
     overwrite: bool = Field(False, description="replace an existing cache at --output")
     dry_run: bool = Field(False, description="print counts, lengths, bytes and hours; load no weights, write nothing")
+    show: int = Field(0, ge=0, description="with --dry-run: print the first N examples, with their targets highlighted")
     json_: bool = Field(False, description="print JSON; only with --dry-run")
     shards: str | None = Field(
         None,
@@ -123,6 +124,12 @@ class PrecomputeSettings(DataSettings):
                 "--overwrite cannot be combined with --shards: a part would delete the work of the others; "
                 "remove the cache's folder first"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _show_requires_dry_run(self) -> Self:
+        if self.show and not self.dry_run:
+            raise ValueError("--show requires --dry-run")
         return self
 
     @model_validator(mode="after")

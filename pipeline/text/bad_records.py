@@ -30,11 +30,12 @@ class BadRecords:
     """Collects bad records while data is read; as a context it decides, at the end, whether they are too many.
 
     ``most`` is the greatest share of all records that may be skipped, 0 for none. Each goes to ``file``, if given, as a
-    line of JSON; the file is there only if there are any. Memory: a few lines per reason.
+    line of JSON; the file is there only if there are any. Memory: a few lines per reason. If not ``decides``, the
+    caller calls ``settle`` itself.
     """
 
-    def __init__(self, file: Path | None, most: float = 0.0) -> None:
-        self._file, self._most = file, most
+    def __init__(self, file: Path | None, most: float = 0.0, *, decides: bool = True) -> None:
+        self._file, self._most, self._decides = file, most, decides
         self._out: IO[str] | None = None
         self._counts: Counter[str] = Counter()
         self._first: dict[str, list[str]] = {}
@@ -45,6 +46,10 @@ class BadRecords:
     def count(self) -> int:
         """The bad records so far."""
         return self._counts.total()
+
+    def by_reason(self) -> dict[str, int]:
+        """Return the number of bad records by reason, the most frequent first."""
+        return {self._said[kind]: count for kind, count in self._counts.most_common()}
 
     def add(self, where: str, reason: str, record: Any) -> None:
         """Take a bad record."""
@@ -73,9 +78,14 @@ class BadRecords:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._out is not None:
             self._out.close()
-        if error is None and self.count:
-            if self.count > self._most * self.read:
-                raise LogitcaskError(self._refusal())
+        if error is None and self._decides:
+            self.settle()
+
+    def settle(self) -> None:
+        """Report the bad records. Raises LogitcaskError if they are too many."""
+        if self.count > self._most * self.read:
+            raise LogitcaskError(self._refusal())
+        if self.count:
             say(f"skipped {self.count:,} of {self.read:,} records: {self._reasons(1)}{self._place}")
 
     def _refusal(self) -> str:

@@ -1,17 +1,21 @@
 """precompute-logits --dry-run: its counts equal those of the cache made afterwards, and no weights are read."""
 
+import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.plan.dry_run import DryRun, dry_run
 from logitcask.pipeline.plan.plan import plan_cache
+from logitcask.pipeline.plan.show import print_examples
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.support.tiny import RECORDS, make_teacher, precompute_settings, write_jsonl
@@ -90,9 +94,87 @@ def test_the_command_reads_no_weights_and_writes_nothing(
     assert sorted(place.rglob("*")) == before
 
 
-def test_json_requires_a_dry_run(place: Path) -> None:
+def test_json_and_show_require_a_dry_run(place: Path) -> None:
     with pytest.raises(ValidationError, match="--json requires --dry-run"):
         precompute_settings(place, json_=True)
+    with pytest.raises(ValidationError, match="--show requires --dry-run"):
+        precompute_settings(place, show=3)
+
+
+USER, ANSWER = {"role": "user", "content": "Which \x1b[31mfruit?"}, {"role": "assistant", "content": "Two\nor three."}
+SHAPES: list[dict[str, object]] = [
+    {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "No."}]},
+    {"prompt": "a", "response": ""},
+    {"prompt": "a", "response": "b"},
+    {"text": "some text"},
+    {"prompt": 3, "response": "b"},
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]},
+    {"prompt": "many more words " * 20, "response": "x"},
+]
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    make_teacher(tmp_path / "teacher", chat=True)
+    write_jsonl(tmp_path / "train.jsonl", SHAPES)
+    return tmp_path
+
+
+def test_every_shape_is_counted_and_shown(shapes: Path) -> None:
+    options: dict[str, Any] = {
+        "dry_run": True,
+        "show": 99,
+        "on_bad_record": "skip",
+        "max_bad": 0.5,
+        "chat_turns": "each",
+        "max_seq_length": 128,
+    }
+    report = dry_run(precompute_settings(shapes, **options))
+    assert report.records == {
+        "chats, one example per turn": 1, "prompt and response": 2, "text": 1, "token ids": 1,
+    }  # fmt: skip
+    assert report.made == {**report.records, "chats, one example per turn": 2}
+    assert report.bad == {"response is empty: a response needs text": 1, "prompt must be a string, got int": 1}
+    assert [(example.where.rsplit(":", 1)[1], example.truncated) for example in report.shown] == [
+        ("1", False), ("1", False), ("3", False), ("4", False), ("6", False), ("7", True),
+    ]  # fmt: skip
+    assert sum(example.targets for example in report.shown) == report.positions
+    assert [[piece.text for piece in example.pieces if piece.target] for example in report.shown] == [
+        ["Two\nor three.<|im_end|>"], ["No.<|im_end|>"], ["b<|im_end|>"], ["ome text<|im_end|>"], ["$", "&"], [],
+    ]  # fmt: skip
+    assert report.shown[1].pieces[0].text.endswith("Two\nor three.<|im_end|>\n<|im_start|>user\nWhich \x1b[31mfruit?"
+                                                   "<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+    assert len(dry_run(precompute_settings(shapes, **{**options, "show": 3})).shown) == 3
+
+
+def test_targets_are_coloured_on_a_terminal_and_marked_elsewhere(shapes: Path) -> None:
+    shown = dry_run(precompute_settings(shapes, dry_run=True, show=1, on_bad_record="skip", max_bad=1.0)).shown
+    plain, coloured = io.StringIO(), io.StringIO()
+    print_examples(Console(file=plain, width=60), shown)
+    assert "«Two\nor three.<|im_end|>»\n<|im_start|>user" in plain.getvalue()
+    assert "Which \\x1b[31mfruit?" in plain.getvalue(), "data cannot send a terminal its own colours"
+    print_examples(Console(file=coloured, width=60, force_terminal=True, color_system="standard"), shown)
+    assert "\x1b[30;42mTwo⏎\x1b[0m\n\x1b[30;42mor three.<|im_end|>\x1b[0m\n" in coloured.getvalue()
+    assert "\x1b[31m" not in coloured.getvalue()
+
+
+def test_bad_records_are_counted_before_they_end_the_command(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher-model", shapes / "teacher", "--train-data", shapes / "train.jsonl", "--output",
+             shapes / "cache", "--dry-run", "--show", 1]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["logitcask", "precompute-logits", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    for part in ("1 prompt must be a string, got int", "2 prompt and response", "1 text", "«Two"):
+        assert part in said.out
+    assert "2 bad records of 7: 1 x response is empty" in said.err
+    write_jsonl(shapes / "train.jsonl", SHAPES[1:2])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 bad records of 1: 1 x response is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

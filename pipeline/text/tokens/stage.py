@@ -70,6 +70,8 @@ def _packed(
                 advance(len(packed.lengths))
     if chats := encoder.notices.chats():
         say(chats)
+    if bad.count == bad.read:  # there is no example, and this is why
+        bad.settle()
 
 
 class _Feed:

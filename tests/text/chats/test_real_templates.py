@@ -1,5 +1,8 @@
 """Chats of every shape by the templates of real models: as expected, and by rules that hold for all of them."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +19,7 @@ from tests.text.chats.real_templates import (
     written,
 )
 
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "chats.md"
 DROPS, REFUSES = "the chat template drops ", "the chat template refuses it: "
 
 
@@ -53,3 +57,12 @@ def require_the_models_own_text(tokenizer: PreTrainedTokenizerFast, shape: str, 
         prompts = prompts_at_inference(tokenizer, shape, place) if place else [before]
         rests = [prompt.removeprefix(before) for prompt in prompts if prompt.startswith(before)]
         assert any(not rest.strip() or repr(rest) in said for rest in rests), shape
+
+
+def test_the_guide_has_every_difference_from_trls_masks() -> None:
+    table = GUIDE.read_text().split("| TRL … |")[1].splitlines()[2:]
+    listed = {cells[0].removeprefix("| "): int(cells[1]) for cells in (row.split(" | ") for row in table)}
+    counts = Counter(line.split("\t")[1] for line in trl_masks.EXPECTED.read_text().splitlines())
+    assert listed == dict(counts)
+    assert f"TRL has training templates for {len(trl_masks.TRAINED)} of them" in GUIDE.read_text()
+    assert f"{len(SHAPES)} shapes of chats with each of the {len(ORIGINAL)} templates" in GUIDE.read_text()
