@@ -214,14 +214,17 @@ class Encoder:
         return parts if first[:1] == self._begin else [(self._begin, False), *parts]
 
     def _encode(self, segments: list[Segment]) -> list[Part]:
-        """Return the token ids of each segment, with no begin or end token twice in a row at its ends."""
+        """Return the token ids of each segment, with no begin or end token twice in a row at its ends.
+
+        What ends an answer need not be the end token: Gemma's is ``<end_of_turn>``.
+        """
         parts: list[Part] = []
         started = False
         for text, targeted in segments:
             ids = self._continued(text) if started and not self._joins else self._ids(text)
             while self._bos and not started and ids[:2] == self._bos * 2:
                 ids = ids[1:]
-            while self._end and ids[-2:] == self._end * 2:
+            while ids[-2:] == ids[-1:] * 2 and (ids[-1:] == self._end or (targeted and ids[-1] in self._special)):
                 ids = ids[:-1]
             parts.append((ids, bool(targeted)))
             started = started or bool(ids)

@@ -48,7 +48,7 @@ class CutChat:
     """The examples of a chat, each a list of segments."""
 
     examples: list[list[Segment]]
-    turns: int  # of the assistant
+    turns: int  # of the assistant that could be targets
     whole: bool  # whether it is one example, however many turns it has
     notices: tuple[str, ...]  # what the user should know of how the template rendered it
 
@@ -114,6 +114,7 @@ class _Chat:
         if turns != "last" and len(places) > 1 and not self._may_begin(places[0]):
             self._notices.append(GREETING)
             places = places[1:]
+        count = len(places)
         places = places[-1:] if turns == "last" else places
         if not any(self._trained[place] for place in places):
             raise ChatError("has no target: the chat has no assistant turn, or none of weight 1")
@@ -135,9 +136,9 @@ class _Chat:
         ]
         notices = tuple(dict.fromkeys(self._notices))
         if whole is not None:
-            return CutChat([whole], len(places), True, notices)
+            return CutChat([whole], count, True, notices)
         examples = [[(turn.prompt, False), *turn.written] for place, turn in cut.items() if self._trained[place]]
-        return CutChat(examples, len(places), False, notices)
+        return CutChat(examples, count, False, notices)
 
     def _may_begin(self, place: int) -> bool:
         """Return whether the template renders a chat that ends with an answer before the first question."""

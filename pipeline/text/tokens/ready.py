@@ -27,6 +27,8 @@ def ready_rows(tokens: Mapping[str, Any], vocab_size: int) -> list[Row]:
         raise RecordError(f"{name} must have as many entries as input_ids, {len(ids)}, got {len(marks)}")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise RecordError(f"input_ids must be from 0 to {vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}")
+    if name == "target_mask" and not np.isin(marks, (0, 1)).all():
+        raise RecordError("target_mask must hold 0 and 1 alone")
     targets = marks != (IGNORED_LABEL if name == "labels" else 0)
     if name == "labels" and (marks[targets] != ids[targets]).any():
         raise RecordError("labels must be -100 or equal to input_ids at the same place")
@@ -51,6 +53,8 @@ def _row_borders(tokens: Mapping[str, Any], length: int) -> list[int]:
             raise RecordError(f"position_ids must have {length} entries, got {len(positions)}")
         if positions[0] != 0:
             raise RecordError(f"position_ids must start at 0, got {int(positions[0])}")
+        if (np.diff(positions) != 1)[positions[1:] != 0].any():
+            raise RecordError("position_ids must count up by 1 from each 0, as the teacher numbers the tokens of a row")
         return [*map(int, np.flatnonzero(positions == 0)), length]
     return [0, length]
 

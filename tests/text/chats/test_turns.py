@@ -138,6 +138,25 @@ def test_chats_are_counted_and_counts_merge() -> None:
     assert whole.notices.records == {"prompt and response": 2, "chats, whole": 1, "chats, one example per turn": 1}
 
 
+def test_the_last_answer_of_several_is_counted_as_such() -> None:
+    encoder = Encoder(make_tokenizer(chat=True), prompt_loss=False, turns="last")
+    encoder.examples({"messages": [user("add"), assistant("three"), user("more"), assistant("seven")]})
+    assert encoder.notices.chats().endswith("1 cut to the last answer")
+
+
+@pytest.mark.parametrize("answer", ["yes", "yes<turn_end>", "yes<turn_end>\n"])
+def test_an_answer_that_has_its_end_of_turn_gets_no_other(answer: str) -> None:
+    """Gemma's end of turn is not its end token."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.add_tokens(["<turn_end>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}<turn_end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (encoded,) = Encoder(tokenizer, prompt_loss=False).examples({"messages": [user(), assistant(answer)]})
+    assert tokenizer.decode(encoded.input_ids[1:][encoded.target_mask[:-1]]) == "yes<turn_end>"
+
+
 NOTICES = {
     "the chat template writes no end of turn after an answer: students learn no place to stop": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
