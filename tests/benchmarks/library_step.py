@@ -1,6 +1,7 @@
 """The mixin's step under Trainer against that of `logitcask train`; kd_loss_from_logits against a top-k gather.
 
-`python -m tests.benchmarks.library_step`: ratios of medians of runs that take turns, on this machine's CPU.
+`python -m tests.benchmarks.library_step`: ratios of medians of runs that take turns, in processor
+time, which other load changes less; with OMP_NUM_THREADS=1.
 """
 
 import statistics
@@ -44,7 +45,7 @@ class Timed(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
 
     @property
     def seconds(self) -> float:
@@ -110,9 +111,9 @@ def plain(logits: Tensor, batch: dict[str, Any]) -> Tensor:
 def seconds_of(loss: Callable[[Tensor, dict[str, Any]], Tensor], logits: Tensor, batch: dict[str, Any]) -> float:
     """Return the seconds of a loss and its backward pass."""
     logits.grad = None
-    began = time.perf_counter()
+    began = time.process_time()
     torch.autograd.backward(loss(logits, batch))
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def report(name: str, ours: list[float], other: list[float]) -> None:
