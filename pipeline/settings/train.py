@@ -71,6 +71,8 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"
             )
+        if self.eval_cache is not None and self.cache is None and self.distillation_type != "output":
+            raise ValueError("--eval-cache applies to --cache, or to --distillation-type output: leave it out")
         if self.loss is not None and self.cache is None:
             raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
         return self
@@ -98,5 +100,5 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
     @property
     def copies_folder(self) -> Path:
         """Folder for local copies. Raises LogitcaskError if it is needed and in an unknown home folder."""
-        remote = any("://" in cache for cache in self.cache or ())
+        remote = any("://" in cache for cache in (*(self.cache or ()), self.eval_cache or ""))
         return Path(expand_home(self.local_copies)) if remote else self.local_copies

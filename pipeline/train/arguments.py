@@ -14,6 +14,7 @@ from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.base import flag_of
 from logitcask.pipeline.settings.train import TrainSettings
+from logitcask.pipeline.train.callbacks.best import METRIC
 
 WARMUP_SHARE = "warmup_ratio"  # of earlier versions of transformers, which now take a share as warmup_steps
 OPTIONS = {
@@ -125,10 +126,12 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         max_steps=settings.max_steps or -1,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=settings.save_total_limit,
+        save_total_limit=max(2, settings.save_total_limit) if settings.watches_best else settings.save_total_limit,
+        metric_for_best_model=METRIC if settings.watches_best else None,
+        greater_is_better=False,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_steps and settings.eval_fraction else "no",
+        eval_strategy="steps" if settings.eval_steps and settings.evaluates else "no",
         eval_steps=settings.eval_steps,
         bf16=half == "bf16",
         fp16=half == "fp16",
@@ -153,6 +156,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         raise LogitcaskError(
             f"--training-args: transformers refuses them: {shown_reason(error)}: correct them"
         ) from error
+    arguments.load_best_model_at_end = settings.load_best  # set here: the Trainer saves at each new best, at any step
     return arguments
 
 

@@ -21,6 +21,7 @@ class RunSize:
 
     data: Amount
     held_out: int  # examples
+    held_out_positions: float
     batches: int  # per rank and epoch
     examples: int  # per epoch, on all ranks
     positions: float  # target positions of those
@@ -95,8 +96,7 @@ def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[s
     return [
         f"steps: {steps:,}, {epochs:,.2f} epochs",
         f"data: {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions; "
-        f"held out: {run.held_out:,} examples, about {run.held_out * data.positions / data.examples:,.0f} "
-        "target positions",
+        f"held out: {run.held_out:,} examples, about {run.held_out_positions:,.0f} target positions",
         f"a step: {examples:,} examples (batch {step.batch_size} x accumulation {step.accumulation} x ranks "
         f"{run.ranks}), about {trained * run.positions / max(1, run.examples):,.0f} target positions",
         f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB (estimate)",

@@ -194,8 +194,12 @@ class DistillationMixin(Trainer):
                 sums += self._sums_of([dataset[i] for i in batch])
         return self._means(sums.float().to(self.args.device), prefix)
 
+    def _collate_held_out(self, examples: list[Any]) -> Batch:
+        return self.data_collator(examples)  # type: ignore[no-any-return]
+
     def _sums_of(self, examples: list[Any]) -> Tensor:
-        inputs = {name: part.to(self.args.device) for name, part in self.data_collator(examples).items()}
+        batch = self._collate_held_out(examples)
+        inputs = {name: part.to(self.args.device) for name, part in batch.items()}
         sums: LossSums = self.model(**inputs)
         counts = torch.tensor([_labelled(inputs), len(inputs["gold"])])
         return torch.stack([*(getattr(sums, n).cpu().double() for n in SUMS), *counts])

@@ -43,10 +43,16 @@ from logitcask.pipeline.train.trainer import DistillationTrainer
 
 
 def student_of_run(
-    settings: TrainSettings, source: Source, ranks: int, record: dict[str, Any], checkpoint: Checkpoint | None
+    settings: TrainSettings,
+    source: Source,
+    longest: int,
+    ranks: int,
+    record: dict[str, Any],
+    checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
     """Return the student as its run begins, in training parts of it or an adapter if asked; say what it is.
 
+    ``longest``: the tokens of the longest example that it has to take.
     The record keeps the fingerprint of the weights that an adapter belongs to. Raises LogitcaskError if the student
     cannot be made or trained, or the adapter to resume was trained on other weights.
     """
@@ -57,7 +63,7 @@ def student_of_run(
         teacher_layers=settings.init_from_teacher_layers,
         seed=settings.seed,
         vocab_size=source.vocab_size,
-        longest=source.longest,
+        longest=longest,
         tokenizer=source.tokenizer,
         dtype=DTYPES[settings.student_dtype],
         attention=settings.attn_implementation,
@@ -121,10 +127,12 @@ def save_final(
     trainer: DistillationTrainer,
     source: Source,
     record: dict[str, Any],
-    before: dict[str, float] | None,
-    after: dict[str, float],
+    ends: dict[str, dict[str, float] | None],
+    best: dict[str, float] | None,
 ) -> None:
     """Save the student to ``final/`` and check that it loads as what was trained; write and show the evaluations.
+
+    ``ends``: the evaluations before and after; ``best``: the step of the best one and its loss, if the run knows.
 
     Raises LogitcaskError if it cannot be saved, or loads as another one.
     """
@@ -150,9 +158,9 @@ def save_final(
         record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
-        write_json(settings.output_dir / ENDS_FILE, {"before": before, "after": after})
-        if after:
-            results().print(ends_table(before, after, settings.temperatures.last, divergence_name(record)))
+        write_json(settings.output_dir / ENDS_FILE, {**ends, **({"best": best} if best else {})})
+        if after := ends["after"]:
+            results().print(ends_table(ends["before"], after, settings.temperatures.last, divergence_name(record)))
         say(f"student -> {final}")
 
 

@@ -19,12 +19,11 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 
 from typing import Any
 
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.staging import temporary_folder
-from logitcask.pipeline.batches.collate import Collator, TrainingExample, labels_are_finite
+from logitcask.pipeline.batches.collate import Collator, Examples, labels_are_finite
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.batches.order import BatchSampler
@@ -37,6 +36,7 @@ from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import read_before
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.arguments import training_arguments, with_defaults
+from logitcask.pipeline.train.callbacks.best import BestSoFar, stopped_early
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
@@ -47,10 +47,10 @@ from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, shar
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.extend import extension
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
-from logitcask.pipeline.train.sources.open import open_source
+from logitcask.pipeline.train.sources.open import open_held_out, open_source
 from logitcask.pipeline.train.sources.source import Source
 from logitcask.pipeline.train.student import save_final, step_size, student_of_run
-from logitcask.pipeline.train.trainer import DistillationTrainer, fsdp_requested, require_fsdp
+from logitcask.pipeline.train.trainer import DistillationTrainer, HeldOut, fsdp_requested, require_fsdp
 
 
 def run_training(settings: TrainSettings) -> dict[str, float]:
@@ -64,7 +64,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     arguments = training_arguments(settings)
     with temporary_folder(f"{settings.output_dir.absolute()} {arguments.process_index}") as folder:
         source = open_source(settings, folder)
-        record = run_record(settings, source, arguments.world_size)
+        evaluated = open_held_out(settings, source)
+        record = run_record(settings, source, arguments.world_size, evaluated)
         checkpoint = choose_checkpoint(
             settings.output_dir,
             settings.resume_from_checkpoint,
@@ -72,13 +73,17 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
             fsdp=fsdp_requested(),
             extend=settings.extend,
         )
-        return _train(settings, arguments, source, record, checkpoint, defaults)
+        return _train(settings, arguments, source, evaluated, record, checkpoint, defaults)
 
 
-def run_record(settings: TrainSettings, source: Source, world_size: int) -> dict[str, Any]:
+def run_record(
+    settings: TrainSettings, source: Source, world_size: int, evaluated: Source | None = None
+) -> dict[str, Any]:
     """Return what is stored with checkpoints and ``final/``: the settings as resolved, and what they were used on."""
     record = {**settings.model_dump(mode="json"), "tail": source.tail, "source": source.identity}
     record["world_size"] = world_size
+    if evaluated is not None:
+        record["eval_source"] = evaluated.identity
     if not settings.chat_template_kwargs:  # earlier versions did not have them
         del record["chat_template_kwargs"]
     if settings.seed:  # earlier versions left the first epoch in the cache's order for any seed, as seed 0 still does
@@ -90,24 +95,23 @@ def _train(
     settings: TrainSettings,
     arguments: TrainingArguments,
     source: Source,
+    evaluated: Source | None,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
     defaults: list[str],
 ) -> dict[str, float]:
-    held = source.held_out(settings.eval_fraction, settings.seed)
+    held = source.held_out(settings.held_out_fraction, settings.seed)
     mixture = source.mixture(held)
-    run = _run_size(settings, source.amount, len(held), mixture, arguments.world_size)
+    run = _run_size(settings, source.amount, len(held), evaluated, mixture, arguments.world_size)
     arguments.max_steps = run.steps()[0]  # counted here only
     longer = extension(checkpoint, arguments.max_steps, record)
-    finished = checkpoint is not None and checkpoint.step >= arguments.max_steps
-    if finished:
-        after = finished_student(settings.output_dir, record)
-        end = f"{settings.output_dir}: finished: all {arguments.max_steps:,} steps are done"
-        say(f"{end}; its student is to be saved" if after is None else f"{end} and final/ is saved: nothing to do")
-        if after is not None:
-            return after
+    finished = checkpoint is not None and _is_finished(checkpoint, arguments.max_steps, settings)
+    if finished and (ended := finished_student(settings.output_dir, record)) is not None:
+        say(f"{settings.output_dir}: finished, and final/ is saved: nothing to do")
+        return ended
     reports = _trackers(settings, arguments, record, checkpoint)
-    model = student_of_run(settings, source, arguments.world_size, record, checkpoint)
+    longest = max(source.longest, evaluated.longest if evaluated else 0)
+    model = student_of_run(settings, source, longest, arguments.world_size, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
     if step.on_cpu:
@@ -122,26 +126,41 @@ def _train(
     make_output(settings.output_dir)
     with explain_memory(step, settings.output_dir, settings.num_workers):
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
-        table = LiveTable(notices(), interrupt.note)
+        best = BestSoFar(settings.early_stopping_patience) if settings.watches_best else None
+        table = LiveTable(notices(), lambda: interrupt.note() or (best.note() if best else ""))
         log = MetricsLog(settings.output_dir, table.show)
-        callbacks = [interrupt, table, log, complete, *longer, *reports]
-        trainer = _trainer(settings, arguments, source, model, held, mixture, callbacks, packed=packed)
+        callbacks = [interrupt, table, log, complete, *([best] if best else []), *longer, *reports]
+        trainer = _trainer(settings, arguments, source, evaluated, model, held, mixture, callbacks, packed=packed)
         trainer.finished = finished
         require_fsdp(trainer)
         table.replace_bar(trainer)
-        before = read_before(settings.output_dir) if folder else trainer.evaluate() if len(held) else None
+        before = read_before(settings.output_dir) if folder else trainer.evaluate() if settings.evaluates else None
         with table, interrupt, complete.explain_load_errors(folder):
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         interrupt.raise_if_stopped(settings.resume_from_checkpoint)
-        after = trainer.evaluate() if len(held) else {}
-    save_final(settings, trainer, source, record, before, after)
+        after = trainer.evaluate() if settings.evaluates else {}
+    if best is not None:
+        best.report(settings.load_best)
+    save_final(settings, trainer, source, record, {"before": before, "after": after}, best.best if best else None)
     return after
+
+
+def _is_finished(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> bool:
+    """Return whether a run has nothing left to train, and say so."""
+    if checkpoint.step >= steps:
+        say(f"{settings.output_dir}: all {steps:,} steps are done")
+        return True
+    if stopped_early(checkpoint.folder, settings.early_stopping_patience):
+        say(f"{settings.output_dir}: stopped early at step {checkpoint.step:,} of {steps:,}")
+        return True
+    return False
 
 
 def _trainer(
     settings: TrainSettings,
     arguments: TrainingArguments,
     source: Source,
+    evaluated: Source | None,
     model: PreTrainedModel,
     held: IntArray,
     mixture: Mixture | None,
@@ -167,15 +186,19 @@ def _trainer(
         say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
     alpha, temperature = settings.alphas.last, settings.temperatures.last  # of evaluations
     collator = source.collator(temperature, packed=packed)
+    held_out = HeldOut(source.examples, held.tolist(), collator)
+    if evaluated is not None:
+        every = list(range(evaluated.amount.examples))
+        held_out = HeldOut(evaluated.examples, every, evaluated.collator(temperature, packed=packed))
     return DistillationTrainer(
         model=model,
         args=arguments,
         examples=source.examples,
         sampler=sampler,
-        held_out=held.tolist(),
+        held_out=held_out,
         collator=collator,
         tokenizer=source.tokenizer,
-        nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator),
+        nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator, held_out),
         callbacks=callbacks,
         loss=LossSettings(alpha, temperature, source.tail, settings.divergence, own),
         alphas=settings.alphas,
@@ -205,14 +228,17 @@ def _trackers(
     )
 
 
-def _run_size(settings: TrainSettings, data: Amount, held: int, mixture: Mixture | None, ranks: int) -> RunSize:
+def _run_size(
+    settings: TrainSettings, data: Amount, held: int, evaluated: Source | None, mixture: Mixture | None, ranks: int
+) -> RunSize:
     left = data.examples - held
     examples, positions = (left, data.positions * left / data.examples)
     if mixture is not None:
         examples, positions = mixture.examples, mixture.end
     return RunSize(
         data=data,
-        held_out=held,
+        held_out=evaluated.amount.examples if evaluated else held,
+        held_out_positions=evaluated.amount.positions if evaluated else data.positions * held / data.examples,
         batches=-(-examples // (settings.batch_size * ranks)),
         examples=examples,
         positions=positions,
@@ -228,13 +254,14 @@ def _precision(settings: TrainSettings) -> str:
 
 
 def _stop_on_nonfinite(
-    settings: TrainSettings, examples: Dataset[TrainingExample], sampler: BatchSampler, collator: Collator
+    settings: TrainSettings, examples: Examples, sampler: BatchSampler, collator: Collator, held_out: HeldOut
 ) -> StopOnNonFinite:
     return StopOnNonFinite(
         settings.output_dir,
         step_examples=sampler.step_examples,
-        held_out=sampler.left_out,
+        held_out=held_out.places,
         label_is_finite=lambda index: labels_are_finite(collator([examples[index]])),
+        held_out_is_finite=lambda index: labels_are_finite(held_out.collator([held_out.examples[index]])),
         learning_rate=settings.learning_rate or 0.0,
         warmup_steps=settings.warmup_steps,
         fp16=bool(settings.use_mixed_precision) and settings.mixed_precision_dtype == "fp16",

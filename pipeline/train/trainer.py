@@ -2,19 +2,20 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
+from logitcask.pipeline.batches.collate import Batch, Collator, Examples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.batches.scheduled import ScheduledExamples, ScheduledSampler
 from logitcask.pipeline.models.fused_loss import TeacherRows
@@ -43,6 +44,15 @@ def require_fsdp(trainer: Trainer) -> None:
         )
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The examples that a run is evaluated on: some of its own, or those of another cache."""
+
+    examples: Examples
+    places: list[int]  # which of them
+    collator: Collator
+
+
 class DistillationTrainer(DistillationMixin, Trainer):
     """The Trainer of ``logitcask train``: its own order and held-out examples, exact resume, a check of finiteness.
 
@@ -54,9 +64,8 @@ class DistillationTrainer(DistillationMixin, Trainer):
         *,
         model: PreTrainedModel,
         args: TrainingArguments,
-        examples: Dataset[TrainingExample],
+        examples: Examples,
         sampler: BatchSampler,
-        held_out: Sequence[int],
         collator: Collator,
         tokenizer: PreTrainedTokenizerBase,
         nonfinite: StopOnNonFinite,
@@ -64,16 +73,17 @@ class DistillationTrainer(DistillationMixin, Trainer):
         loss: LossSettings,
         alphas: Ramp | None = None,
         temperatures: Ramp | None = None,
+        held_out: HeldOut | None = None,
         teacher: Callable[[Batch], TeacherRows] | None = None,
         router: RouterLoss | None = None,
     ) -> None:
-        self._sampler, self._held_out = sampler, list(held_out)
+        self._sampler, self._held_out = sampler, held_out or HeldOut(examples, [], collator)
         self._loss, self._teacher, self._router = loss, teacher, router
         super().__init__(
             model=model,
             args=args,
             train_dataset=examples,
-            eval_dataset=Subset(examples, self._held_out),
+            eval_dataset=Subset(self._held_out.examples, self._held_out.places),
             data_collator=collator,
             processing_class=tokenizer,
             callbacks=[nonfinite, *callbacks],
@@ -81,6 +91,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         self._alphas = alphas or Ramp.of(loss.alpha)
         self._temperatures = temperatures or Ramp.of(loss.temperature)
         self._nonfinite, self._tokenizer = nonfinite, tokenizer
+        self._has_best = False  # whether the model is the best checkpoint's
         self.finished = False  # whether the checkpoint to resume from is that of the last step
 
     def _prepare_loss(self) -> None:
@@ -142,11 +153,30 @@ class DistillationTrainer(DistillationMixin, Trainer):
         metrics = self._evaluation(self.eval_dataset, "eval_")
         if not math.isfinite(metrics["eval_total_loss"]):  # on all ranks, so that all run these forwards
             with torch.no_grad():
-                sums = ((i, self._sums_of([self.train_dataset[i]])) for i in self._held_out)
+                sums = ((i, self._sums_of([self._held_out.examples[i]])) for i in self._held_out.places)
                 self._nonfinite.note_held_out(next((i for i, s in sums if not bool(s.isfinite().all())), None))
-        self.log(metrics)
+        if not self._has_best:  # else the log would have it as of the last step
+            self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _collate_held_out(self, examples: list[Any]) -> Batch:
+        return self._held_out.collator(examples)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save a checkpoint at each new best, if the best is to be loaded: it may be between those that are due."""
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights as ``_load_from_checkpoint`` does."""
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(Path(str(self.state.best_model_checkpoint)), self.model)
+        self._has_best = True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save an ordinary, unsharded model at the end of a run; the format of checkpoints follows FSDP's settings."""

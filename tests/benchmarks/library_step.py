@@ -64,7 +64,7 @@ def of_train(cache: Path, folder: Path) -> float:
     arguments = training_arguments(train_settings(cache, folder, max_steps=STEPS, logging_steps=1000))
     arguments.save_strategy = "no"
     DistillationTrainer(
-        model=make_student(), args=arguments, examples=examples, sampler=sampler, held_out=[], callbacks=[timed],
+        model=make_student(), args=arguments, examples=examples, sampler=sampler, callbacks=[timed],
         collator=Collator(0, tuple(opened.temperatures), 1.0, "sampled", True), tokenizer=make_tokenizer(),
         nonfinite=nonfinite, loss=LossSettings(0.1, 1.0, "sampled", "forward-kl"),
     ).train()  # fmt: skip

@@ -95,7 +95,7 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
     nonfinite = StopOnNonFinite(Path(folder), step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
                                 label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
     trainer = DistillationTrainer(
-        model=model, args=arguments, examples=examples, sampler=sampler, held_out=[],
+        model=model, args=arguments, examples=examples, sampler=sampler,
         collator=collator, tokenizer=tokenizer_from_files(reader.tokenizer_files()),
         nonfinite=nonfinite, callbacks=[timed], loss=LossSettings(0.5, 2.0, "sampled", "forward-kl"),
     )  # fmt: skip

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.data import Dataset
 
-from logitcask.pipeline.batches.collate import Collator, TrainingExample
+from logitcask.pipeline.batches.collate import Collator, Examples, TrainingExample
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
@@ -24,7 +23,7 @@ STARTS = np.linspace(0, EXAMPLES, SHARDS + 1).astype(np.int64)
 NOBODY = np.zeros(0, dtype=np.int64)
 
 
-class Counted(Dataset[TrainingExample]):
+class Counted(Examples):
     """Examples of eight tokens; each read appends a line to a file, since readers may be other processes."""
 
     def __init__(self, log: Path) -> None:
@@ -49,7 +48,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
     nonfinite = StopOnNonFinite(folder, step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
                                 label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
     return DistillationTrainer(
-        model=model, args=training_arguments(settings), examples=examples, sampler=sampler, held_out=[],
+        model=model, args=training_arguments(settings), examples=examples, sampler=sampler,
         collator=collator, tokenizer=make_tokenizer(), nonfinite=nonfinite, callbacks=[],
         loss=LossSettings(1.0, 1.0, "bucket", "forward-kl"),
     )  # fmt: skip

@@ -15,8 +15,15 @@ class RunSettings(Settings):
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between evaluations; default: only before and after training"
     )
+    eval_cache: Place | None = Field(
+        None, description="a cache of its own to evaluate on, in place of examples held out of --cache"
+    )
+    load_best: bool = Field(False, description="final/ is the checkpoint with the lowest held-out loss, not the last")
+    early_stopping_patience: Whole | None = Field(
+        None, description="stop after so many evaluations in a row without a lower held-out loss"
+    )
     save_steps: Whole = Field(1000, description="steps between checkpoints")
-    save_total_limit: Whole = Field(3, description="most recent checkpoints to keep")
+    save_total_limit: Whole = Field(3, description="most recent checkpoints to keep, beside the best one")
     logging_steps: Whole = Field(10, description="steps between log lines")
     resume_from_checkpoint: Place | None = Field(None, description="a checkpoint folder, or latest")
     extend: bool = Field(False, description="resume a run for more --max-steps or --epochs than it was started with")
@@ -38,3 +45,29 @@ class RunSettings(Settings):
                 "--extend applies to a run that is resumed: give --resume-from-checkpoint, such as latest, too"
             )
         return self
+
+    @model_validator(mode="after")
+    def _evaluates_what_it_asks_for(self) -> Self:
+        if self.eval_cache is not None and "eval_fraction" in self.model_fields_set and self.eval_fraction:
+            raise ValueError("--eval-cache and --eval-fraction: give one of them (--eval-fraction 0 with a cache)")
+        asked = (
+            "--load-best" if self.load_best else "--early-stopping-patience" if self.early_stopping_patience else None
+        )
+        if asked and not (self.eval_steps and self.evaluates):
+            raise ValueError(f"{asked} needs --eval-steps, and an --eval-cache or --eval-fraction above 0")
+        return self
+
+    @property
+    def held_out_fraction(self) -> float:
+        """The share of the run's own examples that is held out."""
+        return 0.0 if self.eval_cache is not None else self.eval_fraction
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.eval_cache is not None or self.eval_fraction > 0
+
+    @property
+    def watches_best(self) -> bool:
+        """Whether the run keeps track of its best evaluation."""
+        return self.load_best or self.early_stopping_patience is not None

@@ -38,10 +38,14 @@ class StopOnNonFinite(TrainerCallback):
         warmup_steps: int,
         fp16: bool,
         resumed_from: str | None = None,
+        held_out_is_finite: Callable[[int], bool] | None = None,
     ) -> None:
-        """``step_examples`` returns the examples of an optimizer step; those in ``held_out`` are never trained on."""
+        """``step_examples`` returns the examples of an optimizer step; those in ``held_out`` are
+        never trained on, and may be of another cache.
+        """
         self._output, self._resumed_from = output_dir, resumed_from
-        self._step_examples, self._held_out, self._label_is_finite = step_examples, held_out, label_is_finite
+        self._step_examples, self._held_out = step_examples, held_out
+        self._label_is_finite, self._held_out_is_finite = label_is_finite, held_out_is_finite or label_is_finite
         self._learning_rate, self._warmup_steps, self._fp16 = learning_rate, warmup_steps, fp16
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
@@ -94,7 +98,7 @@ class StopOnNonFinite(TrainerCallback):
                 if culprit is None
                 else f"first at example {culprit} of the cache or data"
             )
-            advice = self._advice(list(self._held_out) if culprit is None else [culprit])
+            advice = self._advice(list(self._held_out) if culprit is None else [culprit], self._held_out_is_finite)
             raise LogitcaskError(
                 f"step {state.global_step}: non-finite loss ({loss}) of the held-out examples, {first}; {advice}"
             )
@@ -114,14 +118,14 @@ class StopOnNonFinite(TrainerCallback):
         shown = ", ".join(map(str, examples[:IDS_SHOWN])) + (", ..." if len(examples) > IDS_SHOWN else "")
         raise LogitcaskError(
             f"step {step}: non-finite: loss {loss:g}, gradient norm {norm:g}; the step's {len(examples)} "
-            f"examples of the cache or data are {shown}; {self._advice(examples)}"
+            f"examples of the cache or data are {shown}; {self._advice(examples, self._label_is_finite)}"
         )
 
-    def _advice(self, examples: list[int]) -> str:
+    def _advice(self, examples: list[int], is_finite: Callable[[int], bool]) -> str:
         """Return the likely cause and the remedy."""
         checkpoint = latest_checkpoint(self._output)
         again = f"resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "start over (no checkpoint yet)"
-        damaged = next((index for index in examples if not self._label_is_finite(index)), None)
+        damaged = next((index for index in examples if not is_finite(index)), None)
         if damaged is not None:
             return (
                 f"likely cause: the label of example {damaged} is non-finite: run logitcask cache verify, then {again}"

@@ -7,6 +7,7 @@ BASE_WEIGHTS = "base_weights"  # fingerprint of the weights that an adapter was 
 MAY_CHANGE = {
     *("output_dir", "resume_from_checkpoint", "extend", "extended_at"),
     *("save_steps", "save_total_limit", "logging_steps", "eval_steps"),
+    *("eval_cache", "early_stopping_patience"),  # the examples that are held out are compared by their cache
     *("num_workers", "use_wandb", "wandb_project", "wandb_run_name", "use_tensorboard", "use_trackio", "cache"),
     *("local_copies", "local_copies_gb", "min_fidelity", "device"),
     *("chat_turns", "chat_template", "columns"),  # the data itself is compared by its tokens
@@ -18,6 +19,7 @@ MAY_CHANGE = {
 LENGTH = ("max_steps", "epochs")  # may be greater if asked
 # What a run did before there were options for it, and stored nothing about.
 BEFORE = {"lora_dropout": 0.0, "lora_target_modules": "all-linear", "student_dtype": "float32", "load_in_4bit": False}
+BEFORE |= {"load_best": False}
 ARGUMENTS_MAY_CHANGE = ("hub_", "push_", "log_", "ddp_", "torch_", "disable_tqdm", "skip_memory_metrics", "debug")
 BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")  # only their product affects what a step learns
 

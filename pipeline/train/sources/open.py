@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import temperature_index
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.mixing import common_tail, common_temperatures, require_one_tokenizer, require_shares
+from logitcask.pipeline.console import say
 from logitcask.pipeline.models.load import require_plain_weights
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
 from logitcask.pipeline.text.reading import Reading
-from logitcask.pipeline.train.sources.cache import cache_source
+from logitcask.pipeline.text.tokenizer import fingerprint
+from logitcask.pipeline.train.sources.cache import cache_identity, cache_source
 from logitcask.pipeline.train.sources.file import file_source, text_source
 from logitcask.pipeline.train.sources.mixed import mixed_source
 from logitcask.pipeline.train.sources.source import Source
@@ -55,6 +57,35 @@ def open_source(settings: TrainSettings, folder: Path) -> Source:
         reading, tokenizer = Reading((text,), **settings.taken), parts[0].tokenizer
         parts.append(text_source(reading, staged, tokenizer, **_reading_options(settings, number)))
     return mixed_source(parts, weights)
+
+
+def open_held_out(settings: TrainSettings, source: Source) -> Source | None:
+    """Open the cache that a run is evaluated on, if it has one of its own.
+
+    Raises LogitcaskError if it does not fit the run's source.
+    """
+    if settings.eval_cache is None:
+        return None
+    disk_cache = DiskCache(settings.copies_folder, int(settings.local_copies_gb * 1e9))
+    reader = CacheReader(settings.eval_cache, disk_cache=disk_cache)
+    wanted, own = fingerprint(source.tokenizer), reader.manifest.tokenizer.fingerprint
+    if own != wanted:
+        raise CacheMismatchError(
+            f"--eval-cache {reader.path}: was made with another tokenizer than {source.name}: fingerprints {own[:12]} "
+            f"and {wanted[:12]}: make it with the same teacher"
+        )
+    if cache_identity(reader) in source.identity:
+        say(f"--eval-cache {reader.path}: the run trains on it: only other examples show what the student has learnt")
+    return cache_source(
+        reader,
+        disk_cache,
+        soft=source.labelled,
+        temperature=settings.temperatures.last,
+        tail=source.tail,
+        min_fidelity=None,
+        same_tokenizer={},
+        of=2,
+    )
 
 
 def _cache_sources(settings: TrainSettings, readers: list[CacheReader], disk_cache: DiskCache) -> list[Source]:
