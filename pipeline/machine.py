@@ -5,6 +5,7 @@ import ctypes
 import platform
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,27 @@ def choose_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return what a device is: the product's name of a GPU, otherwise its kind, such as cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_memory(device: torch.device, group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the bytes that are free on a device, None if it is not known; on a CPU, in this container if it is less.
+
+    ``group``: where Linux shows the limit of a container.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no limit reads as max
+        return free
+    return min(free, max(0, limit - used))
 
 
 def ignore_interrupts(_: int) -> None:

@@ -16,6 +16,11 @@ from logitcask.pipeline.settings.base import flag_of
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.callbacks.best import METRIC
 
+CHECKPOINTING = next(  # renamed in transformers 5.2x
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 WARMUP_SHARE = "warmup_ratio"  # of earlier versions of transformers, which now take a share as warmup_steps
 OPTIONS = {
     **{"per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size"},
@@ -107,8 +112,6 @@ def _has_bf16(settings: TrainSettings) -> bool:
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
     """Return the Trainer's own settings. Raises LogitcaskError if the device does not support the precision."""
-    known = TrainingArguments.__dataclass_fields__  # renamed in transformers 5.2x
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     half = settings.mixed_precision_dtype if settings.use_mixed_precision else None
     if half == "fp16" and choose_device(settings.device).type == "cpu":
         raise LogitcaskError("--mixed-precision-dtype fp16 needs a GPU, but the device is cpu: use bf16")
@@ -139,7 +142,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         torch_compile=settings.torch_compile,
         use_cpu=settings.device == "cpu",
-        **{checkpointing: settings.use_gradient_checkpointing},
+        **{CHECKPOINTING: bool(settings.use_gradient_checkpointing)},
         report_to="none",  # trackers() reports instead
         project=settings.wandb_project,
         run_name=settings.wandb_run_name,

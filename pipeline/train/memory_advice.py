@@ -87,6 +87,21 @@ class StepSize:
         return [f"{words} (-{saved / GB:.2f} GB)" for saved, words in useful]
 
 
+def checkpointing_reason(step: StepSize, taken: float, free: float | None) -> str | None:
+    """Return why a step has to recompute activations, None if it fits without, or nobody knows what is free.
+
+    ``taken``: bytes of the step that are taken already.
+    """
+    need = step.memory() - taken
+    if free is None or need <= free:
+        return None
+    less = replace(step, checkpointing=True).memory() - taken
+    return (
+        f"gradient checkpointing: on: a step takes about {need / GB:.1f} GB more without it, {less / GB:.1f} GB with it; "
+        f"{free / GB:.1f} GB are free"
+    )
+
+
 def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[str]:
     """Return the lines printed before a run starts: steps, data, batch and memory."""
     steps, epochs = run.steps()

@@ -116,7 +116,7 @@ def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_
         on_cpu=on_cpu,
         batch_size=settings.batch_size,
         accumulation=settings.gradient_accumulation_steps,
-        checkpointing=settings.use_gradient_checkpointing,
+        checkpointing=bool(settings.use_gradient_checkpointing),
         mixed=bool(settings.use_mixed_precision),
         from_cache=settings.cache is not None,
     )

@@ -17,8 +17,12 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 13. the checkpoint is saved, if due, its settings last                          resume.CompleteCheckpoint
 """
 
+import os
+from dataclasses import replace
 from typing import Any
 
+import torch
+from accelerate.utils import gather
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from logitcask.cache.labels import IntArray
@@ -28,14 +32,14 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.console import notices, say
-from logitcask.pipeline.machine import free_large_blocks
+from logitcask.pipeline.machine import free_large_blocks, free_memory
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import read_before
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.arguments import training_arguments, with_defaults
+from logitcask.pipeline.train.arguments import CHECKPOINTING, training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.best import BestSoFar, stopped_early
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
@@ -43,7 +47,14 @@ from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
 from logitcask.pipeline.train.loss import load_loss
-from logitcask.pipeline.train.memory_advice import RunSize, explain_memory, shares, summary
+from logitcask.pipeline.train.memory_advice import (
+    RunSize,
+    StepSize,
+    checkpointing_reason,
+    explain_memory,
+    shares,
+    summary,
+)
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.extend import extension
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
@@ -114,6 +125,11 @@ def _train(
     model = student_of_run(settings, source, longest, arguments.world_size, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):
+        step = replace(step, checkpointing=True)
+        setattr(arguments, CHECKPOINTING, True)
+        defaults.append(reason)
+    record["use_gradient_checkpointing"] = step.checkpointing
     if step.on_cpu:
         free_large_blocks()
         if not step.checkpointing and not settings.torch_compile:
@@ -154,6 +170,18 @@ def _is_finished(checkpoint: Checkpoint, steps: int, settings: TrainSettings) ->
         say(f"{settings.output_dir}: stopped early at step {checkpoint.step:,} of {steps:,}")
         return True
     return False
+
+
+def _why_checkpoint(step: StepSize, model: PreTrainedModel, arguments: TrainingArguments) -> str | None:
+    """Return why this step has to recompute activations, on any rank; None if it fits, or the student cannot."""
+    if fsdp_requested() or not model.supports_gradient_checkpointing:
+        return None  # FSDP divides what a step takes, by its own settings
+    device, free = arguments.device, free_memory(arguments.device)
+    taken = float(sum(p.nbytes for p in model.parameters())) if step.on_cpu else 0.0  # else it is still to be moved
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if step.on_cpu else 1
+    share = torch.tensor([float("inf") if free is None else free / here], device=device)
+    least = float(gather(share).min()) if arguments.world_size > 1 else float(share)
+    return checkpointing_reason(step, taken, least)
 
 
 def _trainer(

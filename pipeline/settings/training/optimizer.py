@@ -44,7 +44,9 @@ class OptimizerSettings(Settings):
     training_args: TrainingArgs = Field(
         {}, description="file, or JSON, with other fields of transformers' TrainingArguments, such as optim, adam_beta2"
     )
-    use_gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    use_gradient_checkpointing: bool | None = Field(
+        None, description="recompute activations: less memory, slower; default: if a step would not fit otherwise"
+    )
     use_mixed_precision: bool | None = Field(
         None, description="autocast to --mixed-precision-dtype; default: on a GPU that has bf16"
     )
