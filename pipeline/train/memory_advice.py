@@ -97,7 +97,7 @@ def checkpointing_reason(step: StepSize, taken: float, free: float | None) -> st
         return None
     less = replace(step, checkpointing=True).memory() - taken
     return (
-        f"gradient checkpointing: on: a step takes about {need / GB:.1f} GB more without it, {less / GB:.1f} GB with it; "
+        f"gradient checkpointing: on: a step takes about {need / GB:.1f} GB more, with it {less / GB:.1f} GB, and "
         f"{free / GB:.1f} GB are free"
     )
 
