@@ -71,10 +71,14 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"
             )
-        if self.eval_cache is not None and self.cache is None and self.distillation_type != "output":
-            raise ValueError("--eval-cache applies to --cache, or to --distillation-type output: leave it out")
         if self.loss is not None and self.cache is None:
             raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_to_evaluate_by(self) -> Self:
+        if self.eval_cache is not None and self.cache is None and self.distillation_type != "output":
+            raise ValueError("--eval-cache applies to --cache, or to --distillation-type output: leave it out")
         return self
 
     @property
