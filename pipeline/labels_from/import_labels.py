@@ -41,7 +41,7 @@ from logitcask.pipeline.text.token_table import TokenTable, write_table
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.log import TokenLog
-from logitcask.pipeline.text.tokens.packed import pack
+from logitcask.pipeline.text.tokens.stage import pack
 
 TRIED = 20_000  # rows from which it is decided how a source is read
 SHARD_ENTRIES = 1 << 22  # label entries per shard, the unit of resuming

@@ -23,7 +23,7 @@ from logitcask.pipeline.console import say, track
 from logitcask.pipeline.machine import explain_out_of_memory
 from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.local import LocalExecutor
-from logitcask.pipeline.precompute.ray import RayExecutor
+from logitcask.pipeline.precompute.ray import RayExecutor, disconnect, tasks
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, explain_limits, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
@@ -73,7 +73,9 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         raise LogitcaskError(
             f"--head-size + --tail-draws must be at most the vocabulary's {size} tokens, got {entries}: lower one"
         )
-    with sole_writer(settings.output, settings.part, say) as staging:
+    with sole_writer(settings.output, settings.part, say) as staging, contextlib.ExitStack() as cleanup:
+        if settings.ray is not None:
+            cleanup.callback(disconnect)
         require_folder = watch_folder(settings.output)
         files = tokenizer_files(tokenizer)
         stored = stored_manifest(settings.output, overwrite=settings.overwrite)
@@ -227,7 +229,7 @@ def _plan(
         bad=bad,
         max_seq_length=settings.max_seq_length,
         records=reading,
-        workers=processes(settings.tokenize_workers),
+        workers=processes(settings.tokenize_workers) if settings.ray is None else tasks(settings.ray),
         resumable=True,
     )
     if stored is not None and stored.data.metadata is None:  # a cache of an earlier version, which kept none

@@ -1,4 +1,4 @@
-"""Run stage 1 on Ray: each shard is a task, each worker an actor with its own teacher that writes whole shards.
+"""Run stage 1 on Ray: each chunk of records is a task, then each shard one of an actor that holds a teacher.
 
 Ray places the actors, on new nodes if it has an autoscaler, restarts those that die, and retries their tasks. The
 content of a shard depends on its number alone, so the cache is the same whatever the number and order of workers.
@@ -7,8 +7,9 @@ content of a shard depends on its number alone, so the cache is the same whateve
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
 from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
+from logitcask.pipeline.text.tokens.packed import PackedChunk
+from logitcask.pipeline.text.tokens.workers import AHEAD, Encode, Pool, Promise, Workers
 
 RETRIES = 3  # of a shard whose worker died, and restarts of a worker
 
@@ -69,7 +72,7 @@ class RayExecutor:
         self._ray = ray
         with contextlib.ExitStack() as cleanup, _explain_worker_errors():
             cleanup.callback(ray.shutdown)
-            _connect(address)
+            _connect(address)  # unless tokenizing has
             resources = ray.cluster_resources()
             options = worker_options(spec, workers, resources)
             count = workers or default_workers(spec.tensor_parallel_size, resources)
@@ -109,6 +112,63 @@ class RayExecutor:
         self._ray.shutdown()
 
 
+def tasks(address: str) -> Workers:
+    """Return what connects to or starts a cluster, once the first chunk is submitted, and encodes there.
+
+    The connection stays, for the executor, unless something fails. What it gives raises LogitcaskError if the cluster
+    cannot be used.
+    """
+
+    @contextlib.contextmanager
+    def workers(encode: Encode) -> Iterator[Pool]:
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(disconnect)
+            yield _Tasks(address, encode)
+            cleanup.pop_all()
+
+    return workers
+
+
+def disconnect() -> None:
+    """Leave the cluster, if there is one; one that was started here shuts down."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+class _Tasks:
+    """A pool of one task per CPU that the cluster has, and as many that wait."""
+
+    def __init__(self, address: str, encode: Encode) -> None:
+        self._address, self._encode, self.depth = address, encode, 1
+
+    @cached_property
+    def _remote(self) -> Callable[[bytes], Any]:
+        import ray
+
+        _connect(self._address)
+        self.depth = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        encode = ray.put(self._encode)
+        task = ray.remote(num_cpus=1, max_retries=RETRIES)(_encoded)
+        return lambda message: task.remote(encode, message)
+
+    def submit(self, message: bytes) -> Promise:
+        """Start a task for pickled records."""
+        with _explain_worker_errors():
+            return partial(self._result, self._remote(message))
+
+    @staticmethod
+    def _result(reference: Any) -> PackedChunk:
+        import ray
+
+        with _explain_worker_errors():
+            packed: PackedChunk = ray.get(reference)
+        return packed
+
+
+def _encoded(encode: Encode, message: bytes) -> PackedChunk:
+    return encode(message)
+
+
 def _compared(facts: TeacherFacts) -> dict[str, object]:
     """Return what must be equal on all nodes: versions of packages and names of devices need not be."""
     return {**identity({"teacher": facts.identity}), "head": facts.logits_width, "longest": facts.max_length}
@@ -118,6 +178,8 @@ def _connect(address: str) -> None:
     """Connect, or raise LogitcaskError if no cluster answers: Ray itself would wait for minutes."""
     import ray
 
+    if ray.is_initialized():
+        return
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")  # "": the cluster that runs here, else a new one
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -160,7 +222,10 @@ def missing_resources(options: dict[str, Any], count: int, resources: dict[str, 
 @contextlib.contextmanager
 def _explain_worker_errors() -> Iterator[None]:
     """Raise a worker's own LogitcaskError as it is, and turn workers that keep dying into a one-line error."""
-    from ray.exceptions import RayActorError, RayTaskError
+    try:
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+    except ImportError as error:
+        raise LogitcaskError("--ray needs Ray: pip install 'logitcask[ray]'") from error
 
     try:
         yield
@@ -168,7 +233,7 @@ def _explain_worker_errors() -> Iterator[None]:
         if isinstance(error.cause, LogitcaskError):
             raise LogitcaskError(str(error.cause)) from error
         raise
-    except RayActorError as error:
+    except (RayActorError, WorkerCrashedError, OutOfMemoryError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines() if line and not line.startswith("\t"))
         raise LogitcaskError(
             f"a Ray worker died, after at most {RETRIES} restarts: {reason} Committed shards are kept: fix that and "

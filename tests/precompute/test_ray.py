@@ -21,9 +21,13 @@ from logitcask.cache.integrity import committed_shards
 from logitcask.cache.storage.open import open_store
 from logitcask.cache.storage.remote import filesystem
 from logitcask.cache.verify import verify
+from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
-from logitcask.pipeline.precompute.ray import default_workers, worker_options
+from logitcask.pipeline.precompute.ray import _Tasks, default_workers, worker_options
+from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.text.tokens import stage
+from logitcask.pipeline.text.tokens.workers import Promise
 from tests.support.needed import lacking
 from tests.support.servers import s3_environment, s3_server
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -61,6 +65,41 @@ def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: s
     report = precompute(settings(folder, tmp_path / "cache", cluster))
     assert report.shards_written == report.manifest.shards.count > 4
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+
+
+def test_tokens_made_in_tasks_and_categories_are_those_of_one_process(
+    folder: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen by ``--where`` too, which drops records, in a chunk that is no whole one; figures are per category."""
+    rows = [
+        {**record, "category": f"c{n % 3}", "language": ("en", "fr")[n % 5 == 0]} for n, record in enumerate(RECORDS)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"text": "plain", "language": "de"}])
+    options: dict[str, object] = {"teacher_model": str(folder / "teacher"), "train_data": str(data), **SMALL}
+    one = precompute_settings(tmp_path, output=tmp_path / "one", where="language=en,language=fr", **options)
+    precompute(one)
+    monkeypatch.setattr(stage, "ALONE", 0)
+    monkeypatch.setattr(stage, "RECORDS", 5)
+    submitted, submit = list[int](), _Tasks.submit
+
+    def counted(self: _Tasks, message: bytes) -> Promise:
+        submitted.append(len(message))
+        return submit(self, message)
+
+    monkeypatch.setattr(_Tasks, "submit", counted)
+    precompute(one.model_copy(update={"output": tmp_path / "ray", "ray": cluster, "workers": 2}))
+    assert len(submitted) == 5
+    assert folder_bytes(tmp_path / "ray") == folder_bytes(tmp_path / "one")
+    settings = EvaluateSettings.model_validate(
+        {"model": str(folder / "teacher"), "cache": str(tmp_path / "ray"), "device": "cpu"}
+    )
+    figures = evaluate(settings).on_cache
+    assert figures is not None
+    sizes = {group.value: group.examples for group in figures.groups}
+    assert sizes == {"c0": 8, "c1": 8, "c2": 8, "en": 19, "fr": 5}
+    french = evaluate(settings.model_copy(update={"where": {"language": ("fr",)}})).on_cache
+    assert french is not None
+    assert french.examples == 5
 
 
 @dataclass(frozen=True)

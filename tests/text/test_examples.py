@@ -33,7 +33,7 @@ from logitcask.pipeline.text.records import read_records
 from logitcask.pipeline.text.token_table import TokenTable, write_table
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.log import TokenLog
-from logitcask.pipeline.text.tokens.packed import pack
+from logitcask.pipeline.text.tokens.stage import pack
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 VOCAB = 300

@@ -18,7 +18,7 @@ from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import Raw
-from logitcask.pipeline.text.tokens import chunks, stage
+from logitcask.pipeline.text.tokens import stage
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, make_tokenizer, precompute_settings, write_jsonl
@@ -40,7 +40,7 @@ MIXED: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "ALONE", 4)
-    monkeypatch.setattr(chunks, "RECORDS", 4)
+    monkeypatch.setattr(stage, "RECORDS", 4)
 
 
 def staged(folder: Path, source: Path, count: int) -> tuple[Any, ...]:
@@ -123,12 +123,12 @@ def test_a_worker_that_dies_ends_the_run_with_one_line_and_no_worker_is_left(tmp
 
 def test_workers_end_when_the_run_is_killed(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from logitcask.pipeline.text.tokens import chunks, stage\n"
+        "import sys; from pathlib import Path; from logitcask.pipeline.text.tokens import stage\n"
         "from logitcask.pipeline.text.bad_records import BadRecords\n"
         "from logitcask.pipeline.text.examples import Encoder\n"
         "from logitcask.pipeline.text.tokenizer import load_tokenizer\n"
         "from logitcask.pipeline.text.tokens.workers import processes\n"
-        "stage.ALONE, chunks.RECORDS = 0, 4\n"
+        "stage.ALONE, stage.RECORDS = 0, 4\n"
         "def records(source):\n"
         "    for n in range(10**9):\n"
         "        yield str(n), {'text': f'text {n}'}\n"

@@ -16,7 +16,7 @@ from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import Raw
-from logitcask.pipeline.text.tokens import chunks, log
+from logitcask.pipeline.text.tokens import log, stage
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, make_tokenizer, precompute_settings, write_jsonl
 
@@ -35,7 +35,7 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "RECORDS", 4)
+    monkeypatch.setattr(stage, "RECORDS", 4)
     monkeypatch.setattr(log, "COMMIT_CHUNKS", 2)
 
 
@@ -197,15 +197,15 @@ def test_train_on_text_goes_on_after_a_kill(tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
     write_jsonl(tmp_path / "train.jsonl", RECORDS)
     program = (
-        "import os, signal, sys; from logitcask.pipeline.text.tokens import chunks, log, stage\n"
-        "chunks.RECORDS, log.COMMIT_CHUNKS, commit, encode = 4, 2, log.TokenLog._commit, chunks.ChunkEncoder.encode\n"
+        "import os, signal, sys; from logitcask.pipeline.text.tokens import log, stage\n"
+        "stage.RECORDS, log.COMMIT_CHUNKS, commit, encode = 4, 2, log.TokenLog._commit, stage.ChunkEncoder.encode\n"
         "def encoded(self, records):\n"
         "    print(len(records), file=sys.stderr)\n"
         "    return encode(self, records)\n"
         "def committed(self):\n"
         "    commit(self)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "chunks.ChunkEncoder.encode = encoded\n"
+        "stage.ChunkEncoder.encode = encoded\n"
         "if sys.argv.pop(1) == 'kill': log.TokenLog._commit = committed\n"
         "from logitcask.pipeline.cli import main; main()\n"
     )

@@ -4,13 +4,11 @@ Of each example: its length L (8 bytes), L token ids (4 bytes each), the target 
 """
 
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from logitcask.pipeline.text.bad_records import Notices
-from logitcask.pipeline.text.tokens.encoded import Encoded
 
 BEFORE, PER_TOKEN = 8, 5  # bytes before an example's tokens, and of each token
 
@@ -29,28 +27,6 @@ class PackedChunk:
     notices: Notices = field(default_factory=Notices)
     key: str | None = None  # the records' digest; None: they are not recognised later
     stored: bool = False  # whether an earlier run wrote them
-
-
-def pack(examples: Iterable[Encoded], max_seq_length: int) -> PackedChunk:
-    """Return examples truncated to ``max_seq_length`` tokens, without those that then have no target."""
-    packed, parts = PackedChunk(), list[bytes]()
-    for example in examples:
-        ids, mask = example.input_ids[:max_seq_length], example.target_mask[:max_seq_length]
-        positions = int(np.count_nonzero(mask))
-        if len(ids) < len(example.input_ids):
-            packed.truncated += 1
-            positions -= int(mask[-1])
-            mask = np.append(mask[:-1], False)  # its next token was cut off
-        if not positions:
-            packed.dropped += 1
-            continue
-        if example.metadata:
-            packed.metadata.append((len(packed.lengths), dict(example.metadata)))
-        packed.lengths.append(len(ids))
-        packed.positions.append(positions)
-        parts += [len(ids).to_bytes(BEFORE, "little"), ids.astype("<u4").tobytes(), mask.tobytes()]
-    packed.tokens = b"".join(parts)
-    return packed
 
 
 def unpack_sizes(tokens: bytes) -> tuple["array[int]", "array[int]"]:

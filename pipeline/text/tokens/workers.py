@@ -12,26 +12,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from typing import Protocol
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.text.tokens.chunks import ChunkEncoder
 from logitcask.pipeline.text.tokens.packed import PackedChunk
 
 MOST_WORKERS = 16
 AHEAD = 2  # chunks per worker that are on their way
 START = "import sys; from logitcask.pipeline.text.tokens.worker import work; work(int(sys.argv[1]))"
+Encode = Callable[[bytes], PackedChunk]  # of pickled records; can be pickled itself
 Promise = Callable[[], PackedChunk]  # waits for what comes of a chunk
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What encodes the pickled records of chunks elsewhere, ``depth`` chunks at a time."""
+class Pool(Protocol):
+    """What encodes chunks elsewhere, ``depth`` of them at a time."""
 
-    submit: Callable[[bytes], Promise]
     depth: int
 
+    def submit(self, message: bytes) -> Promise:
+        """Send pickled records."""
 
-Workers = Callable[[ChunkEncoder], AbstractContextManager[Pool | None]]  # None: there are none but this process
+
+Workers = Callable[[Encode], AbstractContextManager[Pool | None]]  # None: there are none but this process
 
 
 def usual_workers() -> int:
@@ -46,10 +48,10 @@ def processes(count: int | None) -> Workers:
     """
 
     @contextlib.contextmanager
-    def workers(encode: ChunkEncoder) -> Iterator[Pool | None]:
+    def workers(encode: Encode) -> Iterator[Pool | None]:
         wanted = count or usual_workers()
         with contextlib.ExitStack() as stack:
-            yield Pool(_Processes(encode, wanted, stack).submit, AHEAD * wanted) if wanted > 1 else None
+            yield _Processes(encode, wanted, stack) if wanted > 1 else None
 
     return workers
 
@@ -62,8 +64,8 @@ class _Answer:
 class _Processes:
     """Processes, started when first needed, with a pipe and the answers that are awaited through it each."""
 
-    def __init__(self, encode: ChunkEncoder, count: int, stack: contextlib.ExitStack) -> None:
-        self._encode, self._count, self._stack = encode, count, stack
+    def __init__(self, encode: Encode, count: int, stack: contextlib.ExitStack) -> None:
+        self._encode, self._count, self._stack, self.depth = encode, count, stack, AHEAD * count
         self._awaited: dict[Connection, deque[_Answer]] = {}
 
     def submit(self, message: bytes) -> Promise:
