@@ -224,7 +224,11 @@ class Encoder:
             ids = self._continued(text) if started and not self._joins else self._ids(text)
             while self._bos and not started and ids[:2] == self._bos * 2:
                 ids = ids[1:]
-            while ids[-2:] == ids[-1:] * 2 and (ids[-1:] == self._end or (targeted and ids[-1] in self._special)):
+            while (
+                len(ids) > 1
+                and ids[-2] == (end := ids[-1])
+                and ([end] == self._end or (targeted and end in self._special))
+            ):
                 ids = ids[:-1]
             parts.append((ids, bool(targeted)))
             started = started or bool(ids)
