@@ -37,9 +37,10 @@ from logitcask.cache.integrity import (
     shard_keys,
 )
 from logitcask.cache.layout import shard_specs
-from logitcask.cache.manifest import Manifest, PartIdentity, flatten
+from logitcask.cache.manifest import Manifest, PartIdentity, dataset_card, flatten
 from logitcask.cache.reader import CacheReader, read_manifest
-from logitcask.cache.storage.bounded import read_bounded
+from logitcask.cache.storage.bounded import MAX_JSON, read_bounded
+from logitcask.cache.storage.hub import HubFolder, is_repository
 from logitcask.cache.storage.open import (
     delete_objects,
     drop_partial_objects,
@@ -51,9 +52,12 @@ from logitcask.cache.storage.open import (
     write_objects,
 )
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
+from logitcask.cache.storage.remote import RemoteStore
 from logitcask.cache.writer import create_cache, is_torn, plan_digest
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal caches give equal files
+CARD = "README.md"
+COMMIT_SHARDS, COMMIT_BYTES = 50, 1 << 30  # at most, per commit to the hub
 AT_ONCE = 8  # objects read or checked at the same time
 Objects = dict[str, tuple[str, bytes]]  # key at the destination: key at the source, digest
 
@@ -86,7 +90,8 @@ def copy_cache(
             constants = open_store(folder, read_only=True)
         job = _Copy(store, opened, constants, manifest, chosen, destination, advance)
         if is_url(destination):
-            return job.run(open_store(destination, read_only=False))
+            target = open_store(destination, read_only=False)
+            return job.run_on_hub(target) if is_repository(target) else job.run(target)
         stack.enter_context(sole_writer(destination))
         stack.enter_context(explain_write_errors(destination))
         copy = _copy_to_zip if is_zip(destination) else _copy_to_folder
@@ -202,6 +207,57 @@ class _Copy:
                 written += brought
                 self.advance(1)
         return Copied(len(self.chosen) - already_there, already_there, written)
+
+    def run_on_hub(self, target: RemoteStore) -> Copied:
+        """Copy what a repository on the hub lacks into it: its card and the objects outside the shards, then shards."""
+        hub = HubFolder(target)
+        _require_same_cache(target, self.place, self.manifest)
+        specs = shard_specs(self.manifest)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            card = (
+                {} if read_bounded(target, CARD, MAX_JSON) else {CARD: dataset_card(self.manifest, self.place).encode()}
+            )
+            constants = {key: origin for step in self._constant_steps() for key, origin in step.items()}
+            hub.stage(card)
+            _, written = self._commit(hub, pool, self.constants, [constants], "Add the manifest of a logitcask cache")
+            brought = 0
+            for start in range(0, len(self.chosen), COMMIT_SHARDS):
+                shards = []
+                for index in range(start, min(start + COMMIT_SHARDS, len(self.chosen))):
+                    origin = self.chosen[index]
+                    record = commit_record(self.source, specs, origin)
+                    proofs = [*_digests(record), hashlib.sha256(record).digest()]
+                    keys = [*shard_keys(specs, index), commit_key(index)]
+                    origins = [*shard_keys(specs, origin), commit_key(origin)]
+                    shards.append(dict(zip(keys, zip(origins, proofs, strict=True), strict=True)))
+                message = f"Add shards {start} to {start + len(shards) - 1} of {len(self.chosen)}"
+                shards_now, bytes_now = self._commit(hub, pool, self.source, shards, message)
+                brought, written = brought + shards_now, written + bytes_now
+                self.advance(len(shards))
+        return Copied(brought, len(self.chosen) - brought, written)
+
+    def _commit(
+        self, hub: HubFolder, pool: Executor, source: Store, parts: list[Objects], message: str
+    ) -> tuple[int, int]:
+        """Commit what the hub lacks of some parts, each whole; return how many parts lacked any, and the bytes sent."""
+        proofs = {key: proof for part in parts for key, (_, proof) in part.items()}
+        there = hub.present(proofs)
+        lacking = [{key: origin for key, origin in part.items() if key not in there} for part in parts]
+        sent = staged = 0
+        for part in filter(None, lacking):
+            data = pool.map(lambda origin: read_verified(source, *origin), part.values())
+            objects = dict(zip(part, data, strict=True))
+            if digest(self.source, "zarr.json") != self.opened:
+                raise CacheMismatchError(f"{self.place}: its source was replaced by another cache: copy again")
+            hub.stage(objects)
+            staged += sum(map(len, objects.values()))
+            if staged >= COMMIT_BYTES:
+                hub.commit(message)
+                sent, staged = sent + staged, 0
+        hub.commit(message)
+        if lost := proofs.keys() - hub.present(proofs):
+            raise CacheFormatError(f"{self.place}: {min(lost)}: bytes differ after they were written: copy again")
+        return sum(map(bool, lacking)), sent + staged
 
     def _constant_steps(self) -> list[Objects]:
         """Return the objects outside the shards in the order to write them.

@@ -262,3 +262,49 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def dataset_card(manifest: Manifest, url: str) -> str:
+    """Return the dataset card of a cache at an hf:// URL: YAML, of which JSON is a part, and Markdown."""
+    teacher, data, label = manifest.teacher, manifest.data, manifest.label
+    name = teacher.id.replace("`", "'").replace("|", "/")
+    sizes = [("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7)]
+    size = next((size for size, limit in sizes if data.examples < limit), "10M<n<100M")
+    at = ", ".join(f"{t:g}" for t in label.temperatures)
+    tail = f"{label.tail_draws} draws from the rest" if label.tail_draws else "no draws from the rest"
+    unknown = f"; unknown: {', '.join(label.unknown)}" if label.unknown else ""
+    part = f", from shard {manifest.part.first} of {manifest.part.of}" if manifest.part else ""
+    facts = {
+        "teacher": f"`{name}`, revision `{teacher.revision or 'none'}`, {teacher.dtype}, by {teacher.engine}",
+        "teacher's weights": f"`{teacher.weights}`",
+        "tokenizer": f"{label.vocab_size:,} tokens, fingerprint `{manifest.tokenizer.fingerprint}`",
+        "data": f"{data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} labelled positions",
+        "data's fingerprint": f"`{data.fingerprint}`",
+        "label": f"the {label.head_size} most probable tokens, {tail}; for students at temperatures {at}{unknown}",
+        "shards": f"{manifest.shards.count}{part}",
+    }
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(f'Soft labels of {name}')}",
+        "tags: [logitcask, knowledge-distillation, soft-labels, logits]",
+        f"size_categories: [{json.dumps(size)}]",
+        "viewer: false",
+        "---",
+        "",
+        f"# Soft labels of `{name}`",
+        "",
+        f"A Logitcask cache, format {manifest.format_version}: the tokens of a text, and for each position what the",
+        "teacher expects next. Students are trained from it without the teacher:",
+        "",
+        "```sh",
+        f"logitcask cache verify {url}",
+        f"logitcask train --cache {url} --student-model STUDENT --output-dir run",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts.items()),
+        "",
+        "Where the texts come from and under which licence they may be used is not recorded: add it here.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -22,9 +22,10 @@ REASON = 200  # characters of zipfile's message shown: it quotes names from the 
 CONCURRENT = 64  # local objects whose sizes are queried at once
 NAMED = 3  # names of other files that a message quotes
 OWN = ".logitcask"  # a run's lock and staging folder, where they lie inside the cache's folder
-SYSTEM_NAMES = frozenset(  # what systems and desktops put into any folder or volume
+SYSTEM_NAMES = frozenset(  # what systems, desktops and the hub put into any folder or volume
     {
         *("lost+found", ".DS_Store", ".Trashes", ".fseventsd", ".Spotlight-V100", ".TemporaryItems", "__MACOSX"),
+        *(".gitattributes", "README.md"),  # of a repository on the hub
         *("System Volume Information", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", ".directory", "@eaDir", ".snapshot"),
     }
 )

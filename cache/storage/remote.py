@@ -23,7 +23,10 @@ TRIES, FIRST_WAIT = 5, 0.5  # attempts per operation; seconds before the second 
 AT_ONCE = 8  # objects written at the same time
 LISTED_AT_ONCE = 32  # folders, over SFTP: each takes four round trips and almost no bandwidth
 GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-REFUSED = ("PermissionError", "PermissionDenied", "HostKeyNotVerifiable", "NoCredentialsError", "NoSuchBucket")
+REFUSED = (
+    *("PermissionError", "PermissionDenied", "HostKeyNotVerifiable", "NoCredentialsError", "NoSuchBucket"),
+    *("OfflineModeIsEnabled", "HFValidationError"),
+)
 # scheme: module and class of the file system, pip extra, its arguments
 _AWS = {
     "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 1}},
@@ -223,7 +226,7 @@ class RemoteStore(Store):
             raise LogitcaskError(f"{self.url}: cannot be written: {error}: make the bucket or folder first") from error
 
     def set_all(self, objects: Mapping[str, bytes]) -> None:
-        """Write several objects: concurrently, or on the Hugging Face hub in one commit."""
+        """Write several objects concurrently."""
         make = default_buffer_prototype().buffer.from_bytes
 
         async def write() -> None:
@@ -235,7 +238,14 @@ class RemoteStore(Store):
 
             await asyncio.gather(*(one(key, data) for key, data in objects.items()))
 
-        sync(self._try(lambda fs, root: _commit(fs, root, objects)) if self.url.startswith("hf:") else write())
+        sync(write())
+
+    def attempt(self, operation: Callable[[Any, str], T]) -> T:
+        """Return the result of ``operation(file system, root)``, tried as often as every other operation.
+
+        Raises LogitcaskError if it keeps failing, FileNotFoundError if it does.
+        """
+        return sync(self._try(operation))
 
     async def delete(self, key: str) -> None:
         """Remove an object; do nothing if it is missing."""
@@ -319,18 +329,3 @@ def _is_refusal(error: Exception) -> bool:
         type(error).__name__ in REFUSED or str(error).startswith("Forbidden:") or getattr(error, "code", None) == 401
     )
     return known or getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-
-
-def _commit(fs: Any, root: str, objects: Mapping[str, bytes]) -> None:
-    """Write several objects in one commit to the hub, which allows few commits per hour."""
-    from huggingface_hub import CommitOperationAdd
-
-    place = fs.resolve_path(root)
-    below = f"{place.path_in_repo}/" if place.path_in_repo else ""
-    fs._api.create_commit(
-        repo_id=place.repo_id,
-        repo_type=place.repo_type,
-        revision=place.revision,
-        operations=[CommitOperationAdd(f"{below}{key}", data) for key, data in objects.items()],
-        commit_message="Add logit cache objects",
-    )

@@ -1,6 +1,6 @@
-"""Caches on the Hugging Face hub: its HTTP protocol, served by olah, a mirror of git repositories.
+"""Reading caches on the Hugging Face hub: its HTTP protocol, served by olah, a mirror of git repositories.
 
-The mirror accepts no commits, so writing to the hub is not tested. It requires a revision in the URL.
+The mirror accepts no commits: ``test_hub.py`` writes. It requires a revision in the URL.
 """
 
 import hashlib
@@ -119,12 +119,3 @@ def test_a_repository_that_is_not_there_is_one_line(port: int, reach: Callable[[
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "not a logit cache" in refused.stderr
-
-
-def test_a_refusal_is_one_line_at_once(cache: Path, port: int, reach: Callable[[int], None]) -> None:
-    """The server answers 401 to a request for a folder that is not in the repository."""
-    reach(port)
-    refused = run("cache", "copy", str(cache), f"{REPOSITORY}/new")
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "refused: RepositoryNotFoundError: 401" in refused.stderr
