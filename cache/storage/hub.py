@@ -29,7 +29,7 @@ class HubFolder:
         self._staged: list[Any] = []
         self._ask(lambda fs, place: None)
         if _token() is None:
-            raise _explained(store.url, None)
+            raise explained(store.url, None)
 
     def present(self, proofs: Mapping[str, bytes]) -> set[str]:
         """Return the keys of those objects that are there with the given SHA-256."""
@@ -79,10 +79,10 @@ class HubFolder:
         try:
             return self._store.attempt(lambda fs, root: operation(fs, fs.resolve_path(root)))
         except FileNotFoundError as error:
-            raise _explained(self._store.url, error) from error
+            raise explained(self._store.url, error) from error
         except LogitcaskError as error:
             if _status(error.__cause__) in (401, 403, 404):
-                raise _explained(self._store.url, error.__cause__) from error
+                raise explained(self._store.url, error.__cause__) from error
             raise
 
 
@@ -111,7 +111,7 @@ def _token() -> str | None:
     return token
 
 
-def _explained(url: str, error: BaseException | None) -> LogitcaskError:
+def explained(url: str, error: BaseException | None) -> LogitcaskError:
     """Return why the hub refuses, in one line: the token, the repository, its kind, its branch."""
     _, first, path = split_url(url)
     kind = KINDS.get(first, "model")

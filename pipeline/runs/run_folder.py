@@ -130,14 +130,24 @@ def ends_table(
 ) -> Table:
     """Return the table of the evaluations before and after a run."""
     table = Table("held out", "before", "after")
+    for row in ends_rows(before, after, temperature, divergence):
+        table.add_row(*row)
+    return table
+
+
+def ends_rows(
+    before: Mapping[str, float] | None, after: Mapping[str, float], temperature: float, divergence: str
+) -> list[tuple[str, str, str]]:
+    """Return the rows of that table: name, before, after."""
     rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
     if ":" in divergence:  # a loss of one's own, module:function
         rows[divergence] = ("eval_soft_loss", 1.0)
     elif after["eval_teacher_captured_mass"]:
         rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
-    for name, (key, factor) in rows.items():
-        table.add_row(name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
-    return table
+    return [
+        (name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
+        for name, (key, factor) in rows.items()
+    ]
 
 
 @dataclass(frozen=True)

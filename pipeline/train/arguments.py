@@ -29,6 +29,7 @@ OPTIONS = {
     **{"activation_checkpointing": "--use-gradient-checkpointing", "dataloader_num_workers": "--num-workers"},
     **{"project": "--wandb-project", "run_name": "--wandb-run-name", "report_to": "--use-wandb and the like"},
     **{"warmup_steps": f"--warmup-steps, or {WARMUP_SHARE}", "hub_token": "the login of hf auth login"},
+    **dict.fromkeys(("hub_model_id", "hub_strategy", "hub_always_push"), "--push-to-hub, which sends final/"),
     **{
         name: flag_of(name)
         for name in (
@@ -42,6 +43,7 @@ OPTIONS = {
             ),
             *("save_steps", "save_total_limit", "logging_steps", "eval_steps", "seed", "resume_from_checkpoint"),
             "torch_compile",
+            "push_to_hub",
         )
     },
 }

@@ -1,5 +1,6 @@
 """The student of a run of stage 2: made before its first step, saved and checked after its last."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.console import results, say
 from logitcask.pipeline.models import adapters
 from logitcask.pipeline.models.adapters import add_lora, four_bits
@@ -35,6 +37,7 @@ from logitcask.pipeline.runs.run_folder import (
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.tokenizer import make_loadable
 from logitcask.pipeline.train.memory_advice import StepSize
+from logitcask.pipeline.train.publish import CARD, model_card
 from logitcask.pipeline.train.resume.choose import Checkpoint
 from logitcask.pipeline.train.resume.identity import BASE_WEIGHTS
 from logitcask.pipeline.train.resume.saving import explain_save_errors
@@ -158,10 +161,16 @@ def save_final(
         record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
+        card = model_card(settings, source, record, ends, _in_order(trainer.eval_dataset))
+        (final / CARD).write_text(card, encoding="utf-8")
         write_json(settings.output_dir / ENDS_FILE, {**ends, **({"best": best} if best else {})})
         if after := ends["after"]:
             results().print(ends_table(ends["before"], after, settings.temperatures.last, divergence_name(record)))
         say(f"student -> {final}")
+
+
+def _in_order(examples: Any) -> Iterator[TrainingExample]:
+    return (examples[i] for i in range(len(examples)))
 
 
 def _final_dtype(settings: TrainSettings) -> torch.dtype:

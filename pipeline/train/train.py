@@ -55,6 +55,7 @@ from logitcask.pipeline.train.memory_advice import (
     shares,
     summary,
 )
+from logitcask.pipeline.train.publish import push, require_repository
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.extend import extension
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
@@ -73,6 +74,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
         load_loss(settings.loss)  # before anything that takes time
     settings, defaults = with_defaults(settings)
     arguments = training_arguments(settings)
+    if settings.push_to_hub is not None and arguments.process_index == 0:
+        require_repository(settings.push_to_hub, arguments)
     with temporary_folder(f"{settings.output_dir.absolute()} {arguments.process_index}") as folder:
         source = open_source(settings, folder)
         evaluated = open_held_out(settings, source)
@@ -84,7 +87,10 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
             fsdp=fsdp_requested(),
             extend=settings.extend,
         )
-        return _train(settings, arguments, source, evaluated, record, checkpoint, defaults)
+        after = _train(settings, arguments, source, evaluated, record, checkpoint, defaults)
+    if settings.push_to_hub is not None and arguments.process_index == 0:
+        push(settings.push_to_hub, settings.output_dir, arguments)
+    return after
 
 
 def run_record(

@@ -182,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (kind, name) in self.hub.repositories:
             self.answer({"error": "exists", "url": url}, status=409)
         else:
-            self.hub.make(name, kind, private=bool(asked.get("private")))
+            self.hub.make(name, kind, private=asked.get("private") or asked.get("visibility") == "private")
             self.answer({"url": url, "name": name, "id": name})
 
     def api(self, kind: str, name: str, rest: list[str]) -> None:

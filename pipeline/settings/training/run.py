@@ -25,6 +25,9 @@ class RunSettings(Settings):
     save_steps: Whole = Field(1000, description="steps between checkpoints")
     save_total_limit: Whole = Field(3, description="most recent checkpoints to keep, beside the best one")
     logging_steps: Whole = Field(10, description="steps between log lines")
+    push_to_hub: str | None = Field(
+        None, description="repository on the Hugging Face hub, such as ME/NAME, to send final/ to; made if missing"
+    )
     resume_from_checkpoint: Place | None = Field(None, description="a checkpoint folder, or latest")
     extend: bool = Field(False, description="resume a run for more --max-steps or --epochs than it was started with")
     num_workers: Annotated[int, Field(ge=0, le=256)] = Field(

@@ -14,6 +14,7 @@ MAY_CHANGE = {
     *("on_bad_record", "max_bad"),
     *("data_config", "data_split", "where"),  # as is what a cache's examples are chosen by
     *("use_gradient_checkpointing", "use_mixed_precision", "mixed_precision_dtype", "wandb_run_id"),
+    "push_to_hub",
     *("merge_lora", "save_dtype", "attn_implementation", "torch_compile", "trust_remote_code", BASE_WEIGHTS),
 }
 LENGTH = ("max_steps", "epochs")  # may be greater if asked
