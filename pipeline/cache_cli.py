@@ -110,7 +110,7 @@ def cache_export(
 @options_from(BrowseSettings)
 def cache_browse(settings: BrowseSettings) -> None:
     """Write a page of labels, token by token: one file, to be opened in a browser, that loads nothing."""
-    from logitcask.pipeline.browse.page import browse
+    from logitcask.pipeline.pages.labels import browse
 
     typer.echo(f"{browse(settings)} examples -> {settings.html}")
 

@@ -183,11 +183,23 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     output: Annotated[Path | None, file("write the table to this file, as Markdown")] = None,
     plot: Annotated[Path | None, file("plot the total losses to this .png, .svg or .pdf")] = None,
+    html: Annotated[Path | None, file("write a report to this file: results, settings, curves, answers")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="with --html: a prompt that every student answers")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file at --html")] = False,
 ) -> None:
     """Compare runs in one table: the settings that differ, what they cost, and their results."""
+    from logitcask.cache.errors import LogitcaskError
     from logitcask.pipeline.runs.compare import compare as compare_runs
 
-    typer.echo(compare_runs(runs, output, plot, as_json=json))
+    if html is None and (prompt or overwrite):
+        raise LogitcaskError("--prompt and --overwrite apply to --html: name the report's file")
+    compared = compare_runs(runs, output, plot, as_json=json)
+    if html is not None:
+        from logitcask.pipeline.models.generate import answer
+        from logitcask.pipeline.pages.report import write_report
+
+        write_report(runs, html, prompt or [], answer, overwrite=overwrite)
+    typer.echo(compared)
 
 
 @app.command("generate", **example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))

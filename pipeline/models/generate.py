@@ -1,6 +1,7 @@
 """Text generation with a student, through the chat template if its tokenizer has one."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
 
 import torch
@@ -10,6 +11,8 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory, out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, max_positions, sampling
 from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer
+
+ANSWER_TOKENS = 120
 
 
 def generate_text(
@@ -36,6 +39,12 @@ def generate_text(
         longest = max_new_tokens if limit is None else min(max_new_tokens, limit - used)
         set_seed(seed)
         yield from stream(loaded, tokenizer, inputs, longest, temperature)
+
+
+def answer(model: Path, prompt: str) -> str:
+    """Return a model's answer, greedily, of at most ``ANSWER_TOKENS`` tokens. Raises as ``generate_text`` does."""
+    pieces = generate_text(str(model), prompt, max_new_tokens=ANSWER_TOKENS, temperature=0.0, device="auto", seed=0)
+    return "".join(pieces).strip()
 
 
 def stream(

@@ -86,16 +86,20 @@ def _effort(run: Run) -> dict[str, float | None]:
 
 
 def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """Return a table with one column per run, without rows that are empty for all runs."""
+    """Return the table as Markdown."""
+    head, *body = table(names, runs)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def table(names: Sequence[str], runs: Sequence[Run]) -> list[list[str]]:
+    """Return lines of cells, the first of them the head: one column per run, no row that is empty for all runs."""
     soft = {divergence_name(run.settings) for run in runs}
     names_of = {key: word.format(*soft if len(soft) == 1 else ["divergence"]) for key, word in LOSSES.items()}
     columns = [_column(run, differing(runs), names_of) for run in runs]
     known = list(dict.fromkeys(row for column in columns for row in column))
     filled = [row for row in known if any(column.get(row) for column in columns)]
-    head = ["", *names]
-    body = [[row, *(column.get(row, "") for column in columns)] for row in filled]
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return [["", *names], *([row, *(column.get(row, "") for column in columns)] for row in filled)]
 
 
 def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dict[str, str]:

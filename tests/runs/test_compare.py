@@ -1,9 +1,11 @@
 """logitcask compare: two real runs side by side, and which input is refused in one line."""
 
+import base64
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.evaluate.evaluate import evaluate
+from logitcask.pipeline.models.generate import answer
 from logitcask.pipeline.runs.run_folder import read_log
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from tests.support.runs import STUDENT, metrics, train, write_config
@@ -180,3 +183,48 @@ def test_files_that_cannot_be_written_are_refused_first(
     code, out, err = run(*runs, *words)
     assert (code, out) == (2, "")
     assert message in err
+
+
+class Page(HTMLParser):
+    """The texts of a page, and the names of its elements."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.names: set[str] = set()
+        self.sources: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+
+def test_the_report_holds_results_settings_curves_and_answers(
+    runs: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    file, prompt = tmp_path / "report.html", "<script>alert(1)</script> How many?"
+    code, out, err = run(*runs, "--html", file, "--prompt", prompt)
+    assert (code, err) == (0, "")
+    page = Page(file.read_text())
+    assert "script" not in page.names
+    assert f"Answers to: {prompt}" in page.texts
+    for line in out.splitlines()[2:]:  # the table that is printed
+        for cell in line.strip("| ").split(" | "):
+            assert cell.strip().strip("`") in page.texts
+    assert answer(runs[0] / "final", prompt) in page.texts
+    assert "learning_rate" in page.texts
+    (picture,) = page.sources
+    assert b"<svg" in base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))
+    for words, line in (
+        ((*runs, "--html", file), "exists: name another file, or give --overwrite"),
+        ((*runs, "--prompt", "x"), "--prompt and --overwrite apply to --html"),
+        ((*runs, "--html", tmp_path / "none" / "a.html"), "there is no folder"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert line in err
+    assert run(*runs, "--html", file, "--overwrite")[0] == 0

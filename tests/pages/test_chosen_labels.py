@@ -10,9 +10,9 @@ import pytest
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import soft_labels
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.browse.choose import choose
-from logitcask.pipeline.browse.contents import DRAWS_SHOWN, STEPS, pack, shown_draws, student_rows, token_texts
 from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.pages.choose import choose
+from logitcask.pipeline.pages.contents import DRAWS_SHOWN, STEPS, pack, shown_draws, student_rows, token_texts
 from tests.support.tiny import make_cache
 
 

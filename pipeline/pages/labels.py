@@ -1,28 +1,23 @@
 """``logitcask cache browse``: write the page."""
 
-import base64
-import hashlib
 import html
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import metadata_values
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.browse.choose import choose
-from logitcask.pipeline.browse.contents import STEPS, pack, shown_draws, student_rows, token_texts
 from logitcask.pipeline.console import track
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.models.student import require_room
+from logitcask.pipeline.pages.choose import choose
+from logitcask.pipeline.pages.contents import STEPS, pack, shown_draws, student_rows, token_texts
+from logitcask.pipeline.pages.page import fill, require_new
 from logitcask.pipeline.settings.cache import BrowseSettings
 from logitcask.pipeline.text.tokenizer import require_tokenizer
-
-PARTS = {"style": "page.css", "script": "page.js"}
 
 
 def browse(settings: BrowseSettings) -> int:
@@ -30,10 +25,7 @@ def browse(settings: BrowseSettings) -> int:
 
     Raises LogitcaskError if the file exists, an example is not there, or the student does not match the cache.
     """
-    if settings.html.exists() and not settings.overwrite:
-        raise LogitcaskError(f"--html {settings.html}: exists: name another file, or give --overwrite")
-    if not settings.html.parent.is_dir():
-        raise LogitcaskError(f"--html {settings.html}: there is no folder {settings.html.parent}: create it first")
+    require_new(settings.html, "--html", overwrite=settings.overwrite)
     reader = CacheReader(settings.cache)
     chosen = choose(reader, settings.examples, settings.seed)
     with explain_out_of_memory("choose fewer --examples, or a smaller --student"):
@@ -78,25 +70,8 @@ def _contents(reader: CacheReader, chosen: dict[int, str], student: str | None, 
 
 
 def render(contents: dict[str, Any]) -> str:
-    """Return the page. Texts are data of strangers: they stand in JSON without ``<``, and the page runs no other code.
-
-    The policy of the page allows its own style and script, by their digests, and no connection.
-    """
-    folder = files("logitcask.pipeline.browse")
-    parts = {kind: (folder / name).read_text(encoding="utf-8") for kind, name in PARTS.items()}
-    policy = "; ".join(
-        ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-        + [f"{kind}-src 'sha256-{_digest(text)}'" for kind, text in parts.items()]
-    )
+    """Return the page. Texts are data of strangers: they stand in JSON without ``<``."""
     data = json.dumps(contents, ensure_ascii=True, separators=(",", ":"))
     for char in "<>&":
         data = data.replace(char, f"\\u{ord(char):04x}")
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    slots = {"POLICY": html.escape(policy, quote=True), "TITLE": html.escape(f"Labels of {contents['cache']}")}
-    slots |= {"STYLE": parts["style"], "SCRIPT": parts["script"], "DATA": data}
-    pieces = page.split("%%")  # text, slot, text, slot, text …
-    return "".join(slots[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return fill("labels", {"TITLE": html.escape(f"Labels of {contents['cache']}"), "DATA": data})

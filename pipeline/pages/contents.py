@@ -1,4 +1,4 @@
-"""What the page shows of an example: its tokens and labels, packed into bytes that page.js reads.
+"""What the page shows of an example: its tokens and labels, packed into bytes that labels.js reads.
 
 Legend: L tokens, N target positions, K head tokens, D draws shown, J stored temperatures. Log-probabilities and
 entropies are in nats, in steps of 1 / ``STEPS``; integers are little-endian.

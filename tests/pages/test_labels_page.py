@@ -16,8 +16,8 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from logitcask.cache.labels import Example, soft_labels
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.browse.contents import pack
-from logitcask.pipeline.browse.page import browse, render
+from logitcask.pipeline.pages.contents import pack
+from logitcask.pipeline.pages.labels import browse, render
 from logitcask.pipeline.settings.cache import BrowseSettings
 from tests.cache.test_cache import label_settings
 from tests.support.needed import lacking

@@ -1,1 +1,0 @@
-"""A page of a cache's labels: chosen examples, token by token, in one file that needs no server."""
