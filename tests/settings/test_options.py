@@ -73,10 +73,10 @@ def test_no_option_is_given_twice(
     assert seen
 
 
-def test_only_data_and_caches_are_repeatable() -> None:
+def test_only_data_caches_and_prompts_are_repeatable() -> None:
     repeatable = {(name, o.name) for name, command in COMMANDS.items() for o in options(command) if o.multiple}
     data = {(name, "train_data") for name in ("precompute-logits", "train", "plan")}
-    assert repeatable == {("split", "data"), ("train", "cache"), *data}
+    assert repeatable == {("split", "data"), ("train", "cache"), ("compare", "prompt"), *data}
 
 
 def test_a_key_given_twice_is_refused_wherever_it_stands(tmp_path: Path) -> None:
