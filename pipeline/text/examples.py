@@ -56,7 +56,9 @@ class Encoder:
         self.day, self._pinned = day or datetime.date.today(), day
         self._report = report
         self.notices = Notices()
-        self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        added = tokenizer.added_tokens_decoder
+        self._special = {*tokenizer.all_special_ids, *added}
+        self._controls = {*tokenizer.all_special_ids, *(token for token in added if added[token].special)}
         self._known: dict[str, list[int]] = {}  # ids of the record's texts
         empty = tokenizer("").input_ids
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -224,11 +226,8 @@ class Encoder:
             ids = self._continued(text) if started and not self._joins else self._ids(text)
             while self._bos and not started and ids[:2] == self._bos * 2:
                 ids = ids[1:]
-            while (
-                len(ids) > 1
-                and ids[-2] == (end := ids[-1])
-                and ([end] == self._end or (targeted and end in self._special))
-            ):
+            ends = self._controls if targeted else self._end
+            while len(ids) > 1 and ids[-1] == ids[-2] and ids[-1] in ends:
                 ids = ids[:-1]
             parts.append((ids, bool(targeted)))
             started = started or bool(ids)

@@ -229,14 +229,27 @@ def _parquet_records(source: str) -> Iterator[Raw]:
 def _rows(table: Any) -> Iterator[dict[str, Any] | RecordError]:
     """Yield the rows of an Arrow table or batch; one by one if a text in them is not valid UTF-8."""
     try:
-        yield from table.to_pylist()
+        yield from map(_unfilled, table.to_pylist())
     except UnicodeDecodeError:
         for number in range(table.num_rows):
             row = table.slice(number, 1)
             try:
-                yield from row.to_pylist()
+                yield from map(_unfilled, row.to_pylist())
             except UnicodeDecodeError:
                 yield RecordError(NOT_UTF8, {name: _cell(row.column(name)) for name in row.schema.names})
+
+
+def _unfilled(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without the nulls by which Arrow gives every call's arguments the keys that any call's have."""
+    return {name: _without_nulls(value) for name, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _cell(column: Any) -> Any:

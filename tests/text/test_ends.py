@@ -157,3 +157,13 @@ def test_half_a_surrogate_pair_is_refused_with_its_line(record: dict[str, object
     assert isinstance(half, dict)
     with pytest.raises(RecordError, match=r"\w+ holds half a surrogate pair, at character"):
         encoder.examples(half)
+
+
+@pytest.mark.parametrize("prompt_loss", [False, True])
+def test_a_token_that_ends_nothing_may_stand_twice(prompt_loss: bool) -> None:
+    """Only control tokens are taken for ends; an empty text has none."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<br>"])
+    for text in ("a<br><br>", "a"):
+        (encoded,) = Encoder(tokenizer, prompt_loss=prompt_loss).examples({"prompt": "b", "response": text})
+        assert tokenizer.decode(encoded.input_ids.tolist()) == f"b{text}</s>"

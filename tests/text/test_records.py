@@ -188,3 +188,16 @@ def test_splits_of_saved_data_sets_are_named(tmp_path: Path) -> None:
     assert [record for _, record in read_records([str(tmp_path / "saved")], split="test")] == [{"text": "test"}]
     with pytest.raises(LogitcaskError, match="has no split 'dev': give --data-split, one of train, test"):
         list(read_records([str(tmp_path / "saved")], split="dev"))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_arrows_filling_of_arguments_is_no_part_of_a_call(folder: bool, tmp_path: Path) -> None:
+    """A column has one type, so each call gets a null for every argument that another call has."""
+    calls = [{"name": "plus", "arguments": {"a": 1}}, {"name": "say", "arguments": {"text": "x"}}]
+    chats = [[{"role": "assistant", "content": None, "tool_calls": [{"function": call}]}] for call in calls]
+    table = pyarrow.Table.from_pylist([{"messages": chat, "note": None} for chat in chats])
+    place = tmp_path / ("saved" if folder else "a.parquet")
+    datasets.Dataset(table).save_to_disk(place) if folder else pyarrow.parquet.write_table(table, place)
+    read = [record for _, record in read_records([str(place)]) if isinstance(record, dict)]
+    made = [shape_record(record, {}).messages[0]["tool_calls"][0]["function"] for record in read]
+    assert made == calls
