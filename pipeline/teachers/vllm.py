@@ -4,7 +4,8 @@ Legend: L tokens of an example, N target positions, K head tokens.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from logitcask.pipeline.teachers.sparsify import head_only
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 
 KEY = "logitcask"  # in a request's extra_args
-TESTED_VERSION = "0.32"  # the worker uses private attributes of this version
+TESTED = "0.31 and 0.32"  # the worker uses private attributes, which these versions have
 FIELDS = tuple(SparseTargets.__dataclass_fields__)
 CPU_KV_CACHE = 1 << 30  # bytes; by default vLLM takes half of the machine's memory
 
@@ -39,7 +40,8 @@ class VllmTeacher:
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions. vLLM schedules the batch as it sees fit."""
         if label != self._label:
-            self._begin(label)
+            self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(),))
+            self._label = label
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
         fidelity = FidelitySums.zeros(label.temperatures)
         labels: dict[int, SparseTargets] = {}
@@ -56,22 +58,9 @@ class VllmTeacher:
             if count != example.target_mask.sum():
                 raise LogitcaskError(
                     f"vLLM gave {count} of {example.target_mask.sum()} labels of example {example.index}: this version "
-                    f"schedules differently from {TESTED_VERSION}, which works: use that or --engine transformers"
+                    f"schedules differently from {TESTED}, which work: use one of them, or --engine transformers"
                 )
         return Labelled([labels[example.index] for example in batch], fidelity)
-
-    def _begin(self, label: LabelSettings) -> None:
-        missing = {
-            name for name in self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(),)) if name
-        }
-        if missing:
-            import vllm
-
-            raise LogitcaskError(
-                f"vLLM {vllm.__version__} lacks {', '.join(sorted(missing))}: install {TESTED_VERSION}.x, "
-                "or use --engine transformers, or --engine vllm-topk for the head at T=1 alone"
-            )
-        self._label = label
 
     def _generate(self, prompts: list[list[int]], wanted: list[dict[str, Any]]) -> None:
         from vllm import SamplingParams
@@ -143,7 +132,7 @@ def load_vllm_teacher(
 ) -> VllmTeacher:
     """Load a teacher into vLLM; with ``topk`` a TopKTeacher. ``overrides`` are vLLM's own options.
 
-    Raises LogitcaskError if vLLM is not installed or cannot load the teacher.
+    Raises LogitcaskError if vLLM is not installed, lacks what is needed, or cannot load the teacher.
     """
     if source.endswith(".gguf"):
         raise LogitcaskError(
@@ -171,22 +160,57 @@ def load_vllm_teacher(
         **({"max_logprobs": topk, "logprobs_mode": "raw_logprobs"} if topk else {}),
         **(overrides or {}),
     }
+    require_options(options, {"flat_logprobs"} if topk else {"extra_args", "skip_reading_prefix_cache"})
     try:
         llm = vllm.LLM(**options)
     except (ValueError, OSError, RuntimeError) as error:
         reason = first_line(error)
         raise LogitcaskError(f"{source}: vLLM cannot load this teacher: {reason}") from error
+    if not topk:
+        require_capture(llm)
+    facts = _facts(llm, source, revision, "vllm prompt_logprobs" if topk else "vllm")
+    return (TopKTeacher if topk else VllmTeacher)(llm, facts)
+
+
+def require_options(options: Mapping[str, object], sampling: Collection[str]) -> None:
+    """Raise LogitcaskError, naming them, if this vLLM lacks options with which the teacher is loaded or asked."""
+    from vllm import EngineArgs, SamplingParams
+
+    known, asked = {field.name for field in fields(EngineArgs)}, set(SamplingParams.__struct_fields__)
+    _refuse([f"EngineArgs.{name}" for name in sorted(options.keys() - known)])
+    _refuse([f"SamplingParams.{name}" for name in sorted({"detokenize", *sampling} - asked)])
+
+
+def require_capture(llm: Any) -> None:
+    """Raise LogitcaskError, naming it, if this vLLM lacks what the capture in its workers needs."""
+    if not hasattr(llm, "collective_rpc"):
+        _refuse(["LLM.collective_rpc"])
+    _refuse(sorted({name for name in llm.collective_rpc("logitcask_lacking") if name}))
+
+
+def _refuse(lacking: Sequence[str]) -> None:
+    if lacking:
+        import vllm
+
+        raise LogitcaskError(
+            f"vLLM {vllm.__version__} lacks {', '.join(lacking)}: serve the teacher with it and use --engine server "
+            f"(the head at T=1 alone), or install {TESTED.rpartition(' ')[2]}, or use --engine transformers"
+        )
+
+
+def _facts(llm: Any, source: str, revision: str | None, engine: str) -> TeacherFacts:
+    import vllm
+
     config = llm.llm_engine.model_config
     identity = TeacherIdentity(
         id=teacher_id(source),
         revision=getattr(config.hf_config, "_commit_hash", None) or revision or "",
         weights=llm.collective_rpc("logitcask_weights")[0],
         dtype=str(config.dtype).removeprefix("torch."),
-        engine="vllm prompt_logprobs" if topk else "vllm",
+        engine=engine,
     )
-    device = torch.accelerator.current_accelerator() if not on_cpu else None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     versions = {"torch": torch.__version__, "vllm": vllm.__version__}
-    maker = made_by(identity.engine, device_name(device or torch.device("cpu")), **versions)
+    maker = made_by(engine, device_name(device or torch.device("cpu")), **versions)
     text = config.hf_text_config
-    width, longest = int(text.vocab_size), getattr(text, "max_position_embeddings", None)
-    return (TopKTeacher if topk else VllmTeacher)(llm, TeacherFacts(identity, maker, width, longest))
+    return TeacherFacts(identity, maker, int(text.vocab_size), getattr(text, "max_position_embeddings", None))

@@ -123,26 +123,31 @@ class LogitCapture:
 
     logitcask_capture: Capture | None = None
 
-    def logitcask_begin(self, label: str) -> str:
-        """Start labelling with these LabelSettings, given as JSON. Return what this vLLM lacks, "" if nothing."""
-        settings = LabelSettings.model_validate_json(label)
-        if self.logitcask_capture is not None:  # the runner is hooked already
-            self.logitcask_capture.begin(settings)
-            return ""
+    def logitcask_lacking(self) -> str:
+        """Return what this vLLM lacks for the capture, "" if nothing."""
         needed = ("rank", "parallel_config.tensor_parallel_size", "model_runner.model.compute_logits")
         if lacking := _lacking(self, "worker", *needed):
             return lacking
         runner = self.model_runner  # type: ignore[attr-defined]
-        keeps_labels = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
-        capture = Capture(settings, runner.model.compute_logits, keeps_labels)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
-            lacking = _hook_v1(runner, capture)
-        elif getattr(runner, "prompt_logprobs_worker", None) is not None:
-            lacking = _hook_v2(runner.prompt_logprobs_worker, capture)
+            return lacking_in_v1(runner)
+        if getattr(runner, "prompt_logprobs_worker", None) is not None:
+            return lacking_in_v2(runner.prompt_logprobs_worker)
+        return "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
+
+    def logitcask_begin(self, label: str) -> None:
+        """Start labelling with these LabelSettings, given as JSON."""
+        settings = LabelSettings.model_validate_json(label)
+        if self.logitcask_capture is not None:  # the runner is hooked already
+            self.logitcask_capture.begin(settings)
+            return
+        runner = self.model_runner  # type: ignore[attr-defined]
+        keeps_labels = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
+        self.logitcask_capture = Capture(settings, runner.model.compute_logits, keeps_labels)
+        if hasattr(runner, "_get_prompt_logprobs_dict"):
+            _hook_v1(runner, self.logitcask_capture)
         else:
-            lacking = "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
-        self.logitcask_capture = None if lacking else capture
-        return lacking
+            _hook_v2(runner.prompt_logprobs_worker, self.logitcask_capture)
 
     def logitcask_take(self) -> bytes:
         """Return the labels finished since the last call; empty on ranks that keep none."""
@@ -173,14 +178,24 @@ def _lacking_fields(module: str, kind: str, *names: str) -> str:
     return next((f"{kind}.{name}" for name in names if name not in known), "")
 
 
-def _hook_v1(runner: Any, capture: Capture) -> str:
-    """Wrap the V1 runner's step. Return what the runner lacks, "" if nothing."""
+def lacking_in_v1(runner: Any) -> str:
+    """Return what a V1 runner lacks, "" if nothing."""
     request_fields = ("sampling_params", "prompt_token_ids", "num_computed_tokens")
-    lacking = _lacking(
+    return _lacking(
         runner, "model_runner", "requests", "input_batch.req_id_to_index", "query_start_loc.np"
     ) or _lacking_fields("vllm.v1.worker.gpu_input_batch", "CachedRequestState", *request_fields)
-    if lacking:
-        return lacking
+
+
+def lacking_in_v2(worker: Any) -> str:
+    """Return what a V2 runner's worker lacks, "" if nothing."""
+    batch_fields = ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np")
+    return _lacking(
+        worker, "prompt_logprobs_worker", "add_request", "remove_request", "compute_prompt_logprobs"
+    ) or _lacking_fields("vllm.v1.worker.gpu.input_batch", "InputBatch", *batch_fields)
+
+
+def _hook_v1(runner: Any, capture: Capture) -> None:
+    """Wrap the V1 runner's step."""
     original = runner._get_prompt_logprobs_dict
 
     def step(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
@@ -194,20 +209,10 @@ def _hook_v1(runner: Any, capture: Capture) -> str:
         return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = step
-    return ""
 
 
-def _hook_v2(worker: Any, capture: Capture) -> str:
-    """Wrap the V2 runner's step. Return what the worker lacks, "" if nothing.
-
-    Not yet run: the V2 runner needs CUDA.
-    """
-    batch_fields = ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np")
-    lacking = _lacking(
-        worker, "prompt_logprobs_worker", "add_request", "remove_request", "compute_prompt_logprobs"
-    ) or _lacking_fields("vllm.v1.worker.gpu.input_batch", "InputBatch", *batch_fields)
-    if lacking:
-        return lacking
+def _hook_v2(worker: Any, capture: Capture) -> None:
+    """Wrap the V2 runner's step. Not yet run: the V2 runner needs CUDA."""
     add, remove, original = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
     wanted_by: dict[str, Any] = {}
 
@@ -234,4 +239,3 @@ def _hook_v2(worker: Any, capture: Capture) -> str:
         return original(logits_of, hidden_states, input_batch, all_token_ids, computed, prompt_lens)
 
     worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = add_request, remove_request, step
-    return ""

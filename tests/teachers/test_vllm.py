@@ -27,7 +27,7 @@ from logitcask.pipeline.teachers.labelling import label_shard
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
-from logitcask.pipeline.teachers.vllm import KEY, VllmTeacher, load_vllm_teacher
+from logitcask.pipeline.teachers.vllm import KEY, VllmTeacher, load_vllm_teacher, require_capture, require_options
 from logitcask.pipeline.teachers.vllm_worker import Capture
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, overflowing_teacher, write_jsonl
 
@@ -276,11 +276,15 @@ def test_a_vllm_that_lacks_an_attribute_is_refused(load: Load, plain: Transforme
         (fields, "num_computed_tokens", "CachedRequestState.num_computed_tokens"),
     ):
         with without(owner, lost), pytest.raises(LogitcaskError) as refused:
-            teacher.label(batch, LABEL)
+            require_capture(teacher._llm)
         assert str(refused.value) == (
-            f"vLLM {vllm.__version__} lacks {named}: install 0.32.x, or use --engine "
-            "transformers, or --engine vllm-topk for the head at T=1 alone"
+            f"vLLM {vllm.__version__} lacks {named}: serve the teacher with it and use --engine server (the head at "
+            "T=1 alone), or install 0.32, or use --engine transformers"
         )
+    with pytest.raises(LogitcaskError, match=r"lacks EngineArgs\.head_of_another_version: serve the teacher"):
+        load(head_of_another_version=True)
+    with pytest.raises(LogitcaskError, match=r"lacks SamplingParams\.of_another_version: serve the teacher"):
+        require_options({}, {"of_another_version"})
     assert_same(teacher.label(batch, LABEL), plain.label(batch, LABEL))
 
 
@@ -288,12 +292,11 @@ def test_a_v2_runner_that_lacks_an_attribute_is_named() -> None:
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
-    capture: Any = None
-    assert vllm_worker._hook_v2(SimpleNamespace(), capture) == "prompt_logprobs_worker.add_request"
+    assert vllm_worker.lacking_in_v2(SimpleNamespace()) == "prompt_logprobs_worker.add_request"
     worker = PromptLogprobsWorker(8, torch.device("cpu"))
     for lost in ("req_ids", "query_start_loc_np", "idx_mapping_np", "num_computed_prefill_tokens_np"):
         with without(InputBatch.__dataclass_fields__, lost):
-            assert vllm_worker._hook_v2(worker, capture) == f"InputBatch.{lost}"
+            assert vllm_worker.lacking_in_v2(worker) == f"InputBatch.{lost}"
 
 
 def test_the_v2_step_takes_the_rows_of_each_request() -> None:
@@ -306,7 +309,8 @@ def test_the_v2_step_takes_the_rows_of_each_request() -> None:
     hidden, head = torch.randn(39, 16, generator=generator), torch.randn(300, 16, generator=generator)
     worker = PromptLogprobsWorker(8, torch.device("cpu"))
     capture = Capture(LABEL, lambda rows: rows @ head.T, keeps_labels=True)
-    assert vllm_worker._hook_v2(worker, capture) == ""
+    assert vllm_worker.lacking_in_v2(worker) == ""
+    vllm_worker._hook_v2(worker, capture)
     wanted = {"example": 0, "targets": np.flatnonzero(example.target_mask).tolist(), "measured": [], "last": 7}
     worker.add_request("a", 3, SamplingParams(extra_args={KEY: wanted}))
     tokens = torch.zeros(8, 64, dtype=torch.int64)
