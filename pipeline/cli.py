@@ -79,6 +79,11 @@ def generate_data(settings: GenerateDataSettings) -> None:
     from logitcask.pipeline.generate_data import generate as run
 
     typer.echo(run.generate_data(settings))
+    if settings.logprobs is not None:
+        from logitcask.pipeline.labels_from.generated import make_caches
+
+        for line in make_caches(settings):
+            typer.echo(line)
 
 
 @app.command("split", **example("split --data data/all.jsonl --test 1000 --output-dir data"))

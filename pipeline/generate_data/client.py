@@ -8,11 +8,27 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict
+
 from logitcask.pipeline.console import Advance
 from logitcask.pipeline.generate_data.prompts import Prompt
 
 OVERHEAD = 256  # upper bound on the tokens that a chat template adds to a prompt
 MAX_CONSECUTIVE_FAILURES = 10  # prompts in a row without a reply after which the rest are not tried
+
+
+class Scores(BaseModel):
+    """A reply's tokens as the model gave them: ids of the prompt, and per token of the reply its log-probability.
+
+    ``top`` has the most probable tokens at each, by id, most probable first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class Reply:
     finish: str
     input_tokens: int | None  # None if the provider does not report it
     output_tokens: int | None
+    scores: Scores | None = None  # if they were asked for
 
 
 class NoReplyError(Exception):

@@ -39,7 +39,8 @@ def generate_data(settings: GenerateDataSettings) -> str:
     assert settings.prompts is not None, "required by the settings"
     templates = read_templates(settings.prompts)
     prompts = make_prompts(templates, settings.num_examples, settings.seed)
-    identity = {**settings.model_dump(include=set(FIXED)), "prompts": digest(templates.model_dump_json())}
+    fixed = {*FIXED, *(() if settings.logprobs is None else ("logprobs",))}
+    identity = {**settings.model_dump(include=fixed), "prompts": digest(templates.model_dump_json())}
     folder = settings.output_dir
     _require_same_run(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,7 @@ def _ask_missing(settings: GenerateDataSettings, prompts: list[Prompt], journal:
             finish=reply.finish,
             input_tokens=reply.input_tokens,
             output_tokens=reply.output_tokens,
+            scores=reply.scores,
         )
         journal.append(answer)
 
@@ -137,6 +139,7 @@ async def _ask_api(
         temperature=settings.temperature,
         timeout=settings.request_timeout,
         max_retries=settings.max_retries,
+        logprobs=settings.logprobs,
     )
     async with opened as ask:
         with track(f"asking {settings.model}", len(missing), "prompts") as advance:
@@ -178,7 +181,9 @@ def _write_examples(settings: GenerateDataSettings, answers: Iterable[Answer]) -
     from logitcask.pipeline.generate_data.filters import curate
 
     fates: Counter[str] = Counter()
+    scored = settings.logprobs is not None
     files = {name: settings.output_dir / f"{name}.jsonl" for name in SPLITS}
+    files |= {f"scores of {name}": scores_file(settings.output_dir, name) for name in SPLITS if scored}
     with ExitStack() as stack:
         partial = {name: stack.enter_context(file.with_suffix(".partial").open("w")) for name, file in files.items()}
         for fate, answer in curate(
@@ -191,9 +196,32 @@ def _write_examples(settings: GenerateDataSettings, answers: Iterable[Answer]) -
             if fate in SPLITS:
                 record = answer.model_dump(include={"id", "prompt", "response", "category", "language"})
                 partial[fate].write(json.dumps(record) + "\n")
+                if scored:
+                    partial[f"scores of {fate}"].write(json.dumps(_as_reply(answer)) + "\n")
     for file in files.values():
         file.with_suffix(".partial").replace(file)
     return fates
+
+
+def scores_file(folder: Path, split: str) -> Path:
+    """Return the file of the scores of a split's answers, one server's reply per line."""
+    return folder / f"{split}-scores.jsonl"
+
+
+def _as_reply(answer: Answer) -> dict[str, Any]:
+    """Return an answer as the reply of a vLLM server, with its prompt, and no more of it than its scores and text."""
+    scores = answer.scores
+    assert scores is not None, "the folder holds only answers with scores"
+    content = [
+        {
+            "token": f"token_id:{token}",
+            "logprob": logprob,
+            "top_logprobs": [{"token": f"token_id:{each}", "logprob": value} for each, value in top],
+        }
+        for token, logprob, top in zip(scores.tokens, scores.logprobs, scores.top, strict=True)
+    ]
+    choice = {"message": {"role": "assistant", "content": answer.response}, "logprobs": {"content": content}}
+    return {"id": answer.id, "prompt_token_ids": scores.prompt, "response": {"choices": [choice]}}
 
 
 def _report(

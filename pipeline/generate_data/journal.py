@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.storage.staging import lock_file
+from logitcask.pipeline.generate_data.client import Scores
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -31,6 +32,11 @@ class Answer(BaseModel):
     finish: str
     input_tokens: Count | None
     output_tokens: Count | None
+    scores: Scores | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_scores(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name != "scores" or value is not None}
 
 
 class Journal:

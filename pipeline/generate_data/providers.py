@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from logitcask.cache.errors import LogitcaskError, shown
-from logitcask.pipeline.generate_data.client import Ask, NoReplyError, Reply
+from logitcask.pipeline.generate_data.client import Ask, NoReplyError, Reply, Scores
 
 # package, environment variable that holds the key
 PROVIDERS = {
@@ -44,8 +45,11 @@ async def open_api(
     temperature: float | None,
     timeout: float,
     max_retries: int,
+    logprobs: int | None,
 ) -> AsyncIterator[Ask]:
     """Yield a function that asks the model one prompt; ``timeout`` is in seconds per attempt.
+
+    With ``logprobs`` replies have scores of so many tokens, which only vLLM's servers give.
 
     Raises LogitcaskError if the key is missing. The function raises NoReplyError.
     """
@@ -59,6 +63,9 @@ async def open_api(
         client.organization = client.project = None  # OPENAI_ORG_ID and OPENAI_PROJECT_ID are meant for OpenAI alone
     request: dict[str, Any] = {"model": model} | ({} if temperature is None else {"temperature": temperature})
     request["max_completion_tokens" if provider == "openai" else "max_tokens"] = max_new_tokens
+    if logprobs is not None:  # one more, since the token that was drawn takes the place of the last if it is no top one
+        request |= {"logprobs": True, "top_logprobs": logprobs + 1}
+        request["extra_body"] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     send: Callable[..., Awaitable[object]] = (
         client.messages.create if provider == "anthropic" else client.chat.completions.create
     )
@@ -69,7 +76,8 @@ async def open_api(
         try:
             async with asyncio.timeout(patience):
                 response = await send(messages=[{"role": "user", "content": prompt}], **request)
-            return read(response)
+            reply = read(response)
+            return reply if logprobs is None else replace(reply, scores=_read_scores(response, logprobs))
         except Exception as error:
             raise _no_reply(error, sdk, key) from error
 
@@ -98,7 +106,11 @@ def _no_reply(error: Exception, sdk: ModuleType, key: str) -> NoReplyError:
     else:
         raise error
     clean = words if key == "none" else words.replace(key, "[key]")
-    return NoReplyError(shown(clean, 300), fatal=status in FATAL_STATUS, free=free)
+    capped = status == 400 and "logprobs" in clean and "max allowed" in clean
+    remedy = (
+        ": start vLLM with a higher --max-logprobs, or lower --logprobs, of which one more is asked" if capped else ""
+    )
+    return NoReplyError(shown(clean, 300) + remedy, fatal=status in FATAL_STATUS or capped, free=free)
 
 
 def _read_completion(response: object) -> Reply:
@@ -117,6 +129,31 @@ def _read_completion(response: object) -> Reply:
         _count(getattr(usage, "prompt_tokens", None)),
         _count(getattr(usage, "completion_tokens", None)),
     )
+
+
+def _read_scores(response: Any, count: int) -> Scores:
+    """Read the ids and log-probabilities that vLLM adds to a chat completion. Raises ValueError if they are missing."""
+    try:
+        content = response.choices[0].logprobs.content
+        top = [[(_token_id(entry.token), float(entry.logprob)) for entry in each.top_logprobs] for each in content]
+        scores = Scores(
+            prompt=response.prompt_token_ids,
+            tokens=[_token_id(each.token) for each in content],
+            logprobs=[each.logprob for each in content],
+            top=[sorted(row, key=lambda entry: -entry[1])[:count] for row in top],
+        )
+    except (AttributeError, TypeError, IndexError, ValueError) as error:
+        raise ValueError("no token ids with log-probabilities in it: --logprobs needs a server of vLLM's") from error
+    if not scores.tokens or scores.tokens != list(response.choices[0].token_ids or ()):
+        raise ValueError("its log-probabilities are not those of its tokens")
+    if any(len(row) < count for row in scores.top):
+        raise ValueError(f"it has fewer than {count} log-probabilities at a token: lower --logprobs")
+    return scores
+
+
+def _token_id(text: str) -> int:
+    """Return the id in ``token_id:7``. Raises ValueError if there is none."""
+    return int(text.removeprefix("token_id:"))
 
 
 def _read_message(response: object) -> Reply:

@@ -39,7 +39,7 @@ TAKES: dict[Provider, set[str]] = {
     "source": COMMON | {"source_dir"},
     "openai": COMMON | MODELS | REMOTE | {"temperature"},
     "anthropic": COMMON | MODELS | REMOTE,  # its API has refused a temperature since version 2026-10-21
-    "openai-compatible": COMMON | MODELS | REMOTE | {"temperature", "base_url"},
+    "openai-compatible": COMMON | MODELS | REMOTE | {"temperature", "base_url", "logprobs", "tokenizer"},
     "local": COMMON | MODELS | {"temperature", "batch_size", "dtype", "device"},
 }
 NEEDS = ("model", "prompts", "base_url")
@@ -68,6 +68,14 @@ class GenerateDataSettings(Settings):
     max_new_tokens: Whole = Field(1024, description="most tokens per response; longer ones are dropped")
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="sampling temperature; 0: the most likely token; default: the model's own"
+    )
+    logprobs: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None,
+        description="keep the K most probable tokens at each token of the answers, from a server of vLLM's, and make "
+        "train-cache and validation-cache of them; its own cap of 20 allows 19",
+    )
+    tokenizer: Place | None = Field(
+        None, description="with --logprobs: hub id or folder of the model's tokenizer; default: --model"
     )
     concurrency: Whole = Field(8, description="concurrent requests")
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -105,6 +113,8 @@ class GenerateDataSettings(Settings):
         for name in NEEDS:
             if name in takes and getattr(self, name) is None:
                 raise ValueError(f"--provider {self.provider} needs {flag_of(name)}")
+        if self.tokenizer is not None and self.logprobs is None:
+            raise ValueError("--tokenizer requires --logprobs: add it, or leave --tokenizer out")
         if self.base_url is not None and not is_plain_url(self.base_url):  # not printed: it may hold a key
             raise ValueError(
                 "--base-url must be http:// or https://, a host and a path, without user name, password or query: "

@@ -21,6 +21,7 @@ pytest.importorskip("vllm", reason="vLLM has its own environment: just setup-vll
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
 from logitcask.pipeline.generate_data.local_model import answer_locally
 from logitcask.pipeline.generate_data.prompts import make_prompts, read_templates
@@ -154,6 +155,28 @@ def test_a_wrong_model_is_an_error(served: Served, tmp_path: Path) -> None:
     assert "big" in refused.stderr
 
 
+def test_answers_come_with_the_models_labels(served: Served, tmp_path: Path) -> None:
+    """Drawn at temperature 2, labelled at 1: each label is what the transformers engine makes of the same tokens."""
+    more: dict[str, Any] = {"logprobs": 8, "tokenizer": served.model, "temperature": 2, "max_new_tokens": 180}
+    subprocess.run(command(served, tmp_path, **more, num_examples=24, near_duplicate=1), check=True)
+    reader = CacheReader(tmp_path / "out" / "train-cache")
+    assert len(reader) == len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) > 1
+    plain = load_teacher(str(served.model), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    for index in range(len(reader)):
+        example = reader.example(index)
+        text = TokenizedExample(
+            index, example.input_ids, example.target_mask, np.zeros(len(example.targets), dtype=bool)
+        )
+        (wanted,) = plain.label([text], label_of(8)).targets
+        assert (example.targets.head_ids == wanted.head_ids).mean() > 0.99
+        np.testing.assert_allclose(example.targets.head_logprobs, wanted.head_logprobs, atol=0.13)  # a code's width
+        np.testing.assert_allclose(example.targets.gold_logprobs, wanted.gold_logprobs, atol=0.13)
+
+
+def label_of(head_size: int) -> LabelSettings:
+    return LabelSettings(vocab_size=300, head_size=head_size, tail_draws=0, temperatures=[1.0], seed=0)
+
+
 def teacher_of(served: Served, head_size: int) -> ServedTeacher:
     connection = Connection((f"{served.url}/v1",), 8, 60.0, 3)
     source = str(served.model)
@@ -169,8 +192,7 @@ def test_labels_are_the_heads_of_the_transformers_engine(served: Served) -> None
         mask[0] = True
         ids = random.integers(0, 300, length)
         batch.append(TokenizedExample(n, ids, mask, np.zeros(mask.sum(), dtype=bool)))
-    settings = {"tail_draws": 0, "temperatures": [1.0], "seed": 0, "fidelity_positions": 0}
-    label = LabelSettings.model_validate({"vocab_size": 300, "head_size": 20, **settings})
+    label = label_of(20)
     teacher = teacher_of(served, 20)
     assert teacher.facts.max_length == 255
     plain = load_teacher(str(served.model), revision=None, dtype="float32", device="cpu", trust_remote_code=False)

@@ -158,6 +158,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(
             usual = {**usual, "provider": "local", "model": "m", "prompts": "p"}
         if name == "tokenizer" and model is PrecomputeSettings:
             usual = {**usual, "engine": "server", "base_url": "http://h"}
+        if name == "tokenizer" and model is GenerateDataSettings:
+            server = {"provider": "openai-compatible", "base_url": "http://h", "model": "m", "prompts": "p"}
+            usual = {**usual, **server, "logprobs": 8}
         if name == "student_config" and model is TrainSettings:
             usual = {key: value for key, value in usual.items() if key != "student_model"}
         if name in {"train_data", "chat_template"} and model is TrainSettings:

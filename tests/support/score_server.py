@@ -79,6 +79,37 @@ class ScoreServer:
         tops = [None, *([[v, t, None] for t, v in top] for _, _, top in scored)]
         return {"text": "x", "meta_info": {"id": "1", "input_token_logprobs": own, "input_top_logprobs": tops}}
 
+    def chat(self, body: dict[str, Any]) -> Reply:
+        """Return the reply of ``/v1/chat/completions``: 9 tokens drawn by the prompt's own seed, then the end."""
+        count = body["top_logprobs"]
+        prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+        generator = torch.Generator().manual_seed(sum(prompt))
+        tokens: list[int] = []
+        content = []
+        while len(tokens) < 10:
+            with self.lock, torch.inference_mode():
+                row = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float().log_softmax(-1)
+            token = (
+                int(torch.multinomial(row.exp(), 1, generator=generator)) if len(tokens) < 9 else ends(self.tokenizer)
+            )
+            top = row.topk(count)
+            ranked = dict(zip([token, *top.indices.tolist()], [float(row[token]), *top.values.tolist()], strict=True))
+            entries = [{"token": f"token_id:{each}", "logprob": value, "bytes": []} for each, value in ranked.items()]
+            content.append({**entries[0], "top_logprobs": entries[:count]})
+            tokens.append(token)
+        message = {"role": "assistant", "content": self.tokenizer.decode(tokens, skip_special_tokens=True)}
+        choice = {"index": 0, "finish_reason": "stop", "message": message, "token_ids": tokens}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": 10, "total_tokens": len(prompt) + 10}
+        return {"id": "chat-1", "object": "chat.completion", "created": 1, "model": self.name, "usage": usage,
+                "prompt_token_ids": prompt, "choices": [{**choice, "logprobs": {"content": content}}]}  # fmt: skip
+
+
+def ends(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that ends an answer."""
+    token = tokenizer.eos_token_id
+    assert isinstance(token, int)
+    return token
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -106,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize" and state.has_tokenize:
             ids = state.tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
             self.send(200, {"tokens": ids, "count": len(ids)})
-        elif self.path == {"vllm": "/v1/completions", "sglang": "/generate"}[state.kind]:
+        elif self.path in {"vllm": ("/v1/completions", "/v1/chat/completions"), "sglang": ("/generate",)}[state.kind]:
             with state.lock:
                 state.bodies.append(body)
                 fault = state.faults.pop(0) if state.faults else ""
@@ -121,19 +152,22 @@ class Handler(BaseHTTPRequestHandler):
             self.send(404, {"detail": "Not Found"})
 
     def score(self, state: ScoreServer, body: dict[str, Any], fault: str) -> None:
-        if body.get("prompt_logprobs", 0) > state.most_logprobs:
-            words = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: 20"
+        asked = body.get("prompt_logprobs", body.get("top_logprobs", 0))
+        if state.kind == "vllm" and asked > state.most_logprobs:
+            words = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {state.most_logprobs}"
             self.send(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
         elif fault in ("400", "401", "429", "500", "503"):
             self.send(int(fault), {"error": {"message": f"no, {self.headers.get('Authorization')}"}}, retry_after="0.1")
         else:
-            reply = state.spoil(state.vllm(body) if state.kind == "vllm" else state.sglang(body))
+            answer = state.chat if "messages" in body else state.vllm if state.kind == "vllm" else state.sglang
+            reply = state.spoil(answer(body))
             self.send(200, reply, cut=fault == "cut")
 
     def send(self, status: int, value: object, *, retry_after: str = "", cut: bool = False) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close")
         if retry_after and status == 429:
             self.send_header("Retry-After", retry_after)
         self.end_headers()
