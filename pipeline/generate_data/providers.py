@@ -7,6 +7,7 @@ environment, are sent only to their own server, and are removed from every messa
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ PROVIDERS = {
     "anthropic": ("anthropic", "ANTHROPIC_API_KEY"),
 }
 FATAL_STATUS = {401, 402, 403, 404}  # a wrong key, account or model: another prompt would fail too
+MOST_MASS = 1.01  # of the most probable tokens
 LONGEST_WAIT = 120.0  # seconds between two attempts, at most
 OPENAI_FINISH = {"stop": "stop", "length": "length", "content_filter": "refusal"}
 ANTHROPIC_FINISH = {
@@ -146,6 +148,8 @@ def _read_scores(response: Any, count: int) -> Scores:
         raise ValueError("no token ids with log-probabilities in it: --logprobs needs a server of vLLM's") from error
     if not scores.tokens or scores.tokens != list(response.choices[0].token_ids or ()):
         raise ValueError("its log-probabilities are not those of its tokens")
+    if any(sum(math.exp(min(value, 1.0)) for _, value in row) > MOST_MASS for row in scores.top):
+        raise ValueError("its numbers are no log-probabilities: start vLLM with --logprobs-mode raw_logprobs")
     if any(len(row) < count for row in scores.top):
         raise ValueError(f"it has fewer than {count} log-probabilities at a token: lower --logprobs")
     return scores

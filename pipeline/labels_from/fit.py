@@ -49,6 +49,7 @@ def log_sums(values: FloatArray) -> NDArray[np.float64]:
 class Evidence:
     """Sums over rows, from which the fit is judged."""
 
+    judged: bool = True  # whether the text must be as probable as the rows say: not if it is known to be theirs
     rows: int = 0
     beyond: int = 0  # rows that sum to more than certainty allows
     certain: int = 0
@@ -112,7 +113,7 @@ class Evidence:
         count = self.compared[fit.offset]
         if not count:
             raise LogitcaskError(f"{source}: no row stands before a token that is a target")
-        if count < ENOUGH:
+        if count < ENOUGH or not self.judged:
             return
         mass = self.mass / self.rows if fit.rest_is_known else 1.0
         inside = self.inside[fit.offset] / count

@@ -30,7 +30,8 @@ def make_caches(settings: GenerateDataSettings) -> Iterator[str]:
         _require_tokenizer(source, scores)
         output = settings.output_dir / f"{split}-cache"
         options = {"source": str(scores), "format": "openai", "tokenizer": source, "head_size": settings.logprobs}
-        report = import_labels(resolve(ImportSettings, None, {**options, "output": output, "overwrite": True}))
+        imported = resolve(ImportSettings, None, {**options, "output": output, "overwrite": True})
+        report = import_labels(imported, judged=False)  # a high --temperature makes answers improbable
         data = report.manifest.data
         yield f"{data.examples} examples, {data.positions} target positions -> {output}"
 

@@ -61,16 +61,19 @@ class ImportReport:
     most: int
 
 
-def import_labels(settings: ImportSettings) -> ImportReport:
-    """Make a cache of a source's labels, or finish one. Raises LogitcaskError for any error that the user can fix."""
+def import_labels(settings: ImportSettings, *, judged: bool = True) -> ImportReport:
+    """Make a cache of a source's labels, or finish one. Raises LogitcaskError for any error that the user can fix.
+
+    ``judged``: whether the text must be as probable as the labels say.
+    """
     tokenizer = load_tokenizer(settings.tokenizer)
     vocab_size = tokenizer_size(tokenizer)
     read = _reader(settings, tokenizer)
-    fit = _decide(settings, read, vocab_size)
+    fit = _decide(settings, read, vocab_size, judged)
     with sole_writer(settings.output, None, say) as staging:
         stored = stored_manifest(settings.output, overwrite=settings.overwrite)
         labels = StagedLabels(staging, fit, vocab_size, settings.head_size)
-        table = _stage(settings, read, labels, staging, fit, vocab_size)
+        table = _stage(settings, read, labels, staging, fit, vocab_size, judged)
         weights = labels.finish()
         order = shuffled(len(table), SEED)
         head_size = settings.head_size or labels.fewest
@@ -136,9 +139,9 @@ def _texts(
             bad.add(where, str(error), sorted(record))
 
 
-def _decide(settings: ImportSettings, read: Read, vocab_size: int) -> Fit:
+def _decide(settings: ImportSettings, read: Read, vocab_size: int, judged: bool) -> Fit:
     """Return how the source is to be read, from its first rows. Raises LogitcaskError if these do not fit its text."""
-    evidence, ignored = Evidence(), BadRecords(None, 1.0)
+    evidence, ignored = Evidence(judged), BadRecords(None, 1.0)
     for _, _, text in _texts(settings, read_records([settings.source]), read, ignored):
         evidence.add(text, vocab_size)
         if evidence.rows >= TRIED:
@@ -152,10 +155,16 @@ def _decide(settings: ImportSettings, read: Read, vocab_size: int) -> Fit:
 
 
 def _stage(
-    settings: ImportSettings, read: Read, labels: StagedLabels, folder: Path, fit: Fit, vocab_size: int
+    settings: ImportSettings,
+    read: Read,
+    labels: StagedLabels,
+    folder: Path,
+    fit: Fit,
+    vocab_size: int,
+    judged: bool,
 ) -> TokenTable:
     """Stage labels and tokens of the whole source. Raises LogitcaskError if they do not fit each other."""
-    evidence = Evidence()
+    evidence = Evidence(judged)
     bad = BadRecords(None, settings.bad_share)
 
     def encoded() -> Iterator[Encoded]:

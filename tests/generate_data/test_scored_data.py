@@ -49,6 +49,7 @@ def run(server: ScoreServer, folder: Path, output: Path, **changes: object) -> s
         "output_dir": output,
         "validation_fraction": 0.25,
         "logprobs": K,
+        "temperature": 2,
         "max_retries": 0,
         **changes,
     }
@@ -57,7 +58,7 @@ def run(server: ScoreServer, folder: Path, output: Path, **changes: object) -> s
 
 
 def test_a_run_gives_a_data_file_and_the_labels_of_the_model(server: ScoreServer, folder: Path, tmp_path: Path) -> None:
-    """Each label is what the transformers engine makes of the same tokens, also where the token drawn is improbable."""
+    """Each label is what the transformers engine makes of the same tokens, however improbable they were drawn."""
     printed = run(server, folder, tmp_path / "out")
     plain = load_teacher(str(folder / "teacher"), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
     label = LabelSettings(vocab_size=300, head_size=K, tail_draws=0, temperatures=[1.0], seed=0)

@@ -89,9 +89,8 @@ class ScoreServer:
         while len(tokens) < 10:
             with self.lock, torch.inference_mode():
                 row = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float().log_softmax(-1)
-            token = (
-                int(torch.multinomial(row.exp(), 1, generator=generator)) if len(tokens) < 9 else ends(self.tokenizer)
-            )
+            drawn = int(torch.multinomial((row / body["temperature"]).softmax(-1), 1, generator=generator))
+            token = drawn if len(tokens) < 9 else ends(self.tokenizer)
             top = row.topk(count)
             ranked = dict(zip([token, *top.indices.tolist()], [float(row[token]), *top.values.tolist()], strict=True))
             entries = [{"token": f"token_id:{each}", "logprob": value, "bytes": []} for each, value in ranked.items()]
