@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
 from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
+from logitcask.pipeline.teachers.served.teacher import ENGINE, SAME_WEIGHTS, distance
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 
 
@@ -24,6 +27,20 @@ class LocalExecutor:
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
+
+    def check_resumed(self, work: Work, done: Sequence[int]) -> None:
+        """Raise LogitcaskError if servers give other labels than a committed shard, as those of other weights do."""
+        if self.teacher.identity.engine != ENGINE or not done:
+            return
+        example = work.batches(done[0])[-1][-1]
+        (targets,) = self._teacher.label([example], work.label).targets
+        stored = CacheReader(self._output, partial=True).example(example.index)
+        difference = distance(targets.gold_logprobs, stored.targets.gold_logprobs)
+        if difference > SAME_WEIGHTS:
+            raise LogitcaskError(
+                f"{self._output}: its labels differ from the server's by {difference:.3g} nats on average: it was made "
+                "from other weights: serve those, or choose another --output"
+            )
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""

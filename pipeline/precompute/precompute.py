@@ -107,6 +107,8 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
             manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine in IN_VLLM and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
+            if missing and isinstance(executor, LocalExecutor):
+                executor.check_resumed(work, [shard for shard in mine if shard not in missing])
             with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
                 executor.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))

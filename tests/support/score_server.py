@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             "max_model_len": state.max_model_len,
         }
         answers = {"/v1/models": {"object": "list", "data": [card]}, "/version": {"version": "1.2"},
-                   "/get_server_info": {"version": "3.4"}}  # fmt: skip
+                   "/server_info": {"version": "3.4"}}  # fmt: skip
         self.send(200 if self.path in answers else 404, answers.get(self.path, {}))
 
     def do_POST(self) -> None:

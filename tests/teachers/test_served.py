@@ -138,6 +138,10 @@ def test_a_run_that_stopped_is_finished_by_shard(server: ScoreServer, folder: Pa
     with pytest.raises(LogitcaskError, match=r"HTTP 400: 'no, None': correct that and run the same command again"):
         run(folder, tmp_path / "cache", server, concurrency=1)
     server.faults.clear()
+    make_teacher(tmp_path / "other", seed=1)
+    other = pytest.raises(LogitcaskError, match=r"its labels differ from the server's by .* nats on average")
+    with serving(ScoreServer(tmp_path / "other")) as changed, other:
+        run(folder, tmp_path / "cache", changed)
     before = len(server.bodies)
     assert folder_bytes(Path(run(folder, tmp_path / "cache", server).path)) == folder_bytes(tmp_path / "whole")
     assert 4 <= len(server.bodies) - before < sent / 2 < len(whole)
@@ -164,7 +168,7 @@ def _values(value: Callable[[float], float | None]) -> Callable[[Reply], Reply]:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "cap": ({"most_logprobs": 10}, r"max allowed: 20'?.*: start vLLM with --max-logprobs 20 or more, or lower"),
+    "cap": ({"most_logprobs": 10}, r"max allowed: 10'?.*: start vLLM with --max-logprobs 20 or more, or lower"),
     "fewer": (
         {"spoil": _vllm(lambda rows: [row and dict(list(row.items())[:5]) for row in rows])},
         r"has . of 20 entries at position 0: start vLLM with --max-logprobs 20",

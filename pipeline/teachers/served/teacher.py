@@ -4,6 +4,7 @@ A server is checked before it is used, and whenever it was away: that it serves 
 does, and gives a probe text the log-probabilities that the others give it.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, Tokenize
 from logitcask.pipeline.text.tokenizer import PROBES, load_tokenizer, tokenizer_size
 
 ENGINE = "server"
-SAME_WEIGHTS = 0.5  # nats by which servers may differ: above rounding in 16-bit dtypes, below other weights
+SAME_WEIGHTS = 0.25  # nats by which they may differ on average: above rounding in few bits, below other weights
+IMPROBABLE = -15.0  # nats, below which log-probabilities are not compared
 PROBE_TOKENS = 48
 SAMPLED_TOKENS = 200  # of the vocabulary, in the last text by which tokenizers are compared
 
@@ -116,8 +118,8 @@ class ServedTeacher:
             raise LogitcaskError(f"{server.url}: its reply to a probe text {error}") from error
         with self._lock:
             self._reference = url, expected = self._reference or (server.url, gold)
-        difference = float(np.abs(gold - expected).max())
-        if not difference <= SAME_WEIGHTS:
+        difference = distance(gold, expected)
+        if difference > SAME_WEIGHTS:
             raise LogitcaskError(
                 f"{server.url}: its log-probabilities of a probe text differ by {difference:.3g} nats from those that "
                 f"{url} gave: all must serve the same weights"
@@ -148,11 +150,10 @@ class ServedTeacher:
         return Known(protocol, str(card["id"]), longest, self._version(server, protocol))
 
     def _version(self, server: Server, protocol: Protocol) -> str:
-        try:
-            found = self._servers.get(server, "/version" if protocol is VLLM else "/get_server_info")
-            return str(found["version"])[:100]
-        except (RefusedError, KeyError, TypeError):
-            return "unknown"
+        for path in ("/version",) if protocol is VLLM else ("/server_info", "/get_server_info"):
+            with contextlib.suppress(RefusedError, KeyError, TypeError):
+                return str(self._servers.get(server, path)["version"])[:100]
+        return "unknown"
 
     def _require_tokenizer(self, server: Server, known: Known) -> None:
         """Raise LogitcaskError unless the server splits texts as the tokenizer does."""
@@ -197,6 +198,12 @@ def load_served_teacher(
     """Connect to the servers of a model. Raises LogitcaskError if none answers or one does not fit the tokenizer."""
     loaded = load_tokenizer(tokenizer, revision=revision, trust_remote_code=trust_remote_code)
     return ServedTeacher(model, connection, loaded, head_size)
+
+
+def distance(one: FloatArray, other: FloatArray) -> float:
+    """Return by how many nats log-probabilities of the same tokens differ on average."""
+    low = np.float32(IMPROBABLE)
+    return float(np.abs(np.maximum(one, low) - np.maximum(other, low)).mean())
 
 
 def _remedy(error: RefusedError) -> str:
