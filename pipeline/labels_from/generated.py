@@ -9,8 +9,8 @@ from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.pipeline.generate_data.generate import SPLITS, scores_file
 from logitcask.pipeline.labels_from.import_labels import import_labels
 from logitcask.pipeline.settings.base import resolve
+from logitcask.pipeline.settings.cache import ImportSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
-from logitcask.pipeline.settings.import_labels import ImportSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 
 COMPARED = 50  # answers of which the tokenizer must give the text
