@@ -6,6 +6,7 @@ are not kept waiting by the tests beside them. Tests of many processes wait for 
 come first, so that each of the four workers of the test command begins with some and all others run beside them.
 """
 
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         dealt += group + rest[:others]
         del rest[:others]
     items[:] = dealt + rest
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection: a Trainer collects at its end, half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
