@@ -11,10 +11,18 @@ logitcask := bin / "logitcask"
 lowest_tools := "flask flask-cors hypothesis matplotlib 'moto[s3]' peft pytest s3fs sentencepiece tensorstore trl zarrs"
 
 # everything CI runs: format check, lint, types, import layers, tests
-check: lint pytest
+check: lint-and-compile pytest
 
 # set everything up and run the whole check
-test: setup lint pytest
+test: setup lint-and-compile pytest
+
+# beside the linters, one process imports what the tests import: each of their workers would compile it anew
+[parallel]
+lint-and-compile: lint compile
+
+[private]
+compile:
+    -@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest --collect-only -qqq >/dev/null
 
 # make .venv with all dependencies and the demo's teacher
 setup:
@@ -49,7 +57,7 @@ lint:
 
 # the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal "$@"
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal --durations=10 "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:

@@ -1,8 +1,5 @@
 """The mixin in transformers.Trainer: gradients of a step, accumulation, evaluation, exact resume, ranks, bad use."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch
 from tests.library.example_trainer import CacheTrainer
 from tests.support.distilled import assert_close, dense_gradients, gradients, make_student, mixed_lengths
-from tests.support.servers import free_port
+from tests.support.forked import on_two_ranks
 from tests.support.tiny import make_tokenizer
 
 ALPHA = 0.3
@@ -133,20 +130,13 @@ def test_each_shard_is_decoded_once_per_epoch(folder: Path, tmp_path: Path, pack
     assert one.train_dataset.decodes == shards
 
 
-def run_example(folder: Path, output: Path, *launcher: str) -> dict[str, Tensor]:
-    command = [sys.executable, *launcher, str(EXAMPLE), str(folder / "cache"), str(folder / "student"), str(output)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}  # or the Trainer joins ranks on accelerators only
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    weights: dict[str, Tensor] = load_file(output / "model.safetensors")
-    return weights
-
-
 def test_the_example_on_two_ranks_is_one_with_the_whole_batch(folder: Path, tmp_path: Path) -> None:
     """With a last step per epoch that has examples for one rank only; the example's batch is eight."""
-    two = run_example(
-        folder, tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"
-    )
+    words = [folder / "cache", folder / "student", tmp_path / "two"]
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}  # or the Trainer joins ranks on accelerators only
+    ran = on_two_ranks(tmp_path, words, module=str(EXAMPLE), environment=on_cpu)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    two = load_file(tmp_path / "two/model.safetensors")
     whole = arguments(tmp_path, per_device_train_batch_size=16, max_steps=-1, num_train_epochs=2, max_grad_norm=1.0)
     cache = lc.open(folder / "cache")
     model = AutoModelForCausalLM.from_pretrained(folder / "student")

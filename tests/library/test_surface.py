@@ -17,6 +17,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 
 import logitcask as lc
 from tests.support.distilled import make_student, mixed_lengths
+from tests.support.forked import ran
 from tests.support.tiny import make_cache, make_tokenizer
 
 SURFACE = Path(__file__).with_name("surface.json")
@@ -70,8 +71,7 @@ def test_the_readmes_loop_trains(tmp_path: Path) -> None:
     text = file.read_text()
     assert text[text.index("import sys") :] in README.read_text()
     caches = [make_cache(tmp_path), make_cache(tmp_path, tmp_path / "teacher", output=tmp_path / "other", seed=1)]
-    command = [sys.executable, str(file), str(tmp_path / "teacher"), *map(str, caches)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = ran(tmp_path, [tmp_path / "teacher", *caches], [{}], module=str(file))
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) >= 3
 

@@ -1,7 +1,5 @@
 """The mixin in TRL's SFTTrainer, with and without peft: gradients of a step, checkpoints, evaluation, the example."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from logitcask.cache.errors import LogitcaskError
 from tests.library.example_trl import CacheTrainer
 from tests.library.test_mixin import ALPHA, Gradients, first_batches
 from tests.support.distilled import assert_close, dense_gradients, make_student, mixed_lengths
+from tests.support.forked import ran
 from tests.support.tiny import make_tokenizer
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
@@ -78,9 +77,8 @@ def test_resumed_it_is_the_same(folder: Path, tmp_path: Path, peft_config: LoraC
 
 
 def test_the_example(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), str(folder / "cache"), str(folder / "student"), str(tmp_path / "out")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    done = ran(tmp_path, [folder / "cache", folder / "student", tmp_path / "out"], [{}], module=str(EXAMPLE))
+    assert done.returncode == 0, done.stderr[-3000:]
     adapter = load_file(tmp_path / "out/adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name)
     student = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -5,12 +5,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from logitcask.cache.verify import verify
+from tests.support.forked import start
 from tests.support.needed import lacking
 from tests.support.servers import SshServer, ssh_server, user
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, write_jsonl
@@ -36,11 +37,16 @@ def mounted(server: SshServer, folder: Path, place: Path) -> Iterator[Path]:
         subprocess.run(["fusermount3", "-u", "-z", str(place)], check=True)
 
 
-def part(folder: Path, output: Path, which: str) -> "subprocess.Popen[bytes]":
+def part(folder: Path, output: Path, which: str) -> BaseProcess:
     words = ["--teacher-model", folder / "teacher", "--train-data", folder / "train.jsonl", "--output", output,
              "--head-size=4", "--tail-draws=8", "--max-seq-length=64", "--batch-size=4", "--shard-positions=32",
              "--device=cpu", f"--shards={which}"]  # fmt: skip
-    return subprocess.Popen([sys.executable, "-m", "logitcask", "precompute-logits", *map(str, words)])
+    return start(["precompute-logits", *words])
+
+
+def ended(run: BaseProcess) -> int | None:
+    run.join(400)
+    return run.exitcode
 
 
 def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -> None:
@@ -57,12 +63,11 @@ def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -
     ):
         runs = [part(tmp_path, one / "cache", "1/2"), part(tmp_path, two / "cache", "2/2")]
         while not (commits.exists() and len(list(commits.iterdir())) > 2):
-            assert all(run.poll() is None for run in runs), "a run ended before it could be killed"
+            assert all(run.is_alive() for run in runs), "a run ended before it could be killed"
             time.sleep(0.005)
-        runs[0].send_signal(signal.SIGKILL)
-        assert runs[0].wait() == -signal.SIGKILL
-        assert runs[1].wait(timeout=400) == 0
-        assert part(tmp_path, one / "cache", "1/2").wait(timeout=400) == 0
+        runs[0].kill()
+        assert [ended(run) for run in runs] == [-signal.SIGKILL, 0]
+        assert ended(part(tmp_path, one / "cache", "1/2")) == 0
         assert verify(two / "cache").problems == []
     assert folder_bytes(shared / "cache") == folder_bytes(
         tmp_path / "want"

@@ -1,4 +1,4 @@
-"""Stage 1 on a real local Ray cluster: same bytes as one process, whatever dies; a folder or an object store."""
+"""Stage 1 on a real local Ray cluster: same bytes as one process, whatever dies."""
 
 import contextlib
 import os
@@ -10,17 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.storage.open import open_store
-from logitcask.cache.storage.remote import filesystem
-from logitcask.cache.verify import verify
 from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
 from logitcask.pipeline.precompute.ray import _Tasks, default_workers, worker_options
@@ -28,8 +26,8 @@ from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.tokens import stage
 from logitcask.pipeline.text.tokens.workers import Promise
+from tests.support.forked import start
 from tests.support.needed import lacking
-from tests.support.servers import s3_environment, s3_server
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
 SMALL = {"shard_positions": 32}
@@ -218,40 +216,25 @@ def network_of(process: int) -> int | None:
 
 def test_a_killed_worker_is_restarted(folder: Path, cluster: str, tmp_path: Path) -> None:
     """A worker is killed midway, then another; the run itself continues."""
-    run = start(folder, tmp_path / "cache", cluster)
+    run = start(words(folder, tmp_path / "cache", cluster))
     for shards in (1, 3):
         wait_for_shards(tmp_path / "cache", shards, run)
         victims = labellers(cluster)
         assert victims, "there was no worker to kill"
         os.kill(victims[0], signal.SIGKILL)
-    assert run.wait(timeout=400) == 0
+    run.join(400)
+    assert run.exitcode == 0
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
 
 
 def test_a_killed_driver_is_followed_by_the_same_command(folder: Path, cluster: str, tmp_path: Path) -> None:
-    run = start(folder, tmp_path / "cache", cluster)
+    run = start(words(folder, tmp_path / "cache", cluster))
     wait_for_shards(tmp_path / "cache", 2, run)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     report = precompute(settings(folder, tmp_path / "cache", cluster))
     assert report.shards_found >= 2
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
-
-
-def test_an_object_store_can_hold_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster started for the run, whose workers have its environment.
-
-    In another process: otherwise Ray would expect the new cluster's token in all later connections of this process.
-    """
-    with s3_server(tmp_path) as port:
-        for name, value in s3_environment(port).items():
-            monkeypatch.setenv(name, value)
-        filesystem("s3://bucket/cache")[0].mkdir("bucket")
-        subprocess.run(command(folder, "s3://bucket/cache", "local"), check=True)
-        assert verify("s3://bucket/cache").problems == []
-        copy_cache("s3://bucket/cache", str(tmp_path / "back"), None)
-        assert precompute(precompute_settings(folder, output="s3://bucket/cache", **SMALL)).shards_written == 0
-    assert folder_bytes(tmp_path / "back") == folder_bytes(folder / "want")
 
 
 def test_a_workers_error_is_one_line(folder: Path, cluster: str, tmp_path: Path) -> None:
@@ -278,13 +261,13 @@ def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
     assert worker_options(many, 4, {"CPU": 8.0}) == {"num_cpus": 2}
 
 
-def start(folder: Path, output: Path, cluster: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(command(folder, output, cluster))
-
-
 def command(folder: Path, output: Path | str, cluster: str) -> list[str]:
+    return [sys.executable, "-m", "logitcask", *words(folder, output, cluster)]
+
+
+def words(folder: Path, output: Path | str, cluster: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given(folder, output, cluster).items()]
-    return [sys.executable, "-m", "logitcask", "precompute-logits", *options]
+    return ["precompute-logits", *options]
 
 
 def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:
@@ -292,12 +275,12 @@ def given(folder: Path, output: Path | str, cluster: str) -> dict[str, object]:
     return {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in options.items()}
 
 
-def wait_for_shards(cache: Path, shards: int, run: "subprocess.Popen[bytes]") -> None:
+def wait_for_shards(cache: Path, shards: int, run: BaseProcess) -> None:
     for _ in range(60_000):
         with contextlib.suppress(OSError):
             if len(committed_shards(open_store(cache, read_only=False), 10_000)) >= shards:
                 return
-        assert run.poll() is None, "the run ended before it could be killed"
+        assert run.is_alive(), "the run ended before it could be killed"
         time.sleep(0.005)
     raise AssertionError("no shard was written")
 

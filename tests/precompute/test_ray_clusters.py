@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,26 @@ import pytest
 import ray
 import typer
 
+from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.storage.remote import filesystem
+from logitcask.cache.verify import verify
 from logitcask.pipeline.cli import app
 from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
 from logitcask.pipeline.precompute.ray import RayExecutor, default_workers, missing_resources, worker_options
-from tests.precompute.test_ray import HEAD, START, Machine, cluster, command, folder, machines, settings, wait_for_nodes
+from tests.precompute.test_ray import (
+    HEAD,
+    SMALL,
+    START,
+    Machine,
+    cluster,
+    command,
+    folder,
+    machines,
+    settings,
+    wait_for_nodes,
+)
+from tests.support.servers import s3_environment, s3_server
 from tests.support.tiny import folder_bytes, precompute_settings
 
 __all__ = ["cluster", "folder", "machines"]  # fixtures
@@ -123,8 +137,20 @@ def test_without_an_address_an_existing_cluster_is_used(
         precompute(settings(folder, tmp_path / "other", "auto"))
 
 
-def test_without_an_address_a_cluster_is_started_if_there_is_none(folder: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as place:  # for Ray's files: socket names must be short
-        words = [word for word in command(folder, tmp_path / "cache", "auto") if not word.startswith("--ray=")]
-        subprocess.run([*words, "--ray"], check=True, env={**os.environ, "RAY_TMPDIR": place})
-    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
+def test_without_an_address_a_cluster_is_started_if_there_is_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers have this environment, in which they reach an object store, which can hold the cache.
+
+    In another process: otherwise Ray would expect the new cluster's token in all later connections of this process.
+    """
+    with s3_server(tmp_path) as port, tempfile.TemporaryDirectory() as place:  # for Ray's files: socket names are short
+        for name, value in {**s3_environment(port), "RAY_TMPDIR": place}.items():
+            monkeypatch.setenv(name, value)
+        filesystem("s3://bucket/cache")[0].mkdir("bucket")
+        words = [word for word in command(folder, "s3://bucket/cache", "auto") if not word.startswith("--ray=")]
+        subprocess.run([*words, "--ray"], check=True)
+        assert verify("s3://bucket/cache").problems == []
+        copy_cache("s3://bucket/cache", str(tmp_path / "back"), None)
+        assert precompute(precompute_settings(folder, output="s3://bucket/cache", **SMALL)).shards_written == 0
+    assert folder_bytes(tmp_path / "back") == folder_bytes(folder / "want")

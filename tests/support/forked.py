@@ -1,6 +1,7 @@
 """Processes that start at once: forked from one that has done nothing but the slow imports."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.support.servers import free_port
@@ -28,6 +30,15 @@ def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
+
+
+def start(words: Sequence[object], said: Path | None = None, errors: Path | None = None) -> BaseProcess:
+    """Start ``logitcask`` as a process; what it prints goes to files, if given."""
+    child = forks().Process(
+        target=_command, args=("logitcask", list(map(str, words)), dict(os.environ), None, said, errors)
+    )
+    child.start()
+    return child
 
 
 def alone(
@@ -58,7 +69,7 @@ def ran(
     module: str = "logitcask",
     limit: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module's command in one process per environment, and return what all of them printed.
+    """Run a module's command, or a script, in one process per environment, and return what all of them printed.
 
     The environments are changes of this process's; what is None is unset. The exit code is the first that is not 0;
     files in the folder keep what was printed.
@@ -83,10 +94,17 @@ def ran(
 
 
 def _command(
-    module: str, words: list[str], environment: Mapping[str, str | None], limit: int | None, said: Path, errors: Path
+    module: str,
+    words: list[str],
+    environment: Mapping[str, str | None],
+    limit: int | None,
+    said: Path | None,
+    errors: Path | None,
 ) -> None:
+    gc.freeze()
     for path, descriptor in ((said, 1), (errors, 2)):
-        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
+        if path is not None:
+            os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), descriptor)
     os.environ.clear()
     os.environ.update({name: value for name, value in environment.items() if value is not None})
     if limit is not None:
@@ -94,6 +112,9 @@ def _command(
         resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
     sys.argv = [module, *words]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # a forked process skips them

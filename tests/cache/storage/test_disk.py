@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from logitcask.cache.storage.ownership import sole_writer, watch_folder
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import explain_limits, plan_strides
+from tests.support.forked import start
 from tests.support.needed import as_root, lacking
 from tests.support.runs import STUDENT, train, write_config
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
@@ -188,15 +188,15 @@ def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path,
     settings = precompute_settings(tmp_path, output=cache, shard_positions=64)
     given = settings.model_dump(mode="json", exclude_defaults=True)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = [sys.executable, "-m", "logitcask", "precompute-logits", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
-        maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
-        while not (".staging/tokens" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
-            assert run.poll() is None, "the run ended before the disk was unmounted"
-            time.sleep(0.002)
-        subprocess.run(["umount", "-l", mount], check=True)
-        _, errors = run.communicate(timeout=120)
-    assert run.returncode == 2, errors
+    run = start(["precompute-logits", *options], errors=tmp_path / "errors")
+    maps = Path(f"/proc/{run.pid}/maps")  # the token table is mapped just before the teacher is loaded
+    while not (".staging/tokens" in maps.read_text() if loading else (cache / "commits/c/3/0").exists()):
+        assert run.is_alive(), "the run ended before the disk was unmounted"
+        time.sleep(0.002)
+    subprocess.run(["umount", "-l", mount], check=True)
+    run.join(120)
+    errors = (tmp_path / "errors").read_text()
+    assert run.exitcode == 2, errors
     assert errors.count("\n") == 1
     assert "; committed shards are kept: fix that and run the same command again to finish" in errors
     assert not (mount / "zarr.json").exists()
