@@ -122,10 +122,13 @@ def _train(
     run = _run_size(settings, source.amount, len(held), evaluated, mixture, arguments.world_size)
     arguments.max_steps = run.steps()[0]  # counted here only
     longer = extension(checkpoint, arguments.max_steps, record)
-    finished = checkpoint is not None and _is_finished(checkpoint, arguments.max_steps, settings)
-    if finished and (ended := finished_student(settings.output_dir, record)) is not None:
-        say(f"{settings.output_dir}: finished, and final/ is saved: nothing to do")
-        return ended
+    finished = None if checkpoint is None else _end_of(checkpoint, arguments.max_steps, settings)
+    if finished is not None:
+        ended = finished_student(settings.output_dir, record)
+        end = f"{settings.output_dir}: finished: {finished}"
+        say(f"{end}; its student is to be saved" if ended is None else f"{end} and final/ is saved: nothing to do")
+        if ended is not None:
+            return ended
     reports = _trackers(settings, arguments, record, checkpoint)
     longest = max(source.longest, evaluated.longest if evaluated else 0)
     model = student_of_run(settings, source, longest, arguments.world_size, record, checkpoint)
@@ -153,7 +156,7 @@ def _train(
         log = MetricsLog(settings.output_dir, table.show)
         callbacks = [interrupt, table, log, complete, *([best] if best else []), *longer, *reports]
         trainer = _trainer(settings, arguments, source, evaluated, model, held, mixture, callbacks, packed=packed)
-        trainer.finished = finished
+        trainer.finished = finished is not None
         require_fsdp(trainer)
         table.replace_bar(trainer)
         before = read_before(settings.output_dir) if folder else trainer.evaluate() if settings.evaluates else None
@@ -167,15 +170,13 @@ def _train(
     return after
 
 
-def _is_finished(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> bool:
-    """Return whether a run has nothing left to train, and say so."""
+def _end_of(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> str | None:
+    """Return why a run has nothing left to train, None if it has."""
     if checkpoint.step >= steps:
-        say(f"{settings.output_dir}: all {steps:,} steps are done")
-        return True
+        return f"all {steps:,} steps are done"
     if stopped_early(checkpoint.folder, settings.early_stopping_patience):
-        say(f"{settings.output_dir}: stopped early at step {checkpoint.step:,} of {steps:,}")
-        return True
-    return False
+        return f"it stopped early at step {checkpoint.step:,} of {steps:,}"
+    return None
 
 
 def _why_checkpoint(step: StepSize, model: PreTrainedModel, arguments: TrainingArguments) -> str | None:

@@ -104,7 +104,7 @@ def main() -> None:
         after = {f"{student['learning_rate'] * t:.0e}": end["after"]["eval_total_loss"] for t, end in ends.items()}
         results["held_out_loss"][name] = {"before": before, "steps": student["max_steps"], "after": after}
         table.add_row(name, f"{before:.3f}", *(f"{rate}: {loss:.3f}" for rate, loss in after.items()))
-    write_json(RESULTS, results)
+        write_json(RESULTS, results)
     Console().print(table)
 
 
