@@ -13,9 +13,12 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
 from logitcask.pipeline.labels_from.export import export_labels
+from logitcask.pipeline.labels_from.import_labels import import_labels
+from logitcask.pipeline.settings.cache import ImportSettings
 from tests.labels_from.test_import import TEXTS, K, bring, labels_of, manifest_of, tokenizer
 from tests.support.foreign import top_k_row
 from tests.support.runs import train
+from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
 __all__ = ["bring", "tokenizer"]  # fixtures
 NAMES = {"parquet": "labels.parquet", "topk-jsonl": "labels.jsonl"}
@@ -40,6 +43,23 @@ def test_what_is_exported_is_imported_label_for_label(form: str, rest: bool, bri
         for name, values in vars(targets).items():
             np.testing.assert_array_equal(values, getattr(want.targets, name), err_msg=name)
     assert manifest_of(tmp_path / "cache").label == first.manifest.label
+
+
+def test_the_heads_of_stage_1_come_back(tmp_path: Path) -> None:
+    """At T=1, without the draws; of so few positions that nobody asks whether a random teacher wrote the text."""
+    data = write_jsonl(tmp_path / "two.jsonl", RECORDS[:2])
+    cache = make_cache(tmp_path, make_teacher(tmp_path / "teacher"), train_data=str(data))
+    export_labels(str(cache), tmp_path / "heads.parquet", "parquet")
+    given = {"source": str(tmp_path / "heads.parquet"), "format": "topk", "tokenizer": str(tmp_path / "teacher")}
+    import_labels(ImportSettings.model_validate({**given, "output": tmp_path / "again"}))
+    first = CacheReader(cache)
+    for index, (ids, mask, targets) in enumerate(labels_of(tmp_path / "again")):
+        want = first.example(index)
+        np.testing.assert_array_equal(ids, want.input_ids)
+        np.testing.assert_array_equal(mask, want.target_mask)
+        for name in ("head_ids", "head_logprobs", "gold_logprobs"):
+            np.testing.assert_array_equal(getattr(targets, name), getattr(want.targets, name), err_msg=name)
+        np.testing.assert_array_equal(targets.log_tail_mass[:, 0], want.targets.log_tail_mass[:, 0])
 
 
 def test_datasets_reads_what_is_exported(bring: Any, tmp_path: Path) -> None:
