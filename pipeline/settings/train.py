@@ -65,14 +65,20 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
                     "--tail and --divergence apply to a cache: leave them out, a teacher in memory gives the exact "
                     "forward KL"
                 )
-        if self.cache is None and not self.temperatures.level:
-            raise ValueError("--temperature FIRST:LAST applies to a cache: give one number to a teacher in memory")
-        if self.min_fidelity is not None and self.cache is None:
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_a_caches_labels_has_them(self) -> Self:
+        if self.cache is None and self.min_fidelity is not None:
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"
             )
-        if self.loss is not None and self.cache is None:
+        if self.cache is None and self.loss is not None:
             raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
+        if self.cache is None and not self.temperatures.level:
+            raise ValueError("--temperature FIRST:LAST applies to a cache: give one number to a teacher in memory")
+        if self.select is not None and (self.cache is None or self.train_data is not None):
+            raise ValueError("--select applies to a cache's labels: leave it out, or give --cache without --train-data")
         return self
 
     @model_validator(mode="after")

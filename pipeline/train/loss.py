@@ -21,8 +21,9 @@ from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
 from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss, fused_position_losses
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
-from logitcask.pipeline.models.losses import LossSettings, LossSums, OwnLoss, RouterLoss, position_losses
+from logitcask.pipeline.models.losses import LossSettings, OwnLoss, RouterLoss, position_losses
 from logitcask.pipeline.settings.training.schedule import Ramp
+from logitcask.pipeline.train.selection import Selection, loss_of_replay, selected_loss
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
 
@@ -111,16 +112,17 @@ def make_loss_forward(
     how: LossSettings | Distillation,
     teacher: Callable[[Batch], TeacherRows] | None = None,
     router: RouterLoss | None = None,
+    selection: Selection | None = None,
 ) -> None:
     """Replace the model's forward by one that takes a batch and returns LossSums, an ordinary call to any wrapper.
 
     Without ``target_index`` the original forward runs. The head computes the loss in its own forward, too, because
     only there has FSDP gathered its weight. An ``alpha`` in the batch replaces that of ``how``, and a ``teacher`` in
     memory the batch's labels. While training, a ``router`` loss is added to the total, once per target position: so a
-    step's mean weighs its batches as usual.
+    step's mean weighs its batches as usual; and the soft loss is that of the ``selection``.
     """
     read = read_head(model)
-    _install(model, read.scale, read.softcap, how, teacher, router)
+    _install(model, read.scale, read.softcap, how, teacher, router, selection)
 
 
 def _install(
@@ -130,6 +132,7 @@ def _install(
     how: LossSettings | Distillation,
     teacher: Callable[[Batch], TeacherRows] | None = None,
     router: RouterLoss | None = None,
+    selection: Selection | None = None,
     *,
     per_position: bool = False,
 ) -> None:
@@ -145,7 +148,9 @@ def _install(
         if per_position:
             return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
         if "labelled" in batch:
-            return _loss_of_replay(hidden, current, batch, settings)
+            return loss_of_replay(hidden, current, batch, settings)
+        if selection is not None and model.training and "soft_labels" in batch:
+            return selected_loss(hidden, current, batch, settings, selection)
         return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
 
     def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
@@ -170,23 +175,9 @@ def _install(
     model.forward, head.forward = loss_forward, head_loss
 
 
-def _loss_of_replay(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSettings) -> LossSums:
-    """Return the sums over positions of which only those in ``labelled`` (N,) have labels; the others' loss is hard."""
-    known_N, gold_N = batch["labelled"], batch["gold"]
-    groups = ((known_N, batch.get("soft_labels"), settings), (~known_N, None, replace(settings, alpha=1.0, own=None)))
-    sums = [
-        fused_loss(hidden_NH[rows_N], head, gold_N[rows_N], labels, how)
-        for rows_N, labels, how in groups
-        if bool(rows_N.any()) or not len(gold_N)
-    ]
-    return LossSums(*(torch.stack(parts).sum(0) for parts in zip(*(part[:5] for part in sums), strict=True)))
-
-
-def _at_step(settings: LossSettings, batch: Batch) -> LossSettings:
+def _at_step(how: LossSettings, batch: Batch) -> LossSettings:
     """Return the loss with what changes over a run as it is in this batch: alpha, and its labels' temperature."""
-    labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
-    temperature = settings.temperature if labels is None else labels.temperature
-    return replace(settings, alpha=batch.get("alpha", settings.alpha), temperature=temperature)
+    return replace(how, alpha=batch.get("alpha", how.alpha), temperature=batch.get("soft_labels", how).temperature)
 
 
 def bare_model(model: nn.Module) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
 from logitcask.pipeline.settings.training.schedule import Ramp
 from logitcask.pipeline.train.loss import Distillation, bare_model, make_loss_forward, require_apart, require_vocabulary
+from logitcask.pipeline.train.selection import Selection
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -61,7 +62,9 @@ class DistillationMixin(Trainer):
                 plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None, reduce_dtype=torch.float32
             )
         self._alphas = Ramp.of(self.distillation.alpha)
-        self._now: dict[str, float] = {}  # what changes over the run, at the last step
+        self._now: dict[str, float] = {}  # what changes over the run, at the last step, for the log
+        self._selection: Selection | None = None
+        self._step: dict[str, Any] = {}  # what the loss needs to know of the step: its alpha, if that changes
         self._sums: Tensor | None = None  # SUMS, labelled positions and all, since the last log line
         self._slots: Tensor | None = None  # tokens and places for them since the last log line
 
@@ -132,8 +135,17 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[Batch], Tensor | None]:
         """Return the batches of one optimizer step and the number of their target positions over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = torch.tensor(sum(len(batch["gold"]) for batch in batches), device=device)
-        return batches, self.accelerator.gather(count[None]).sum()
+        counts = torch.tensor([[sum(len(batch["gold"]) for batch in batches), self._selected(batches)]], device=device)
+        positions, selected = self.accelerator.gather(counts).sum(0)
+        if self._selection is not None:
+            self._step["soft_scale"] = positions / selected
+        return batches, positions
+
+    def _selected(self, batches: list[Batch]) -> int:
+        """Return how many of some batches' target positions take part in the soft loss."""
+        if self._selection is None:
+            return 0
+        return sum(int(self._selection.counts(batch)[1].sum()) for batch in batches)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -141,11 +153,9 @@ class DistillationMixin(Trainer):
         """Return this batch's share of the step's mean; ranks are averaged later, hence the factor."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        alpha = {}
         if not self._alphas.level:
-            alpha["alpha"] = self._alphas.at(self.state.global_step, self.state.max_steps)
-            self._now |= alpha
-        sums: LossSums = model(**inputs, **alpha)
+            self._now["alpha"] = self._step["alpha"] = self._alphas.at(self.state.global_step, self.state.max_steps)
+        sums: LossSums = model(**inputs, **self._step)
         parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
         row = torch.stack([*parts, *sums.hard.new_tensor([_labelled(inputs), len(inputs["gold"])])])
         self._sums = row if self._sums is None else self._sums + row

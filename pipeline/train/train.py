@@ -59,6 +59,7 @@ from logitcask.pipeline.train.publish import push, require_repository
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.extend import extension
 from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
+from logitcask.pipeline.train.selection import Selection
 from logitcask.pipeline.train.sources.open import open_held_out, open_source
 from logitcask.pipeline.train.sources.source import Source
 from logitcask.pipeline.train.student import save_final, step_size, student_of_run
@@ -240,6 +241,7 @@ def _trainer(
         temperatures=settings.temperatures,
         teacher=source.teacher,
         router=router,
+        selection=None if settings.selection is None else Selection(*settings.selection),
     )
 
 

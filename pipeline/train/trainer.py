@@ -27,6 +27,7 @@ from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.mixin import DistillationMixin
 from logitcask.pipeline.train.resume.saving import explain_save_errors, load_weights
+from logitcask.pipeline.train.selection import Selection
 
 
 def fsdp_requested() -> bool:
@@ -76,9 +77,10 @@ class DistillationTrainer(DistillationMixin, Trainer):
         held_out: HeldOut | None = None,
         teacher: Callable[[Batch], TeacherRows] | None = None,
         router: RouterLoss | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self._sampler, self._held_out = sampler, held_out or HeldOut(examples, [], collator)
-        self._loss, self._teacher, self._router = loss, teacher, router
+        self._loss, self._teacher, self._router, self._chosen = loss, teacher, router, selection
         super().__init__(
             model=model,
             args=args,
@@ -88,6 +90,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
             processing_class=tokenizer,
             callbacks=[nonfinite, *callbacks],
         )
+        self._selection = selection
         self._alphas = alphas or Ramp.of(loss.alpha)
         self._temperatures = temperatures or Ramp.of(loss.temperature)
         self._nonfinite, self._tokenizer = nonfinite, tokenizer
@@ -95,7 +98,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         self.finished = False  # whether the checkpoint to resume from is that of the last step
 
     def _prepare_loss(self) -> None:
-        make_loss_forward(self.model, self._loss, self._teacher, self._router)
+        make_loss_forward(self.model, self._loss, self._teacher, self._router, self._chosen)
 
     def _batches(self) -> BatchSampler | ScheduledSampler:
         if self._temperatures.level:

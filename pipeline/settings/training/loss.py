@@ -1,5 +1,6 @@
 """Options about the loss of ``logitcask train``."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -32,6 +33,11 @@ class LossOptions(Settings):
     loss: str | None = Field(
         None, description="module:function, a soft loss of your own in place of T^2 times the divergence"
     )
+    select: str | None = Field(
+        None,
+        description="entropy:SHARE or teacher-entropy:SHARE, the soft loss only on this share of each example's "
+        "positions, where the student's or teacher's entropy is highest",
+    )
     router_aux_loss_coef: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="weight of a mixture of experts' router loss; default: as its config says; 0: off"
     )
@@ -61,6 +67,23 @@ class LossOptions(Settings):
                 "--distillation-type output"
             )
         return self
+
+    @model_validator(mode="after")
+    def _selection_is_defined(self) -> Self:
+        if self.select is not None and not self.soft:
+            raise ValueError("--select applies to a soft loss: leave it out, or --distillation-type output")
+        if self.select is not None and self.selection is None:
+            raise ValueError(
+                "--select must be entropy:SHARE or teacher-entropy:SHARE with a share above 0 and at most 1, such as "
+                f"entropy:0.2, got {self.select!r}"
+            )
+        return self
+
+    @property
+    def selection(self) -> tuple[str, float] | None:
+        """By what positions are selected and which share; None if all are."""
+        match = re.fullmatch(r"(entropy|teacher-entropy):([0-9]*\.?[0-9]+)", self.select or "")
+        return (match[1], float(match[2])) if match and 0 < float(match[2]) <= 1 else None
 
     @property
     def alphas(self) -> Ramp:
