@@ -100,6 +100,6 @@ def _examples(batch: Batch) -> Tensor:
     """Return the example of each target position, (N,), as an ascending number."""
     index_N: Tensor = batch["target_index"]
     if "position_ids" not in batch:
-        return index_N // batch["input_ids"].shape[1]
+        return torch.div(index_N, batch["input_ids"].shape[1], rounding_mode="floor")
     starts: Tensor = batch["position_ids"] == 0
     return starts.flatten().cumsum(0)[index_N]
