@@ -72,6 +72,10 @@ demo folder="demo": setup
 sweep cache="demo/cache" output="runs/sweep" *args:
     PATH="$PWD/{{bin}}:$PATH" bash configs/sweep.sh "$@"
 
+# a student learns from text of its own, labelled by the teacher, as: just rounds TEACHER CACHE STUDENT PROMPTS OUTPUT [options of train]
+rounds teacher cache student prompts output *args:
+    PATH="$PWD/{{bin}}:$PATH" bash configs/rounds.sh "$@"
+
 # stage 1, as: just precompute TEACHER DATA OUTPUT [options]
 precompute teacher data output *args:
     {{logitcask}} precompute-logits --teacher-model "$1" --train-data "$2" --output "$3" "${@:4}"
