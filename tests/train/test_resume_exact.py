@@ -91,6 +91,14 @@ def test_a_missing_or_damaged_file_is_refused(
     assert folder_bytes(run) == before
 
 
+def test_a_checkpoint_of_deepspeed_is_refused(cache: Path, options: dict[str, Any], run: Path) -> None:
+    """By the file it leaves, since it does not run on a CPU; without that line optimizer.pt would be called missing."""
+    (run / "checkpoint-4/optimizer.pt").unlink()
+    (run / "checkpoint-4/latest").write_text("global_step4")
+    with pytest.raises(LogitcaskError, match=r"checkpoint-4: was saved by DeepSpeed, .*: start over, or train"):
+        train(cache, run, **options, resume_from_checkpoint="latest")
+
+
 def test_a_pickle_that_is_not_read_is_not_run(
     cache: Path, options: dict[str, Any], straight: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

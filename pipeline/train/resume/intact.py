@@ -19,6 +19,7 @@ from logitcask.pipeline.runs.run_folder import complete_checkpoints, step_of
 STATE_FILE, WEIGHTS_FILE = "trainer_state.json", "model.safetensors"
 HOLDS = {"optimizer.pt": "param_groups", "scheduler.pt": "last_epoch", "scaler.pt": "scale"}  # a key of each file
 FSDP_SHARDED = ("pytorch_model_fsdp_0", "optimizer_0")  # folders of torch.distributed.checkpoint
+DEEPSPEED = "latest"  # the name of its checkpoint's folder
 FSDP_WHOLE = ("pytorch_model_fsdp.bin", "optimizer.bin")
 
 
@@ -42,7 +43,12 @@ def rng_file(rank: int, ranks: int) -> str:
 
 
 def require_same_sharding(folder: Path, fsdp: bool) -> None:
-    """Raise LogitcaskError if a checkpoint was saved with FSDP and this run has none, or the other way round."""
+    """Raise LogitcaskError if only one of checkpoint and run has FSDP, or the checkpoint is of DeepSpeed."""
+    if (folder / DEEPSPEED).is_file():
+        raise LogitcaskError(
+            f"{folder}: was saved by DeepSpeed, whose checkpoints are not resumed: start over, or train its weights "
+            f"further with --student-model {folder} in another --output-dir"
+        )
     sharded = any((folder / name).exists() for name in (*FSDP_SHARDED, *FSDP_WHOLE))
     if sharded != fsdp and (sharded or (folder / "optimizer.pt").exists()):
         with_it, without = "accelerate's FSDP", "no FSDP"
