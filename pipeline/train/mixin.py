@@ -138,7 +138,7 @@ class DistillationMixin(Trainer):
         counts = torch.tensor([[sum(len(batch["gold"]) for batch in batches), self._selected(batches)]], device=device)
         positions, selected = self.accelerator.gather(counts).sum(0)
         if self._selection is not None:
-            self._step["soft_scale"] = positions / selected
+            self._step["soft_scale"] = float(positions / selected)
         return batches, positions
 
     def _selected(self, batches: list[Batch]) -> int:

@@ -44,18 +44,21 @@ def selected_loss(
     """Return alpha * hard over all positions + (1 - alpha) * soft over the selected ones, as sums over N positions.
 
     The batch's ``soft_scale`` is the step's number of positions per selected one, by which the mean of the soft loss
-    is one over the selected. At alpha 0 the others are left out of the head, and of the hard loss that is logged.
+    is one over the selected. No position passes the head twice. At alpha 0 those that are not selected are left out of
+    it, and of the hard loss that is logged.
     """
     labels: SoftLabels[Tensor] = batch["soft_labels"]
     entropy_N = student_entropy(hidden_NH, head) if selection.by == "entropy" else teacher_entropy(labels)
     rows, gold_N, scale, alpha = selection.rows(batch, entropy_N), batch["gold"], batch["soft_scale"], settings.alpha
+    weight = alpha + (1.0 - alpha) * scale  # of a selected position's loss with alpha / weight in place of alpha
     chosen = labels.map(lambda part: part[rows])
-    soft = fused_loss(hidden_NH[rows], head, gold_N[rows], chosen, replace(settings, alpha=0.0))
-    soft = LossSums(*(part * scale for part in soft[:5] if part is not None))
+    both = fused_loss(hidden_NH[rows], head, gold_N[rows], chosen, replace(settings, alpha=alpha / weight))
+    scaled = [part * scale for part in (both.hard, both.soft, both.teacher_mass, both.student_mass)]
     if alpha == 0.0:
-        return soft
-    hard = fused_loss(hidden_NH, head, gold_N, None, replace(settings, alpha=1.0, own=None))
-    return soft._replace(total=alpha * hard.total + (1.0 - alpha) * soft.total, hard=hard.hard)
+        return LossSums(weight * both.total, *scaled)
+    others_N = torch.ones_like(gold_N, dtype=torch.bool).index_fill(0, rows, False)
+    hard = fused_loss(hidden_NH[others_N], head, gold_N[others_N], None, replace(settings, alpha=1.0, own=None))
+    return LossSums(weight * both.total + alpha * hard.total, both.hard + hard.hard, *scaled[1:])
 
 
 def loss_of_replay(hidden_NH: Tensor, head: LMHead, batch: Batch, settings: LossSettings) -> LossSums:

@@ -40,7 +40,7 @@ MODELS: dict[type[Settings], dict[str, object]] = {
 NO_PLACES = {"device", "prompt", "base_url", "teacher_revision", "ray", "shards", "wandb_project", "wandb_run_name",
              "init_from_teacher_layers", "columns", "chat_template_kwargs", "data_config", "data_split", "where",
              "freeze", "student_revision", "attn_implementation", "lora_target_modules", "training_args",
-             "loss", "push_to_hub"}  # fmt: skip
+             "loss", "push_to_hub", "select"}  # fmt: skip
 
 
 def call(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

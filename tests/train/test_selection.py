@@ -76,7 +76,7 @@ def test_value_and_gradient_are_those_of_the_dense_loss(
     selection, count = Selection(by, SHARE), len(batch["gold"])
     assert int(selection.counts(batch)[1].sum()) == selected < count / 2
     make_loss_forward(model, how, selection=selection)
-    batch["soft_scale"] = torch.tensor(count / selected, dtype=torch.float64)
+    batch["soft_scale"] = count / selected
     total = model(**batch).total / count
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0.0)
     for found, gradient in zip(torch.autograd.grad(total, parameters), wanted, strict=True):
