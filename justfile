@@ -119,6 +119,12 @@ bench:
 study *args:
     {{bin}}/python -m tests.benchmarks.study "$@"
 
+# the picture of a cache's labels in the documentation, from the demo's cache; needs Chromium
+picture cache="demo/cache":
+    {{logitcask}} cache browse "$1" --examples random:6 --seed 3 --html labels.html --overwrite
+    chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,640 --virtual-time-budget=8000 --screenshot=docs/pictures/labels.png "file://$PWD/labels.html"
+    rm labels.html
+
 # remove what the recipes made, but for .venv
 clean:
     rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
