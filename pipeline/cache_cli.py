@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from logitcask.pipeline.settings.base import Group, example, file, options_from, place
+from logitcask.pipeline.command_line import Group, example, file, options_from, place
 from logitcask.pipeline.settings.cache import BrowseSettings, ImportSettings
 
 cache_app = typer.Typer(

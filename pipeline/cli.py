@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from logitcask.pipeline.cache_cli import cache_app
-from logitcask.pipeline.settings.base import Group, example, file, options_from, require_plain_text, run_folders
+from logitcask.pipeline.command_line import Group, example, file, options_from, run_folders
+from logitcask.pipeline.settings.base import require_plain_text
 from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings

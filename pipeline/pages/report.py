@@ -8,9 +8,9 @@ from pathlib import Path
 
 from logitcask.cache.report.plot import require_plot
 from logitcask.pipeline.pages.page import fill, require_new
-from logitcask.pipeline.runs.compare import table
 from logitcask.pipeline.runs.curves import PANELS, draw_curves
 from logitcask.pipeline.runs.run_folder import FINAL, Run, read_run, run_names
+from logitcask.pipeline.runs.table import table
 
 Answer = Callable[[Path, str], str]  # of a student's folder to a prompt
 

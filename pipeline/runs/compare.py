@@ -1,25 +1,15 @@
 """Finished runs side by side, as a Markdown table or as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.report.plot import require_plot
 from logitcask.pipeline.runs.curves import draw_curves
-from logitcask.pipeline.runs.evaluation import rows as evaluation_rows
-from logitcask.pipeline.runs.run_folder import Run, curve, divergence_name, read_run, run_names
-
-# only the place of a run, how it was resumed, and what follows from the seed
-NOT_COMPARED = {"output_dir", "resume_from_checkpoint", "extend", "wandb_run_id", "first_epoch"}
-LOSSES = {
-    "total_loss": "total loss",
-    "hard_loss": "hard loss, nats",
-    "soft_loss": "soft loss, T² {}, nats",
-    "perplexity": "perplexity",
-}
-WIDEST = 40  # characters per setting
+from logitcask.pipeline.runs.run_folder import Run, read_run, run_names
+from logitcask.pipeline.runs.table import LOSSES, differing, effort, last, table
 
 
 def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as_json: bool) -> str:
@@ -41,12 +31,6 @@ def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as
     return json.dumps(as_records(names, runs), indent=2) if as_json else text
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """Return the names of settings that differ among the runs."""
-    known = sorted({name for run in runs for name in run.settings} - NOT_COMPARED)
-    return [name for name in known if any(run.settings.get(name) != runs[0].settings.get(name) for run in runs)]
-
-
 def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return each run's figures for JSON; losses are in nats."""
     keys = differing(runs)
@@ -55,8 +39,8 @@ def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]
             "run": name,
             "path": str(run.path),
             "settings": {key: run.settings.get(key) for key in keys},
-            **_effort(run),
-            "training": {key: _last(run, key) for key in LOSSES},
+            **effort(run),
+            "training": {key: last(run, key) for key in LOSSES},
             "before": run.before,
             "after": run.after,
             "evaluation": run.evaluation.model_dump(mode="json") if run.evaluation else None,
@@ -65,71 +49,11 @@ def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]
     ]
 
 
-def _last(run: Run, name: str) -> float | None:
-    """Return the last logged value of a quantity, None if there is none."""
-    values = curve(run.log, name)[1]
-    return values[-1] if values else None
-
-
-def _effort(run: Run) -> dict[str, float | None]:
-    """Return steps, tokens trained on, seconds, tokens per second of training alone, and peak memory in MB."""
-    lines = [(line["tokens"], line.get("tokens_per_second")) for line in run.log if line.get("tokens") is not None]
-    spent = sum((tokens or 0) / speed for tokens, speed in lines if speed)
-    tokens = sum(tokens or 0 for tokens, _ in lines)
-    return {
-        "steps": max((line["step"] or 0 for line in run.log), default=0),
-        "tokens": tokens,
-        "seconds": _last(run, "seconds"),
-        "tokens_per_second": tokens / spent if spent else None,
-        "peak_memory_mb": max(filter(None, (line.get("peak_memory_mb") for line in run.log)), default=None),
-    }
-
-
 def markdown(names: Sequence[str], runs: Sequence[Run]) -> str:
     """Return the table as Markdown."""
     head, *body = table(names, runs)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def table(names: Sequence[str], runs: Sequence[Run]) -> list[list[str]]:
-    """Return lines of cells, the first of them the head: one column per run, no row that is empty for all runs."""
-    soft = {divergence_name(run.settings) for run in runs}
-    names_of = {key: word.format(*soft if len(soft) == 1 else ["divergence"]) for key, word in LOSSES.items()}
-    columns = [_column(run, differing(runs), names_of) for run in runs]
-    known = list(dict.fromkeys(row for column in columns for row in column))
-    filled = [row for row in known if any(column.get(row) for column in columns)]
-    return [["", *names], *([row, *(column.get(row, "") for column in columns)] for row in filled)]
-
-
-def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dict[str, str]:
-    effort = _effort(run)
-    cells = {f"`{name}`": _setting(run.settings.get(name)) for name in settings}
-    cells |= {
-        "steps": f"{effort['steps']:,}",
-        "tokens": f"{effort['tokens']:,}",
-        "time, s": _number(effort["seconds"], ".1f"),
-        "tokens/s of training": _number(effort["tokens_per_second"], ".0f"),
-        "peak memory, MB": _number(effort["peak_memory_mb"], ".0f"),
-    }
-    cells |= {f"training: {word}, last": _number(_last(run, key), ".4g") for key, word in losses.items()}
-    for key, word in losses.items():
-        ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
-        cells[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
-    if run.evaluation:
-        if on_cache := run.evaluation.on_cache:
-            cells["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"
-        cells |= {f"evaluation: {name}": value for name, value in evaluation_rows(run.evaluation).items()}
-    return cells
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:,{form}}"
-
-
-def _setting(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def _cell(text: str) -> str:

@@ -11,7 +11,8 @@ import typer
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.cli import app, main
-from logitcask.pipeline.settings.base import Settings, expand_home, is_repeatable, read_config, resolve
+from logitcask.pipeline.command_line import is_repeatable
+from logitcask.pipeline.settings.base import Settings, expand_home, read_config, resolve
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings

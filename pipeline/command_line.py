@@ -1,0 +1,153 @@
+"""The command line, made from settings: their fields become options, and errors and help have one form."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand, TyperGroup
+
+from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.settings.base import ARGUMENT, NUMBER, REPEATABLE, S, expand_home, flag_of, home_path, resolve
+
+CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
+OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value, and what they then mean
+
+
+class _Once:
+    """Refuses an option that is given twice, where click would keep the last value and drop the others."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Return click's parser for this command, which then raises LogitcaskError at the second value."""
+        parser: Any = super().make_parser(ctx)  # type: ignore[misc]
+        earlier: dict[str, str] = {}
+
+        def watch(option: Any, flag: str) -> None:
+            process = option.process
+
+            def process_once(value: Any, state: Any) -> None:
+                now = flag if value is None else f"{flag} {shown(value)}"
+                if option.dest in earlier:
+                    raise LogitcaskError(f"{flag}: is given twice, {earlier[option.dest]} and {now}: give it once")
+                earlier[option.dest] = now
+                process(value, state)
+
+            option.process = process_once
+
+        for flag, option in parser._long_opt.items():
+            if option.action.startswith("store") and option.dest != "help" and not ctx.resilient_parsing:
+                watch(option, flag)
+        return parser
+
+
+class Command(_Once, TyperCommand):
+    """A command whose ``OPTIONAL_VALUES`` may be given without a value, which typer does not support."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the missing values, then parse."""
+        words = []
+        for word, following in zip(args, [*args[1:], "-"], strict=False):
+            bare = word in OPTIONAL_VALUES and following.startswith("-")
+            words += [word, OPTIONAL_VALUES[word]] if bare else [word]
+        return super().parse_args(ctx, words)
+
+
+class Group(_Once, TyperGroup):
+    """A command with subcommands."""
+
+
+def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
+    """Decorate ``f(settings)`` into a function whose signature is the model's fields plus ``--config``."""
+
+    def decorate(function: Callable[[S], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            config = given.pop("config")
+            flags = {name: value for name, value in given.items() if value not in (None, [], ())}
+            function(resolve(model, config, flags))
+
+        parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
+        parameters.append(
+            inspect.Parameter(
+                "config",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[Path | None, typer.Option(parser=home_path, metavar="PATH", help=CONFIG_HELP)],
+            )
+        )
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__doc__, command.__name__ = function.__doc__, function.__name__
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """Return one option. All but switches are passed on as text, so that only the settings model judges values."""
+    if ARGUMENT in field.metadata:
+        argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument])
+    flag = flag_of(name)
+    switch = field.annotation in (bool, bool | None)
+    help_text = field.description or ""
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    if choices:
+        help_text += f" ({', '.join(choices)})"
+    if field.is_required():
+        help_text += " [required]"
+    elif field.default is not None and not switch:
+        default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        help_text += f" [default: {default}]"
+    option = (
+        typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
+        if switch
+        else typer.Option(
+            flag,
+            help=help_text,
+            show_default=False,
+            metavar=f"[{_metavar(field)}]" if flag in OPTIONAL_VALUES else _metavar(field),
+            autocompletion=(lambda: choices) if choices else None,
+        )
+    )
+    kind: Any = bool if switch else list[str] if is_repeatable(field) else str
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def is_repeatable(field: FieldInfo) -> bool:
+    """Return whether an option may be given several times."""
+    return _is_marked(field, REPEATABLE)
+
+
+def _is_marked(field: FieldInfo, mark: str) -> bool:
+    return mark in field.metadata or repr(mark) in str(field.annotation)
+
+
+def _metavar(field: FieldInfo) -> str:
+    text = "TEXT" if is_repeatable(field) else "float" if _is_marked(field, NUMBER) else str(field.annotation)
+    for word, metavar in (("Literal", "NAME"), ("Path", "PATH"), ("tuple", "LIST"), ("float", "NUMBER"), ("int", "N")):
+        if word in text:
+            return metavar
+    return "TEXT"
+
+
+def example(text: str) -> dict[str, Any]:
+    """Return what every command is registered with: its class, and an example at the end of its help."""
+    return {"cls": Command, "epilog": f"Example: logitcask {text}"}
+
+
+def place(name: str, words: str) -> Any:
+    """Return the argument that names a cache: a path, with ``~`` expanded, or a URL."""
+    return typer.Argument(parser=expand_home, metavar=name, help=words)
+
+
+def run_folders(words: str) -> Any:
+    """Return the argument that names the folders of runs."""
+    return typer.Argument(parser=home_path, metavar="RUNS", help=words)
+
+
+def file(words: str) -> Any:
+    """Return an option that names a file."""
+    return typer.Option(parser=home_path, metavar="PATH", help=words)
