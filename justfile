@@ -10,7 +10,7 @@ logitcask := bin / "logitcask"
 # not the dev extra: its servers need newer versions than the lowest
 lowest_tools := "flask flask-cors hypothesis matplotlib 'moto[s3]' peft pytest s3fs sentencepiece tensorstore trl zarrs"
 
-# everything CI runs: format check, lint, types, import layers, tests
+# everything CI runs: format check, lint, types, import layers, the manual, tests
 check: lint-and-compile pytest
 
 # set everything up and run the whole check
@@ -18,7 +18,7 @@ test: setup lint-and-compile pytest
 
 # beside the linters, one process imports what the tests import: each of their workers would compile it anew
 [parallel]
-lint-and-compile: lint compile
+lint-and-compile: lint docs compile
 
 [private]
 compile:
@@ -54,6 +54,10 @@ lint:
     {{bin}}/ruff check .
     {{bin}}/mypy
     {{bin}}/lint-imports
+
+# build the manual into docs/_build/html, warnings as errors
+docs:
+    {{bin}}/sphinx-build -n -W --keep-going -q docs docs/_build/html
 
 # the tests alone
 pytest *args:
@@ -127,4 +131,4 @@ picture cache="demo/cache":
 
 # remove what the recipes made, but for .venv
 clean:
-    rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+    rm -rf demo docs/_build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

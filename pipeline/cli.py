@@ -190,7 +190,9 @@ def compare(
     output: Annotated[Path | None, file("write the table to this file, as Markdown")] = None,
     plot: Annotated[Path | None, file("plot the total losses to this .png, .svg or .pdf")] = None,
     html: Annotated[Path | None, file("write a report to this file: results, settings, curves, answers")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="with --html: a prompt that every student answers")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="with --html: a prompt that every student answers")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file at --html")] = False,
 ) -> None:
     """Compare runs in one table: the settings that differ, what they cost, and their results."""

@@ -1,4 +1,4 @@
-"""Run programs that a model wrote, each in a process with limits. The README says what that does not stop."""
+"""Run programs that a model wrote, each in a process with limits; docs/guides/evaluate.md has what they let through."""
 
 import contextlib
 import functools

@@ -66,8 +66,8 @@ class EvaluateSettings(Settings):
             raise ValueError("--where applies to --cache, and none is given: add it or leave --where out")
         if self.humaneval and not self.allow_code_execution:
             raise ValueError(
-                "--humaneval runs the code that the model writes on this machine: read in the README what the sandbox "
-                "does not stop, then add --allow-code-execution"
+                "--humaneval runs the code that the model writes on this machine: read in the manual, guides/evaluate, "
+                "what the sandbox does not stop, then add --allow-code-execution"
             )
         if max(self.k) > self.samples:
             raise ValueError(f"--k must be at most --samples, {self.samples}, got {max(self.k)}: raise --samples")

@@ -155,10 +155,10 @@ def test_tokens_that_are_not_targets_cost_only_their_ids_and_mask() -> None:
 
 
 @pytest.mark.parametrize("preset", NAMES)
-def test_bytes_match_the_readme(preset: Preset) -> None:
+def test_bytes_match_the_page_of_labels(preset: Preset) -> None:
     """Compare with code in its table, which excludes tokenizer and certificate; tokens in proportion to the demo's."""
-    readme = Path("README.md").read_text(encoding="utf-8")
-    (measured,) = re.findall(rf"^\| `{preset}` \| ([\d.]+) \| [\d.]+ \| \d+ \|$", readme, re.MULTILINE)
+    page = (ROOT / "docs" / "concepts" / "labels.md").read_text(encoding="utf-8")
+    (measured,) = re.findall(rf"^\| `{preset}` \| ([\d.]+) \| [\d.]+ \| \d+ \|$", page, re.MULTILINE)
     sizes = cache_bytes(preset, SMOLLM2, Amount(265, 55_876, 30_158), 1)
     assert (sum(sizes.values()) - sizes["fidelity"]) / 30_158 == pytest.approx(float(measured), rel=0.02)
 

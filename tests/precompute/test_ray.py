@@ -178,7 +178,7 @@ def wait_for_nodes(count: int, last: "subprocess.Popen[bytes]", log: Path) -> No
 
 @contextlib.contextmanager
 def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
-    """Start a Ray node on each machine, as the README says."""
+    """Start a Ray node on each machine, as the manual says."""
     address = f"{machines[0].address}:6379"
     roles = (HEAD, [f"--address={address}"])
     with log.open("wb") as out, contextlib.ExitStack() as running:

@@ -1,4 +1,4 @@
-"""The README is correct: its decoding snippet, its commands, its messages."""
+"""The README and the manual are correct: snippets, commands, messages."""
 
 import ast
 import re
@@ -19,7 +19,9 @@ from logitcask.pipeline.cli import app, main
 from tests.support.tiny import make_cache, make_teacher
 
 README = Path(__file__).parents[2] / "README.md"
-FORMAT = README.parent / "docs" / "reference" / "cache-format.md"
+DOCS = README.parent / "docs"
+PLAN = DOCS / "guides" / "plan.md"
+FORMAT = DOCS / "reference" / "cache-format.md"
 
 
 def test_the_decoding_snippet_gives_the_weights_training_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,9 +59,10 @@ def test_labels_from_an_own_forward_pass_become_a_cache(tmp_path: Path, monkeypa
 
 
 def test_links_to_files_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
-    assert "docs/reference/cache-format.md" in links
-    assert all((README.parent / link).exists() for link in links)
+    for page in (README, *DOCS.rglob("*.md")):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        assert "docs/reference/cache-format.md" in links or page != README
+        assert not [link for link in links if not (page.parent / link).exists()], page
 
 
 def test_every_command_is_in_the_readme() -> None:
@@ -71,10 +74,10 @@ def test_every_command_is_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("tables", [False, True])
-def test_the_plan_prints_what_the_readme_shows(
+def test_the_plan_prints_what_its_page_shows(
     tables: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = dict(re.findall(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", README.read_text()))
+    shown = dict(re.findall(r"```\n\$ (logitcask plan .*)\n((?s:.*?))\n```", PLAN.read_text()))
     (command,) = (command for command in shown if tables == ("--tables" in command))
     monkeypatch.chdir(README.parent)
     monkeypatch.setattr(sys, "argv", command.split())
@@ -97,13 +100,13 @@ def source_texts() -> set[str]:
     return texts
 
 
-def test_the_messages_of_troubleshooting_are_the_programs() -> None:
-    _, section = README.read_text().split("\n## Troubleshooting\n")
-    rows = [line.split(" | ") for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+def test_the_messages_of_the_page_of_errors_are_the_programs() -> None:
+    page = (DOCS / "reference" / "errors.md").read_text()
+    messages = re.findall(r"\n### .+\n\n```text\n(.+)\n```\n\n\S", page)
     texts = source_texts()
-    assert len(rows) > 15
-    for _, message, _ in rows:
-        assert any(message.strip("`") in text for text in texts), message
+    assert len(messages) == page.count("\n### ") > 25
+    for message in messages:
+        assert any(message in text for text in texts), message
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
@@ -117,5 +120,17 @@ def test_the_recipes_parse() -> None:
     just = Path(sys.executable).parent / "just"
     listed = subprocess.run([just, "--list"], cwd=README.parent, capture_output=True, text=True, check=False)
     assert listed.returncode == 0, listed.stderr
-    for recipe in ("setup", "demo", "sweep", "test", "lint", "precompute", "train", "cache-info", "bench", "clean"):
+    for recipe in (
+        "setup",
+        "demo",
+        "sweep",
+        "test",
+        "lint",
+        "docs",
+        "precompute",
+        "train",
+        "cache-info",
+        "bench",
+        "clean",
+    ):
         assert recipe in listed.stdout

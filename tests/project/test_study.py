@@ -18,6 +18,7 @@ from tests.benchmarks.study.report import Key, against_exact, by_key, draw, inte
 from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches, new_student
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
+PAGES = (Path("docs/results/study.md"), Path("docs/results/study-in-full.md"))
 
 
 @pytest.fixture(scope="module")
@@ -283,17 +284,15 @@ def test_a_result_is_claimed_once(tmp_path: Path) -> None:
         assert not third
 
 
-def test_the_tables_of_the_readme_and_of_the_study_match_the_results() -> None:
-    texts = [
-        path.read_text(encoding="utf-8") for path in (Path("README.md"), Path(summary.__file__).parent / "README.md")
-    ]
+def test_the_tables_of_the_studys_pages_match_the_results() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
     for number, lines in enumerate(summary.tables()):
         assert len(lines) > 3
         assert "\n".join(lines) in texts[min(number, 1)]
 
 
-def test_the_readmes_figures_and_pages_exist() -> None:
-    for page in (Path("README.md"), Path(summary.__file__).parent / "README.md"):
+def test_the_figures_and_pages_that_the_study_links_exist() -> None:
+    for page in PAGES:
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert len(links) > 0
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]

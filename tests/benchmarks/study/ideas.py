@@ -1,6 +1,6 @@
 """Ways to reduce the label's noise at the same size, tried on students: how labels are drawn, stored and used.
 
-What was expected of each, before any student, is in designs.py; the README has what came of it.
+What was expected of each, before any student, is in designs.py; docs/results has what came of it.
 """
 
 from dataclasses import replace

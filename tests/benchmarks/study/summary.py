@@ -1,4 +1,4 @@
-"""The study's tables as Markdown, from tests/benchmarks/results: the README's first, then those of the study's page."""
+"""The study's tables as Markdown, from tests/benchmarks/results: first docs/results/study.md's, then the others."""
 
 import itertools
 import json

@@ -1,0 +1,72 @@
+"""The manual: generated pages are up to date, commands have the options they are shown with, the README repeats it."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from logitcask.pipeline.cli import app
+from tests.project.reference import MODELS, ROOT, commands, pages
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+COMMANDS = dict(commands(typer.main.get_command(app)))
+GLOBAL = {"--help", "--version", "--quiet", "--install-completion", "--show-completion"}
+
+
+def shown_commands(text: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield the command and the options of each ``logitcask …`` in a Markdown text, in blocks and between backticks."""
+    blocks = re.findall(r"```(?:sh)?\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in (line.removeprefix("$ ").strip() for line in (*lines, *inline)):
+        if re.match(r"logitcask [a-z]", line):
+            words = shlex.split(
+                " ".join(line.split()).removeprefix("logitcask ").split("  #")[0].replace("…", ""), posix=True
+            )
+            name = max((name for name in COMMANDS if words[: len(name.split())] == name.split()), key=len, default="")
+            yield name or line, {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_generated_pages_are_what_the_program_gives(page: Path) -> None:
+    assert page.read_text() == pages()[page], "python -m tests.project.reference writes it again"
+
+
+def test_the_page_of_settings_has_every_command_that_takes_an_option_file() -> None:
+    taking = {name for name, command in COMMANDS.items() if any("--config" in one.opts for one in command.params)}
+    assert set(MODELS) == taking
+
+
+def test_commands_are_shown_with_options_that_they_have() -> None:
+    count = 0
+    for page in (README, *DOCS.rglob("*.md")):
+        for name, options in shown_commands(page.read_text()):
+            assert name in COMMANDS, (page, name)
+            known = {
+                word for parameter in COMMANDS[name].params for word in (*parameter.opts, *parameter.secondary_opts)
+            }
+            assert options <= known | GLOBAL, (page, name)
+            count += 1
+    assert count > 50
+
+
+def test_the_readme_is_short_and_repeats_the_manual() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 250
+    study, first_run = ((DOCS / name).read_text() for name in ("results/study.md", "start/first-run.md"))
+    rows = [
+        re.split(r" *\| *", line.strip("| "))
+        for line in text.split("## How good is it?")[1].splitlines()
+        if " ± " in line
+    ]
+    found = [re.split(r" *\| *", line.strip("| ")) for line in study.splitlines() if line.startswith("| ")]
+    full = {row[0]: [row[1], *row[6:]] for row in found}
+    assert len(rows) == 3
+    for name, *cells in rows[:3]:
+        assert cells == full[name.replace("`", "").replace(",", "").removesuffix(" the default")], name
+    output = text.split("## First run")[1].split("```")[1]
+    assert not set(output.splitlines()) - set(first_run.splitlines())
