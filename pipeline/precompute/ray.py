@@ -74,7 +74,8 @@ class RayExecutor:
             cleanup.callback(ray.shutdown)
             _connect(address)  # unless tokenizing has
             resources = ray.cluster_resources()
-            options = worker_options(spec, workers, resources)
+            nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+            options = worker_options(spec, workers, resources, nodes)
             count = workers or default_workers(spec.tensor_parallel_size, resources)
             actor = ray.remote(**options, max_restarts=RETRIES, max_task_retries=RETRIES)(Labeller)
             self._actors = [actor.remote(spec, output, memory_remedy) for _ in range(count)]
@@ -196,14 +197,18 @@ def default_workers(tensor_parallel_size: int, resources: dict[str, float]) -> i
     return max(1, int(resources.get("GPU", 0)) // tensor_parallel_size)
 
 
-def worker_options(spec: TeacherSpec, workers: int | None, resources: dict[str, float]) -> dict[str, Any]:
-    """Return what Ray reserves for a worker: its accelerators, or an even share of the CPUs.
+def worker_options(
+    spec: TeacherSpec, workers: int | None, resources: dict[str, float], nodes: Sequence[float]
+) -> dict[str, Any]:
+    """Return what Ray reserves for a worker: its accelerators, or a share of the CPUs, ``nodes`` of them on each.
 
-    Accelerators if the cluster has some, and with ``--device cuda`` even if its autoscaler has yet to add them.
+    The share is the largest with which all workers have room, each on one node. Accelerators if the cluster has some,
+    and with ``--device cuda`` even if its autoscaler has yet to add them.
     """
     if spec.device.startswith("cuda") or (resources.get("GPU", 0) and spec.device != "cpu"):
         return {"num_gpus": spec.tensor_parallel_size}
-    return {"num_cpus": max(1, int(resources.get("CPU", 1)) // (workers or 1))}
+    shares = range(int(max(nodes, default=1)), 1, -1)
+    return {"num_cpus": next((n for n in shares if sum(int(cpus) // n for cpus in nodes) >= (workers or 1)), 1)}
 
 
 def missing_resources(options: dict[str, Any], count: int, resources: dict[str, float]) -> str:

@@ -256,9 +256,13 @@ def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
         precompute_settings(folder, output=tmp_path, tensor_parallel_size=4, engine="vllm", device="auto")
     )
     assert default_workers(4, {"GPU": 16.0, "CPU": 8.0}) == 4
-    assert worker_options(many, None, {"GPU": 16.0, "CPU": 8.0}) == {"num_gpus": 4}
+    assert worker_options(many, None, {"GPU": 16.0, "CPU": 8.0}, [8.0]) == {"num_gpus": 4}
     assert default_workers(4, {"CPU": 8.0}) == 1
-    assert worker_options(many, 4, {"CPU": 8.0}) == {"num_cpus": 2}
+    for workers, nodes, share in (
+        (4, [8.0], 2), (None, [8.0], 8), (1, [1.0, 1.0], 1), (3, [3.0, 3.0], 1), (2, [4.0, 6.0], 4), (3, [4.0, 6.0], 3),
+        (9, [4.0], 1), (2, [0.0], 1), (2, [], 1),
+    ):  # fmt: skip
+        assert worker_options(many, workers, {"CPU": sum(nodes)}, nodes) == {"num_cpus": share}, (workers, nodes)
 
 
 def command(folder: Path, output: Path | str, cluster: str) -> list[str]:

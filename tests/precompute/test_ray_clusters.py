@@ -95,9 +95,9 @@ def test_accelerators_are_requested_if_the_device_is_cuda(folder: Path, tmp_path
     cuda = teacher_spec(
         precompute_settings(folder, output=tmp_path, device="cuda", engine="vllm", tensor_parallel_size=2)
     )
-    assert worker_options(cuda, 4, {"CPU": 8.0}) == {"num_gpus": 2}
+    assert worker_options(cuda, 4, {"CPU": 8.0}, [8.0]) == {"num_gpus": 2}
     assert default_workers(2, {"CPU": 8.0}) == 1
-    assert worker_options(replace(cuda, device="cpu"), 4, {"GPU": 16.0, "CPU": 8.0}) == {"num_cpus": 2}
+    assert worker_options(replace(cuda, device="cpu"), 4, {"GPU": 16.0, "CPU": 8.0}, [8.0]) == {"num_cpus": 2}
     notice = "4 workers need 8 GPUs, the cluster has 2"
     assert missing_resources({"num_gpus": 2}, 4, {"GPU": 2.0}).endswith(notice)
     assert missing_resources({"num_gpus": 2}, 4, {"GPU": 8.0}) == ""
