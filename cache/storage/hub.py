@@ -44,9 +44,9 @@ class HubFolder:
                         there[info.path.removeprefix(below)] = info.lfs.sha256 if info.lfs else None
             return there
 
-        found = self._ask(ask)
-        small = {key: read_bounded(self._store, key, MAX_JSON) or b"" for key, sha in found.items() if sha is None}
-        have = {**found, **{key: hashlib.sha256(data).hexdigest() for key, data in small.items()}}
+        stored = self._ask(ask)
+        small = {key: read_bounded(self._store, key, MAX_JSON) or b"" for key, sha in stored.items() if sha is None}
+        have = {**stored, **{key: hashlib.sha256(data).hexdigest() for key, data in small.items()}}
         return {key for key, sha in have.items() if sha == proofs[key].hex()}
 
     def stage(self, objects: Mapping[str, bytes]) -> None:

@@ -72,8 +72,8 @@ def _own(run: str, stack: contextlib.ExitStack) -> Path | None:
     home = Path(tempfile.gettempdir(), f"logitcask-{os.getuid()}-{name}")
     with contextlib.suppress(OSError):
         home.mkdir(mode=0o700, exist_ok=True)
-        found = home.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        status = home.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
             return None
         with contextlib.ExitStack() as opened:
             lock = opened.enter_context((home / "lock").open("a+"))

@@ -103,13 +103,13 @@ def _save(
 def _require_targets(model: PreTrainedModel, names: list[str]) -> None:
     ends = {id(model.get_input_embeddings()): "embedding", id(model.get_output_embeddings()): "head"}
     for name in names:
-        found = [m for path, m in model.named_modules() if name and (path == name or path.endswith(f".{name}"))]
-        if not found:
+        layers = [m for path, m in model.named_modules() if name and (path == name or path.endswith(f".{name}"))]
+        if not layers:
             raise LogitcaskError(
                 f"--lora-target-modules: no layer of {type(model).__name__} is called {name!r}: choose among "
                 f"{', '.join(_linear_names(model))}, or {ALL_LINEAR}"
             )
-        end = next((ends[id(module)] for module in found if id(module) in ends), None)
+        end = next((ends[id(module)] for module in layers if id(module) in ends), None)
         if end is not None:
             raise LogitcaskError(
                 f"--lora-target-modules: {name} is the model's {end}, which an adapter here cannot train: choose among "

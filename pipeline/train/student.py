@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, set_seed
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import TrainingExample
@@ -42,7 +43,6 @@ from logitcask.pipeline.train.resume.choose import Checkpoint
 from logitcask.pipeline.train.resume.identity import BASE_WEIGHTS
 from logitcask.pipeline.train.resume.saving import explain_save_errors
 from logitcask.pipeline.train.sources.source import Source
-from logitcask.pipeline.train.trainer import DistillationTrainer
 
 
 def student_of_run(
@@ -127,20 +127,20 @@ def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_
 
 def save_final(
     settings: TrainSettings,
-    trainer: DistillationTrainer,
+    trainer: Trainer,
+    logits: Tensor,
     source: Source,
     record: dict[str, Any],
     ends: dict[str, dict[str, float] | None],
-    best: dict[str, float] | None,
 ) -> None:
     """Save the student to ``final/`` and check that it loads as what was trained; write and show the evaluations.
 
-    ``ends``: the evaluations before and after; ``best``: the step of the best one and its loss, if the run knows.
+    ``logits``: the student's in memory, on the probe; ``ends``: the evaluations before and after, and ``best``, the
+    step of the best one and its loss, if the run knows.
 
     Raises LogitcaskError if it cannot be saved, or loads as another one.
     """
     final = settings.output_dir / FINAL
-    logits = trainer.student_logits()
     with explain_save_errors(settings.output_dir):
         trainer.save_model(str(final))
     if trainer.is_world_process_zero():
@@ -163,7 +163,7 @@ def save_final(
         write_json(final / SETTINGS_FILE, record)
         card = model_card(settings, source, record, ends, _in_order(trainer.eval_dataset))
         (final / CARD).write_text(card, encoding="utf-8")
-        write_json(settings.output_dir / ENDS_FILE, {**ends, **({"best": best} if best else {})})
+        write_json(settings.output_dir / ENDS_FILE, ends)
         if after := ends["after"]:
             results().print(ends_table(ends["before"], after, settings.temperatures.last, divergence_name(record)))
         say(f"student -> {final}")

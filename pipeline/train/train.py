@@ -141,9 +141,7 @@ def _train(
         defaults.append(reason)
     record["use_gradient_checkpointing"] = step.checkpointing
     if step.on_cpu:
-        free_large_blocks()
-        if not step.checkpointing and not settings.torch_compile:
-            keep_products_only(model)
+        _spare_memory(model, recompute=not step.checkpointing and not settings.torch_compile)
     if arguments.process_index == 0:
         for line in [*defaults, *shares(mixture), *summary(run, step, str(arguments.device), _precision(settings))]:
             say(line)
@@ -165,10 +163,19 @@ def _train(
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         interrupt.raise_if_stopped(settings.resume_from_checkpoint)
         after = trainer.evaluate() if settings.evaluates else {}
+    ends = {"before": before, "after": after}
     if best is not None:
         best.report(settings.load_best)
-    save_final(settings, trainer, source, record, {"before": before, "after": after}, best.best if best else None)
+        ends |= {"best": best.best} if best.best else {}
+    save_final(settings, trainer, trainer.student_logits(), source, record, ends)
     return after
+
+
+def _spare_memory(model: PreTrainedModel, *, recompute: bool) -> None:
+    """Make a step on a CPU take less memory; with ``recompute`` activations that are cheap are computed again."""
+    free_large_blocks()
+    if recompute:
+        keep_products_only(model)
 
 
 def _end_of(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> str | None:

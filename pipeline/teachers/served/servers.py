@@ -195,8 +195,8 @@ def _http_error(error: urllib.error.HTTPError, path: str, key: str) -> Unavailab
 def _reason(text: str) -> str:
     """Return the message of an error in JSON, by any of the layouts in use, else the text."""
     try:
-        found = json.loads(text)
-        inner = found.get("error", found)
+        reply = json.loads(text)
+        inner = reply.get("error", reply)
         return str(inner.get("message", inner) if isinstance(inner, dict) else inner)
     except (ValueError, AttributeError):
         return text

@@ -50,13 +50,13 @@ class TokenLog:
                 raise ValueError
             if (key, hashlib.sha256(data).hexdigest()) != (entry["key"], entry["sha256"]):
                 raise ValueError
-            found = PackedChunk(data, *unpack_sizes(data), **{name: entry[name] for name in LISTED}, stored=True)
-            found.notices = Notices(**entry["notices"])
+            chunk = PackedChunk(data, *unpack_sizes(data), **{name: entry[name] for name in LISTED}, stored=True)
+            chunk.notices = Notices(**entry["notices"])
         except (OSError, ValueError, KeyError, TypeError):  # torn, damaged, or of other data
             self._close_earlier()
             return None
         self._ledger_size += len(line)
-        return found
+        return chunk
 
     def write(self, packed: PackedChunk) -> None:
         """Write the next chunk, unless the earlier run did."""

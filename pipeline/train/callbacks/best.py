@@ -54,7 +54,7 @@ class BestSoFar(EarlyStoppingCallback):
             control.should_save = True
 
     def note(self) -> str:
-        """Return the best so far, to show while the run goes on; an empty string before there is one."""
+        """Return the best so far, to show during the run; an empty string before there is one."""
         best = self.best
         if best is None:
             return ""

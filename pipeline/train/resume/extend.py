@@ -1,4 +1,4 @@
-"""A run that goes on for more steps than it began with: --extend."""
+"""A run that takes more steps than it began with: --extend."""
 
 from pathlib import Path
 from typing import Any
