@@ -39,7 +39,7 @@ class PrecomputeSettings(DataSettings):
         "standard", description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64"
     )
     head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
-        8, description="K, the number of most probable tokens kept exactly; overrides the preset"
+        8, description="K, the number of most probable tokens that are kept; overrides the preset"
     )
     tail_draws: Annotated[int, Field(ge=0, le=65535)] = Field(
         24, description="M, the number of tokens drawn from the rest; overrides the preset"
