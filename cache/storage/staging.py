@@ -70,7 +70,7 @@ def _own(run: str, stack: contextlib.ExitStack) -> Path | None:
         return None
     name = hashlib.sha256(run.encode()).hexdigest()[:16]
     home = Path(tempfile.gettempdir(), f"logitcask-{os.getuid()}-{name}")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, LogitcaskError):  # the latter if the system has no locks
         home.mkdir(mode=0o700, exist_ok=True)
         status = home.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:

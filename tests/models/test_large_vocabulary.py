@@ -38,7 +38,7 @@ def batch(entries: int) -> Batch:
         "target_index": index,
         "gold": ids.flatten()[index + 1],
         "soft_labels": SoftLabels(
-            label_ids[:, :entries], log_probs[:, :entries].exp(), log_probs[:, :entries], rest, HEAD
+            label_ids[:, :entries], log_probs[:, :entries].exp(), log_probs[:, :entries], rest, HEAD, temperature=2.0
         ),
     }
 

@@ -227,6 +227,8 @@ def test_a_caches_tokenizer_that_loads_as_another_is_refused(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a change of transformers, or with files of another tokenizer."""
-    monkeypatch.setattr("logitcask.pipeline.train.source.tokenizer_from_files", lambda _: make_tokenizer(chat=True))
+    monkeypatch.setattr(
+        "logitcask.pipeline.train.sources.cache.tokenizer_from_files", lambda _: make_tokenizer(chat=True)
+    )
     with pytest.raises(CacheMismatchError, match="load as another tokenizer than it was made with"):
         train(stock / "cache", tmp_path / "run")

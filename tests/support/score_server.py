@@ -143,24 +143,23 @@ class Handler(BaseHTTPRequestHandler):
                 state.running += 1
                 state.most_running = max(state.most_running, state.running)
             try:
-                self.score(state, body, fault)
+                status, reply = self.score(state, body, fault)
             finally:
-                with state.lock:
+                with state.lock:  # before the client has the reply, and asks again
                     state.running -= 1
+            self.send(status, reply, retry_after="0.1", cut=fault == "cut" and status == 200)
         else:
             self.send(404, {"detail": "Not Found"})
 
-    def score(self, state: ScoreServer, body: dict[str, Any], fault: str) -> None:
+    def score(self, state: ScoreServer, body: dict[str, Any], fault: str) -> tuple[int, object]:
         asked = body.get("prompt_logprobs", body.get("top_logprobs", 0))
         if state.kind == "vllm" and asked > state.most_logprobs:
             words = f"Requested prompt logprobs of {asked}, which is greater than max allowed: {state.most_logprobs}"
-            self.send(400, {"error": {"message": words, "type": "BadRequestError", "code": 400}})
-        elif fault in ("400", "401", "429", "500", "503"):
-            self.send(int(fault), {"error": {"message": f"no, {self.headers.get('Authorization')}"}}, retry_after="0.1")
-        else:
-            answer = state.chat if "messages" in body else state.vllm if state.kind == "vllm" else state.sglang
-            reply = state.spoil(answer(body))
-            self.send(200, reply, cut=fault == "cut")
+            return 400, {"error": {"message": words, "type": "BadRequestError", "code": 400}}
+        if fault in ("400", "401", "429", "500", "503"):
+            return int(fault), {"error": {"message": f"no, {self.headers.get('Authorization')}"}}
+        answer = state.chat if "messages" in body else state.vllm if state.kind == "vllm" else state.sglang
+        return 200, state.spoil(answer(body))
 
     def send(self, status: int, value: object, *, retry_after: str = "", cut: bool = False) -> None:
         data = json.dumps(value).encode()
