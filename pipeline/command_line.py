@@ -28,7 +28,7 @@ class _Once:
             process = option.process
 
             def process_once(value: Any, state: Any) -> None:
-                now = flag if value is None else f"{flag} {shown(value)}"
+                now = f"{flag} {shown(value)}" if isinstance(value, str) else flag  # click marks a flag's absent value
                 if option.dest in earlier:
                     raise LogitcaskError(f"{flag}: is given twice, {earlier[option.dest]} and {now}: give it once")
                 earlier[option.dest] = now

@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
@@ -165,6 +173,8 @@ def test_a_scale_and_a_cap_that_no_config_has_are_measured() -> None:
     ],
 )
 def test_architectures_with_other_heads_are_refused(model_type: str, settings: dict[str, Any], reason: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     with pytest.raises(LogitcaskError) as refused:
         read_head(tiny(model_type, **settings))
     assert reason in str(refused.value)

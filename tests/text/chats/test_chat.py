@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from logitcask.pipeline.text.chats.chat import ChatError, Segment, cut_chat
-from tests.text.chats.real_templates import SHAPES, TEMPLATES, TOOLS, assistant, user
+from tests.text.chats.real_templates import OLDER, SHAPES, TEMPLATES, TOOLS, assistant, user
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
@@ -52,6 +52,7 @@ def test_reasoning_is_a_target_in_earlier_turns_too(name: str) -> None:
         assert "it is easy" not in "".join(text for text, _ in examples[1]), "the model does not see it at inference"
 
 
+@pytest.mark.skipif(OLDER, reason="earlier templates of gpt-oss take reasoning under another name")
 @pytest.mark.parametrize("name", ["glm4moe", "gptoss", "nemotron_3_nano", "qwen3", "qwen3_5_think"])
 def test_reasoning_content_is_passed_on(name: str) -> None:
     (target,) = targets(name, [user("add"), assistant("three", reasoning_content="one and two")])
