@@ -144,14 +144,17 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     return base, revision
 
 
-def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Return a base with an adapter's product added to its weights. Raises LogitcaskError if they do not fit."""
+def adapted(base: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
+    """Return a base with an adapter: its product added to the weights, or beside them.
+
+    Raises LogitcaskError if they do not fit.
+    """
     peft = _peft()
     try:
-        adapted = peft.PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
+        whole = peft.PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=False)
         if (folder / WEIGHTS_FILE).is_file():  # peft would leave what is missing at random, with a warning
-            _require_same(adapted.get_base_model(), load_file(folder / WEIGHTS_FILE))
-        model: PreTrainedModel = adapted.merge_and_unload()
+            _require_same(whole.get_base_model(), load_file(folder / WEIGHTS_FILE))
+        model: PreTrainedModel = whole.merge_and_unload() if merge else whole.get_base_model()
     except Exception as error:  # each kind of adapter refuses a base in its own way
         raise LogitcaskError(
             f"{folder}: the adapter does not fit its base {base.name_or_path}: {shown_reason(error)}: give "

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.machine import out_of_memory
-from logitcask.pipeline.models.adapters import adapter_differences, base_of, is_adapter, merged
+from logitcask.pipeline.models.adapters import adapted, adapter_differences, base_of, is_adapter
 from logitcask.pipeline.settings.base import config_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,11 +43,11 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model; the folder of an adapter gives its base, merged with it.
 
-    Its weights are plain floats unless a config of ``quantization`` is given. Raises LogitcaskError if it cannot be
-    loaded.
+    Its weights are plain floats unless a config of ``quantization`` is given; an adapter then stays beside its base.
+    Raises LogitcaskError if it cannot be loaded.
     """
     if is_adapter(source):
-        return _load_merged(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        return _load_adapted(source, dtype=dtype, trust_remote_code=trust_remote_code, quantization=quantization)
     folder = source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, then refused
@@ -68,12 +68,12 @@ def load_causal_lm(
         raise LogitcaskError(f"{source}: no causal language model could be loaded: {reason}") from error
     _require_all_weights(source, report)
     if path.suffix == ".gguf":
-        _forget_gguf(model)
+        forget_quantization(model)
     loaded: PreTrainedModel = model
     return loaded
 
 
-def _load_merged(source: str, **options: Any) -> PreTrainedModel:
+def _load_adapted(source: str, **options: Any) -> PreTrainedModel:
     base, revision = base_of(Path(source))
     if is_adapter(base):
         raise LogitcaskError(f"{source}: is an adapter of {base}, which is an adapter itself: merge that one first")
@@ -84,7 +84,7 @@ def _load_merged(source: str, **options: Any) -> PreTrainedModel:
             f"{source}: is an adapter, and its base cannot be loaded: {error}: write the base's place as "
             "base_model_name_or_path into adapter_config.json"
         ) from error
-    return merged(model, Path(source))
+    return adapted(model, Path(source), merge=options["quantization"] is None)
 
 
 def _require_all_weights(source: str, report: dict[str, Any]) -> None:
@@ -212,6 +212,7 @@ def require_saved(
     exact: bool,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    quantization: Any = None,
 ) -> None:
     """Load a saved student as anybody would, and compare it with the one in memory, which gave ``logits_LV``.
 
@@ -219,7 +220,9 @@ def require_saved(
     or dtype computed the logits: half of the positions must agree to a few percent. Raises LogitcaskError with the
     difference.
     """
-    saved = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code)
+    saved = load_causal_lm(
+        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code, quantization=quantization
+    )
     advice = "the checkpoints of this run hold what was trained; report this, with config.json"
     if model is not None:
         other = adapter_differences(folder, model) if is_adapter(folder) else _differences(model, saved, dtype)
@@ -253,8 +256,8 @@ def sampling(temperature: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Remove the quantisation flags that a GGUF file leaves: saving refuses them, and the weights are plain floats."""
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Remove the marks of quantisation that a GGUF file or 4 bits left, from a model whose weights are plain floats."""
     for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)

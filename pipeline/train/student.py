@@ -1,6 +1,7 @@
 """The student of a run of stage 2: made before its first step, saved and checked after its last."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from logitcask.pipeline.models.adapters import add_lora, four_bits
 from logitcask.pipeline.models.load import (
     DTYPES,
     count_parameters,
+    forget_quantization,
     load_causal_lm,
+    probe_logits,
     require_finite,
     require_saved,
     stored_dtype,
@@ -147,7 +150,8 @@ def save_final(
         sharded, on_cpu = trainer.is_fsdp_enabled, trainer.args.device.type == "cpu"
         dtype = _final_dtype(settings)
         if settings.merge_lora or (settings.lora_rank is None and dtype != trainer.model.dtype):
-            _save_again(final, trainer.model, source, dtype, settings.trust_remote_code)
+            merged = _save_again(final, trainer.model, source, dtype, settings.trust_remote_code)
+            logits = merged if settings.load_in_4bit else logits  # those in memory are of a rounded base
         compared = None if sharded or settings.merge_lora else trainer.model
         whole = dtype == trainer.model.dtype == torch.float32 and not settings.load_in_4bit
         require_saved(
@@ -157,6 +161,7 @@ def save_final(
             exact=on_cpu and not sharded and whole,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
+            quantization=adapters.four_bits() if settings.load_in_4bit and not settings.merge_lora else None,
         )
         record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
@@ -184,13 +189,18 @@ def _final_dtype(settings: TrainSettings) -> torch.dtype:
     return DTYPES[settings.student_dtype]
 
 
-def _save_again(folder: Path, trained: PreTrainedModel, source: Source, dtype: torch.dtype, own_code: bool) -> None:
-    """Replace what was saved to a folder by a whole model in ``dtype``; an adapter is merged in float32."""
+def _save_again(folder: Path, trained: PreTrainedModel, source: Source, dtype: torch.dtype, own_code: bool) -> Tensor:
+    """Replace what was saved to a folder by a whole model in ``dtype``; an adapter is merged in float32.
+
+    Return its logits on the probe.
+    """
     model = load_causal_lm(str(folder), dtype=torch.float32, trust_remote_code=own_code)
     config, generation = trained.config, trained.generation_config
     for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
         (folder / name).unlink(missing_ok=True)
-    model.config, model.generation_config = config, generation
+    model.config, model.generation_config = deepcopy(config), generation
+    forget_quantization(model)  # of the weights in training
     cast(model, dtype)
     model.save_pretrained(folder)
     make_loadable(source.tokenizer, folder)
+    return probe_logits(model)

@@ -129,6 +129,9 @@ def test_options_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], rule: 
         train_settings("c", tmp_path / "run", **changes)
 
 
-def test_four_bits_need_their_package(cache: Path, teacher: Path, tmp_path: Path) -> None:
+def test_four_bits_need_their_package(
+    cache: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitcask.pipeline.models.adapters.find_spec", lambda name: None)
     with pytest.raises(LogitcaskError, match="--load-in-4bit needs bitsandbytes: pip install bitsandbytes"):
         train(cache, tmp_path / "run", student_model=str(teacher), lora_rank=2, load_in_4bit=True)
