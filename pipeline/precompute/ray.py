@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from logitcask.cache.errors import LogitcaskError, differences
+from logitcask.cache.errors import LogitcaskError, differences, first_line
 from logitcask.cache.manifest import LabelSettings, Manifest, identity
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
@@ -188,8 +188,9 @@ def _connect(address: str) -> None:
         if port.isdecimal():
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address or None, log_to_driver=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise LogitcaskError(f"--ray {address}: no cluster answers there: {error}") from error
+    except Exception as error:  # Ray raises a plain one if a node's start takes too long
+        place = address or "auto"
+        raise LogitcaskError(f"--ray {place}: no cluster answers there: {first_line(error)}: try again") from error
 
 
 def default_workers(tensor_parallel_size: int, resources: dict[str, float]) -> int:

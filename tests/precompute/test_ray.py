@@ -21,7 +21,7 @@ from logitcask.cache.integrity import committed_shards
 from logitcask.cache.storage.open import open_store
 from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.precompute.precompute import precompute, teacher_spec
-from logitcask.pipeline.precompute.ray import _Tasks, default_workers, worker_options
+from logitcask.pipeline.precompute.ray import _connect, _Tasks, default_workers, worker_options
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.tokens import stage
@@ -249,6 +249,18 @@ def test_a_workers_error_is_one_line(folder: Path, cluster: str, tmp_path: Path)
         assert str(refused.value).startswith(f"{tmp_path / 'teacher'}: no causal language model could be loaded: ")
     with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
         precompute(settings(folder, tmp_path / "cache", "127.0.0.1:1"))
+
+
+def test_a_node_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def slow(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nSee the logs.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(LogitcaskError, match=r"--ray auto: no cluster answers there: The current node .* startup"):
+        _connect("auto")
 
 
 def test_workers_follow_the_accelerators(folder: Path, tmp_path: Path) -> None:
