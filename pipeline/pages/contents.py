@@ -21,7 +21,7 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.report.label_figures import entropies
 from logitcask.pipeline.evaluate.on_cache import position_metrics
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
-from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.head import LMHead, last_hidden_states
 
 STEPS = 256  # per nat
 DRAWS_SHOWN = 8  # the most probable ones
@@ -50,9 +50,9 @@ def shown_draws(targets: SparseTargets) -> tuple[Array, Array, Array]:
     return ids, logprobs, counts
 
 
-def student_rows(model: PreTrainedModel, example: Example, label: LabelSettings) -> StudentRows:
-    """Return what a model says at the example's target positions."""
-    targets, head = example.targets, read_head(model)
+def student_rows(model: PreTrainedModel, head: LMHead, example: Example, label: LabelSettings) -> StudentRows:
+    """Return what a model, whose head was read before, says at the example's target positions."""
+    targets = example.targets
     places = np.flatnonzero(example.target_mask)
     gold = torch.from_numpy(example.input_ids[places + 1])
     temperature = label.temperatures[0]

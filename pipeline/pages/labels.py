@@ -11,6 +11,7 @@ from logitcask.cache.manifest import metadata_values
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.console import track
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
+from logitcask.pipeline.models.head import read_head
 from logitcask.pipeline.models.load import load_causal_lm, require_finite
 from logitcask.pipeline.models.student import require_room
 from logitcask.pipeline.pages.choose import choose
@@ -43,11 +44,12 @@ def _contents(reader: CacheReader, chosen: dict[int, str], student: str | None, 
         model = load_causal_lm(student, dtype=torch.float32).to(choose_device(device)).eval()
         require_finite(model, student)
         require_room(model, label.vocab_size, reader.manifest.data.longest)
+    head = None if model is None else read_head(model)
     values, entries, ids, draws = metadata_values(reader.manifest), [], set[int](), 0
     with track("reading", len(chosen), "examples") as advance:
         for index, why in chosen.items():
             example = reader.example(index)
-            rows = None if model is None else student_rows(model, example, label)
+            rows = None if model is None or head is None else student_rows(model, head, example, label)
             entry, used = pack(example, label, rows)
             kept = {name: values[name][code - 1] for name, code in example.metadata.items() if code}
             entries.append({"index": index, "why": why, "metadata": kept, **entry})

@@ -21,9 +21,9 @@ def require_new(file: Path, flag: str, *, overwrite: bool) -> None:
 
 
 def fill(name: str, slots: Mapping[str, str]) -> str:
-    """Return the page of NAME.html with its slots, such as ``%%DATA%%``, filled; slots hold markup.
+    """Return a page whose body is NAME.html with its slots, such as ``%%DATA%%``, filled; slots hold markup.
 
-    NAME.css and NAME.js are filled in, too. The page's policy allows its own style and script, by their digests, images
+    NAME.css and NAME.js go into it, too. The page's policy allows its own style and script, by their digests, images
     that stand in it, and no connection: a text that became markup by a mistake could neither run nor load anything.
     """
     folder = files("logitcask.pipeline.pages")
@@ -36,8 +36,13 @@ def fill(name: str, slots: Mapping[str, str]) -> str:
     rules += [f"{kind}-src 'sha256-{_digest(text)}'" for kind, text in parts.items()]
     filled = {**slots, **{kind.upper(): text for kind, text in parts.items()}}
     filled["POLICY"] = html.escape("; ".join(rules), quote=True)
-    pieces = (folder / f"{name}.html").read_text(encoding="utf-8").split("%%")  # text, slot, text, slot, text …
-    return "".join(filled[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    filled["BODY"] = _fill((folder / f"{name}.html").read_text(encoding="utf-8"), filled)
+    return _fill((folder / "page.html").read_text(encoding="utf-8"), filled)
+
+
+def _fill(template: str, slots: Mapping[str, str]) -> str:
+    pieces = template.split("%%")  # text, slot, text, slot, text …
+    return "".join(slots[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
 def _digest(text: str) -> str:

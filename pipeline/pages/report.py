@@ -22,14 +22,14 @@ def write_report(paths: Sequence[Path], file: Path, prompts: Sequence[str], answ
     """
     require_new(file, "--html", overwrite=overwrite)
     names, runs = run_names(paths), [read_run(path) for path in paths]
-    body = [
+    sections = [
         _section("Results, and the settings that differ", _table(table(names, runs))),
         _section("Curves", _curves(names, runs)),
         *(_section(f"Answers to: {prompt}", _answers(names, runs, prompt, answer)) for prompt in prompts),
         _section("All settings", "".join(map(_settings, names, runs))),
     ]
     title = "Report of " + (f"the run {names[0]}" if len(runs) == 1 else f"{len(runs)} runs")
-    file.write_text(fill("report", {"TITLE": html.escape(title), "BODY": "\n".join(body)}), encoding="utf-8")
+    file.write_text(fill("report", {"TITLE": html.escape(title), "SECTIONS": "\n".join(sections)}), encoding="utf-8")
 
 
 def _section(title: str, content: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import soft_labels
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.models.head import read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.pages.choose import choose
 from logitcask.pipeline.pages.contents import DRAWS_SHOWN, STEPS, pack, shown_draws, student_rows, token_texts
@@ -80,17 +81,17 @@ def test_a_student_that_is_the_teacher_has_its_probabilities_and_no_divergence(
     model = load_causal_lm(str(folder / "teacher"), dtype=torch.float32)
     label = reader.manifest.label
     examples = [reader.example(i) for i in range(len(reader))]
-    rows = student_rows(model, examples[0], label)
+    rows = student_rows(model, read_head(model), examples[0], label)
     targets = examples[0].targets
     teacher = soft_labels(targets, label.temperatures, 1.0, "sampled").log_probs[:, : label.head_size]
     np.testing.assert_allclose(rows.head, teacher, atol=0.13)  # log-probabilities are stored coarsely
     np.testing.assert_allclose(rows.gold, targets.gold_logprobs, atol=0.13)
-    kl = np.concatenate([student_rows(model, example, label).kl for example in examples])
+    kl = np.concatenate([student_rows(model, read_head(model), example, label).kl for example in examples])
     assert abs(kl.mean()) < 4 * kl.std() / len(kl) ** 0.5  # an estimate, by draws
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    other = np.concatenate([student_rows(model, example, label).kl for example in examples])
+    other = np.concatenate([student_rows(model, read_head(model), example, label).kl for example in examples])
     assert other.mean() > kl.mean() + 4 * kl.std() / len(kl) ** 0.5
 
 
