@@ -1,6 +1,7 @@
 """The logitcask command. Each subcommand parses its options, imports what it needs, and calls one function."""
 
 import io
+import logging
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from logitcask.pipeline.settings.train import TrainSettings
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when imported, which peft does for any student
 
 QUIET_PACKAGES = {
     "TQDM_DISABLE": "1",
