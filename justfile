@@ -63,6 +63,9 @@ docs:
 pytest *args:
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal --durations=10 "$@"
 
+# all tests, also those that are too long for every check
+nightly *args: (pytest "-m" "nightly or not nightly" args)
+
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:
     LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/cache/test_hostile.py
