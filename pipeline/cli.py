@@ -190,7 +190,7 @@ def compare(
     runs: Annotated[list[Path], run_folders("folders of finished runs")],
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     output: Annotated[Path | None, file("write the table to this file, as Markdown")] = None,
-    plot: Annotated[Path | None, file("plot the total losses to this .png, .svg or .pdf")] = None,
+    plot: Annotated[Path | None, file("plot losses and perplexity by tokens to this .png, .svg or .pdf")] = None,
     html: Annotated[Path | None, file("write a report to this file: results, settings, curves, answers")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="with --html: a prompt that every student answers")

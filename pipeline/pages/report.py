@@ -59,9 +59,10 @@ def _curves(names: Sequence[str], runs: Sequence[Run]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "curves.svg")
         require_plot(file, "--html")
-        draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, file)
+        draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, file, by_tokens=True)
         data = base64.b64encode(file.read_bytes()).decode()
-    words = "Curves by optimizer step, in training and on held-out examples: " + "; ".join(PANELS.values())
+    titles = "; ".join(title for title, _ in PANELS.values())
+    words = f"Curves by tokens trained on, in training and on held-out examples: {titles}"
     return f'<img alt="{html.escape(words)}" src="data:image/svg+xml;base64,{data}">'
 
 

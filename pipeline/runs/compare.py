@@ -13,7 +13,7 @@ from logitcask.pipeline.runs.table import LOSSES, differing, effort, last, table
 
 
 def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as_json: bool) -> str:
-    """Compare runs, plot their total losses to ``plot``, write Markdown to ``output`` and return what to print.
+    """Compare runs, plot their curves to ``plot``, write Markdown to ``output`` and return what to print.
 
     Raises LogitcaskError if a run is missing or damaged, or a file could not be written.
     """
@@ -24,7 +24,7 @@ def compare(paths: Sequence[Path], output: Path | None, plot: Path | None, *, as
         raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: create it first")
     runs = [read_run(path) for path in paths]
     if plot is not None:
-        draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, plot, ("total_loss",))
+        draw_curves({name: run.log for name, run in zip(names, runs, strict=True)}, plot, by_tokens=True)
     text = markdown(names, runs)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")

@@ -81,6 +81,8 @@ def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
     if settings.use_mixed_precision is None:
         half = begun.get("use_mixed_precision")
         found["use_mixed_precision"] = half if isinstance(half, bool) else _has_bf16(settings)
+    if settings.eval_fraction is None and isinstance(begun.get("eval_fraction"), float):
+        found["eval_fraction"] = begun["eval_fraction"]
     return settings.model_copy(update=found), lines
 
 
@@ -136,8 +138,6 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         greater_is_better=False,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if settings.eval_steps and settings.evaluates else "no",
-        eval_steps=settings.eval_steps,
         bf16=half == "bf16",
         fp16=half == "fp16",
         dataloader_num_workers=settings.num_workers,

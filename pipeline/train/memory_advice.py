@@ -12,6 +12,8 @@ from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
 
+EVALUATIONS = 10  # of a run that names no --eval-steps
+EVALUATED_SHARE = 0.6  # most positions evaluated per position trained on, which takes three times as long
 WORKER_ENDED = "DataLoader worker (pid"  # killed from outside, usually by a system out of memory
 
 
@@ -35,6 +37,14 @@ class RunSize:
         per_epoch = max(1, -(-self.batches // self.accumulation))
         steps = self.max_steps or math.ceil(self.epochs * per_epoch)
         return steps, steps / per_epoch
+
+    def eval_steps(self, *, at_any_cost: bool) -> int | None:
+        """Return the steps between about ``EVALUATIONS`` evaluations, None if even one would take too much time."""
+        steps, epochs = self.steps()
+        affordable = EVALUATED_SHARE * epochs * self.positions / max(1.0, self.held_out_positions)
+        if at_any_cost or affordable >= EVALUATIONS:
+            return max(1, round(steps / EVALUATIONS))
+        return math.ceil(steps / affordable) if affordable >= 1 else None
 
 
 @dataclass(frozen=True)

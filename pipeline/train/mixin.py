@@ -1,17 +1,19 @@
 """Distillation from a cache in any subclass of transformers.Trainer: the loss, its normalisation, the order of data."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.batches.collate import Batch
+from logitcask.pipeline.batches.collate import Batch, TrainingExample
 from logitcask.pipeline.machine import ignore_interrupts
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
@@ -198,11 +200,19 @@ class DistillationMixin(Trainer):
         batches = [range(first, min(first + size, len(dataset))) for first in range(0, len(dataset), size)]
         batches += [range(0)] * (-len(batches) % ranks)  # under FSDP all ranks must call each forward
         self.model.eval()
-        sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64)
+        sums, teacher = torch.zeros(len(SUMS) + 2, dtype=torch.float64), 0.0
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in batches[self.args.process_index :: ranks]:
-                sums += self._sums_of([dataset[i] for i in batch])
-        return self._means(sums.float().to(self.args.device), prefix)
+                examples = [dataset[i] for i in batch]
+                sums += self._sums_of(examples)
+                teacher += _teacher_loss(examples)
+        metrics = self._means(sums.float().to(self.args.device), prefix)
+        parts = torch.tensor([teacher, float(sums[-1])], device=self.args.device)
+        total, count = self.accelerator.reduce(parts, "sum").tolist()
+        if count and math.isfinite(total):
+            metrics[f"{prefix}teacher_hard_loss"] = total / count
+            metrics[f"{prefix}teacher_perplexity"] = float(torch.tensor(total / count).exp())
+        return metrics
 
     def _collate_held_out(self, examples: list[Any]) -> Batch:
         return self.data_collator(examples)  # type: ignore[no-any-return]
@@ -226,6 +236,12 @@ class DistillationMixin(Trainer):
         if len(totals) > len(SUMS) + 2:
             metrics[f"{prefix}aux_loss"] = totals[-3] / count
         return metrics
+
+
+def _teacher_loss(examples: Sequence[TrainingExample]) -> float:
+    """Return the sum over the examples' targets of the teacher's own hard loss by their labels; nan if one has none."""
+    targets = [example.targets for example in examples]
+    return sum(math.nan if t is None else -float(t.gold_logprobs.sum(dtype=np.float64)) for t in targets)
 
 
 def _labelled(batch: Batch) -> int:

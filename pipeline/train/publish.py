@@ -1,9 +1,8 @@
 """The model card of a student, always written to ``final/README.md``, and the upload of ``final/`` to the hub."""
 
 import json
-import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers import TrainingArguments
 from logitcask.cache.errors import LogitcaskError, shown_reason
 from logitcask.cache.manifest import Manifest
 from logitcask.cache.storage.hub import explained
-from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.console import say
 from logitcask.pipeline.runs.run_folder import FINAL, divergence_name, ends_rows
@@ -38,7 +36,6 @@ def model_card(
     source: Source,
     record: dict[str, Any],
     ends: Mapping[str, dict[str, float] | None],
-    held_out: Iterable[TrainingExample],
 ) -> str:
     """Return the card of a finished student: what it learned from, how well, and how to make it again."""
     base = settings.student_model or (settings.teacher_model if settings.init_from_teacher_layers else None)
@@ -60,7 +57,7 @@ def model_card(
         else "Trained by [Logitcask](https://pypi.org/project/logitcask/) on its teacher's text.\n",
         _table(("", ""), _origin(source, base)),
         "## Evaluation\n",
-        _evaluation(settings, record, ends, held_out),
+        _evaluation(settings, record, ends),
         "## How to make it again\n",
         f"```sh\n{command(settings)}\n```\n",
         f"With {versions}, on {record['world_size']} rank{'s' if record['world_size'] > 1 else ''}:\n",
@@ -91,28 +88,16 @@ def _evaluation(
     settings: TrainSettings,
     record: dict[str, Any],
     ends: Mapping[str, dict[str, float] | None],
-    held_out: Iterable[TrainingExample],
 ) -> str:
     before, after = ends["before"], ends["after"]
     if not after:
         return "None: no examples were held out.\n"
-    teacher = teacher_perplexity(held_out)
+    teacher = after.get("eval_teacher_perplexity")
     rows = [
         (*row, f"{teacher:,.3f}" if row[0] == "perplexity" and teacher is not None else "")
         for row in ends_rows(before, after, settings.temperatures.last, divergence_name(record))
     ]
     return _table(("held-out examples", "before", "after", "teacher"), rows)
-
-
-def teacher_perplexity(examples: Iterable[TrainingExample]) -> float | None:
-    """Return the teacher's perplexity on the targets of examples by their labels; None if these do not say."""
-    total, count = 0.0, 0
-    for example in examples:
-        if example.targets is None:
-            return None
-        total += float(example.targets.gold_logprobs.astype("float64").sum())
-        count += len(example.targets)
-    return math.exp(-total / count) if count and -total / count < 700 else None
 
 
 def command(settings: TrainSettings) -> str:

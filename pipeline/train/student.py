@@ -1,6 +1,5 @@
 """The student of a run of stage 2: made before its first step, saved and checked after its last."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.batches.collate import TrainingExample
 from logitcask.pipeline.console import results, say
 from logitcask.pipeline.models import adapters
 from logitcask.pipeline.models.adapters import add_lora, four_bits
@@ -166,16 +164,12 @@ def save_final(
         record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
-        card = model_card(settings, source, record, ends, _in_order(trainer.eval_dataset))
+        card = model_card(settings, source, record, ends)
         (final / CARD).write_text(card, encoding="utf-8")
         write_json(settings.output_dir / ENDS_FILE, ends)
         if after := ends["after"]:
             results().print(ends_table(ends["before"], after, settings.temperatures.last, divergence_name(record)))
         say(f"student -> {final}")
-
-
-def _in_order(examples: Any) -> Iterator[TrainingExample]:
-    return (examples[i] for i in range(len(examples)))
 
 
 def _final_dtype(settings: TrainSettings) -> torch.dtype:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from logitcask.cache.labels import IntArray
 from logitcask.cache.storage.staging import temporary_folder
@@ -118,10 +119,10 @@ def _train(
     checkpoint: Checkpoint | None,
     defaults: list[str],
 ) -> dict[str, float]:
-    held = source.held_out(settings.held_out_fraction, settings.seed)
+    held = source.held_out(settings.held_out_fraction(source.amount.examples), settings.seed)
     mixture = source.mixture(held)
     run = _run_size(settings, source.amount, len(held), evaluated, mixture, arguments.world_size)
-    arguments.max_steps = run.steps()[0]  # counted here only
+    _set_steps(arguments, settings, run)
     longer = extension(checkpoint, arguments.max_steps, record)
     finished = None if checkpoint is None else _end_of(checkpoint, arguments.max_steps, settings)
     if finished is not None:
@@ -152,8 +153,8 @@ def _train(
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
         best = BestSoFar(settings.early_stopping_patience) if settings.watches_best else None
         table = LiveTable(notices(), lambda: interrupt.note() or (best.note() if best else ""))
-        log = MetricsLog(settings.output_dir, table.show)
-        callbacks = [interrupt, table, log, complete, *([best] if best else []), *longer, *reports]
+        callbacks = [interrupt, table, MetricsLog(settings.output_dir, table.show), complete]
+        callbacks += [*([best] if best else []), *longer, *reports]
         trainer = _trainer(settings, arguments, source, evaluated, model, held, mixture, callbacks, packed=packed)
         trainer.finished = finished is not None
         require_fsdp(trainer)
@@ -162,13 +163,21 @@ def _train(
         with table, interrupt, complete.explain_load_errors(folder):
             trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
         interrupt.raise_if_stopped(settings.resume_from_checkpoint)
-        after = trainer.evaluate() if settings.evaluates else {}
+        after = trainer.evaluated or trainer.evaluate() if settings.evaluates else {}
     ends = {"before": before, "after": after}
     if best is not None:
         best.report(settings.load_best)
         ends |= {"best": best.best} if best.best else {}
     save_final(settings, trainer, trainer.student_logits(), source, record, ends)
     return after
+
+
+def _set_steps(arguments: TrainingArguments, settings: TrainSettings, run: RunSize) -> None:
+    """Set how many steps the run has and after which it evaluates, counted here only."""
+    arguments.max_steps = run.steps()[0]
+    every = settings.eval_steps or run.eval_steps(at_any_cost=settings.watches_best)
+    if every is not None and settings.evaluates:
+        arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, every
 
 
 def _spare_memory(model: PreTrainedModel, *, recompute: bool) -> None:

@@ -95,6 +95,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         self._temperatures = temperatures or Ramp.of(loss.temperature)
         self._nonfinite, self._tokenizer = nonfinite, tokenizer
         self._has_best = False  # whether the model is the best checkpoint's
+        self._evaluated: tuple[int, dict[str, float]] = -1, {}  # the last evaluation, and its step
         self.finished = False  # whether the checkpoint to resume from is that of the last step
 
     def _prepare_loss(self) -> None:
@@ -160,8 +161,15 @@ class DistillationTrainer(DistillationMixin, Trainer):
                 self._nonfinite.note_held_out(next((i for i, s in sums if not bool(s.isfinite().all())), None))
         if not self._has_best:  # else the log would have it as of the last step
             self.log(metrics)
+        self._evaluated = self.state.global_step, metrics
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @property
+    def evaluated(self) -> dict[str, float]:
+        """The evaluation of the weights as they are now, empty if there is none."""
+        step, metrics = self._evaluated
+        return {} if self._has_best or step != self.state.global_step else metrics
 
     def _collate_held_out(self, examples: list[Any]) -> Batch:
         return self._held_out.collator(examples)

@@ -54,12 +54,46 @@ def test_each_panel_has_training_and_held_out_of_each_run(
     assert capsys.readouterr().out == f"14 curves of 2 runs -> {tmp_path / 'x.png'}\n"
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     (figure,) = drawn
-    both = ["a, training", "a, held out", "b, training", "b, held out"]
-    assert [[line.get_label() for line in axes.lines] for axes in figure.axes] == [both, both, both[:2], both]
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4, 2, 4]
+    assert all(axes.get_ylabel() and axes.get_xlabel() == "optimizer step" for axes in figure.axes)
+    assert in_legend(figure) == ["a", "b", "training", "held out"]
     training = figure.axes[1].lines[2]
     assert np.asarray(training.get_xdata()).tolist() == [1, 2, 3]
     assert np.asarray(training.get_ydata()).tolist() == [1.0, 0.5, 1.0 / 3]
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "linear", "log"]
+
+
+def in_legend(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_runs_are_compared_by_tokens_and_with_their_teacher(tmp_path: Path, drawn: list[Figure]) -> None:
+    """The evaluation between two lines of training lies between them, too."""
+    held: list[Line] = [
+        {"step": s, "eval_hard_loss": 3.0 - s / 4, "eval_teacher_hard_loss": 1.25} for s in (0, 2, 3, 4)
+    ]
+    lines: list[Line] = [*held, {"step": 2, "hard_loss": 2.5, "tokens": 2}, {"step": 4, "hard_loss": 2.0, "tokens": 4}]
+    assert draw_curves({"a": lines, "b": lines}, tmp_path / "a.svg", by_tokens=True) == 4
+    hard = drawn[0].axes[1]
+    assert hard.get_xlabel() == "tokens trained on"
+    assert [np.asarray(line.get_xdata()).tolist() for line in hard.lines[:2]] == [[2, 6], [0, 2, 4, 6]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in hard.lines[4:]] == [[1.25, 1.25]] * 2
+    assert in_legend(drawn[0])[-1] == "teacher, held out"
+    draw_curves({"a": lines, "no tokens": held}, tmp_path / "b.svg", by_tokens=True)
+    assert drawn[1].axes[1].get_xlabel() == "optimizer step"
+
+
+def test_many_runs_look_different_and_long_logs_are_averaged(tmp_path: Path, drawn: list[Figure]) -> None:
+    log: list[Line] = [{"step": s, "hard_loss": float(s % 2) + 1} for s in range(1, 1201)]
+    assert draw_curves({f"run {n}": log for n in range(16)}, tmp_path / "a.svg", by_tokens=False) == 16
+    (legend,) = drawn[0].legends
+    handles = legend.get_lines()[:16]
+    assert len({(line.get_color(), line.get_marker()) for line in handles}) == 16
+    assert len({line.get_color() for line in handles[:8]}) == len({line.get_marker() for line in handles[:8]}) == 8
+    first = drawn[0].axes[1].lines[0]
+    assert np.asarray(first.get_ydata()).tolist() == [1.5] * 60
+    assert np.asarray(first.get_xdata())[0] == 10.5  # the mean of steps 1 to 20
 
 
 def test_the_last_line_of_a_step_counts_and_null_is_skipped() -> None:
@@ -79,7 +113,7 @@ def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
 
 
 def test_a_run_without_log_lines_gives_an_empty_plot(tmp_path: Path) -> None:
-    assert draw_curves({"a": []}, tmp_path / "a.png") == 0
+    assert draw_curves({"a": []}, tmp_path / "a.png", by_tokens=True) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,20 @@ from pydantic import Field, model_validator
 
 from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole
 
+HELD_OUT, HELD_OUT_MOST = 0.05, 500  # share of the examples, and number
+
 
 class RunSettings(Settings):
     """Where and how a run is made, saved and reported."""
 
     output_dir: FilePath = Field(description="folder of the run: checkpoints and final/")
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of examples held out")
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description=f"share of examples held out; default: {HELD_OUT:g}, at most {HELD_OUT_MOST} examples"
+    )
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="steps between evaluations; default: only before and after training"
+        None,
+        description="steps between evaluations; default: about ten per run, fewer if they would add more than a fifth "
+        "to its time",
     )
     eval_cache: Place | None = Field(
         None, description="a cache of its own to evaluate on, in place of examples held out of --cache"
@@ -56,19 +62,20 @@ class RunSettings(Settings):
         asked = (
             "--load-best" if self.load_best else "--early-stopping-patience" if self.early_stopping_patience else None
         )
-        if asked and not (self.eval_steps and self.evaluates):
-            raise ValueError(f"{asked} needs --eval-steps, and an --eval-cache or --eval-fraction above 0")
+        if asked and not self.evaluates:
+            raise ValueError(f"{asked} needs an --eval-cache, or an --eval-fraction above 0")
         return self
 
-    @property
-    def held_out_fraction(self) -> float:
-        """The share of the run's own examples that is held out."""
-        return 0.0 if self.eval_cache is not None else self.eval_fraction
+    def held_out_fraction(self, examples: int) -> float:
+        """Return the share of the run's own ``examples`` that is held out."""
+        if self.eval_cache is not None:
+            return 0.0
+        return min(HELD_OUT, HELD_OUT_MOST / examples) if self.eval_fraction is None else self.eval_fraction
 
     @property
     def evaluates(self) -> bool:
         """Whether there is anything to evaluate on."""
-        return self.eval_cache is not None or self.eval_fraction > 0
+        return self.eval_cache is not None or self.eval_fraction != 0
 
     @property
     def watches_best(self) -> bool:

@@ -125,7 +125,7 @@ def test_a_run_stops_early_stays_so_and_goes_on_with_more_patience(
 def test_what_cannot_be_evaluated_is_refused(place: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path, make_teacher(tmp_path / "teacher", vocab_size=290), output=tmp_path / "other")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"load_best": True, "eval_steps": None}, "--load-best needs --eval-steps, and an --eval-cache"),
+        ({"load_best": True, "eval_cache": None}, "--load-best needs an --eval-cache, or an --eval-fraction above 0"),
         ({"early_stopping_patience": 1, "eval_cache": None, "eval_fraction": 0.0}, "--early-stopping-patience needs"),
         ({"eval_fraction": 0.1}, "--eval-cache and --eval-fraction: give one of them"),
         ({"eval_cache": str(other)}, "other: was made with another tokenizer than"),
