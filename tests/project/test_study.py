@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.benchmarks.study import designs, fidelity, ideas, summary
+from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
 from tests.benchmarks.study.labels import LARGER, POSITIONS, STORED, TeacherFolder, entries
-from tests.benchmarks.study.report import Key, against_exact, by_key, draw, interval
+from tests.benchmarks.study.report import Key, against_exact, by_key, interval
 from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches, new_student
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
@@ -223,20 +223,33 @@ def test_differences_per_seed_are_beside_those_of_repeated_exact_distillation() 
     ]
 
 
-def test_a_label_has_one_colour_in_the_figure_and_its_legend_for_all_teachers(tmp_path: Path) -> None:
+def test_labels_are_side_by_side_in_the_figure_and_have_one_colour(tmp_path: Path) -> None:
     parts = {"one": ["exact", "lean"], "other": ["exact", "standard", "rich", "lean"]}
     runs: dict[str, Sequence[dict[str, Any]]] = {n: [run(way, 0, 1.0) for way in ways] for n, ways in parts.items()}
     for one in (one for of_teacher in runs.values() for one in of_teacher):
         one["setting"]["temperature"] = 1.0
         one["lengths"][0]["kl_at_1"] = 1.0
-    figure = draw(runs, [10], tmp_path / "students.png")
-    shown: list[tuple[Any, str]] = [
-        pair for axis in figure.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+    figure = figures.draw_students(runs, [10], tmp_path / "students.png")
+    points: list[list[Any]] = [[bar.lines[0] for bar in list[Any](axis.containers)] for axis in figure.axes]
+    assert [len({float(point.get_xdata()[0]) for point in panel}) for panel in points] == [1, 0, 3, 0]  # side by side
+    drawn = [point for panel in points for point in panel]
+    assert {point.get_markerfacecolor() for point in drawn} == {"white"}  # of one seed
+    assert [point.get_color() for point in drawn] == [
+        figures.STYLES[way][0] for way in ("lean", "standard", "lean", "rich")
     ]
-    drawn = {(label, handle[0].get_color()) for handle, label in shown}
     (legend,) = figure.legends
-    assert {text.get_text() for text in legend.texts} == {label for label, _ in drawn} == {"lean", "standard", "rich"}
-    assert len(drawn) == 3
+    assert [text.get_text() for text in legend.texts] == ["standard", "lean", "rich"]
+
+
+def test_the_figures_of_gradients_have_the_same_colours(tmp_path: Path) -> None:
+    ways = {way: {"angle": [4.0, 3.0]} for way in ("lean", "rich", "top-64 bucket")}
+    cells = [{"stage": stage, "temperature": 1.0, "batches": [1, 2], "ways": ways} for stage in ("late", "early")]
+    figure = figures.draw_gradients(cells, {"lean": 28, "rich": 174, "top-64 bucket": 119}, tmp_path / "g.png")
+    for axis in figure.axes:
+        drawn = [(line.get_color(), line.get_marker()) for line in axis.lines]
+        assert drawn == [figures.STYLES[way] for way in ("lean", "top-64 bucket", "rich")]
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["28", "119", "174"]
 
 
 @pytest.mark.parametrize(("ends", "steps"), [(1.5, "212"), (2.0, "150"), (4.0, "under 75"), (0.5, "300 or more")])

@@ -23,7 +23,7 @@ from logitcask.pipeline.models.head import read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
-from tests.benchmarks.study import fidelity, second
+from tests.benchmarks.study import fidelity, figures, second
 from tests.benchmarks.study.corpus import code_files, english, windows
 from tests.benchmarks.study.designs import compare
 from tests.benchmarks.study.labelling import label_windows
@@ -255,6 +255,7 @@ def main() -> None:
                 processes(stage, given.processes, given.minutes)
         if given.stage in (None, "report"):
             report(RUNS)
+            figures.main()
         return
     index, count = map(int, given.part.split("/"))
     torch.set_num_threads(1)

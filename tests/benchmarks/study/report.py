@@ -1,4 +1,4 @@
-"""The study's results: one JSON with machine, versions and date, a table, and a figure."""
+"""The study's results: one JSON with machine, versions and date, and a table."""
 
 import datetime
 import json
@@ -8,21 +8,18 @@ import statistics
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.study.labels import POSITIONS, WAYS
+from tests.benchmarks.study.labels import POSITIONS
 from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_student, write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RESULTS = Path("tests/benchmarks/results")
 # two-sided 95 % quantiles of Student's t, by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-STAGE_MARKERS = {"fresh": "o", "early": "^", "late": "s"}
+STAGES = ("fresh", "early", "late")  # students of so many steps, ascending
 
 Run = dict[str, Any]
 
@@ -129,38 +126,6 @@ def table(runs: Sequence[Run], steps: int, teacher: str) -> Table:
     return found
 
 
-def draw(parts: dict[str, Sequence[Run]], steps: Sequence[int], path: Path) -> "Figure":
-    """Plot KL to the teacher at T of training minus exact distillation's of the same seed; a label has one colour."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4 * len(parts)), layout="constrained")
-    axes = figure.subplots(len(parts), 2, squeeze=False)
-    for (teacher, runs), row in zip(parts.items(), axes, strict=True):
-        groups = by_key(runs)
-        ways = {way: number for number, way in enumerate(WAYS) if Key(way, 1.0, 0.0) in groups}
-        for axis, t in zip(row, (1.0, 2.0), strict=True):
-            for way, number in ways.items():
-                key = Key(way, t, 0.0)
-                found = {s: against_exact(groups, key, s, f"kl_at_{t:g}") for s in steps if key in groups}
-                thousands = WINDOWS * POSITIONS / 1000 * (1 + 0.01 * number)
-                known = [(steps * thousands, *pair) for steps, pair in found.items() if pair is not None]
-                if known:
-                    x, y, error = zip(*known, strict=True)
-                    bars = [e or 0.0 for e in error]
-                    axis.errorbar(x, y, bars, marker="o", capsize=3, label=way, color=f"C{number}")
-            axis.axhline(0.0, color="black", linewidth=0.8)
-            axis.set(title=f"{teacher}, trained at T={t:g}, alpha 0", xlabel="thousand target positions")
-        row[0].set_ylabel("KL to the teacher less exact KD's, nats")
-    legend: dict[str, Any] = {}
-    for axis in axes[:, 0]:
-        handles, names = axis.get_legend_handles_labels()
-        legend |= dict(zip(names, handles, strict=True))
-    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return figure
-
-
 def gradient_table(cells: Sequence[Run], text: str) -> Table:
     """Return angles of gradient and update to exact distillation's over the largest batch, by stage."""
     chosen = [c for c in cells if c["text"] == text]
@@ -171,36 +136,6 @@ def gradient_table(cells: Sequence[Run], text: str) -> Table:
         values = [c["ways"][way] for c in chosen]
         found.add_row(way, *[f"{v['angle'][-1]:.1f} / {v['update_angle'][-1]:.1f}" for v in values])
     return found
-
-
-def draw_gradients(cells: Sequence[Run], sizes: dict[str, float], path: Path) -> None:
-    """Plot the angle against bytes per position (above; a panel per temperature) and against the batch (below)."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    temperatures = sorted({c["temperature"] for c in cells})
-    figure = Figure(figsize=(4.5 * len(temperatures), 8), layout="constrained")
-    above, below = figure.subplots(2, len(temperatures), squeeze=False, sharey="row")
-    for column, t in enumerate(temperatures):
-        here = [c for c in cells if c["temperature"] == t]
-        middle = next((c for c in here if c["stage"] == "early"), here[0])
-        for number, way in enumerate(here[0]["ways"]):
-            color = f"C{number}"
-            for c in here:
-                marker = STAGE_MARKERS[c["stage"]]
-                above[column].plot(sizes[way], c["ways"][way]["angle"][-1], marker, color=color)
-            below[column].plot(middle["batches"], middle["ways"][way]["angle"], ".-", color=color, label=way)
-        above[column].set(title=f"T={t:g}", xscale="log", yscale="log", xlabel="bytes a position")
-        below[column].set(xscale="log", yscale="log", xlabel=f"windows a batch, {middle['stage']} student")
-        for axis, ticks in ((above[column], (25, 50, 100, 200)), (below[column], middle["batches"])):
-            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-            axis.minorticks_off()
-    above[0].set_ylabel("degrees to the exact gradient")
-    below[0].set_ylabel("degrees to the exact gradient")
-    labels = [Line2D([], [], color=line.get_color(), label=line.get_label()) for line in below[0].lines]
-    stages = [Line2D([], [], color="black", marker=m, linestyle="", label=name) for name, m in STAGE_MARKERS.items()]
-    figure.legend(handles=labels + stages, loc="outside lower center", ncols=len(labels + stages))
-    figure.savefig(path, dpi=150)
 
 
 def read(folder: Path, pattern: str) -> list[Run]:
@@ -218,16 +153,14 @@ def write_result(name: str, found: dict[str, Any]) -> None:
 
 
 def report_gradients(folder: Path, console: Console) -> None:
-    """Write results/gradients.json and .png, and print the tables."""
-    order = list(STAGE_MARKERS)
-    cells = sorted(read(folder, "*_T*.json"), key=lambda c: (c["text"], c["temperature"], order.index(c["stage"])))
+    """Write results/gradients.json, and print the tables."""
+    cells = sorted(read(folder, "*_T*.json"), key=lambda c: (c["text"], c["temperature"], STAGES.index(c["stage"])))
     if not cells:
         return
     sizes = {path.stem.removeprefix("sizes_"): json.loads(path.read_text()) for path in folder.glob("sizes_*.json")}
     write_result("gradients", {"bytes_a_position": sizes, "cells": cells})
     for text in sorted({c["text"] for c in cells}):
         console.print(gradient_table(cells, text))
-    draw_gradients([c for c in cells if c["text"] == "code"], sizes["code"], RESULTS / "gradients.png")
 
 
 def report_designs(paths: dict[str, Path], console: Console) -> None:
@@ -247,7 +180,7 @@ def report_designs(paths: dict[str, Path], console: Console) -> None:
 
 
 def report(folder: Path) -> None:
-    """Write results/students.json, second.json and students.png and those of other parts, and print the tables."""
+    """Write results/students.json, second.json and those of other parts, and print the tables."""
     console = Console(width=170)
     designs = {"SmolLM2": folder.parent / "designs.json", "second": folder.parent / "second" / "designs.json"}
     report_designs(designs, console)
@@ -270,4 +203,3 @@ def report(folder: Path) -> None:
     for teacher, of_teacher in parts.items():
         for length in LENGTHS:
             console.print(table(of_teacher, length, teacher))
-    draw(parts, LENGTHS, RESULTS / "students.png")
