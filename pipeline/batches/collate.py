@@ -33,6 +33,10 @@ class Examples(Dataset[TrainingExample]):
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def describe(self, indices: Sequence[int]) -> str:
+        """Return what messages call these examples: their numbers where they are stored."""
+        return ", ".join(map(str, indices))
+
 
 def pack_first_fit_decreasing(lengths: Sequence[int], room: int) -> tuple[list[int], list[int]]:
     """Return row and start of each example: longest first, each into the first row of ``room`` tokens that fits."""

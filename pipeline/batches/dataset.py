@@ -38,7 +38,7 @@ class CacheDataset(JoinedExamples):
             CacheExamples(reader.path, with_targets=True, opened=reader.opened, kept_bytes=KEPT_BYTES // len(readers))
             for reader in readers
         ]
-        super().__init__(self._sources)
+        super().__init__(self._sources, self.names)
         self._shards = sum(len(reader.shard_starts) - 1 for reader in readers)
         self._mixing = tuple(weights), seed, stop
         self._ordered = False  # whether an order that suits the shards is in use

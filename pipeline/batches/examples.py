@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
+
 from logitcask.cache.labels import SHARDS_KEPT, IntArray
 from logitcask.cache.reader import KEPT_BYTES, CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
@@ -57,6 +59,10 @@ class CacheExamples(Examples):
         encoded = Encoded(example.input_ids, example.target_mask)
         return TrainingExample(encoded, example.targets if self._with_targets else None)
 
+    def describe(self, indices: Sequence[int]) -> str:
+        """Return the examples' numbers in the whole cache."""
+        return super().describe(indices if self._chosen is None else self._chosen[np.array(indices, int)].tolist())
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_reader": None}
 
@@ -77,8 +83,8 @@ class FileExamples(Examples):
 class JoinedExamples(Examples):
     """The examples of several sources, by index: those of the first, then those of the next."""
 
-    def __init__(self, sources: Sequence[Examples]) -> None:
-        self._parts = tuple(sources)
+    def __init__(self, sources: Sequence[Examples], names: Sequence[str]) -> None:
+        self._parts, self._names = tuple(sources), tuple(names)
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -90,6 +96,20 @@ class JoinedExamples(Examples):
     def __getitem__(self, index: int) -> TrainingExample:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self):,}")  # which ends a plain iteration
+        source, own = self._place(index)
+        return replace(self._parts[source][own], source=source)
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """Return the examples' numbers by the source that they are from."""
+        by_source: dict[int, list[int]] = {}
+        for index in indices:
+            source, own = self._place(index)
+            by_source.setdefault(source, []).append(own)
+        return " and ".join(
+            f"{self._parts[source].describe(own)} of {self._names[source]}" for source, own in sorted(by_source.items())
+        )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return which source an example is from, and its index there."""
         source = bisect_right(self._ends, index)
-        part = self._parts[source]
-        return replace(part[int(index) - (self._ends[source] - len(part))], source=source)
+        return source, int(index) - (self._ends[source] - len(self._parts[source]))

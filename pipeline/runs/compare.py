@@ -43,6 +43,7 @@ def as_records(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]
             "training": {key: last(run, key) for key in LOSSES},
             "before": run.before,
             "after": run.after,
+            "best": run.best,
             "evaluation": run.evaluation.model_dump(mode="json") if run.evaluation else None,
         }
         for name, run in zip(names, runs, strict=True)

@@ -160,6 +160,7 @@ class Run:
     before: dict[str, float]  # evaluation of the held-out examples; empty if none are held out
     after: dict[str, float]
     evaluation: Evaluation | None  # by logitcask evaluate, if its --output lies in the run's folder
+    best: dict[str, float] | None = None  # step and eval_total_loss of the best evaluation, if the run watched for it
 
 
 def read_run(path: Path) -> Run:
@@ -170,15 +171,21 @@ def read_run(path: Path) -> Run:
     after: Any = ends.get("after")
     if before is None:  # a run without held-out examples, or one that an earlier version resumed
         before = first_evaluation(log)
-    for part in (before, after):
-        if not (isinstance(part, dict) and all(v is None or type(v) in (int, float) for v in part.values())):
-            raise LogitcaskError(
-                f"{path / ENDS_FILE}: damaged: before and after must hold numbers: run the training again"
-            )
+    best: Any = ends.get("best")
+    whole = all(
+        isinstance(part, dict) and all(v is None or type(v) in (int, float) for v in part.values())
+        for part in (before, after)
+    )
+    if best is not None:
+        whole &= isinstance(best, dict) and type(best.get("step")) is int and type(best.get("eval_total_loss")) is float
+    if not whole:
+        raise LogitcaskError(
+            f"{path / ENDS_FILE}: damaged: before, after and best must hold numbers: run the training again"
+        )
     before, after = ({k: v for k, v in part.items() if k.startswith("eval_")} for part in (before, after))
     file = path / EVALUATION_FILE
     evaluation = parse_evaluation(_text(file), str(file)) if file.exists() else None
-    return Run(path, settings, log, before, after, evaluation)
+    return Run(path, settings, log, before, after, evaluation, best)
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:

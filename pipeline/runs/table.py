@@ -68,6 +68,9 @@ def _column(run: Run, settings: Sequence[str], losses: Mapping[str, str]) -> dic
     for key, word in losses.items():
         ends = [_number(part.get(f"eval_{key}"), ".4g") for part in (run.before, run.after)]
         cells[f"held out: {word}, before → after"] = " → ".join(end or "?" for end in ends) if any(ends) else ""
+    if run.best:
+        final = ", which final/ is" if run.settings.get("load_best") else ""
+        cells["held out: total loss, best"] = f"{run.best['eval_total_loss']:,.4g} at step {run.best['step']:,}{final}"
     if run.evaluation:
         if on_cache := run.evaluation.on_cache:
             cells["evaluated on"] = f"{on_cache.cache}, {on_cache.positions:,} positions"

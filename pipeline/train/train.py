@@ -45,7 +45,7 @@ from logitcask.pipeline.train.callbacks.best import BestSoFar, stopped_early
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
-from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
 from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import (
@@ -313,10 +313,14 @@ def _stop_on_nonfinite(
         settings.output_dir,
         step_examples=sampler.step_examples,
         held_out=held_out.places,
-        label_is_finite=lambda index: labels_are_finite(collator([examples[index]])),
-        held_out_is_finite=lambda index: labels_are_finite(held_out.collator([held_out.examples[index]])),
+        labels=_labels(examples, collator),
+        held_out_labels=_labels(held_out.examples, held_out.collator),
         learning_rate=settings.learning_rate or 0.0,
         warmup_steps=settings.warmup_steps,
         fp16=bool(settings.use_mixed_precision) and settings.mixed_precision_dtype == "fp16",
         resumed_from=settings.resume_from_checkpoint,
     )
+
+
+def _labels(examples: Examples, collator: Collator) -> Labels:
+    return Labels(lambda index: labels_are_finite(collator([examples[index]])), examples.describe)

@@ -24,7 +24,7 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.train.arguments import training_arguments
-from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.distilled import make_student
 from tests.support.runs import train_settings
@@ -60,7 +60,7 @@ def of_train(cache: Path, folder: Path) -> float:
     reader = examples.reader
     sampler = BatchSampler(reader.shard_starts, torch.zeros(0, dtype=torch.long).numpy(), 8, 0)
     nonfinite = StopOnNonFinite(folder, step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
-                                label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
+                                labels=Labels(lambda index: True), warmup_steps=0, fp16=False)  # fmt: skip
     arguments = training_arguments(train_settings(cache, folder, max_steps=STEPS, logging_steps=1000))
     arguments.save_strategy = "no"
     DistillationTrainer(

@@ -29,7 +29,7 @@ from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 from logitcask.pipeline.train.arguments import training_arguments
-from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import train_settings
 
@@ -93,7 +93,7 @@ def trainer_of(name: str, cache: str, folder: str, workers: int, *, kept: bool) 
             collator([examples[index] for index in batch])
     timed = Timed()
     nonfinite = StopOnNonFinite(Path(folder), step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
-                                label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
+                                labels=Labels(lambda index: True), warmup_steps=0, fp16=False)  # fmt: skip
     trainer = DistillationTrainer(
         model=model, args=arguments, examples=examples, sampler=sampler,
         collator=collator, tokenizer=tokenizer_from_files(reader.tokenizer_files()),

@@ -24,10 +24,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A hybrid run that was evaluated, and a run on the text alone."""
+    """A hybrid run that watched for its best step and was evaluated, and a run on the text alone."""
     folder = tmp_path_factory.mktemp("runs")
     cache = make_cache(folder)
-    one = train(cache, folder / "one", max_steps=4, eval_steps=2, student_config=student(folder))
+    one = train(cache, folder / "one", max_steps=4, eval_steps=2, load_best=True, student_config=student(folder))
     two = train(cache, folder / "two", max_steps=3, distillation_type="output", student_config=student(folder))
     values = {"model": str(one / "final"), "cache": str(cache), "device": "cpu", "output": one / "evaluation.json"}
     evaluate(EvaluateSettings.model_validate(values))
@@ -62,8 +62,11 @@ def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> Non
     assert code == 0
     records = json.loads(out)
     assert [one["run"] for one in records] == ["one", "two"]
-    assert [set(one["settings"]) for one in records] == [{"distillation_type", "eval_steps", "max_steps"}] * 2
-    assert records[1]["settings"] == {"distillation_type": "output", "eval_steps": None, "max_steps": 3}
+    assert [set(one["settings"]) for one in records] == [
+        {"distillation_type", "eval_steps", "load_best", "max_steps"}
+    ] * 2
+    others = {"distillation_type": "output", "eval_steps": None, "load_best": False, "max_steps": 3}
+    assert records[1]["settings"] == others
     for one, folder in zip(records, runs, strict=True):
         log, ends = read_log(folder), metrics(folder)
         training = [line for line in log if "tokens" in line]
@@ -76,6 +79,7 @@ def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> Non
         assert one["training"]["total_loss"] == training[-1]["total_loss"]
         speeds = [line["tokens_per_second"] or 0 for line in training]
         assert min(speeds) <= one["tokens_per_second"] <= max(speeds)
+    assert (records[0]["best"], records[1]["best"]) == (metrics(runs[0])["best"], None)
     assert records[0]["evaluation"] == json.loads((runs[0] / "evaluation.json").read_text())
     assert records[1]["evaluation"] is None
 
@@ -94,6 +98,9 @@ def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) 
     assert "| steps | 4 | 3 |" in lines
     before, after = (f"{metrics(runs[0])[end]['eval_perplexity']:,.4g}" for end in ("before", "after"))
     assert f"| held out: perplexity, before → after | {before} → {after} |" in out
+    best = metrics(runs[0])["best"]
+    loss = f"{best['eval_total_loss']:,.4g}"
+    assert f"| held out: total loss, best | {loss} at step {best['step']}, which final/ is |  |" in lines
     assert any(line.startswith("| evaluation: KL to the teacher at T=2") and line.endswith("|  |") for line in lines)
 
 
@@ -157,6 +164,7 @@ def write(name: str, text: str) -> Callable[[Path], Any]:
         (write("final/settings.json", "{"), "settings.json: damaged"),
         (write("metrics.json", '{"before": null, "after": 3}'), "metrics.json: damaged"),
         (write("metrics.json", '{"after": {"x": "y"}}'), "metrics.json: damaged"),
+        (write("metrics.json", '{"after": {}, "best": {"step": 2}}'), "metrics.json: damaged"),
         (write("metrics.jsonl", "x\n"), "metrics.jsonl: line 1 is damaged"),
         (write("evaluation.json", '{"model": "m"}'), "evaluation.json: not an evaluation (Field required)"),
         (write("evaluation.json", "{"), "evaluation.json: not an evaluation"),

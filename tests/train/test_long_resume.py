@@ -13,7 +13,7 @@ from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.arguments import training_arguments
-from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
+from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.runs import STUDENT, train_settings, write_config
 from tests.support.tiny import make_tokenizer
@@ -46,7 +46,7 @@ def trainer(folder: Path, steps: int, workers: int, accumulation: int) -> Distil
     examples, sampler = Counted(folder / "reads"), BatchSampler(STARTS, NOBODY, BATCH, 0, accumulation=accumulation)
     collator = Collator(0, (), 1.0, "bucket")
     nonfinite = StopOnNonFinite(folder, step_examples=sampler.step_examples, held_out=[], learning_rate=1e-3,
-                                label_is_finite=lambda index: True, warmup_steps=0, fp16=False)  # fmt: skip
+                                labels=Labels(lambda index: True), warmup_steps=0, fp16=False)  # fmt: skip
     return DistillationTrainer(
         model=model, args=training_arguments(settings), examples=examples, sampler=sampler,
         collator=collator, tokenizer=make_tokenizer(), nonfinite=nonfinite, callbacks=[],

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ IDS_SHOWN = 256
 SKIPPED_IN_A_ROW = 20  # fp16's loss scale starts at 2^16 and halves at each skipped step: by then it is below 1
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Whether an example's label is finite, and what messages call examples."""
+
+    is_finite: Callable[[int], bool]
+    describe: Callable[[Sequence[int]], str] = lambda examples: ", ".join(map(str, examples))
+
+
 class StopOnNonFinite(TrainerCallback):
     """Raises LogitcaskError if the loss or gradient of a step is non-finite, before anything of that step is saved.
 
@@ -33,19 +42,19 @@ class StopOnNonFinite(TrainerCallback):
         *,
         step_examples: Callable[[int], list[int]],
         held_out: Sequence[int],
-        label_is_finite: Callable[[int], bool],
+        labels: Labels,
         learning_rate: float,
         warmup_steps: int,
         fp16: bool,
         resumed_from: str | None = None,
-        held_out_is_finite: Callable[[int], bool] | None = None,
+        held_out_labels: Labels | None = None,
     ) -> None:
         """``step_examples`` returns the examples of an optimizer step; those in ``held_out`` are
         never trained on, and may be of another cache.
         """
         self._output, self._resumed_from = output_dir, resumed_from
         self._step_examples, self._held_out = step_examples, held_out
-        self._label_is_finite, self._held_out_is_finite = label_is_finite, held_out_is_finite or label_is_finite
+        self._labels, self._held_out_labels = labels, held_out_labels or labels
         self._learning_rate, self._warmup_steps, self._fp16 = learning_rate, warmup_steps, fp16
         self._loss: Tensor | None = None
         self._norm: Tensor | None = None
@@ -96,9 +105,10 @@ class StopOnNonFinite(TrainerCallback):
             first = (
                 "though each example's own is finite"
                 if culprit is None
-                else f"first at example {culprit} of the cache or data"
+                else f"first at example {self._held_out_labels.describe([culprit])} of the cache or data"
             )
-            advice = self._advice(list(self._held_out) if culprit is None else [culprit], self._held_out_is_finite)
+            examples = list(self._held_out) if culprit is None else [culprit]
+            advice = self._advice(examples, self._held_out_labels)
             raise LogitcaskError(
                 f"step {state.global_step}: non-finite loss ({loss}) of the held-out examples, {first}; {advice}"
             )
@@ -115,20 +125,21 @@ class StopOnNonFinite(TrainerCallback):
         rank = int(nonfinite[:, first].sum(1).argmax())  # ranks share the norm, but each has its own loss
         loss, norm = rows[rank, first].tolist()
         examples = self._step_examples(step - 1)
-        shown = ", ".join(map(str, examples[:IDS_SHOWN])) + (", ..." if len(examples) > IDS_SHOWN else "")
+        shown = self._labels.describe(examples[:IDS_SHOWN]) + (", ..." if len(examples) > IDS_SHOWN else "")
         raise LogitcaskError(
             f"step {step}: non-finite: loss {loss:g}, gradient norm {norm:g}; the step's {len(examples)} "
-            f"examples of the cache or data are {shown}; {self._advice(examples, self._label_is_finite)}"
+            f"examples of the cache or data are {shown}; {self._advice(examples, self._labels)}"
         )
 
-    def _advice(self, examples: list[int], is_finite: Callable[[int], bool]) -> str:
+    def _advice(self, examples: list[int], labels: Labels) -> str:
         """Return the likely cause and the remedy."""
         checkpoint = latest_checkpoint(self._output)
         again = f"resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "start over (no checkpoint yet)"
-        damaged = next((index for index in examples if not is_finite(index)), None)
+        damaged = next((index for index in examples if not labels.is_finite(index)), None)
         if damaged is not None:
             return (
-                f"likely cause: the label of example {damaged} is non-finite: run logitcask cache verify, then {again}"
+                f"likely cause: the label of example {labels.describe([damaged])} is non-finite: run logitcask cache "
+                f"verify, then {again}"
             )
         if self._fp16:
             return (

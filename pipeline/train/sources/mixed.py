@@ -18,7 +18,7 @@ def mixed_source(parts: Sequence[Source], weights: Sequence[float]) -> Source:
     soft = parts[0].labelled
     return Source(
         name=", ".join(part.name for part in parts),
-        examples=JoinedExamples([part.examples for part in parts]),
+        examples=JoinedExamples([part.examples for part in parts], [part.name for part in parts]),
         tokenizer=parts[0].tokenizer,
         vocab_size=parts[0].vocab_size,
         longest=max(part.longest for part in parts),

@@ -25,7 +25,7 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler, held_out
 from logitcask.pipeline.models.shapes import shape_of_size
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
-from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, StopOnNonFinite
+from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, Labels, StopOnNonFinite
 from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.forked import alone
@@ -148,7 +148,7 @@ def stopper(cache: Path, output: Path, learning_rate: float, *, fp16: bool = Fal
         output,
         step_examples=sampler.step_examples,
         held_out=[],
-        label_is_finite=lambda index: True,
+        labels=Labels(lambda index: True),
         learning_rate=learning_rate,
         warmup_steps=0,
         fp16=fp16,

@@ -1,5 +1,6 @@
 """Several caches and text without labels in one run: shares, held-out examples, the loss, resuming, bad use."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 import logitcask as lc
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.runs.run_folder import source_of
@@ -127,6 +130,32 @@ def test_a_run_resumes_exactly_and_only_on_the_same_mixture(place: Path, tmp_pat
     for other in ([f"{place}/a:0.3", f"{place}/b:0.5"], [f"{place}/a:0.5", f"{place}/a:0.3"]):
         with pytest.raises(LogitcaskError, match="checkpoint of another run: source"):
             train(other, tmp_path / "other", **how, resume_from_checkpoint=str(resumed))
+
+
+def test_a_non_finite_label_is_named_by_its_own_cache(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Example 4 of ``b`` is number 28 of the mixture; it is trained on, or held out."""
+    plain = CacheReader.example
+
+    def damaged(self: CacheReader, index: int) -> Any:
+        example = plain(self, index)
+        if Path(self.path).name == "b" and index == 4:
+            example.targets.head_logprobs[0, 0] = np.nan
+        return example
+
+    monkeypatch.setattr(CacheReader, "example", damaged)
+    a, b = f"{place}/a", f"{place}/b"
+    how = {"batch_size": 8, "max_steps": 6, "student_config": write_config(tmp_path / "student.json", STUDENT)}
+    for fraction, where in (
+        (0.0, rf"8 examples of the cache or data are [\d, ]+ of {a} and ([\d, ]*\b)4(, \d+)* of {b}; "),
+        (0.9, rf"held-out examples, first at example 4 of {b} of the cache or data; "),
+    ):
+        with pytest.raises(LogitcaskError, match=where) as caught:
+            train([f"{a}:0.5", f"{b}:0.5"], tmp_path / "run", **how, eval_fraction=fraction)
+        assert f"likely cause: the label of example 4 of {b} is non-finite" in str(caught.value)
+        shutil.rmtree(tmp_path / "run")
+    assert CacheExamples(a, with_targets=True, chosen=np.array([3, 5, 20])).describe([2, 0]) == "20, 3"
 
 
 def test_what_does_not_fit_together_is_refused_in_one_line(place: Path, tmp_path: Path) -> None:
