@@ -151,7 +151,7 @@ def _train(
     make_output(settings.output_dir)
     with explain_memory(step, settings.output_dir, settings.num_workers):
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
-        best = BestSoFar(settings.early_stopping_patience) if settings.watches_best else None
+        best = BestSoFar(settings.early_stopping_patience, extended=bool(longer)) if settings.watches_best else None
         table = LiveTable(notices(), lambda: interrupt.note() or (best.note() if best else ""))
         callbacks = [interrupt, table, MetricsLog(settings.output_dir, table.show), complete]
         callbacks += [*([best] if best else []), *longer, *reports]
@@ -191,7 +191,7 @@ def _end_of(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> str 
     """Return why a run has nothing left to train, None if it has."""
     if checkpoint.step >= steps:
         return f"all {steps:,} steps are done"
-    if stopped_early(checkpoint.folder, settings.early_stopping_patience):
+    if not checkpoint.extended and stopped_early(checkpoint.folder, settings.early_stopping_patience):
         return f"it stopped early at step {checkpoint.step:,} of {steps:,}"
     return None
 

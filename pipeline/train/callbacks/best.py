@@ -17,11 +17,13 @@ class BestSoFar(EarlyStoppingCallback):
     """Stops a run after ``patience`` evaluations in a row without a better one; None: never.
 
     What transformers' own callback counts is in every checkpoint, and is read back from it, as is which checkpoint is
-    the best. The run is saved where it stops. Each evaluation has a line of training in the log.
+    the best. The run is saved where it stops. Each evaluation has a line of training in the log. A run that is
+    ``extended`` after it stopped counts from 0.
     """
 
-    def __init__(self, patience: int | None) -> None:
+    def __init__(self, patience: int | None, *, extended: bool = False) -> None:
         super().__init__(patience or sys.maxsize)
+        self._extended = extended
         self._trained: TrainerState | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -29,12 +31,17 @@ class BestSoFar(EarlyStoppingCallback):
         self._trained = state
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         if isinstance(stored, dict):
-            self.early_stopping_patience_counter = int(stored["attributes"]["early_stopping_patience_counter"])
+            count = int(stored["attributes"]["early_stopping_patience_counter"])
+            stopped = self._extended and count >= self.early_stopping_patience
+            self.early_stopping_patience_counter = 0 if stopped else count
         if not state.best_global_step:
             return
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if (best / SETTINGS_FILE).is_file():
             state.best_model_checkpoint = str(best)
+            return
+        if not args.load_best_model_at_end:  # its loss alone counts, nobody keeps it
+            state.best_model_checkpoint = None
             return
         if state.is_world_process_zero:
             say(f"{best}: the best so far, is gone: the best from step {state.global_step} on counts")

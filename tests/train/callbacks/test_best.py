@@ -115,11 +115,19 @@ def test_a_run_stops_early_stays_so_and_goes_on_with_more_patience(
     assert re.search(r"best held-out loss: [0-9.]+ at step \d+\n", said)
     train(place / "cache", run, **how, resume_from_checkpoint="latest")
     assert "nothing to do" in capsys.readouterr().err
-    early = shutil.copytree(run, tmp_path / "early")
+    early, extended = (shutil.copytree(run, tmp_path / name) for name in ("early", "extended"))
     state = json.loads((early / f"checkpoint-{end}/trainer_state.json").read_text())
     assert state["stateful_callbacks"]["BestSoFar"]["attributes"]["early_stopping_patience_counter"] == 2
     train(place / "cache", early, **{**how, "early_stopping_patience": 9}, resume_from_checkpoint="latest")
     assert held_out(early) == by_step
+    again = {**how, "max_steps": 14, "resume_from_checkpoint": "latest", "extend": True}
+    train(place / "cache", extended, **again)
+    assert f"stopped early: step {end + 2} of 14, after 2 evaluations" in capsys.readouterr().err  # it counts anew
+    assert {step: held_out(extended)[step] for step in range(end + 1)} == held_out(run)
+    assert max(held_out(extended)) == end + 2
+    assert json.loads((extended / "final/settings.json").read_text())["extended_at"] == [end]
+    train(place / "cache", extended, **again)
+    assert f"it stopped early at step {end + 2} of 14 and final/ is saved: nothing to do" in capsys.readouterr().err
 
 
 def test_what_cannot_be_evaluated_is_refused(place: Path, tmp_path: Path) -> None:
