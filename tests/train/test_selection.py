@@ -1,5 +1,6 @@
 """The soft loss on a share of the positions: against dense float64, the same for any batches, and what is refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,9 @@ def test_batches_and_accumulation_do_not_change_which(cache: Path, options: dict
     assert losses(whole) == pytest.approx(losses(plain), rel=1e-5)
     assert losses(one)[0] != pytest.approx(losses(plain)[0], rel=1e-3)
     assert metrics(one)["before"] == metrics(plain)["before"]
+    shutil.copytree(one / "checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    resumed = train(cache, tmp_path / "resumed", **{**chosen, "batch_size": 8}, resume_from_checkpoint="latest")
+    assert losses(resumed) == losses(one)
 
 
 @pytest.mark.parametrize(

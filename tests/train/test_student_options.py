@@ -49,10 +49,15 @@ def dtypes(folder: Path) -> set[torch.dtype]:
 
 
 def test_frozen_parameters_do_not_move(cache: Path, teacher: Path, tmp_path: Path) -> None:
-    run = train(cache, tmp_path / "run", student_model=str(teacher), freeze=r"embed|layers\.0\.", learning_rate=1e-2)
+    options = {"student_model": str(teacher), "freeze": r"embed|layers\.0\.", "learning_rate": 1e-2, "save_steps": 2}
+    run = train(cache, tmp_path / "run", **options)
     before, after = weights(teacher), weights(run / "final")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "embed" not in name and "layers.0." not in name}
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-3")
+    train(cache, run, **options, resume_from_checkpoint="latest")
+    torch.testing.assert_close(weights(run / "final"), after, rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(("pattern", "rule"), [("nothing", "is found in none of the 21 names"), ("", "in every one")])
