@@ -22,7 +22,7 @@ from logitcask.pipeline.console import track
 from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, sparse_forward_kl
-from logitcask.pipeline.models.student import require_room
+from logitcask.pipeline.models.students.student import require_room
 from logitcask.pipeline.runs.evaluation import Divergence, Group, OnCache
 from logitcask.pipeline.text.tokens.encoded import Encoded
 

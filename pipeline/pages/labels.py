@@ -13,7 +13,7 @@ from logitcask.pipeline.console import track
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
 from logitcask.pipeline.models.head import read_head
 from logitcask.pipeline.models.load import load_causal_lm, require_finite
-from logitcask.pipeline.models.student import require_room
+from logitcask.pipeline.models.students.student import require_room
 from logitcask.pipeline.pages.choose import choose
 from logitcask.pipeline.pages.contents import STEPS, pack, shown_draws, student_rows, token_texts
 from logitcask.pipeline.pages.page import fill, require_new

@@ -83,6 +83,11 @@ def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
         found["use_mixed_precision"] = half if isinstance(half, bool) else _has_bf16(settings)
     if settings.eval_fraction is None and isinstance(begun.get("eval_fraction"), float):
         found["eval_fraction"] = begun["eval_fraction"]
+    if settings.layers_to_choose is not None:
+        kept = begun.get("init_from_teacher_layers")
+        if isinstance(kept, str) and len(kept.split(",")) == settings.layers_to_choose:
+            found["init_from_teacher_layers"] = kept
+            lines.append(f"layers: {kept}, as the run began")
     return settings.model_copy(update=found), lines
 
 

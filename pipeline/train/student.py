@@ -1,14 +1,18 @@
 """The student of a run of stage 2: made before its first step, saved and checked after its last."""
 
+import math
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.labels import IntArray
 from logitcask.pipeline.console import results, say
 from logitcask.pipeline.models import adapters
 from logitcask.pipeline.models.adapters import add_lora, four_bits
@@ -27,7 +31,8 @@ from logitcask.pipeline.models.load import (
 from logitcask.pipeline.models.losses import require_known_loss
 from logitcask.pipeline.models.recompute import require_checkpointing
 from logitcask.pipeline.models.shapes import shape_of_model
-from logitcask.pipeline.models.student import cast, freeze, make_student
+from logitcask.pipeline.models.students.choose import PROBE_TOKENS, choose_layers
+from logitcask.pipeline.models.students.student import cast, freeze, make_student
 from logitcask.pipeline.runs.run_folder import (
     ENDS_FILE,
     FINAL,
@@ -49,22 +54,24 @@ from logitcask.pipeline.train.sources.source import Source
 def student_of_run(
     settings: TrainSettings,
     source: Source,
+    held: IntArray,
     longest: int,
-    ranks: int,
+    arguments: TrainingArguments,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
     """Return the student as its run begins, in training parts of it or an adapter if asked; say what it is.
 
-    ``longest``: the tokens of the longest example that it has to take.
-    The record keeps the fingerprint of the weights that an adapter belongs to. Raises LogitcaskError if the student
+    ``held``: the examples that are held out; ``longest``: the tokens of the longest one that it has to take.
+    The record keeps the layers of a teacher that were chosen, and the fingerprint of the weights that an adapter
+    belongs to. Raises LogitcaskError if the student
     cannot be made or trained, or the adapter to resume was trained on other weights.
     """
     model = make_student(
         config=settings.student_config,
         model=settings.student_model,
         teacher=settings.teacher_model,
-        teacher_layers=settings.init_from_teacher_layers,
+        teacher_layers=lambda teacher: _layers_of_run(teacher, settings, source, held, arguments, record),
         seed=settings.seed,
         vocab_size=source.vocab_size,
         longest=longest,
@@ -74,7 +81,7 @@ def student_of_run(
         loading={**settings.loading, "quantization": four_bits() if settings.load_in_4bit else None},
     )
     size = count_parameters(model)
-    where = f", on {ranks} ranks" if ranks > 1 else ""
+    where = f", on {arguments.world_size} ranks" if arguments.world_size > 1 else ""
     say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     require_finite(model, "the student")
     require_known_loss(model)
@@ -99,6 +106,27 @@ def student_of_run(
     if trained < size.total:
         say(f"trained: {trained:,} parameters{' of an adapter' if settings.lora_rank else ''}")
     return model
+
+
+def _layers_of_run(
+    teacher: PreTrainedModel,
+    settings: TrainSettings,
+    source: Source,
+    held: IntArray,
+    arguments: TrainingArguments,
+    record: dict[str, Any],
+) -> str:
+    """Return the layers of the teacher that the student begins with, the same on each rank, and note them."""
+    if settings.layers_to_choose is not None:
+        places = np.setdiff1d(np.arange(source.amount.examples), held)
+        wanted = math.ceil(PROBE_TOKENS * source.amount.examples / source.amount.tokens)
+        taken = places[np.linspace(0, len(places) - 1, min(wanted, len(places))).astype(int)]
+        examples = [source.examples[int(place)].encoded for place in taken]
+        chosen = [choose_layers(teacher.to(arguments.device), examples, settings.layers_to_choose)]
+        broadcast_object_list(chosen)  # rounding may differ between devices
+        teacher.cpu()
+        record["init_from_teacher_layers"] = ",".join(map(str, chosen[0]))
+    return str(record["init_from_teacher_layers"])
 
 
 def _note_base(record: dict[str, Any], checkpoint: Checkpoint | None, fingerprint: str) -> None:
@@ -164,6 +192,7 @@ def save_final(
         record["save_dtype"] = str(dtype).removeprefix("torch.")
         (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to load
         write_json(final / SETTINGS_FILE, record)
+        settings = settings.model_copy(update={"init_from_teacher_layers": record["init_from_teacher_layers"]})
         card = model_card(settings, source, record, ends)
         (final / CARD).write_text(card, encoding="utf-8")
         write_json(settings.output_dir / ENDS_FILE, ends)

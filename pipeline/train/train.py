@@ -133,7 +133,7 @@ def _train(
             return ended
     reports = _trackers(settings, arguments, record, checkpoint)
     longest = max(source.longest, evaluated.longest if evaluated else 0)
-    model = student_of_run(settings, source, longest, arguments.world_size, record, checkpoint)
+    model = student_of_run(settings, source, held, longest, arguments, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
     if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.models.student import keep_layers
+from logitcask.pipeline.models.students.layers import keep_layers
 
 WIDTHS: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
 HEADS: dict[str, Any] = {**WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

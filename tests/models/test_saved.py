@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.load import load_causal_lm, probe_logits, require_saved
-from logitcask.pipeline.models.student import set_special_tokens
+from logitcask.pipeline.models.students.student import set_special_tokens
 from logitcask.pipeline.text.tokenizer import (
     end_of_turn,
     fingerprint,

@@ -57,16 +57,23 @@ def make_tokenizer(*, vocab_size: int = 300, chat: bool = False) -> PreTrainedTo
 
 
 def make_teacher(
-    folder: Path, *, vocab_size: int = 300, chat: bool = False, max_length: int = 128, seed: int = 0, width: int = 32
+    folder: Path,
+    *,
+    vocab_size: int = 300,
+    chat: bool = False,
+    max_length: int = 128,
+    seed: int = 0,
+    width: int = 32,
+    layers: int = 2,
 ) -> Path:
-    """Save a random two-layer Llama and its tokenizer to ``folder`` and return it."""
+    """Save a random Llama and its tokenizer to ``folder`` and return it."""
     tokenizer = make_tokenizer(vocab_size=vocab_size, chat=chat)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_length,

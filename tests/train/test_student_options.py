@@ -1,6 +1,7 @@
 """How a student is loaded, held, trained in part, and saved."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.load import load_causal_lm, stored_dtype
-from logitcask.pipeline.models.student import freeze
+from logitcask.pipeline.models.students.student import freeze
 from tests.support.runs import losses, train, train_settings, weights
 from tests.support.tiny import make_cache, make_teacher
 
@@ -123,6 +124,7 @@ def test_a_model_with_code_of_its_own(cache: Path, teacher: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
+        ({"init_from_teacher_layers": "auto:0", "teacher_model": "m"}, "layer numbers such as 0,9,19, or auto:20"),
         ({"freeze": "("}, "must be a regular expression: missing"),
         ({"student_revision": "v1"}, "--student-revision and --trust-remote-code apply to a --student-model"),
         ({"load_in_4bit": True}, "--load-in-4bit needs --lora-rank"),
@@ -140,3 +142,25 @@ def test_four_bits_need_their_package(
     monkeypatch.setattr("logitcask.pipeline.models.adapters.find_spec", lambda name: None)
     with pytest.raises(LogitcaskError, match="--load-in-4bit needs bitsandbytes: pip install bitsandbytes"):
         train(cache, tmp_path / "run", student_model=str(teacher), lora_rank=2, load_in_4bit=True)
+
+
+def test_chosen_layers_are_kept_with_the_run(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed, and made again as its card says, a run has the layers that it began with."""
+    teacher = make_teacher(tmp_path / "teacher", layers=5)
+    options: dict[str, Any] = {"teacher_model": str(teacher), "max_steps": 4, "save_steps": 2}
+    run = train(cache, tmp_path / "run", init_from_teacher_layers="auto:3", **options)
+    (shown,) = re.findall(r"layers: 3 of 5: ([0-4],[0-4],[0-4]): loss", capsys.readouterr().err)
+    settings = json.loads((run / "final/settings.json").read_text())
+    assert settings["init_from_teacher_layers"] == shown
+    assert f"--init-from-teacher-layers {shown}" in (run / "final/README.md").read_text()
+    again = train(cache, tmp_path / "again", init_from_teacher_layers=shown, **options)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run / "checkpoint-2", resumed / "checkpoint-2")
+    monkeypatch.setattr("logitcask.pipeline.train.student.choose_layers", None)  # not called
+    train(cache, resumed, init_from_teacher_layers="auto:3", resume_from_checkpoint="latest", **options)
+    for other in (again, resumed):
+        torch.testing.assert_close(weights(other / "final"), weights(run / "final"), rtol=0.0, atol=0.0)
+    with pytest.raises(LogitcaskError, match=r"init_from_teacher_layers: checkpoint has .*, this run has 'auto:2'"):
+        train(cache, resumed, init_from_teacher_layers="auto:2", resume_from_checkpoint="latest", **options)

@@ -16,7 +16,9 @@ class StudentSettings(Settings):
     )
     student_model: Place | None = Field(None, description="hub id or folder of a pretrained student")
     init_from_teacher_layers: str | None = Field(
-        None, description="start from these layers of a local --teacher-model, such as 0,9,19,29"
+        None,
+        description="start from these layers of a local --teacher-model, such as 0,9,19,29; auto:20: from the 20 whose "
+        "removal one by one would raise its loss most",
     )
     teacher_model: Place | None = Field(
         None,
@@ -58,6 +60,19 @@ class StudentSettings(Settings):
         if self.save_dtype is not None and self.lora_rank is not None and not self.merge_lora:
             raise ValueError("--save-dtype of an adapter needs --merge-lora: an adapter is saved as it was trained")
         return self
+
+    @field_validator("init_from_teacher_layers")
+    @classmethod
+    def _is_a_list_or_a_count(cls, layers: str | None) -> str | None:
+        if layers is not None and re.fullmatch(r"auto:[1-9][0-9]{0,5}|[0-9]+(,[0-9]+)*", layers) is None:
+            raise ValueError("must be layer numbers such as 0,9,19, or auto:20 for the best 20")
+        return layers
+
+    @property
+    def layers_to_choose(self) -> int | None:
+        """How many layers of the teacher are to be chosen; None if they are given, or none are taken."""
+        layers = self.init_from_teacher_layers or ""
+        return int(layers.removeprefix("auto:")) if layers.startswith("auto:") else None
 
     @field_validator("freeze")
     @classmethod

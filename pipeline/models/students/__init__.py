@@ -1,0 +1,1 @@
+"""Students: new, continued from a model, or begun with some of a teacher's layers."""
