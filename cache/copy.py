@@ -167,7 +167,8 @@ def _write_part_constants(source: str, chosen: range, folder: Path) -> Manifest:
             "shards": whole.shards.model_copy(update={"count": len(chosen), "digest": plan_digest(examples)}),
         }
     )
-    create_cache(folder, manifest, examples, reader.tokenizer_files())
+    head = reader.teacher_head() if whole.teacher_head else None
+    create_cache(folder, manifest, examples, reader.tokenizer_files(), head=head)
     return manifest
 
 
@@ -264,7 +265,7 @@ class _Copy:
 
         The manifest comes first, since it identifies an interrupted copy; then what it describes; then the seal.
         """
-        objects = constant_objects(shard_specs(self.manifest), list(self.manifest.tokenizer.files))
+        objects = constant_objects(self.manifest)
         sealed = read_bounded(self.constants, SEAL_OBJECTS[1], 32 * len(objects)) or b""
         if len(sealed) != 32 * len(objects):
             raise CacheFormatError(f"{SEAL_OBJECTS[1]}: missing or truncated")

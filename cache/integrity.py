@@ -6,6 +6,7 @@ so that a copy can be checked without decoding it.
 
 import hashlib
 import os
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore
 
 from logitcask.cache.errors import CacheFormatError
-from logitcask.cache.layout import ArraySpec
+from logitcask.cache.exact.head import head_objects
+from logitcask.cache.layout import ArraySpec, shard_specs
+from logitcask.cache.manifest import Manifest
 from logitcask.cache.storage.bounded import MAX_OBJECT, read_bounded
 from logitcask.cache.storage.open import list_objects
 from logitcask.cache.storage.remote import RemoteStore
@@ -98,12 +101,17 @@ def read_verified(store: Store, key: str, wanted: bytes) -> bytes:
     return data
 
 
-def constant_objects(specs: list[ArraySpec], tokenizer_files: list[str]) -> list[str]:
-    """Return the keys of all objects that belong to no shard, except the seal's own content."""
-    arrays = [*(spec.name for spec in specs), "commits", "shard_examples", *(f"tokenizer/{f}" for f in tokenizer_files)]
-    groups = ["zarr.json", *(["tokenizer/zarr.json"] if tokenizer_files else [])]
-    metadata = [*groups, *(f"{name}/zarr.json" for name in arrays), SEAL_OBJECTS[0]]
-    return [*metadata, "shard_examples/c/0", *(f"tokenizer/{name}/c/0" for name in tokenizer_files)]
+def constant_objects(manifest: Manifest, tokenizer_files: Collection[str] | None = None) -> list[str]:
+    """Return the keys of all objects that belong to no shard, except the seal's own content.
+
+    ``tokenizer_files`` are those of the manifest if they are not given.
+    """
+    files = manifest.tokenizer.files if tokenizer_files is None else tokenizer_files
+    specs, (head_metadata, head) = shard_specs(manifest), head_objects(manifest)
+    arrays = [*(spec.name for spec in specs), "commits", "shard_examples", *(f"tokenizer/{f}" for f in files)]
+    groups = ["zarr.json", *(["tokenizer/zarr.json"] if files else [])]
+    metadata = [*groups, *(f"{name}/zarr.json" for name in arrays), *head_metadata, SEAL_OBJECTS[0]]
+    return [*metadata, "shard_examples/c/0", *(f"tokenizer/{name}/c/0" for name in files), *head]
 
 
 def constant_layout(length: int, dtype: str) -> dict[str, Any]:

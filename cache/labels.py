@@ -10,8 +10,8 @@ full vocabulary before anything is dropped.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,16 +48,30 @@ class SparseTargets:
     def __len__(self) -> int:
         return len(self.gold_logprobs)
 
-    def __getitem__(self, rows: slice | IntArray) -> "SparseTargets":
-        return SparseTargets(*(getattr(self, name)[rows] for name in NAMES))
+    def __getitem__(self, rows: slice | IntArray) -> Self:
+        return replace(self, **{name: getattr(self, name)[rows] for name in self.names()})
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of its arrays."""
+        return tuple(each.name for each in fields(cls))
 
     @staticmethod
     def concatenate(parts: Sequence["SparseTargets"]) -> "SparseTargets":
-        """Return the rows of all parts, in order."""
-        return SparseTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in NAMES))
+        """Return the rows of all parts, which are of one kind, in order."""
+        kind = type(parts[0])
+        return kind(*(np.concatenate([getattr(part, name) for part in parts]) for name in kind.names()))
 
 
-NAMES = tuple(each.name for each in fields(SparseTargets))
+@dataclass(frozen=True)
+class ExactTargets(SparseTargets):
+    """Labels whose tail is the teacher's own: no draws, but the hidden state that its head read, in few bits.
+
+    ``cache.exact.head.decode`` gives the hidden states, (N, W).
+    """
+
+    codes: IntArray  # (N, C) coefficients of the hidden state in the basis of the cache, in steps
+    steps: FloatArray  # (N,)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec, TransposeCodec
 
 from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.fidelity import row_width
-from logitcask.cache.labels import NAMES, SparseTargets
+from logitcask.cache.labels import ExactTargets, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, ShardPlan, label_entries
 
 Axis = Literal["example", "token", "position", "shard"]
@@ -34,11 +34,11 @@ NO_TAIL = -(2**15)  # the code of log-odds of minus infinity
 DECODED_AT_ONCE = 1 << 22  # label entries, so that what decoding needs beside its result stays small
 MADE_BY_WIDTH = 512  # bytes of a shard's record of what labelled it
 MADE_BY_TEXT = 48  # characters kept of each of its values, so that they fit
-KEPT = ("head_ids", "tail_ids", "tail_counts")  # labels that keep their stored types
+KEPT = ("head_ids", "tail_ids", "tail_counts", "codes")  # labels that keep their stored types
 ARRAYS = (  # the names of all arrays that ``shard_specs`` may return
     *("token_count", "position_count", "input_ids", "target_mask", "head_ids", "head_logprobs", "tail_ids"),
     *("tail_logprobs", "tail_counts", "log_tail_odds", "log_partition", "gold_logprobs", "fidelity", "made_by"),
-    *("category", "language"),
+    *("category", "language", "hidden_codes", "hidden_steps"),
 )
 
 
@@ -100,11 +100,23 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
         ),
         ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}; kept where there is no head"),
         ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {GOLD_SCALE}, of the token that came next"),
+        *_hidden_specs(label),
         ArraySpec("fidelity", "shard", "float32", row_width(j), "sums of the fidelity certificate"),
     ]
     absent = [*(("head_", "log_tail_odds") if k == 0 else ("log_partition",))]
     absent += ["tail_"] * (m == 0) + ["fidelity"] * (label.fidelity_positions == 0)
     return [spec for spec in specs if not spec.name.startswith(tuple(absent))]
+
+
+def _hidden_specs(label: LabelSettings) -> list[ArraySpec]:
+    """Return the arrays of exact labels."""
+    if label.exact is None:
+        return []
+    meaning = "coefficients of the hidden state in the basis of the cache, in steps"
+    return [
+        ArraySpec("hidden_codes", "position", "int8", label.exact.columns, meaning),
+        ArraySpec("hidden_steps", "position", "float32", 0, "the step of each position"),
+    ]
 
 
 def encode_made_by(made_by: MadeBy | None) -> NDArray[np.uint8]:
@@ -205,6 +217,7 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
         "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass), axis=1, prepend=np.int16(0)),
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
         "gold_logprobs": _codes(targets.gold_logprobs, GOLD_SCALE),
+        **({"hidden_codes": targets.codes, "hidden_steps": targets.steps} if isinstance(targets, ExactTargets) else {}),
     }
 
 
@@ -217,16 +230,18 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
     if n <= step:
         return _decode(arrays, label)
     whole: dict[str, NDArray[Any]] = {name: arrays[name] for name in KEPT if name in arrays}
+    kind: type[SparseTargets] = SparseTargets
     for first in range(0, n, step):
         rows = slice(first, first + step)
         part = _decode({name: values[rows] for name, values in arrays.items()}, label)
-        for name in NAMES:
+        kind = type(part)
+        for name in kind.names():
             values = getattr(part, name)
             if name not in whole:
                 whole[name] = np.empty((n, *values.shape[1:]), values.dtype, order="F")
             if name not in KEPT or name == "tail_ids":
                 whole[name][rows] = values
-    return SparseTargets(**whole)
+    return kind(**whole)
 
 
 def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
@@ -246,7 +261,7 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
     else:
         log_partition = arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE)
         log_tail_mass = np.zeros_like(log_partition)
-    return SparseTargets(
+    sparse = SparseTargets(
         head_ids=arrays.get("head_ids", none),
         head_logprobs=head,
         tail_ids=tail_ids,
@@ -256,6 +271,9 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
         log_tail_mass=log_tail_mass,
         gold_logprobs=_values(arrays["gold_logprobs"], GOLD_SCALE),
     )
+    if label.exact is None:
+        return sparse
+    return ExactTargets(**vars(sparse), codes=arrays["hidden_codes"], steps=arrays["hidden_steps"])
 
 
 def _sums(differences: NDArray[Any]) -> NDArray[Any]:

@@ -24,9 +24,10 @@ from pydantic import (
 from logitcask.cache.errors import CacheFormatError, shown
 
 FORMAT_VERSION = 5
-READABLE_FORMATS = (4, 5)
+EXACT_VERSION = 6  # of caches of exact labels; those of sparse labels are written in FORMAT_VERSION
+READABLE_FORMATS = (4, FORMAT_VERSION, EXACT_VERSION)
 # recorded, but not part of what a cache is: a run may resume it whatever these are
-REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
+REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files", "teacher_head.")
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
 MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
@@ -117,10 +118,20 @@ class DataIdentity(_Part):
     )
 
 
+class ExactCode(_Part):
+    """How the hidden state of an exact label is coded."""
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    width: Annotated[int, Field(ge=1, le=2**16)] = Field(
+        description="of the hidden state that the teacher's head reads"
+    )
+    columns: Annotated[int, Field(ge=1, le=2**16)] = Field(description="coefficients that are kept of it")
+
+
 class LabelSettings(_Part):
     """How labels are made from the teacher's logits."""
 
-    absent = frozenset({"unknown"})
+    absent = frozenset({"unknown", "exact"})
 
     vocab_size: Annotated[int, Field(ge=1, le=2**31)]
     head_size: Annotated[int, Field(ge=0, le=2**16)]
@@ -135,6 +146,14 @@ class LabelSettings(_Part):
         description="what the source of imported labels does not give: rest: the mass outside the head, kept as none; "
         "gold: the log-probability of next tokens outside the head, kept as -inf",
     )
+    exact: ExactCode | None = Field(
+        default=None, description="of exact labels: how the hidden state, which gives the tail its shape, is coded"
+    )
+
+    @property
+    def kind(self) -> Literal["sparse", "exact"]:
+        """What a label is: a head and draws from the tail, or a head and the hidden state."""
+        return "sparse" if self.exact is None else "exact"
 
     def knows(self, what: Literal["rest", "gold"]) -> bool:
         """Return whether the mass outside the head, or l of every next token, is known."""
@@ -157,6 +176,15 @@ class LabelSettings(_Part):
         return None
 
 
+class HeadIdentity(_Part):
+    """The teacher's head, as it is stored to decode exact labels; its arrays are in the group ``head``."""
+
+    scale: float
+    softcap: float | None
+    bias: bool
+    digest: Digest = Field(description="SHA-256 of its arrays, little-endian, one after another")
+
+
 class ShardPlan(_Part):
     """Strides: shard s owns slots [s * stride, (s + 1) * stride) of each axis; slots it does not fill stay zero."""
 
@@ -177,15 +205,27 @@ class PartIdentity(_Part):
 class Manifest(_Part):
     """Everything that determines the bytes of a cache."""
 
+    absent = frozenset({"teacher_head"})
+
     format_version: int
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
     data: DataIdentity
     label: LabelSettings
     shards: ShardPlan
+    teacher_head: HeadIdentity | None = Field(default=None, description="of a cache of exact labels")
     part: PartIdentity | None = Field(
         default=None, description="the shards of the larger cache it was cut from; data counts only what this one holds"
     )
+
+    @model_validator(mode="after")
+    def _exact_labels_have_a_head(self) -> Self:
+        exact = (self.label.exact is not None, self.teacher_head is not None, self.format_version >= EXACT_VERSION)
+        if any(exact) and not all(exact):
+            raise ValueError(f"exact labels need a teacher_head and format {EXACT_VERSION}, and no others have them")
+        if self.label.exact and (self.label.tail_draws or not self.label.head_size):
+            raise ValueError("exact labels have a head and no draws")
+        return self
 
     @model_validator(mode="after")
     def _shard_fits_in_memory(self) -> Self:
@@ -207,6 +247,7 @@ def shard_bytes(label: LabelSettings, plan: ShardPlan) -> int:
     """Return the bytes that a full shard takes in memory while it is read: its codes and what they stand for."""
     drawn = 10 if label.tail_draws < 256 else 13
     position = 10 * label.head_size + drawn * label.tail_draws + 12 * len(label.temperatures) + 10
+    position += label.exact.columns + 4 if label.exact else 0
     return plan.positions * position + plan.tokens * 6 + plan.examples * 32
 
 
@@ -242,9 +283,9 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
     if not isinstance(raw, dict):
         raise CacheFormatError(f"{where}: not a logit cache: its Zarr group has no {ATTRIBUTE!r} attribute")
     version = raw.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > max(READABLE_FORMATS):
         raise CacheFormatError(
-            f"{where}: cache format {shown(version)} is newer than this version reads ({FORMAT_VERSION}): "
+            f"{where}: cache format {shown(version)} is newer than this version reads ({max(READABLE_FORMATS)}): "
             "upgrade logitcask"
         )
     try:
@@ -254,7 +295,7 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
         place = shown(".".join(str(part) for part in first["loc"]))[1:-1]
         raise CacheFormatError(f"{where}: damaged manifest: {place}: {first['msg']}") from error
     if version not in READABLE_FORMATS:
-        readable = " and ".join(map(str, READABLE_FORMATS))
+        readable = ", ".join(map(str, READABLE_FORMATS))
         raise CacheFormatError(f"{where}: cache format {shown(version)} is not readable: this version reads {readable}")
     return manifest
 

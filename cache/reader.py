@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 
 from logitcask.cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, shown
+from logitcask.cache.exact.head import GROUP, TeacherHead, chunk_keys, head_of, layouts
 from logitcask.cache.fidelity import FidelitySums, unsound
 from logitcask.cache.integrity import (
     commit_record,
@@ -177,6 +178,26 @@ class CacheReader:
             files[name] = data
         return files
 
+    def teacher_head(self) -> TeacherHead:
+        """Return the teacher's head, which exact labels need.
+
+        Raises CacheFormatError if it is damaged, or if the cache has none.
+        """
+        label, identity = self.manifest.label, self.manifest.teacher_head
+        if identity is None:
+            raise CacheFormatError(
+                f"{self.path}: holds sparse labels, without the teacher's head: exact ones are made by "
+                "logitcask precompute-logits --preset exact"
+            )
+        try:
+            arrays = {name: self._head_array(name, layout) for name, layout in layouts(label, identity).items()}
+        except CacheFormatError as error:
+            raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
+        head = head_of(identity, arrays)
+        if head.identity != identity:
+            raise CacheFormatError(f"{self.path}: {GROUP} is damaged: its digest differs from the manifest's")
+        return head
+
     def shard_fidelity(self, index: int) -> FidelitySums:
         """Return a shard's row of the fidelity certificate. Raises CacheFormatError if it is damaged or missing."""
         if "fidelity" not in self._decoders:
@@ -302,6 +323,20 @@ class CacheReader:
         if data is None:
             raise CacheFormatError(f"{name}/c/0: missing")
         return decoder.decode(f"{name}/c/0", data, length)
+
+    def _head_array(self, name: str, layout: dict[str, Any]) -> NDArray[Any]:
+        """Return an array of the teacher's head, read object by object."""
+        decoder = Decoder(f"{GROUP}/{name}", layout)
+        decoder.require_document(self._store)
+        rows, length = decoder.shard_shape[0], layout["shape"][0]
+        array = np.empty(layout["shape"], layout["dtype"])
+        for index, key in enumerate(f"{GROUP}/{key}" for key in chunk_keys(name, layout)):
+            data = read_bounded(self._store, key)
+            if data is None:
+                raise CacheFormatError(f"{key}: missing")
+            part = array[index * rows : min((index + 1) * rows, length)]
+            part[:] = decoder.decode(key, data, len(part))
+        return array
 
     def _length(self, name: str) -> int:
         """Return the length of a tokenizer file from its array's metadata: the manifest does not record it."""

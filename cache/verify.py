@@ -59,12 +59,14 @@ def verify(path: str | Path | Store, advance: Callable[[int], None] = lambda sha
     store = path if isinstance(path, Store) else open_store(path, read_only=True)
     manifest = read_manifest(store, str(path))
     specs = shard_specs(manifest)
-    constants = constant_damage(store, constant_objects(specs, list(manifest.tokenizer.files)))
+    constants = constant_damage(store, constant_objects(manifest))
     reader = None
     if not constants:
         try:
             reader = CacheReader(path, partial=True)
             reader.tokenizer_files()
+            if manifest.teacher_head:
+                reader.teacher_head()
         except CacheFormatError as error:
             constants.append(str(error))
     done = committed_shards(store, manifest.shards.count)

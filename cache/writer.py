@@ -9,9 +9,10 @@ manifest stays until the new one takes its place.
 """
 
 import contextlib
+import functools
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zarr.abc.store import Store
 from zarr.storage import LocalStore, MemoryStore
 
 from logitcask.cache.errors import CacheFormatError, CacheMismatchError, differences
+from logitcask.cache.exact.head import GROUP, TeacherHead, layouts
 from logitcask.cache.integrity import (
     SEAL_OBJECTS,
     commit_key,
@@ -37,7 +39,7 @@ from logitcask.cache.integrity import (
 from logitcask.cache.invariants import require_possible
 from logitcask.cache.labels import Shard
 from logitcask.cache.layout import ARRAYS, encode_made_by, encode_targets, shard_specs, strides, zarr_layout
-from logitcask.cache.manifest import ATTRIBUTE, MadeBy, Manifest, identity, sha256
+from logitcask.cache.manifest import ATTRIBUTE, HeadIdentity, MadeBy, Manifest, identity, sha256
 from logitcask.cache.reader import read_manifest
 from logitcask.cache.storage.bounded import MAX_JSON, read_bounded, read_json
 from logitcask.cache.storage.open import (
@@ -54,9 +56,9 @@ from logitcask.cache.storage.open import (
 from logitcask.cache.storage.ownership import explain_write_errors, setting_up, watch_folder
 
 OWN_KEYS = re.compile(
-    rf"zarr\.json|(commits|seal|shard_examples|tokenizer|{'|'.join(ARRAYS)})/zarr\.json"
+    rf"zarr\.json|(commits|seal|shard_examples|tokenizer|head|{'|'.join(ARRAYS)})/zarr\.json"
     rf"|(commits|{'|'.join(ARRAYS)})/c/[0-9]+(/0)?|shard_examples/c/0|seal/c/0/0"
-    r"|tokenizer/[^/]+/(zarr\.json|c/0)|.*\.partial"
+    r"|tokenizer/[^/]+/(zarr\.json|c/0)|head/[a-z_]+/(zarr\.json|c/[0-9]+(/0)?)|.*\.partial"
 )  # of a cache's objects, whatever its manifest
 
 
@@ -125,12 +127,14 @@ def create_cache(
     shard_examples: NDArray[np.int64],
     tokenizer_files: dict[str, bytes],
     *,
+    head: TeacherHead | None = None,
     overwrite: bool = False,
     shards: Collection[int] | None = None,
 ) -> CacheWriter:
     """Create a cache, or resume one that is the same but for what a manifest only reports; return its writer.
 
-    The writer's manifest is that of the cache. ``shards`` limits the writer to some shards while other processes write
+    The writer's manifest is that of the cache, and so is the teacher's ``head``, which exact labels need: a cache that
+    is resumed keeps its own. ``shards`` limits the writer to some shards while other processes write
     the rest, each under ``sole_writer`` of its part. Raises CacheMismatchError, listing every difference, if another
     cache is there, and CacheFormatError if anything else is, or a damaged cache that this run cannot complete.
     """
@@ -148,7 +152,8 @@ def create_cache(
         if isinstance(store, LocalStore):
             store.root.mkdir(parents=True, exist_ok=True)
             flush_names_above(store.root)
-        manifest = _settle_constants(store, str(path), stored, manifest, shard_examples, tokenizer_files)
+        made = functools.partial(_constants, shard_examples=shard_examples, tokenizer_files=tokenizer_files, head=head)
+        manifest = _settle_constants(store, str(path), stored, manifest, made)
         return CacheWriter(path, manifest, shards=shards)
 
 
@@ -244,27 +249,27 @@ def _settle_constants(
     place: str,
     stored: Manifest | None,
     wanted: Manifest,
-    shard_examples: NDArray[np.int64],
-    tokenizer_files: dict[str, bytes],
+    make: Callable[[Manifest], dict[str, bytes]],
 ) -> Manifest:
     """Write what is missing or damaged of the objects outside the shards; return the manifest that is there then.
 
-    Raises CacheFormatError if shards are committed and this run would write other objects than those that are lost.
+    ``make`` returns them all. Raises CacheFormatError if shards are committed and this run would write other objects
+    than those that are lost.
     """
-    same_files = stored is not None and stored.tokenizer.files == wanted.tokenizer.files
+    same_files = stored is not None and _made_files(stored) == _made_files(wanted)
     if stored:
-        objects = constant_objects(shard_specs(stored), list(stored.tokenizer.files))
+        objects = constant_objects(stored)
         if not constant_damage(store, objects):
             return stored
     if not (committed_shards(store, stored.shards.count) if stored else list_objects(store, "commits/c/")):
         if not stored:
             _clear(store)  # it may be of another cache
         manifest = stored if stored and same_files else wanted
-        _write_constants(store, _constants(manifest, shard_examples, tokenizer_files))
+        _write_constants(store, make(manifest))
         return manifest
     manifest = stored or wanted
-    made = _constants(manifest, shard_examples, tokenizer_files)
-    objects = constant_objects(shard_specs(manifest), list(manifest.tokenizer.files))
+    made = make(manifest)
+    objects = constant_objects(manifest)
     sealed = read_bounded(store, SEAL_OBJECTS[1], MAX_JSON) or b""
     if len(sealed) == 32 * len(objects):
         proofs = {key: sealed[32 * i : 32 * i + 32] for i, key in enumerate(objects)}
@@ -282,6 +287,11 @@ def _settle_constants(
     return manifest
 
 
+def _made_files(manifest: Manifest) -> tuple[dict[str, str], HeadIdentity | None]:
+    """Return the digests of what a cache keeps of its tokenizer and its teacher."""
+    return manifest.tokenizer.files, manifest.teacher_head
+
+
 def _write_constants(store: Store, objects: Mapping[str, bytes]) -> None:
     """Write objects outside the shards durably: the manifest, then what it describes, then the seal."""
     first, last = "zarr.json", SEAL_OBJECTS[1]
@@ -292,7 +302,10 @@ def _write_constants(store: Store, objects: Mapping[str, bytes]) -> None:
 
 
 def _constants(
-    manifest: Manifest, shard_examples: NDArray[np.int64], tokenizer_files: dict[str, bytes]
+    manifest: Manifest,
+    shard_examples: NDArray[np.int64],
+    tokenizer_files: dict[str, bytes],
+    head: TeacherHead | None = None,
 ) -> dict[str, bytes]:
     """Return the objects outside the shards, by key in the order of the seal, whose content comes last."""
     memory, specs = MemoryStore(), shard_specs(manifest)
@@ -316,7 +329,14 @@ def _constants(
         names = [name for name in manifest.tokenizer.files if name in tokenizer_files]
         for name in names:
             _constant(root, f"tokenizer/{name}", np.frombuffer(tokenizer_files[name], dtype=np.uint8))
-        objects = constant_objects(specs, names)
+        if manifest.teacher_head:
+            assert head is not None, "exact labels need the teacher's head"
+            group = root.create_group(GROUP)
+            parts = head.arrays()
+            for name, layout in layouts(manifest.label, manifest.teacher_head).items():
+                part: zarr.Array[Any] = group.create_array(name, **layout)
+                part[:] = parts[name]
+        objects = constant_objects(manifest, names)
         write_seal(root, objects)
     return {key: memory._store_dict[key].to_bytes() for key in (*objects, SEAL_OBJECTS[1])}
 

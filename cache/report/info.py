@@ -16,7 +16,7 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from logitcask.cache.storage.open import object_sizes, open_store
 
-LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "fidelity")  # prefixes of the names of label arrays
+LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "hidden_", "fidelity")  # prefixes of the names of label arrays
 
 
 class FidelityFigures(BaseModel):

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.manifest import LabelSettings, Manifest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
 from logitcask.pipeline.precompute.sharding import Work
-from logitcask.pipeline.teachers.labelling import Advance, label_shard
+from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
 from logitcask.pipeline.teachers.served.teacher import ENGINE, SAME_WEIGHTS, distance
-from logitcask.pipeline.teachers.teacher import TokenizedExample
+from logitcask.pipeline.teachers.teacher import ExactTeacher, TokenizedExample
 
 
 class LocalExecutor:
@@ -27,6 +28,11 @@ class LocalExecutor:
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
+
+    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
+        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+        assert isinstance(self._teacher, ExactTeacher), "the settings refuse other engines"
+        return fitted_head(self._teacher, batches, vocab_size)
 
     def check_resumed(self, work: Work, done: Sequence[int]) -> None:
         """Raise LogitcaskError if servers give other labels than a committed shard, as those of other weights do."""
@@ -45,6 +51,8 @@ class LocalExecutor:
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""
         writer = CacheWriter(self._output, manifest, made_by=self.teacher.made_by)
+        if isinstance(self._teacher, ExactTeacher) and manifest.teacher_head:
+            self._teacher.use_head(CacheReader(self._output, partial=True).teacher_head())
         following = map(work.batches, shards)
         batches = next(following, [])
         self._teacher.expect(batches, work.label)

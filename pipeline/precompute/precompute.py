@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from logitcask.cache.errors import CacheMismatchError, LogitcaskError
+from logitcask.cache.errors import CacheFormatError, CacheMismatchError, LogitcaskError
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.integrity import committed_shards
-from logitcask.cache.manifest import FORMAT_VERSION, LabelSettings, Manifest
+from logitcask.cache.manifest import EXACT_VERSION, FORMAT_VERSION, ExactCode, LabelSettings, Manifest
+from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.open import open_store
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer, watch_folder
 from logitcask.cache.writer import create_cache, require_same, stored_manifest
@@ -90,6 +92,11 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                 return PrecomputeReport(before, 0, len(mine))
         with contextlib.closing(_executor(settings)) as executor:
             check_teacher(executor.teacher, size, settings.max_seq_length)
+            head = None
+            if settings.preset == "exact":
+                head = _stored_head(settings, before) or executor.fitted_head(work.batches(0), size)
+                work = replace(work, label=_with_width(work.label, settings.hidden_bits, head))
+                parts |= {"label": work.label, "teacher_head": head.identity}
             with explain_limits():
                 manifest = Manifest.model_validate({**parts, "teacher": executor.teacher.identity})
             with explain_write_errors(settings.output):
@@ -99,6 +106,7 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                     manifest,
                     work.shard_examples,
                     files,
+                    head=head,
                     overwrite=settings.overwrite,
                     shards=None if settings.part is None else mine,
                 )
@@ -128,6 +136,20 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
             f"{settings.output}: was labelled by a server: add --engine server --base-url URL to resume"
         )
     return settings.model_copy(update=same)
+
+
+def _stored_head(settings: PrecomputeSettings, stored: Manifest | None) -> TeacherHead | None:
+    """Return the teacher's head of the cache that is resumed, None if there is none or it is damaged."""
+    if stored is None:
+        return None
+    with contextlib.suppress(CacheFormatError):
+        return CacheReader(settings.output, partial=True).teacher_head()
+    return None
+
+
+def _with_width(label: LabelSettings, bits: int, head: TeacherHead) -> LabelSettings:
+    columns, width = head.basis.shape
+    return label.model_copy(update={"exact": ExactCode(bits=bits, width=width, columns=columns)})
 
 
 def _require_same(settings: PrecomputeSettings, reading: Reading, stored: Manifest, parts: dict[str, Any]) -> None:
@@ -249,10 +271,11 @@ def _plan(
         temperatures=list(settings.temperatures),
         seed=settings.seed,
         fidelity_positions=settings.fidelity_positions,
+        exact=_as_stored(settings, stored),
     )
     with explain_limits():
         parts = {
-            "format_version": FORMAT_VERSION,
+            "format_version": EXACT_VERSION if settings.preset == "exact" else FORMAT_VERSION,
             "tokenizer": identify(tokenizer, files),
             "data": table.identity.model_copy(update=rendering),
             "label": label,
@@ -260,6 +283,13 @@ def _plan(
         }
     batches = BATCHES_PER_CALL.get(choose_engine(settings.engine, settings.teacher_model), 1)
     return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * batches, label), parts
+
+
+def _as_stored(settings: PrecomputeSettings, stored: Manifest | None) -> ExactCode | None:
+    """Return what is known of the code of exact labels before the teacher is loaded."""
+    if settings.preset != "exact" or stored is None or stored.label.exact is None:
+        return None
+    return stored.label.exact.model_copy(update={"bits": settings.hidden_bits})
 
 
 def check_teacher(teacher: TeacherFacts, vocabulary: int, max_seq_length: int) -> None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache.errors import LogitcaskError, differences, first_line
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.manifest import LabelSettings, Manifest, identity
+from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
 from logitcask.pipeline.precompute.sharding import Work
-from logitcask.pipeline.teachers.labelling import Advance, label_shard
+from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
-from logitcask.pipeline.teachers.teacher import Teacher, TeacherFacts, TokenizedExample
+from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TeacherFacts, TokenizedExample
 from logitcask.pipeline.text.tokens.packed import PackedChunk
 from logitcask.pipeline.text.tokens.workers import AHEAD, Encode, Pool, Promise, Workers
 
@@ -49,9 +51,17 @@ class Labeller:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
 
+    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
+        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+        assert isinstance(self._teacher, ExactTeacher), "the settings refuse other engines"
+        return fitted_head(self._teacher, batches, vocab_size)
+
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
         """Label and write a shard; return its number of target positions."""
-        self._writer = self._writer or CacheWriter(self._output, manifest, made_by=self._teacher.facts.made_by)
+        if self._writer is None:
+            self._writer = CacheWriter(self._output, manifest, made_by=self._teacher.facts.made_by)
+            if isinstance(self._teacher, ExactTeacher) and manifest.teacher_head:
+                self._teacher.use_head(CacheReader(self._output, partial=True).teacher_head())
         with explain_out_of_memory(self._memory_remedy):
             shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
             self._writer.write_shard(index, shard)
@@ -95,6 +105,12 @@ class RayExecutor:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         with _explain_worker_errors():
             self._ray.get(self._actors[0].check_engine.remote(batch, label))
+
+    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
+        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+        with _explain_worker_errors():
+            head: TeacherHead = self._ray.get(self._actors[0].fitted_head.remote(batches, vocab_size))
+        return head
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Hand out shards as workers become free, calling ``advance`` with the number of positions just written."""

@@ -25,7 +25,7 @@ Urls = Annotated[tuple[str, ...], BeforeValidator(_parse_urls), Field(min_length
 OF_SERVERS = ("base_url", "tokenizer", "concurrency", "request_timeout", "max_retries")
 NOT_OF_SERVERS = ("dtype", "device", "ray", "workers", "tensor_parallel_size", "skip_engine_check")
 HEAD_OF_SERVERS = {"head_size": 20, "tail_draws": 0, "temperatures": (1.0,), "fidelity_positions": 0}
-PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64)}  # head size, tail draws
+PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64), "exact": (8, 0)}  # head size, tail draws
 
 
 class PrecomputeSettings(DataSettings):
@@ -35,8 +35,13 @@ class PrecomputeSettings(DataSettings):
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")
     train_data: Sources = Field(description=".jsonl or .parquet file, or a dataset's hub id; repeatable, read in order")
     output: CachePlace = Field(description="folder of the cache, or its s3://, gs:// or ssh:// URL")
-    preset: Literal["lean", "standard", "rich"] = Field(
-        "standard", description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64"
+    preset: Literal["lean", "standard", "rich", "exact"] = Field(
+        "standard",
+        description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64; exact: head 8 + the "
+        "hidden state in few bits, for any temperature and divergence; only for narrow teachers",
+    )
+    hidden_bits: Annotated[int, Field(ge=2, le=8)] = Field(
+        4, description="with --preset exact: bits per coefficient of the hidden state"
     )
     head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
         8, description="K, the number of most probable tokens that are kept; overrides the preset"
@@ -178,6 +183,21 @@ class PrecomputeSettings(DataSettings):
                 f"--engine {self.engine} gives the head at T=1 alone: "
                 "add --tail-draws 0 --temperatures 1 --fidelity-positions 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _exact_labels_have_hidden_states(self) -> Self:
+        if self.preset != "exact":
+            if "hidden_bits" in self.model_fields_set:
+                raise ValueError("--hidden-bits requires --preset exact: add it, or leave --hidden-bits out")
+            return self
+        if self.engine in ("vllm-topk", "server"):
+            raise ValueError(
+                f"--preset exact needs the teacher's hidden states, which --engine {self.engine} does not give: "
+                "use --engine vllm or transformers"
+            )
+        if self.tail_draws or not self.head_size:
+            raise ValueError("--preset exact takes a head and no draws: leave --tail-draws out, --head-size at least 1")
         return self
 
     @property

@@ -3,12 +3,14 @@
 Legend: n sampled positions, V vocabulary, H hidden width, K coordinates of the sketch, z logits, T temperature.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from logitcask.cache.fidelity import MOMENTS, SKETCH, VECTORS, FidelitySums, row_width
-from logitcask.cache.labels import SparseTargets, soft_labels
+from logitcask.cache.labels import ExactTargets, SparseTargets, soft_labels
 from logitcask.cache.layout import decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
 
@@ -39,9 +41,17 @@ class Probe:
         self._sketch_hidden = CountSketch(hidden_size, random, device)
 
     def measure(
-        self, logits_nV: Tensor, hidden_nH: Tensor, targets: SparseTargets, label: LabelSettings
+        self,
+        logits_nV: Tensor,
+        hidden_nH: Tensor,
+        targets: SparseTargets,
+        label: LabelSettings,
+        rebuilt: Callable[[ExactTargets, int], Tensor] | None = None,
     ) -> FidelitySums:
-        """Return sums over n positions, from full logits, hidden states and the labels made from them."""
+        """Return sums over n positions, from full logits, hidden states and the labels made from them.
+
+        ``rebuilt`` returns the distributions (n, V) that exact labels stand for, at the j-th temperature.
+        """
         stored = decode_targets(encode_targets(targets), label)
         z_nV, h_nH = logits_nV.float(), hidden_nH.float()
         length_n = (h_nH**2).sum(1).double()
@@ -55,7 +65,12 @@ class Probe:
                 if vector == 0:
                     d_nV = gradient_nV
                 else:
-                    estimate_nV = _estimate(stored, label, t, q_nV) if vector == 1 else _top_k(p_nV, label)
+                    if vector == 2:
+                        estimate_nV = _top_k(p_nV, label)
+                    elif rebuilt is not None and isinstance(stored, ExactTargets):
+                        estimate_nV = rebuilt(stored, j)
+                    else:
+                        estimate_nV = _estimate(stored, label, t, q_nV)
                     d_nV = (estimate_nV.sum(1, keepdim=True) - 1.0) * q_nV + p_nV - estimate_nV
                 sketch_nK = torch.fft.irfft(self._sketch_logits(d_nV) * hidden_nF, n=SKETCH).double()
                 exact_nK = sketch_nK if exact_nK is None else exact_nK

@@ -4,6 +4,7 @@ Legend: N target positions, V vocabulary, M tail draws.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.invariants import impossible
 from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import non_finite_remedy
+from logitcask.pipeline.teachers.exact import HiddenCoder
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
-from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
+from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TokenizedExample
 
 Advance = Callable[[int], None]  # called with the number of positions just labelled
 
@@ -43,16 +46,17 @@ def label_rows(
     label: LabelSettings,
     probe: Probe | None,
     rows: int,
+    coder: HiddenCoder | None = None,
 ) -> tuple[SparseTargets, FidelitySums]:
     """Return labels of N positions from their hidden states, and the fidelity sums of those that are ``measured``.
 
-    Logits are computed for ``rows`` positions at a time; those beyond the tokenizer's vocabulary (padding of the
-    embedding matrix) are dropped before normalizing.
+    They are exact if there is a ``coder`` of hidden states. Logits are computed for ``rows`` positions at a time; those
+    beyond the tokenizer's vocabulary (padding of the embedding matrix) are dropped before normalizing.
     """
     device = hidden_NH.device
     block = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
-    sums = FidelitySums.zeros(label.temperatures)
+    sums, rebuilt = FidelitySums.zeros(label.temperatures), None if coder is None else coder.rebuilt
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
@@ -61,14 +65,25 @@ def label_rows(
         targets = SparseTargets.concatenate(
             [sparsify(logits_NV[c], gold[c], uniforms[c], label.head_size, label.temperatures) for c in cuts]
         )
+        if coder is not None:
+            targets = coder.encode(hidden_NH[cut], targets)
         parts.append(targets)
         chosen = np.flatnonzero(measured_N[cut])
         if probe is not None and len(chosen):
             at = torch.from_numpy(chosen).to(device)
             with np.errstate(invalid="ignore"):  # impossible labels are refused when their example is known
-                sums += probe.measure(logits_NV[at], hidden_NH[cut][at], targets[chosen], label)
+                sums += probe.measure(logits_NV[at], hidden_NH[cut][at], targets[chosen], label, rebuilt)
         del logits_NV  # else it and the next slice would be in memory together
     return SparseTargets.concatenate(parts), sums
+
+
+def fitted_head(teacher: ExactTeacher, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
+    """Return the teacher's head with the basis in which its hidden states are coded: a rotation."""
+    head = teacher.output_head(vocab_size)
+    width = head.weight.shape[1]
+    random = np.random.Generator(np.random.Philox(key=width))
+    basis, _ = np.linalg.qr(random.standard_normal((width, width)))
+    return replace(head, basis=basis.astype(np.float32))
 
 
 def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:

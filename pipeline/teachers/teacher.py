@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
@@ -70,4 +71,17 @@ class Teacher(Protocol):
 
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions, in order."""
+        ...
+
+
+@runtime_checkable
+class ExactTeacher(Teacher, Protocol):
+    """A teacher whose hidden states are known, so that its labels may be exact."""
+
+    def output_head(self, vocab_size: int) -> TeacherHead:
+        """Return its head, without a basis, for exact labels."""
+        ...
+
+    def use_head(self, head: TeacherHead) -> None:
+        """Code hidden states in the basis of this head from now on."""
         ...

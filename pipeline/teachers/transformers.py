@@ -12,10 +12,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 from logitcask.pipeline.machine import choose_device, device_name
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
+from logitcask.pipeline.teachers.exact import HiddenCoder, stored_head
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
@@ -31,6 +33,8 @@ class TransformersTeacher:
         self._model = model.eval()
         self._head = read_head(model)
         self._cached_probe: Probe | None = None
+        self._stored_head: TeacherHead | None = None
+        self._coder: HiddenCoder | None = None
         self._buffer = self._head.weight.new_empty(0, 0)  # for a slice of logits, allocated once
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.facts = TeacherFacts(identity, maker, int(self._head.weight.shape[0]), longest)
@@ -66,8 +70,23 @@ class TransformersTeacher:
                 label,
                 self._probe(label),
                 len(buffer),
+                self._coder_for(label),
             )
         return Labelled(split_rows(targets, counts), fidelity)
+
+    def output_head(self, vocab_size: int) -> TeacherHead:
+        """Return its head, without a basis, for exact labels."""
+        return stored_head(self._head, vocab_size)
+
+    def use_head(self, head: TeacherHead) -> None:
+        """Code hidden states in the basis of this head from now on."""
+        self._stored_head, self._coder = head, None
+
+    def _coder_for(self, label: LabelSettings) -> HiddenCoder | None:
+        if self._coder is None and label.exact:
+            assert self._stored_head is not None, "exact labels need use_head first"
+            self._coder = HiddenCoder(self._stored_head, label, self._head.weight.device)
+        return self._coder if label.exact else None
 
     def _logits_buffer(self, label: LabelSettings) -> Tensor:
         weight = self._head.weight

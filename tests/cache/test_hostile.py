@@ -29,12 +29,13 @@ from logitcask.cache.layout import shard_specs
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
 from logitcask.cache.verify import repair, verify
-from tests.cache.test_cache import FILES, label_settings, manifest_of, write
+from tests.cache.test_cache import label_settings, manifest_of, write
 from tests.support.tiny import folder_bytes, sound_shards
 
 Objects = dict[str, bytes]
 LABEL = label_settings(300, 3, 4)
-SPECS = shard_specs(manifest_of(LABEL, sound_shards(LABEL, [2, 1]))[0])
+MANIFEST = manifest_of(LABEL, sound_shards(LABEL, [2, 1]))[0]
+SPECS = shard_specs(MANIFEST)
 CASES = int(os.environ.get("LOGITCASK_FUZZ_CASES", "2500"))  # `just fuzz` takes 10,000
 METADATA_CASES, OBJECT_CASES, NUMBER_CASES, ZIP_CASES = (round(CASES * share) for share in (0.67, 0.16, 0.05, 0.12))
 CASE_MEMORY, CASE_SECONDS = 1 << 30, 30  # most that a case may take: bytes on top of what the process has, and seconds
@@ -99,7 +100,7 @@ def sign(objects: Objects) -> None:
 
     for index in range(2):
         objects[commit_key(index)] = b"".join(digest(key) for key in shard_keys(SPECS, index))
-    objects["seal/c/0/0"] = b"".join(digest(key) for key in constant_objects(SPECS, list(FILES)))
+    objects["seal/c/0/0"] = b"".join(digest(key) for key in constant_objects(MANIFEST))
 
 
 def calls(place: MemoryStore | Path) -> list[Callable[[], object]]:

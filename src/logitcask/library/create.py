@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differences
 from logitcask.cache.invariants import impossible, inconsistent
-from logitcask.cache.labels import NAMES, Example, IntArray, Shard, SparseTargets
+from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
 from logitcask.cache.layout import stride_for
 from logitcask.cache.manifest import (
     FORMAT_VERSION,
@@ -221,8 +221,10 @@ class Writer:
         if int(ids.min()) < 0 or int(ids.max()) >= label.vocab_size:
             raise LogitcaskError(f"{where}: input_ids must be 0 to {label.vocab_size - 1}, got {int(ids.max())}")
         n, k, m, j = int(mask.sum()), label.head_size, label.tail_draws, len(label.temperatures)
-        wanted = dict(zip(NAMES, ((n, k), (n, k), (n, m), (n, m), (n, m), (n, j), (n, j), (n,)), strict=True))
-        arrays = {name: np.asarray(getattr(targets, name)) for name in NAMES}
+        wanted = dict(
+            zip(SparseTargets.names(), ((n, k), (n, k), (n, m), (n, m), (n, m), (n, j), (n, j), (n,)), strict=True)
+        )
+        arrays = {name: np.asarray(getattr(targets, name)) for name in SparseTargets.names()}
         for name, shape in wanted.items():
             if arrays[name].shape != shape:
                 raise LogitcaskError(f"{where}: targets.{name} must have the shape {shape}, got {arrays[name].shape}")

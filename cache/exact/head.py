@@ -1,0 +1,129 @@
+"""The teacher's head, as a cache of exact labels stores it once, and the hidden states that it reads.
+
+The logits of a hidden state h are z = scale * (W h + b), soft-capped if the teacher caps them. The weights are stored
+in 8 bits, one scale per token.
+
+Legend: N target positions, V vocabulary, W width of the hidden state, C coefficients kept of it.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from logitcask.cache.labels import ExactTargets, FloatArray
+from logitcask.cache.manifest import HeadIdentity, LabelSettings, Manifest
+
+GROUP = "head"
+LEVEL = 3  # of zstd: weights are noise, a higher level takes longer and saves nothing
+OBJECT_BYTES = 1 << 25  # of each object of the weights
+LARGEST = 127  # of a weight's code
+Layout = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """What turns the codes of exact labels into hidden states, and hidden states into logits."""
+
+    weight: NDArray[np.int8]  # (V, W)
+    weight_scale: FloatArray  # (V,) W = weight * weight_scale
+    bias: FloatArray | None  # (V,)
+    scale: float
+    softcap: float | None
+    basis: FloatArray  # (C, W) h = coefficients @ basis + centre
+    centre: FloatArray  # (W,)
+
+    @property
+    def identity(self) -> HeadIdentity:
+        """What a manifest says of it."""
+        sums = hashlib.sha256()
+        for array in self.arrays().values():
+            sums.update(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).data)
+        return HeadIdentity(scale=self.scale, softcap=self.softcap, bias=self.bias is not None, digest=sums.hexdigest())
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what is stored, by name in the group."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {
+            "weight": self.weight, "weight_scale": self.weight_scale, **bias, "basis": self.basis, "centre": self.centre
+        }  # fmt: skip
+
+    def weights(self, rows: slice = slice(None)) -> FloatArray:
+        """Return the weights of some tokens, (rows, W)."""
+        return np.multiply(self.weight[rows], self.weight_scale[rows, None], dtype=np.float32)
+
+    def logits(self, hidden: FloatArray, rows: slice = slice(None)) -> FloatArray:
+        """Return the logits of hidden states (N, W) for some tokens, (N, rows): the plain form, for tests."""
+        raw: FloatArray = hidden @ self.weights(rows).T
+        if self.bias is not None:
+            raw = raw + self.bias[rows]
+        raw = raw * np.float32(self.scale)
+        if self.softcap is None:
+            return raw
+        capped: FloatArray = np.tanh(raw / np.float32(self.softcap)) * np.float32(self.softcap)
+        return capped
+
+
+def decode(targets: ExactTargets, head: TeacherHead) -> FloatArray:
+    """Return the hidden states of labels, (N, W)."""
+    coefficients: FloatArray = np.multiply(targets.codes, targets.steps[:, None], dtype=np.float32)
+    return coefficients @ head.basis + head.centre
+
+
+def quantised(weights: Callable[[slice], FloatArray], vocabulary: int) -> tuple[NDArray[np.int8], FloatArray]:
+    """Return the codes (V, W) and scales (V,) of weights, which are given for some tokens at a time."""
+    codes, scales = [], []
+    for first in range(0, vocabulary, 4096):
+        rows = weights(slice(first, min(first + 4096, vocabulary)))
+        largest = np.abs(rows).max(1)
+        scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
+        codes.append(np.rint(rows / scale[:, None]).astype(np.int8))
+        scales.append(scale)
+    return np.concatenate(codes), np.concatenate(scales)
+
+
+def layouts(label: LabelSettings, head: HeadIdentity) -> dict[str, Layout]:
+    """Return the arguments of ``create_array`` for each array of the group, in the order of the digest."""
+    assert label.exact is not None
+    v, w, c = label.vocab_size, label.exact.width, label.exact.columns
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "weight": ((v, w), "int8"),
+        "weight_scale": ((v,), "float32"),
+        **({"bias": ((v,), "float32")} if head.bias else {}),
+        "basis": ((c, w), "float32"),
+        "centre": ((w,), "float32"),
+    }
+    return {name: _layout(*each) for name, each in shapes.items()}
+
+
+def _layout(shape: tuple[int, ...], dtype: str) -> Layout:
+    row = int(np.dtype(dtype).itemsize * np.prod(shape[1:], dtype=np.int64))
+    rows = max(1, min(shape[0], OBJECT_BYTES // row))
+    return {
+        "shape": shape, "chunks": (rows, *shape[1:]), "dtype": dtype, "compressors": ZstdCodec(level=LEVEL)
+    }  # fmt: skip
+
+
+def chunk_keys(name: str, layout: Layout) -> list[str]:
+    """Return the keys of an array's objects inside the group, in order."""
+    count = -(-layout["shape"][0] // layout["chunks"][0])
+    return [f"{name}/c/{index}" + "/0" * (len(layout["shape"]) - 1) for index in range(count)]
+
+
+def head_objects(manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Return the keys of the head's metadata and of its content; none in a cache of sparse labels."""
+    if manifest.teacher_head is None:
+        return [], []
+    parts = layouts(manifest.label, manifest.teacher_head)
+    metadata = [f"{GROUP}/zarr.json", *(f"{GROUP}/{name}/zarr.json" for name in parts)]
+    return metadata, [f"{GROUP}/{key}" for name, layout in parts.items() for key in chunk_keys(name, layout)]
+
+
+def head_of(identity: HeadIdentity, arrays: Mapping[str, NDArray[Any]]) -> TeacherHead:
+    """Return a head from its stored arrays."""
+    parts: dict[str, Any] = {"bias": None, **arrays}
+    return TeacherHead(**parts, scale=identity.scale, softcap=identity.softcap)
