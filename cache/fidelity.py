@@ -9,7 +9,8 @@ p = softmax(z / T). The exact gradient of its loss at a position is G = (q - p) 
 E = ((w - 1) q + p - p') h^T. Gradients are reduced to sketches of K coordinates with unbiased inner products
 (``pipeline.teachers.fidelity_probe``). Rows of sums add up over positions and shards. A row holds n, then for each
 temperature and each of G, E of the label and E of top-k renormalised: the sum of squares, the sum of products with G,
-the same two sums of the sketches, and the summed sketch.
+the same two sums of the sketches, and the summed sketch. A row of exact labels ends with the sums of KL(p || p'),
+in nats, one per temperature.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ MOMENTS = 4
 VECTORS = 3  # the exact gradient, the error of the label, the error of top-k renormalised
 
 
-def row_width(temperatures: int) -> int:
+def row_width(temperatures: int, *, exact: bool = False) -> int:
     """Return the length of a row of sums."""
-    return 1 + temperatures * VECTORS * (MOMENTS + SKETCH)
+    return 1 + temperatures * (VECTORS * (MOMENTS + SKETCH) + exact)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class FidelitySums:
     row: NDArray[np.float64]
 
     @staticmethod
-    def zeros(temperatures: Sequence[float]) -> "FidelitySums":
-        """Return the sums over no positions."""
-        return FidelitySums(np.zeros(row_width(len(temperatures))))
+    def zeros(temperatures: Sequence[float], *, exact: bool = False) -> "FidelitySums":
+        """Return the sums over no positions, of sparse or of exact labels."""
+        return FidelitySums(np.zeros(row_width(len(temperatures), exact=exact)))
 
     @property
     def positions(self) -> float:
@@ -71,7 +72,7 @@ def figures(sums: FidelitySums, temperatures: int) -> list[tuple[Fidelity, Fidel
     are too few to distinguish the mean gradient from zero.
     """
     n = sums.positions
-    table = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)
+    table = _table(sums, temperatures)
     rows = []
     for square, cross, sketch_square, sketch_cross, sketch in (
         (*(table[j, :, moment] for moment in range(MOMENTS)), table[j, :, MOMENTS:]) for j in range(temperatures)
@@ -93,6 +94,19 @@ def figures(sums: FidelitySums, temperatures: int) -> list[tuple[Fidelity, Fidel
     return rows  # type: ignore[return-value]
 
 
+def divergences(sums: FidelitySums, temperatures: int) -> list[float] | None:
+    """Return the mean KL(teacher || label) per temperature, in nats; None if it was not measured."""
+    if sums.positions == 0 or len(sums.row) != row_width(temperatures, exact=True):
+        return None
+    means: list[float] = (sums.row[-temperatures:] / sums.positions).tolist()
+    return means
+
+
+def _table(sums: FidelitySums, temperatures: int) -> NDArray[np.float64]:
+    """Return the sums of gradients, (temperatures, vectors, moments and sketch)."""
+    return sums.row[1 : row_width(temperatures)].reshape(temperatures, VECTORS, MOMENTS + SKETCH)
+
+
 def _fidelity(
     bias2: float, square: float, error: float, cross: float, mean_exact: float, exact: float, n: float
 ) -> Fidelity:
@@ -108,11 +122,11 @@ def _fidelity(
     )
 
 
-def unsound(sums: FidelitySums, temperatures: int, positions: int) -> str | None:
+def unsound(sums: FidelitySums, temperatures: int, positions: int, *, exact: bool = False) -> str | None:
     """Return what is wrong with a shard's row, or None."""
-    if sums.row.shape != (row_width(temperatures),) or not np.isfinite(sums.row).all():
+    if sums.row.shape != (row_width(temperatures, exact=exact),) or not np.isfinite(sums.row).all():
         return "fidelity: must be finite numbers"
     if not 0 <= sums.positions <= positions:
         return f"fidelity: measured on {sums.positions:g} positions, but the shard has {positions}"
-    squares = sums.row[1:].reshape(temperatures, VECTORS, MOMENTS + SKETCH)[:, :, (0, 2)]
+    squares = _table(sums, temperatures)[:, :, (0, 2)]
     return "fidelity: a sum of squares is negative" if squares.min() < 0 else None

@@ -26,6 +26,7 @@ Axis = Literal["example", "token", "position", "shard"]
 CHUNK = {"shard": 1, "example": 4096, "token": 65536, "position": 16384}
 HEAD_SCALE = 2.0**-3  # nats per code; tests/benchmarks/sizes.py measures the bytes and the error of each scale
 ODDS_SCALE = 2.0**-3  # of log-odds, so that the masses of head and tail always sum to 1
+EXACT_SCALE = 2.0**-5  # of both in exact labels, whose other errors are smaller
 GOLD_SCALE = 2.0**-3  # used only for the perplexity of the text
 PARTITION_SCALE = 2.0**-8
 TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser the lower
@@ -72,6 +73,8 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
     """Return the arrays of examples, labels and the certificate, in the order of ``shard_specs``."""
     ids, k, m, j = id_dtype(label.vocab_size), label.head_size, label.tail_draws, len(label.temperatures)
     count = "uint8" if m < 256 else "uint32"
+    exact = label.exact is not None
+    head_scale, odds_scale = _scales(exact)
     specs = [
         ArraySpec("token_count", "example", "uint32", 0, "tokens of the example"),
         ArraySpec("position_count", "example", "uint32", 0, "target positions of the example"),
@@ -79,7 +82,7 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
         ArraySpec("target_mask", "token", "uint8", 0, "1 where the distribution of the next token is stored"),
         ArraySpec("head_ids", "position", ids, k, "the K most probable tokens, most probable first"),
         ArraySpec(
-            "head_logprobs", "position", "uint16", k, f"-l / {HEAD_SCALE} of the head, each less the one before it"
+            "head_logprobs", "position", "uint16", k, f"-l / {head_scale} of the head, each less the one before it"
         ),
         ArraySpec("tail_ids", "position", ids, m, "distinct drawn tokens, ascending, each less the one before it"),
         ArraySpec(
@@ -95,17 +98,22 @@ def array_specs(label: LabelSettings) -> list[ArraySpec]:
             "position",
             "int16",
             j,
-            f"log(mass outside the head / mass of the head) / {ODDS_SCALE} at each temperature, "
+            f"log(mass outside the head / mass of the head) / {odds_scale} at each temperature, "
             "each less the one before it",
         ),
         ArraySpec("log_partition", "position", "int32", j, f"A(t) / {PARTITION_SCALE}; kept where there is no head"),
         ArraySpec("gold_logprobs", "position", "uint16", 0, f"-l / {GOLD_SCALE}, of the token that came next"),
         *_hidden_specs(label),
-        ArraySpec("fidelity", "shard", "float32", row_width(j), "sums of the fidelity certificate"),
+        ArraySpec("fidelity", "shard", "float32", row_width(j, exact=exact), "sums of the fidelity certificate"),
     ]
     absent = [*(("head_", "log_tail_odds") if k == 0 else ("log_partition",))]
     absent += ["tail_"] * (m == 0) + ["fidelity"] * (label.fidelity_positions == 0)
     return [spec for spec in specs if not spec.name.startswith(tuple(absent))]
+
+
+def _scales(exact: bool) -> tuple[float, float]:
+    """Return nats per code of the head's log-probabilities, and of the log-odds."""
+    return (EXACT_SCALE, EXACT_SCALE) if exact else (HEAD_SCALE, ODDS_SCALE)
 
 
 def _hidden_specs(label: LabelSettings) -> list[ArraySpec]:
@@ -205,8 +213,9 @@ def _last(head_logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
 def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
     """Encode labels as the integer arrays of the cache, by array name."""
     padding = targets.tail_counts == 0
-    head = _codes(targets.head_logprobs, HEAD_SCALE)
-    below = np.maximum(_last(_values(head, HEAD_SCALE)) - targets.tail_logprobs, 0.0).astype(np.float64)
+    head_scale, odds_scale = _scales(isinstance(targets, ExactTargets))
+    head = _codes(targets.head_logprobs, head_scale)
+    below = np.maximum(_last(_values(head, head_scale)) - targets.tail_logprobs, 0.0).astype(np.float64)
     drawn = np.maximum.accumulate(np.where(padding, 0, targets.tail_ids), axis=1)
     return {
         "head_ids": targets.head_ids,
@@ -214,7 +223,7 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
         "tail_ids": np.diff(drawn, axis=1, prepend=0),
         "tail_logprobs": np.where(padding, 0, np.rint(TAIL_STEPS * np.log1p(below / TAIL_UNIT))),
         "tail_counts": targets.tail_counts,
-        "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass), axis=1, prepend=np.int16(0)),
+        "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass, odds_scale), axis=1, prepend=np.int16(0)),
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
         "gold_logprobs": _codes(targets.gold_logprobs, GOLD_SCALE),
         **({"hidden_codes": targets.codes, "hidden_steps": targets.steps} if isinstance(targets, ExactTargets) else {}),
@@ -247,7 +256,8 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
 def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
     none = np.zeros((len(arrays["gold_logprobs"]), 0), dtype=np.uint8)
     counts = arrays.get("tail_counts", none)
-    head = _values(_sums(arrays.get("head_logprobs", none)), HEAD_SCALE)
+    head_scale, odds_scale = _scales(label.exact is not None)
+    head = _values(_sums(arrays.get("head_logprobs", none)), head_scale)
     tail_ids = _sums(arrays.get("tail_ids", none))
     drawn = arrays.get("tail_logprobs", none).astype(np.float32)
     drawn /= np.float32(TAIL_STEPS)
@@ -257,7 +267,7 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
     tail_ids *= counts > 0
     drawn *= counts > 0
     if label.head_size:
-        log_partition, log_tail_mass = _masses(head, arrays["log_tail_odds"], label.temperatures)
+        log_partition, log_tail_mass = _masses(head, arrays["log_tail_odds"], label.temperatures, odds_scale)
     else:
         log_partition = arrays["log_partition"].astype(np.float32) * np.float32(PARTITION_SCALE)
         log_tail_mass = np.zeros_like(log_partition)
@@ -284,25 +294,25 @@ def _sums(differences: NDArray[Any]) -> NDArray[Any]:
     return sums.T
 
 
-def _odds_codes(log_tail_mass: NDArray[np.float32]) -> NDArray[np.int16]:
+def _odds_codes(log_tail_mass: NDArray[np.float32], scale: float) -> NDArray[np.int16]:
     """Encode log(m / (1 - m)); a tail of no mass becomes NO_TAIL."""
     log_m = log_tail_mass.astype(np.float64)
     with np.errstate(divide="ignore"):
         odds = log_m - np.log(-np.expm1(np.minimum(log_m, -np.finfo(np.float32).tiny)))
-    return np.where(np.isneginf(log_m), NO_TAIL, np.clip(np.rint(odds / ODDS_SCALE), 1 + NO_TAIL, -1 - NO_TAIL)).astype(
+    return np.where(np.isneginf(log_m), NO_TAIL, np.clip(np.rint(odds / scale), 1 + NO_TAIL, -1 - NO_TAIL)).astype(
         np.int16
     )
 
 
 def _masses(
-    head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float]
+    head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float], scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return log-partitions and log tail masses, (N, J) each.
 
     A(t) = log sum over the head of exp(l / t) - log(1 - m_t), where m_t is the tail's mass.
     """
     summed = _sums(codes)
-    odds = np.where(summed == NO_TAIL, np.float32(-np.inf), summed * np.float32(ODDS_SCALE))
+    odds = np.where(summed == NO_TAIL, np.float32(-np.inf), summed * np.float32(scale))
     beyond = np.log(1 + np.exp(-np.abs(odds)))  # log(1 + exp(x)) = max(x, 0) + this
     best, below = head[:, :1], head - head[:, :1]
     log_partition = np.maximum(odds, 0) + beyond

@@ -206,7 +206,8 @@ class CacheReader:
             )
         with self._naming_shard(index):
             row = FidelitySums(self._row("fidelity", index).astype(np.float64))
-            problem = unsound(row, len(self.manifest.label.temperatures), self.manifest.shards.positions)
+            label, most = self.manifest.label, self.manifest.shards.positions
+            problem = unsound(row, len(label.temperatures), most, exact=label.exact is not None)
             if problem:
                 raise CacheFormatError(problem)
         return row

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from zarr.abc.store import Store
 
 from logitcask.cache.errors import shown
-from logitcask.cache.fidelity import BATCH, Fidelity, figures
+from logitcask.cache.fidelity import BATCH, Fidelity, divergences, figures
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.layout import array_specs
 from logitcask.cache.manifest import MadeBy, Manifest, metadata_values
@@ -49,6 +49,7 @@ class CacheInfo(BaseModel):
     labels: LabelFigures | None  # of a sample; None if nothing is committed
     fidelity_positions: int  # measured in the committed shards
     fidelity: list[FidelityFigures]  # one per temperature; empty if too few positions were measured
+    divergence: list[float] | None  # mean KL(teacher || label) per temperature in nats, of exact labels
 
 
 def describe(place: str | Path | Store) -> CacheInfo:
@@ -87,6 +88,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
             FidelityFigures(temperature=t, label=label, top_k_renormalized=top)
             for t, (label, top) in zip(temperatures, figures(sums, len(temperatures)) or [], strict=False)
         ],
+        divergence=divergences(sums, len(temperatures)),
     )
 
 
@@ -177,6 +179,11 @@ def _fidelity(info: CacheInfo) -> Iterator[str]:
         f"fidelity    gradient of a linear probe student over {BATCH:,} positions, compared with the exact one; "
         f"measured on {info.fidelity_positions:,} positions"
     )
+    if info.divergence:
+        at_each = ", ".join(
+            f"{kl:.2g} at T={t:g}" for kl, t in zip(info.divergence, info.manifest.label.temperatures, strict=True)
+        )
+        yield f"            mean KL of the label from the teacher, nats: {at_each}"
     entries = info.manifest.label.head_size + info.manifest.label.tail_draws
     for at in info.fidelity:
         for name, fidelity in (("labels", at.label), (f"top-{entries} renormalised", at.top_k_renormalized)):

@@ -116,8 +116,9 @@ def label_figures(reader: CacheReader, committed: Sequence[int], limit: int = SA
 
 def fidelity_of(reader: CacheReader, shards: Iterable[int]) -> FidelitySums:
     """Return the sums of the fidelity certificate over some shards; of no positions if none were measured."""
-    total = FidelitySums.zeros(reader.manifest.label.temperatures)
-    if reader.manifest.label.fidelity_positions:
+    label = reader.manifest.label
+    total = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
+    if label.fidelity_positions:
         for index in shards:
             total += reader.shard_fidelity(index)
     return total

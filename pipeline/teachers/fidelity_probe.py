@@ -14,6 +14,8 @@ from logitcask.cache.labels import ExactTargets, SparseTargets, soft_labels
 from logitcask.cache.layout import decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
 
+SMALLEST = 1e-30  # probability whose logarithm is taken
+
 
 class CountSketch:
     """A random bucket and sign per coordinate; signed coordinates of one bucket are summed."""
@@ -57,6 +59,7 @@ class Probe:
         length_n = (h_nH**2).sum(1).double()
         hidden_nF = self._sketch_hidden(h_nH)
         table = np.zeros((len(label.temperatures), VECTORS, MOMENTS + SKETCH))
+        kl_J = np.zeros(len(label.temperatures))
         for j, t in enumerate(label.temperatures):
             p_nV, q_nV = (z_nV / t).softmax(1), (z_nV / (2 * t)).softmax(1)
             gradient_nV = q_nV - p_nV
@@ -69,6 +72,7 @@ class Probe:
                         estimate_nV = _top_k(p_nV, label)
                     elif rebuilt is not None and isinstance(stored, ExactTargets):
                         estimate_nV = rebuilt(stored, j)
+                        kl_J[j] = _divergence(p_nV, estimate_nV)
                     else:
                         estimate_nV = _estimate(stored, label, t, q_nV)
                     d_nV = (estimate_nV.sum(1, keepdim=True) - 1.0) * q_nV + p_nV - estimate_nV
@@ -78,9 +82,15 @@ class Probe:
                 moments = (square_n @ length_n, cross_n @ length_n, (sketch_nK**2).sum(), (sketch_nK * exact_nK).sum())
                 table[j, vector, :MOMENTS] = [float(moment) for moment in moments]
                 table[j, vector, MOMENTS:] = sketch_nK.sum(0).cpu().numpy()
-        row = np.concatenate([[float(len(z_nV))], table.reshape(-1)])
-        assert row.shape == (row_width(len(label.temperatures)),)
+        row = np.concatenate([[float(len(z_nV))], table.reshape(-1), *([kl_J] if label.exact else [])])
+        assert row.shape == (row_width(len(label.temperatures), exact=label.exact is not None),)
         return FidelitySums(row)
+
+
+def _divergence(p_nV: Tensor, estimate_nV: Tensor) -> float:
+    """Return the sum over positions of KL(p || estimate), in nats."""
+    ratio_nV = p_nV.clamp_min(SMALLEST).log_().sub_(estimate_nV.clamp_min(SMALLEST).log_())
+    return float((p_nV * ratio_nV).sum(dtype=torch.float64))
 
 
 def _estimate(stored: SparseTargets, label: LabelSettings, t: float, q_nV: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def label_rows(
     device = hidden_NH.device
     block = rows if device.type != "cpu" else max(1, CACHED_LOGITS // label.vocab_size)
     parts: list[SparseTargets] = []
-    sums, rebuilt = FidelitySums.zeros(label.temperatures), None if coder is None else coder.rebuilt
+    sums = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
+    rebuilt = None if coder is None else coder.rebuilt
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
@@ -100,7 +101,7 @@ def label_shard(
     Raises LogitcaskError at the first impossible label.
     """
     labelled: dict[int, Example] = {}
-    fidelity = FidelitySums.zeros(label.temperatures)
+    fidelity = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
     for batch in batches:
         labels = teacher.label(batch, label)
         require_possible(batch, labels.targets, label, teacher.facts.identity.dtype)

@@ -43,7 +43,7 @@ class VllmTeacher:
             self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(),))
             self._label = label
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
-        fidelity = FidelitySums.zeros(label.temperatures)
+        fidelity = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
         labels: dict[int, SparseTargets] = {}
         for data in self._llm.collective_rpc("logitcask_take"):
             if data:

@@ -109,9 +109,10 @@ class Capture:
             return b""
         parts = [part for rows in finished.values() for part in rows.parts]
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
-        fidelity = FidelitySums.zeros(self._label.temperatures)
+        nothing = FidelitySums.zeros(self._label.temperatures, exact=self._label.exact is not None)
+        fidelity = nothing
         for rows in finished.values():
-            fidelity += rows.fidelity or FidelitySums.zeros(self._label.temperatures)
+            fidelity += rows.fidelity or nothing
         counts = np.array([rows.positions for rows in finished.values()], dtype=np.int64)
         return save(
             {**arrays, "examples": np.array(list(finished), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}
