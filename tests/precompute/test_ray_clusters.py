@@ -138,6 +138,7 @@ def test_without_an_address_an_existing_cluster_is_used(
         precompute(settings(folder, tmp_path / "other", "auto"))
 
 
+@pytest.mark.nightly
 def test_without_an_address_a_cluster_is_started_if_there_is_none(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,11 @@
 import os
 
 
-def times(check: int, nightly: int) -> int:
-    """Return ``check``, or ``nightly`` in ``just nightly``."""
-    return nightly if "LOGITCASK_NIGHTLY" in os.environ else check
+def nightly() -> bool:
+    """Return whether this is ``just nightly``."""
+    return "LOGITCASK_NIGHTLY" in os.environ
+
+
+def times(check: int, at_night: int) -> int:
+    """Return how often to try: ``check`` times in every check."""
+    return at_night if nightly() else check

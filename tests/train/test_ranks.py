@@ -129,6 +129,7 @@ def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None
     assert curve(read_log(two), "tokens") == curve(read_log(one), "tokens")
 
 
+@pytest.mark.nightly
 def test_accelerate_launches_the_same(folder: Path, one: Path) -> None:
     assert_same(run(folder, "accelerated", ACCELERATE, batch_size=4, epochs=2), one)
 

@@ -94,6 +94,7 @@ def test_a_killed_copy_from_the_hub_is_finished(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_a_student_learns_the_same_from_a_part_over_a_wire_that_is_cut(
     cache: Path, port: int, reach: Callable[[int], None], tmp_path: Path
 ) -> None:
