@@ -36,16 +36,24 @@ def answer_locally(
     """
     tokenizer, place = load_tokenizer(source), choose_device(device)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
     texts = [as_chat(tokenizer, prompt.text) for prompt in prompts]
     model = load_causal_lm(source, dtype=kind).to(place).eval()
+    if not (ends := _ends(model, tokenizer)):
+        raise LogitcaskError(f"--model {source}: has no end token, so none of its replies would end: use another model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(ends))
     _require_room(model, tokenizer, texts, max_new_tokens)
     set_seed(seed)
     for start in range(0, len(prompts), batch_size):
-        replies = _generate(model, tokenizer, texts[start : start + batch_size], max_new_tokens, temperature)
+        replies = _generate(model, tokenizer, texts[start : start + batch_size], max_new_tokens, temperature, ends)
         yield list(zip(prompts[start : start + batch_size], replies, strict=True))
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end a reply."""
+    own = model.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:
@@ -70,10 +78,9 @@ def _generate(
     texts: list[str],
     max_new_tokens: int,
     temperature: float | None,
+    ends: set[int],
 ) -> list[Reply]:
     inputs_BP = _encode(tokenizer, texts, padding=True, return_tensors="pt").to(model.device)
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     with torch.inference_mode():
         ids = model.generate(
             input_ids=inputs_BP["input_ids"],

@@ -85,6 +85,19 @@ def test_a_context_that_is_too_short_is_an_error_before_anything_is_asked(tmp_pa
     assert len(replies(model, max_new_tokens=64 - longest)) == len(TEXTS)
 
 
+def test_a_model_without_an_end_token(tmp_path: Path) -> None:
+    model = make_teacher(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(model)
+    assert replies(model) == replies(make_teacher(tmp_path / "same"))  # its generation settings still name one
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**values, "eos_token_id": None}))
+    with pytest.raises(LogitcaskError, match="teacher: has no end token, so none of its replies would end"):
+        replies(model)
+
+
 def settings(folder: Path, model: Path | str, **more: object) -> GenerateDataSettings:
     prompts = folder / "prompts.yaml"
     prompts.write_text("languages: [python]\ntopics: [a, b, c, d, e]\ncategories: {x: ['How many {topic}']}\n")

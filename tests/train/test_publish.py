@@ -17,7 +17,9 @@ from logitcask.pipeline.cli import main
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train import publish
 from tests.support.hub import READER, Hub, reach, serving_hub
-from tests.support.runs import train, train_settings
+from tests.support.runs import metrics, train, train_settings
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
@@ -65,6 +67,23 @@ def test_a_student_is_sent_with_its_card(
     ]
     ours = {"learning_rate": 5e-4, "use_mixed_precision": False}  # defaults, as resolved
     assert learned[0] == {**learned[1], **ours}
+
+
+def test_a_student_is_continued_from_a_revision(
+    cache: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that its tag names, not the newest, whose weights are others."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "downloads"))
+    run = train(cache, tmp_path / "run", push_to_hub="me/student")
+    sent = hub.repositories["models", "me/student"]
+    sent.refs["v1"] = sent.refs["main"]
+    other = train(cache, tmp_path / "other", learning_rate=1e-2)
+    sent.commit("newer", {**sent.files("main"), WEIGHTS: ((other / "final" / WEIGHTS).read_bytes(), True)})
+    for revision, begun in (("v1", run), ("main", other)):
+        further = train(cache, tmp_path / revision, student_model="me/student", student_revision=revision, max_steps=1)
+        before, after = metrics(further)["before"], metrics(begun)["after"]
+        assert before["eval_total_loss"] == pytest.approx(after["eval_total_loss"], rel=1e-6)
+    assert metrics(run)["after"]["eval_total_loss"] != pytest.approx(metrics(other)["after"]["eval_total_loss"])
 
 
 def test_every_kind_of_option_is_in_the_command(tmp_path: Path) -> None:
