@@ -23,6 +23,7 @@ from logitcask.pipeline.settings.train import TrainSettings
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says about missing weights is our error
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when imported, which peft does for any student
 
 QUIET_PACKAGES = {
@@ -116,22 +117,14 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
 
         print_dry_run(settings)
         return
+    from logitcask.pipeline.console import announce, say
     from logitcask.pipeline.precompute.precompute import precompute
+    from logitcask.pipeline.precompute.report import after_lines, result_line
 
     report = precompute(settings)
-    data = report.manifest.data
-    if not report.shards_written:
-        part = f" of part {settings.shards}" if settings.shards else ""
-        typer.echo(f"complete  {settings.output} has all {report.shards_found} shards{part}; nothing to do")
-        return
-    typer.echo(
-        f"{data.examples} examples, {data.positions} target positions -> {settings.output} "
-        f"({report.shards_written} shards written, {report.shards_found} already present)\n"
-        f"{data.truncated} examples truncated at {data.max_seq_length} tokens, {data.dropped} dropped: no target left"
-    )
-    if settings.engine in ("vllm-topk", "server"):
-        owner = "vLLM's own" if settings.engine == "vllm-topk" else "the server's"
-        typer.echo(f"labels are {owner}: only the head at T=1, no draws, no other temperature")
+    announce(*reversed(result_line(settings, report)))
+    for label, text in after_lines(settings, report):
+        say(text, label)
 
 
 @app.command("train", **example("train --cache data/cache --student-config tiny --output-dir runs/a"))

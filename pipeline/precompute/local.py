@@ -49,7 +49,7 @@ class LocalExecutor:
             )
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
-        """Label and write shards, one after another, calling ``advance`` with the number of positions just labelled."""
+        """Label and write shards, one after another, calling ``advance`` with the tokens of each example."""
         writer = CacheWriter(self._output, manifest, made_by=self.teacher.made_by)
         if isinstance(self._teacher, ExactTeacher) and manifest.teacher_head:
             self._teacher.use_head(CacheReader(self._output, partial=True).teacher_head())

@@ -6,7 +6,8 @@ these open. What must be equal is what ``cache.manifest.identity`` returns.
 
 import contextlib
 import datetime
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from logitcask.pipeline.machine import explain_out_of_memory
 from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.precompute.ray import RayExecutor, disconnect, tasks
+from logitcask.pipeline.precompute.report import PrecomputeReport, data_line, shard_place, teacher_line
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, explain_limits, plan_strides, shards_of, shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
@@ -49,22 +51,13 @@ IN_VLLM = {ENGINES["vllm"], ENGINES["vllm-topk"]}
 BATCHES_PER_CALL = {"vllm": 64, "vllm-topk": 64}  # vLLM schedules them itself
 
 
-@dataclass(frozen=True)
-class PrecomputeReport:
-    """What a run of stage 1 did."""
-
-    manifest: Manifest
-    shards_written: int
-    shards_found: int
-
-
 def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
     """Make the cache, or finish an interrupted one. Raises LogitcaskError for any error that the user can fix."""
     with explain_out_of_memory(memory_remedy(settings)):
-        return _precompute(settings)
+        return _precompute(settings, time.monotonic())
 
 
-def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
+def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeReport:
     tokenizer = load_tokenizer(
         settings.tokenizer_source, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
     )
@@ -89,8 +82,10 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
         if before:  # before loading a large teacher in vain
             _require_same(settings, reading, before, parts)
             if _is_done(settings, tokenizer, before, mine):
-                return PrecomputeReport(before, 0, len(mine))
+                return PrecomputeReport(before, 0, len(mine), time.monotonic() - started)
+        say(data_line(parts["data"]), "data")
         with contextlib.closing(_executor(settings)) as executor:
+            say(teacher_line(executor.teacher), "teacher")
             check_teacher(executor.teacher, size, settings.max_seq_length)
             head = None
             if settings.preset == "exact":
@@ -117,9 +112,12 @@ def _precompute(settings: PrecomputeSettings) -> PrecomputeReport:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
             if missing and isinstance(executor, LocalExecutor):
                 executor.check_resumed(work, [shard for shard in mine if shard not in missing])
-            with track("labelling", sum(map(work.positions, missing)), "positions") as advance:
+            found, tokens = len(mine) - len(missing), [work.tokens(shard) for shard in missing]
+            if found:
+                say(f"{found:,} of {len(mine):,} shards are already written", "resumed")
+            with track("labelling", sum(tokens), "tokens", place=shard_place(tokens)) as advance:
                 executor.write_shards(work, missing, manifest, advance)
-    return PrecomputeReport(manifest, len(missing), len(mine) - len(missing))
+    return PrecomputeReport(manifest, len(missing), found, time.monotonic() - started)
 
 
 def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> PrecomputeSettings:
@@ -184,7 +182,7 @@ def _is_done(settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, s
     if set(mine) - committed_shards(open_store(settings.output, read_only=True), stored.shards.count):
         return False
     if Path(settings.teacher_model).exists():
-        say(f"{settings.teacher_model} was not loaded: that its weights are still those of the cache was not checked")
+        say(f"{settings.teacher_model} was not loaded: whether its weights are still the cache's was not checked")
     return True
 
 

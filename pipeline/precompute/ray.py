@@ -57,15 +57,15 @@ class Labeller:
         return fitted_head(self._teacher, batches, vocab_size)
 
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
-        """Label and write a shard; return its number of target positions."""
+        """Label and write a shard; return its number of tokens."""
         if self._writer is None:
             self._writer = CacheWriter(self._output, manifest, made_by=self._teacher.facts.made_by)
             if isinstance(self._teacher, ExactTeacher) and manifest.teacher_head:
                 self._teacher.use_head(CacheReader(self._output, partial=True).teacher_head())
         with explain_out_of_memory(self._memory_remedy):
-            shard = label_shard(self._teacher, batches, manifest.label, lambda positions: None)
+            shard = label_shard(self._teacher, batches, manifest.label, lambda tokens: None)
             self._writer.write_shard(index, shard)
-        return len(shard.targets)
+        return sum(len(example.input_ids) for batch in batches for example in batch)
 
 
 class RayExecutor:
@@ -113,7 +113,7 @@ class RayExecutor:
         return head
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
-        """Hand out shards as workers become free, calling ``advance`` with the number of positions just written."""
+        """Hand out shards as workers become free, calling ``advance`` with the tokens of each that is written."""
         from ray.util import ActorPool
 
         shared = self._ray.put(manifest)

@@ -36,6 +36,12 @@ class Work:
         end = int(self.shard_examples[: shard + 1].sum())
         return range(end - int(self.shard_examples[shard]), end)
 
+    def tokens(self, shard: int) -> int:
+        """Return the number of tokens of a shard."""
+        places = self.places(shard)
+        rows = self.order[places.start : places.stop]
+        return int((self.table.starts[rows + 1] - self.table.starts[rows]).sum())
+
     def positions(self, shard: int) -> int:
         """Return the number of target positions of a shard."""
         places = self.places(shard)

@@ -128,26 +128,31 @@ def read_before(run: Path) -> dict[str, float] | None:
 def ends_table(
     before: Mapping[str, float] | None, after: Mapping[str, float], temperature: float, divergence: str
 ) -> Table:
-    """Return the table of the evaluations before and after a run."""
-    table = Table("held out", "before", "after")
-    for row in ends_rows(before, after, temperature, divergence):
-        table.add_row(*row)
+    """Return the table of the evaluations before and after a run, with the teacher's where its labels give them."""
+    table = Table("held out", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    rows = ends_rows(before, after, temperature, divergence)
+    for name in ("before", "after", "teacher")[: 3 if any(row[3] for row in rows) else 2]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row[: len(table.columns)])
     return table
 
 
 def ends_rows(
     before: Mapping[str, float] | None, after: Mapping[str, float], temperature: float, divergence: str
-) -> list[tuple[str, str, str]]:
-    """Return the rows of that table: name, before, after."""
+) -> list[tuple[str, ...]]:
+    """Return the rows of that table: name, before, after, the teacher's."""
     rows = {"perplexity": ("eval_perplexity", 1.0), "hard loss, nats": ("eval_hard_loss", 1.0)}
     if ":" in divergence:  # a loss of one's own, module:function
         rows[divergence] = ("eval_soft_loss", 1.0)
     elif after["eval_teacher_captured_mass"]:
         rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
-    return [
-        (name, f"{before[key] * factor:,.3f}" if before else "", f"{after[key] * factor:,.3f}")
-        for name, (key, factor) in rows.items()
-    ]
+    table = []
+    for name, (key, factor) in rows.items():
+        teacher = after.get(key.replace("eval_", "eval_teacher_"))
+        ends = [None if before is None else before[key] * factor, after[key] * factor, teacher]
+        table.append((name, *("" if value is None else f"{value:,.3f}" for value in ends)))
+    return table
 
 
 @dataclass(frozen=True)

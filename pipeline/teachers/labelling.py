@@ -23,7 +23,7 @@ from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TokenizedExample
 
-Advance = Callable[[int], None]  # called with the number of positions just labelled
+Advance = Callable[[int], None]  # called with the number of tokens of what was just labelled
 
 SLICE_LOGITS = 1 << 24  # logits in memory at a time on an accelerator: 64 MiB in float32, whatever the batch
 HOST_LOGITS = 1 << 25  # on a CPU, which copies few of them: the more rows, the faster a product with the head
@@ -108,7 +108,7 @@ def label_shard(
         fidelity += labels.fidelity
         for example, targets in zip(batch, labels.targets, strict=True):
             labelled[example.index] = Example(example.input_ids, example.target_mask, targets, example.metadata)
-            advance(len(targets))
+            advance(len(example.input_ids))
     return Shard.of([labelled[index] for index in sorted(labelled)], fidelity)
 
 

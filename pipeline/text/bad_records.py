@@ -86,7 +86,7 @@ class BadRecords:
         if self.count > self._most * self.read:
             raise LogitcaskError(self._refusal())
         if self.count:
-            say(f"skipped {self.count:,} of {self.read:,} records: {self._reasons(1)}{self._place}")
+            say(f"{self.count:,} of {self.read:,} records: {self._reasons(1)}{self._place}", "skipped")
 
     def _refusal(self) -> str:
         remedy = "fix them, or pass --on-bad-record skip"

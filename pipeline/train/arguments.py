@@ -65,19 +65,18 @@ OURS = {
 }
 
 
-def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
-    """Return settings whose defaults by student and device are resolved, and lines on those that were chosen.
+def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, str]:
+    """Return settings whose defaults by student and device are resolved, and why the learning rate is what it is.
 
-    A resumed run keeps what it was begun with.
+    The reason is empty if the rate was given. A resumed run keeps what it was begun with.
     """
-    begun, found, lines = _stored(settings), dict[str, Any](), []
+    begun, found, reason = _stored(settings), dict[str, Any](), ""
     if settings.learning_rate is None:
         rate, student = _rate(settings)
         kept = begun.get("learning_rate")
         known = isinstance(kept, float)  # else choose_checkpoint says what is wrong with it
         found["learning_rate"] = kept if known else rate
-        by = "as the run began" if known else f"the default for {student}"
-        lines.append(f"learning rate: {found['learning_rate']:g}, {by}")
+        reason = "as the run began" if known else f"the default for {student}"
     if settings.use_mixed_precision is None:
         half = begun.get("use_mixed_precision")
         found["use_mixed_precision"] = half if isinstance(half, bool) else _has_bf16(settings)
@@ -87,8 +86,7 @@ def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, list[str]]:
         kept = begun.get("init_from_teacher_layers")
         if isinstance(kept, str) and len(kept.split(",")) == settings.layers_to_choose:
             found["init_from_teacher_layers"] = kept
-            lines.append(f"layers: {kept}, as the run began")
-    return settings.model_copy(update=found), lines
+    return settings.model_copy(update=found), reason
 
 
 def _stored(settings: TrainSettings) -> dict[str, Any]:

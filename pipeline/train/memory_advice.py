@@ -8,9 +8,11 @@ from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.batches.mixture import Mixture
+from logitcask.pipeline.console import amount
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
+from logitcask.pipeline.settings.train import TrainSettings
 
 EVALUATIONS = 10  # of a run that names no --eval-steps
 EVALUATED_SHARE = 0.6  # most positions evaluated per position trained on, which takes three times as long
@@ -107,35 +109,77 @@ def checkpointing_reason(step: StepSize, taken: float, free: float | None) -> st
         return None
     less = replace(step, checkpointing=True).memory() - taken
     return (
-        f"gradient checkpointing: on: a step takes about {need / GB:.1f} GB more, with it {less / GB:.1f} GB, and "
+        f"gradient checkpointing is on: a step takes about {need / GB:.1f} GB more, with it {less / GB:.1f} GB, and "
         f"{free / GB:.1f} GB are free"
     )
 
 
-def summary(run: RunSize, step: StepSize, device: str, precision: str) -> list[str]:
-    """Return the lines printed before a run starts: steps, data, batch and memory."""
+def summary(
+    settings: TrainSettings, run: RunSize, step: StepSize, *, where: str, free: float | None, packed: bool, loss: str
+) -> Iterator[tuple[str, str]]:
+    """Yield the labels and texts of the lines printed before a run starts: student, data and plan.
+
+    ``where``: precision and device; ``free``: bytes that a step may take; ``loss``: what it minimises, and the rate.
+    """
     steps, epochs = run.steps()
-    data = run.data
+    student = settings.student_model or f"layers {settings.init_from_teacher_layers} of {settings.teacher_model}"
+    if settings.student_config is not None:
+        student = f"{settings.student_config} (new)"
+    parameters = f"{amount(step.student.parameters)} parameters"
+    if step.trained is not None and step.trained < step.student.parameters:
+        parameters += (
+            f", {amount(step.trained)} of them trained"
+            if settings.lora_rank is None
+            else (f", {amount(step.trained)} of an adapter trained")
+        )
+    of = "" if free is None else f" of {free / GB:.3g} GB free"
+    yield "student", f"{student}, {parameters}, {where}, about {step.memory() / GB:.2g} GB{of}"
+    rows = "packed" if packed else "one example per row"
+    yield "data", f"{run.examples:,} examples to train on, {run.held_out:,} held out, {rows}"
     examples = step.batch_size * step.accumulation * run.ranks
-    trained = min(examples, run.examples)
-    return [
-        f"steps: {steps:,}, {epochs:,.2f} epochs",
-        f"data: {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions; "
-        f"held out: {run.held_out:,} examples, about {run.held_out_positions:,.0f} target positions",
-        f"a step: {examples:,} examples (batch {step.batch_size} x accumulation {step.accumulation} x ranks "
-        f"{run.ranks}), about {trained * run.positions / max(1, run.examples):,.0f} target positions",
-        f"device: {device}, {precision}; about {step.memory() / GB:.1f} GB (estimate)",
+    factors = [
+        f"{step.batch_size} x {step.accumulation} accumulated" if step.accumulation > 1 else f"{step.batch_size}"
     ]
+    factors += [f"{run.ranks} ranks"] if run.ranks > 1 else []
+    parts = f" ({' x '.join(factors)})" if examples > step.batch_size else ""
+    yield (
+        "plan",
+        (
+            f"{steps:,} {_plural('step', steps)}, {epochs:,.3g} {_plural('epoch', epochs)}, "
+            f"{examples:,} examples per step{parts}, {loss}"
+        ),
+    )
 
 
-def shares(mixture: Mixture | None) -> list[str]:
-    """Return the lines on the parts of a mixture: each one's share, and how often an epoch reads it."""
+def loss_words(settings: TrainSettings, divergence: str, why_rate: str) -> str:
+    """Return what a step minimises and its rate, as in ``hybrid, alpha 0.1, T=1, lr 1e-05``.
+
+    The usual ``divergence``, KL, is not named; nor is why the rate is what it is, if it was given.
+    """
+    rate = f"lr {settings.learning_rate:g}" + (f" ({why_rate})" if why_rate else "")
+    if not settings.soft:
+        return f"output, {rate}"
+    ramps = (settings.alphas, settings.temperatures)
+    alpha, temperature = (" to ".join(f"{end:g}" for end in dict.fromkeys(ramp)) for ramp in ramps)
+    others = [*([divergence] if divergence != "KL" else []), *([f"on {settings.select}"] if settings.select else [])]
+    return ", ".join([settings.distillation_type, f"alpha {alpha}", f"T={temperature}", *others, rate])
+
+
+def _plural(word: str, count: float) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def shares(mixture: Mixture | None) -> list[tuple[str, str]]:
+    """Return labels and texts of lines on the parts of a mixture: each one's share, and how often an epoch reads it."""
     if mixture is None:
         return []
     parts = zip(mixture.names, mixture.weights, mixture.positions, strict=True)
     return [
-        f"mixed: {weight:.1%} of the target positions from {name}, an epoch reads "
-        f"{mixture.end * weight / own.sum():.2f} times what it holds"
+        (
+            "mixed",
+            f"{weight:.1%} of the target positions from {name}, an epoch reads "
+            f"{mixture.end * weight / own.sum():.2f} times what it holds",
+        )
         for name, weight, own in parts
     ]
 

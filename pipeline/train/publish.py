@@ -92,11 +92,7 @@ def _evaluation(
     before, after = ends["before"], ends["after"]
     if not after:
         return "None: no examples were held out.\n"
-    teacher = after.get("eval_teacher_perplexity")
-    rows = [
-        (*row, f"{teacher:,.3f}" if row[0] == "perplexity" and teacher is not None else "")
-        for row in ends_rows(before, after, settings.temperatures.last, divergence_name(record))
-    ]
+    rows = ends_rows(before, after, settings.temperatures.last, divergence_name(record))
     return _table(("held-out examples", "before", "after", "teacher"), rows)
 
 

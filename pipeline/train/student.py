@@ -18,7 +18,6 @@ from logitcask.pipeline.models import adapters
 from logitcask.pipeline.models.adapters import add_lora, four_bits
 from logitcask.pipeline.models.load import (
     DTYPES,
-    count_parameters,
     forget_quantization,
     load_causal_lm,
     probe_logits,
@@ -60,7 +59,7 @@ def student_of_run(
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
 ) -> PreTrainedModel:
-    """Return the student as its run begins, in training parts of it or an adapter if asked; say what it is.
+    """Return the student as its run begins, in training parts of it or an adapter if asked.
 
     ``held``: the examples that are held out; ``longest``: the tokens of the longest one that it has to take.
     The record keeps the layers of a teacher that were chosen, and the fingerprint of the weights that an adapter
@@ -80,9 +79,6 @@ def student_of_run(
         attention=settings.attn_implementation,
         loading={**settings.loading, "quantization": four_bits() if settings.load_in_4bit else None},
     )
-    size = count_parameters(model)
-    where = f", on {arguments.world_size} ranks" if arguments.world_size > 1 else ""
-    say(f"student: {size.total:,} parameters, {size.without_embeddings:,} without embeddings{where}")
     require_finite(model, "the student")
     require_known_loss(model)
     if settings.use_gradient_checkpointing:
@@ -102,9 +98,6 @@ def student_of_run(
         )
     if settings.freeze is not None:
         freeze(model, settings.freeze)
-    trained = trained_parameters(model)
-    if trained < size.total:
-        say(f"trained: {trained:,} parameters{' of an adapter' if settings.lora_rank else ''}")
     return model
 
 
@@ -198,7 +191,7 @@ def save_final(
         write_json(settings.output_dir / ENDS_FILE, ends)
         if after := ends["after"]:
             results().print(ends_table(ends["before"], after, settings.temperatures.last, divergence_name(record)))
-        say(f"student -> {final}")
+        say(str(final), "done")
 
 
 def _final_dtype(settings: TrainSettings) -> torch.dtype:

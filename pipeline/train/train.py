@@ -32,13 +32,13 @@ from logitcask.pipeline.batches.collate import Collator, Examples, labels_are_fi
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.batches.order import BatchSampler
-from logitcask.pipeline.console import notices, say
+from logitcask.pipeline.console import announce, notices, say
 from logitcask.pipeline.machine import free_large_blocks, free_memory
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSettings, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
-from logitcask.pipeline.runs.run_folder import read_before
+from logitcask.pipeline.runs.run_folder import divergence_name, read_before
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.arguments import CHECKPOINTING, training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.best import BestSoFar, stopped_early
@@ -53,6 +53,7 @@ from logitcask.pipeline.train.memory_advice import (
     StepSize,
     checkpointing_reason,
     explain_memory,
+    loss_words,
     shares,
     summary,
 )
@@ -74,7 +75,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
     """
     if settings.loss is not None:
         load_loss(settings.loss)  # before anything that takes time
-    settings, defaults = with_defaults(settings)
+    settings, why_rate = with_defaults(settings)
     arguments = training_arguments(settings)
     if settings.push_to_hub is not None and arguments.process_index == 0:
         require_repository(settings.push_to_hub, arguments)
@@ -89,7 +90,7 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
             fsdp=fsdp_requested(),
             extend=settings.extend,
         )
-        after = _train(settings, arguments, source, evaluated, record, checkpoint, defaults)
+        after = _train(settings, arguments, source, evaluated, record, checkpoint, why_rate)
     if settings.push_to_hub is not None and arguments.process_index == 0:
         push(settings.push_to_hub, settings.output_dir, arguments)
     return after
@@ -117,7 +118,7 @@ def _train(
     evaluated: Source | None,
     record: dict[str, Any],
     checkpoint: Checkpoint | None,
-    defaults: list[str],
+    why_rate: str,
 ) -> dict[str, float]:
     held = source.held_out(settings.held_out_fraction(source.amount.examples), settings.seed)
     mixture = source.mixture(held)
@@ -125,34 +126,33 @@ def _train(
     _set_steps(arguments, settings, run)
     longer = extension(checkpoint, arguments.max_steps, record)
     finished = None if checkpoint is None else _end_of(checkpoint, arguments.max_steps, settings)
-    if finished is not None:
-        ended = finished_student(settings.output_dir, record)
-        end = f"{settings.output_dir}: finished: {finished}"
-        say(f"{end}; its student is to be saved" if ended is None else f"{end} and final/ is saved: nothing to do")
-        if ended is not None:
-            return ended
+    if finished is not None and (ended := _ended(settings, arguments, record, finished)) is not None:
+        return ended
     reports = _trackers(settings, arguments, record, checkpoint)
     longest = max(source.longest, evaluated.longest if evaluated else 0)
     model = student_of_run(settings, source, held, longest, arguments, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    memory = list[tuple[str, str]]()
     if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):
         step = replace(step, checkpointing=True)
         setattr(arguments, CHECKPOINTING, True)
-        defaults.append(reason)
+        memory.append(("memory", reason))
     record["use_gradient_checkpointing"] = step.checkpointing
     if step.on_cpu:
         _spare_memory(model, recompute=not step.checkpointing and not settings.torch_compile)
     if arguments.process_index == 0:
-        for line in [*defaults, *shares(mixture), *summary(run, step, str(arguments.device), _precision(settings))]:
-            say(line)
-        say("rows: several examples share one if they fit" if packed else "rows: one example each, of similar lengths")
+        loss = loss_words(settings, divergence_name(record), why_rate)
+        where, free = f"{_precision(settings)} on {arguments.device}", free_memory(arguments.device)
+        lines = summary(settings, run, step, where=where, free=free, packed=packed, loss=loss)
+        for label, text in [*lines, *shares(mixture), *memory]:
+            say(text, label)
     folder = None if checkpoint is None else checkpoint.folder
     make_output(settings.output_dir)
     with explain_memory(step, settings.output_dir, settings.num_workers):
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
         best = BestSoFar(settings.early_stopping_patience, extended=bool(longer)) if settings.watches_best else None
-        table = LiveTable(notices(), lambda: interrupt.note() or (best.note() if best else ""))
+        table = LiveTable(notices(), arguments.max_steps, lambda: interrupt.note() or (best.note() if best else ""))
         callbacks = [interrupt, table, MetricsLog(settings.output_dir, table.show), complete]
         callbacks += [*([best] if best else []), *longer, *reports]
         trainer = _trainer(settings, arguments, source, evaluated, model, held, mixture, callbacks, packed=packed)
@@ -178,6 +178,19 @@ def _set_steps(arguments: TrainingArguments, settings: TrainSettings, run: RunSi
     every = settings.eval_steps or run.eval_steps(at_any_cost=settings.watches_best)
     if every is not None and settings.evaluates:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, every
+
+
+def _ended(
+    settings: TrainSettings, arguments: TrainingArguments, record: dict[str, Any], finished: str
+) -> dict[str, float] | None:
+    """Return the last evaluation of a finished run, None if its student is still to be saved; say which it is."""
+    ended = finished_student(settings.output_dir, record)
+    if arguments.process_index == 0:
+        if ended is None:
+            say(f"{settings.output_dir}: {finished}; its student is to be saved")
+        else:
+            announce(f"{settings.output_dir}: {finished}, final/ is saved; nothing to do", "complete")
+    return ended
 
 
 def _spare_memory(model: PreTrainedModel, *, recompute: bool) -> None:
@@ -235,7 +248,7 @@ def _trainer(
     own = None if settings.loss is None else load_loss(settings.loss)
     router = read_router_loss(model, settings.router_aux_loss_coef)
     if router is not None:
-        say(f"router loss: added to the total, with the coefficient {router.coefficient:g}")
+        say(f"its loss is added to the total, with the coefficient {router.coefficient:g}", "router")
     alpha, temperature = settings.alphas.last, settings.temperatures.last  # of evaluations
     collator = source.collator(temperature, packed=packed)
     held_out = HeldOut(source.examples, held.tolist(), collator)
@@ -303,7 +316,7 @@ def _run_size(
 
 
 def _precision(settings: TrainSettings) -> str:
-    return f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else "float32"
+    return f"{settings.mixed_precision_dtype} mixed" if settings.use_mixed_precision else settings.student_dtype
 
 
 def _stop_on_nonfinite(

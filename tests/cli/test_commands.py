@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -201,10 +202,15 @@ def test_from_text_to_text(tmp_path: Path, run: Any) -> None:
     """Run every stage by its command: precompute, info, train, generate."""
     data, teacher = write_jsonl(tmp_path / "train.jsonl", RECORDS), make_teacher(tmp_path / "teacher")
     cache, output = tmp_path / "cache", tmp_path / "run"
-    code, out, _ = run("precompute-logits", "--teacher-model", teacher, "--train-data", data, "--output", cache,
-                       "--max-seq-length", 64, "--head-size", 4, "--shard-positions", 200)  # fmt: skip
+    words = ["precompute-logits", "--teacher-model", teacher, "--train-data", data, "--output", cache,
+             "--max-seq-length", 64, "--head-size", 4, "--shard-positions", 200]  # fmt: skip
+    code, out, err = run(*words)
     assert code == 0
-    assert "24 examples" in out
+    assert re.fullmatch(rf"done      {cache}: 2 shards, [\d.]+ kB, \d+ bytes per position, \d+ s\n", out)
+    assert "data      24 examples, " in err
+    assert err.endswith(f"next      logitcask train --cache {cache} --student-model …\n")
+    code, out, _ = run(*words)
+    assert (code, out) == (0, f"complete  {cache} has all 2 shards; nothing to do\n")
     code, out, _ = run("cache", "info", cache, "--json")
     info = json.loads(out)
     assert code == 0

@@ -34,8 +34,9 @@ COMMAND = [
     "import sys; sys.argv[0] = 'logitcask'; from logitcask.pipeline.cli import main; main()",
 ]
 STYLE = re.compile(r"\x1b\[[0-9;:]*m")
-LINE: Line = {"total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301, "perplexity": 632.04,
-              "learning_rate": 1.5e-3, "tokens_per_second": 1234.5, "peak_memory_mb": 987.6}  # fmt: skip
+LINE: Line = {"step": 33, "epoch": 1.5, "total_loss": 7.375, "hard_loss": 6.449, "soft_loss": 8.301,
+              "perplexity": 632.04, "learning_rate": 1.5e-3, "tokens_per_second": 1234.5,
+              "peak_memory_mb": 987.6}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,14 @@ def on_a_terminal(words: list[str], look: Callable[[], bytes] = lambda: b"", **v
 
 def shown(console: Console, *, rank_0: bool = True) -> str:
     """Return what a console shows of a whole run of 88 steps, resumed from step 22."""
-    table = LiveTable(console, lambda: "finishing this step")
+    table = LiveTable(console, 88, lambda: "finishing this step")
     state, control = TrainerState(max_steps=88, global_step=22, is_world_process_zero=rank_0), TrainerControl()
     arguments: Any = None
-    table.show({"eval_total_loss": 7.022, "eval_hard_loss": 6.43, "peak_memory_mb": 1.0})
+    held_out: Line = {"eval_total_loss": 7.022, "eval_hard_loss": 6.43, "eval_soft_loss": 7.6, "eval_perplexity": 620.2}
+    table.show({**held_out, "step": 22, "eval_teacher_perplexity": 3.7015})
     with table:
         table.on_train_begin(arguments, state, control)
+        table.show({**LINE, "step": 23})
         table.show(LINE)
         for step in (33, 44):
             time.sleep(0.01)
@@ -104,24 +107,36 @@ def shown(console: Console, *, rank_0: bool = True) -> str:
 
 def test_the_table_shows_the_last_lines_and_the_progress() -> None:
     text = shown(Console(record=True, force_terminal=True, width=100, file=io.StringIO()))
-    rows = [line.split() for line in text[text.rindex("total") :].splitlines()]
-    assert rows[0] == ["total", "hard", "soft", "perplexity", "rate", "tokens/s", "MB,", "peak"]
-    assert ["training", "7.375", "6.449", "8.301", "632.0", "1.50e-03", "1,234", "988"] in rows
-    assert ["held", "out", "7.022", "6.43"] in rows
+    rows = [line.split() for line in text[text.rindex("step ") :].splitlines()]
+    assert rows[0] == ["step", "total", "hard", "soft", "perplexity", "rate", "tokens/s", "MB,", "peak"]
+    numbers = ["7.375", "6.449", "8.301", "632", "1.50e-03", "1,234", "988"]
+    assert [row for row in rows if row[:1] == ["training"]] == [["training", step, *numbers] for step in ("23", "33")]
+    assert ["held", "out", "22", "7.022", "6.43", "7.6", "620.2"] in rows
+    assert ["the", "teacher", "3.702"] in rows  # the goal, in the column of perplexities
     assert re.search(r"━ 44/88 steps, 0:00:0\d gone, 0:00:0\d left\s+finishing this step", text)
 
 
 @pytest.mark.parametrize(
     ("console", "rank_0"),
     [
-        (Console(record=True, file=io.StringIO()), True),
         (Console(record=True, force_terminal=True, quiet=True, file=io.StringIO()), True),
         (Console(record=True, force_terminal=True, file=io.StringIO()), False),
     ],
-    ids=["no terminal", "quiet", "rank 1"],
+    ids=["quiet", "rank 1"],
 )
-def test_no_table_without_a_terminal_or_with_quiet_or_on_other_ranks(console: Console, rank_0: bool) -> None:
+def test_no_table_with_quiet_or_on_other_ranks(console: Console, rank_0: bool) -> None:
     assert shown(console, rank_0=rank_0) == ""
+
+
+def test_without_a_terminal_each_line_of_the_log_is_printed() -> None:
+    lines = shown(Console(record=True, width=200, file=io.StringIO())).splitlines()
+    assert [re.sub(r"^\d\d:\d\d:\d\d  |  \d+ min left$", "", line) for line in lines] == [
+        "step 22/88  held out  loss 7.022 (hard 6.43, soft 7.6)  ppl 620.2  teacher's ppl 3.702",
+        *(
+            f"step {step}/88  epoch 1.50  loss 7.375 (hard 6.449, soft 8.301)  ppl 632  lr 0.0015  1,234 tok/s  988 MB"
+            for step in (23, 33)
+        ),
+    ]
 
 
 def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path, tmp_path: Path) -> None:
@@ -138,8 +153,9 @@ def test_training_on_a_terminal_without_colour_interrupted_by_a_key(cache: Path,
     code, seen = on_a_terminal(words, look, NO_COLOR="1")
     assert code == 130, seen[-2000:]
     assert STYLE.findall(seen) == []
-    assert re.search(r"training +[\d.]+ +[\d.]+ +[\d.]+ +[\d,.]+ +[\d.e-]+ +[\d,]+ +[\d,]+", seen)
-    assert re.search(r"held out +[\d.]+", seen)
+    assert re.search(r"training +\d+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d,.]+ +[\d.e-]+ +[\d,]+ +[\d,]+", seen)
+    assert re.search(r"held out +0 +[\d.]+", seen)
+    assert re.search(r"the teacher +[\d,.]+", seen)
     assert re.search(r" \d+/1000000 steps, 0:00:\d\d gone, [\d:]+ left", seen)
     assert "it/s" not in seen
     assert "'total_loss'" not in seen
@@ -181,8 +197,9 @@ def test_quiet_training_prints_only_its_result(
         assert not stopped.value.code
         out, err = capsys.readouterr()
         assert "held out" in out
-        assert ("total_loss" in out) == (not quiet)
-        assert ("steps: 2" in err) == (not quiet)
+        assert "step " not in out
+        assert ("plan      2 steps" in err) == (not quiet)
+        assert bool(re.search(r"^\d\d:\d\d:\d\d  step 2/2  epoch \d", err, re.M)) == (not quiet)
         assert not (quiet and err)
         assert not QUIET.get()
 

@@ -116,7 +116,7 @@ def test_a_run_adds_and_logs_it_and_the_option_turns_it_off(tmp_path: Path, capf
     student = write_config(tmp_path / "mixtral.json", MIXTRAL)
     common: dict[str, Any] = {"student_config": student, "distillation_type": "output", "eval_fraction": 0.25}
     run = train(cache, tmp_path / "on", **common, batch_size=4)
-    assert "router loss: added to the total, with the coefficient 0.5" in capfd.readouterr().err
+    assert "router    its loss is added to the total, with the coefficient 0.5" in capfd.readouterr().err
     for line in history(run):
         assert line["aux_loss"] > 1.0
         assert line["total_loss"] == pytest.approx(line["hard_loss"] + 0.5 * line["aux_loss"], rel=1e-5)

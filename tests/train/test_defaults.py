@@ -22,13 +22,13 @@ from tests.support.tiny import make_teacher
     ],
 )
 def test_the_rate_follows_the_student(tmp_path: Path, student: dict[str, Any], rate: float, words: str) -> None:
-    settings, lines = with_defaults(train_settings("c", tmp_path / "run", **student))
+    settings, reason = with_defaults(train_settings("c", tmp_path / "run", **student))
     assert settings.learning_rate == rate
     assert settings.use_mixed_precision is False  # on a CPU
-    assert lines == [f"learning rate: {rate:g}, the default for {words}"]
-    given, none = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
+    assert reason == f"the default for {words}"
+    given, reason = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
     assert given.learning_rate == 1e-3
-    assert none == []
+    assert reason == ""
 
 
 def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,6 +43,6 @@ def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, cap
     shutil.copytree(whole / "checkpoint-2", again / "checkpoint-2")
     train(cache, again, **options, eval_fraction=None, resume_from_checkpoint="latest")
     assert losses(again) == losses(whole)
-    assert "learning rate: 0.0005, as the run began" in capfd.readouterr().err
+    assert "lr 0.0005 (as the run began)" in capfd.readouterr().err
     kept = json.loads((again / "final/settings.json").read_text())
     assert (kept["learning_rate"], kept["eval_fraction"]) == (5e-4, 0.1)

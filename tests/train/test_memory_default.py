@@ -40,7 +40,7 @@ def test_checkpointing_turns_on_where_a_step_does_not_fit(
 
     monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", watched)
     small = train(cache, tmp_path / "small")
-    assert "gradient checkpointing: on: a step takes about" in capsys.readouterr().err
+    assert "memory    gradient checkpointing is on: a step takes about" in capsys.readouterr().err
     assert enabled == ["inputs"]
     assert [read_run(run).settings["use_gradient_checkpointing"] for run in (plain, small)] == [False, True]
     np.testing.assert_allclose(losses(small), losses(plain), rtol=1e-5)

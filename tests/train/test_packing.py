@@ -128,4 +128,4 @@ def test_a_student_that_cannot_pack_trains_on_batches_of_one_length(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(cache, tmp_path / "run", student_config=write_config(tmp_path / "opt.json", ARCHITECTURES["opt"]))
-    assert "rows: one example each, of similar lengths" in capsys.readouterr().err
+    assert "held out, one example per row" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_a_finished_run_is_left_as_it_is(
     before = folder_bytes(run)
     train(cache, run, **options, resume_from_checkpoint="latest")
     assert folder_bytes(run) == before
-    assert f"{run}: finished: all 6 steps are done and final/ is saved: nothing to do\n" in capsys.readouterr().err
+    assert capsys.readouterr().out == f"complete  {run}: all 6 steps are done, final/ is saved; nothing to do\n"
 
 
 @pytest.mark.parametrize("lost", ["final", "final/settings.json", "metrics.json"])
@@ -220,7 +220,7 @@ def test_the_summary_counts_the_steps_that_are_trained(
 ) -> None:  # fmt: skip
     run = train(cache, tmp_path / "run", **{**options, "max_steps": None, "epochs": epochs},
                 gradient_accumulation_steps=accumulation)  # fmt: skip
-    assert f"steps: {steps}, " in capsys.readouterr().err
+    assert f"plan      {steps} step" in capsys.readouterr().err
     assert max(line["step"] or 0 for line in read_log(run)) == steps
     assert latest_checkpoint(run) == run / f"checkpoint-{steps}"
 

@@ -158,7 +158,7 @@ def choose_layers(model: PreTrainedModel, examples: Sequence[Encoded], count: in
                 f"{option}: layers of {type(model).__name__} cannot be left out one by one: {shown_reason(error)}: "
                 "name those to keep, such as 0,9,19"
             ) from error
-    say(f"layers: {len(kept)} of {partial.count}: {','.join(map(str, kept))}: loss {before:.3f} -> {after:.3f} nats")
+    say(f"{len(kept)} of {partial.count}: {','.join(map(str, kept))}: loss {before:.3f} -> {after:.3f} nats", "layers")
     return kept
 
 

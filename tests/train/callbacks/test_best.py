@@ -93,7 +93,7 @@ def test_the_best_so_far_is_remembered_where_the_run_is_moved(
         assert torch.equal(tensor, weights(run / "final")[name])
     capsys.readouterr()
     train(place / "cache", run, **how, resume_from_checkpoint="latest")
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_run_stops_early_stays_so_and_goes_on_with_more_patience(
@@ -114,7 +114,7 @@ def test_a_run_stops_early_stays_so_and_goes_on_with_more_patience(
     assert f"stopped early: step {end} of 10, after 2 evaluations without a lower held-out loss" in said
     assert re.search(r"best held-out loss: [0-9.]+ at step \d+\n", said)
     train(place / "cache", run, **how, resume_from_checkpoint="latest")
-    assert "nothing to do" in capsys.readouterr().err
+    assert "nothing to do" in capsys.readouterr().out
     early, extended = (shutil.copytree(run, tmp_path / name) for name in ("early", "extended"))
     state = json.loads((early / f"checkpoint-{end}/trainer_state.json").read_text())
     assert state["stateful_callbacks"]["BestSoFar"]["attributes"]["early_stopping_patience_counter"] == 2
