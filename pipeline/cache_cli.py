@@ -19,18 +19,22 @@ cache_app = typer.Typer(
 @cache_app.command("info", **example("cache info data/cache --plot cache.png"))
 def cache_info(
     path: Annotated[str, place("PATH", "folder, .zip file or URL of the cache")],
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="print the bytes of each array, the certificate, examples and all else")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     plot: Annotated[Path | None, file("plot mass by rank and entropies to this .png, .svg or .pdf")] = None,
 ) -> None:
-    """Show what a cache holds: identity, sizes, captured mass, entropy, the most and least certain examples."""
+    """Show what a cache holds in ten lines: teacher, data, size, captured mass, entropy, fidelity of the gradient."""
     from logitcask.cache.errors import IncompleteCacheError
     from logitcask.cache.report.info import describe, render
     from logitcask.cache.report.plot import plot_labels, require_plot
+    from logitcask.cache.report.summary import summarize
 
     if plot:
         require_plot(plot)
     info = describe(path)
-    typer.echo(info.model_dump_json(indent=2) if json else render(info))
+    typer.echo(info.model_dump_json(indent=2) if json else render(info) if verbose else summarize(info))
     if plot:
         if info.labels is None:
             raise IncompleteCacheError(f"{path}: no shard is committed yet: there is nothing to plot")

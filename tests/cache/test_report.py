@@ -1,6 +1,7 @@
 """``cache info`` reports what is in the cache."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
 from logitcask.cache.report.label_figures import entropies
+from logitcask.cache.report.summary import summarize
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from tests.support.tiny import make_cache
 
@@ -70,6 +72,23 @@ def test_an_unfinished_cache_is_described(tmp_path: Path) -> None:
     info = describe(cache)
     assert info.shards_committed == info.manifest.shards.count - 1
     assert "committed: not finished" in render(info)
+    assert "shards committed: not finished" in summarize(info)
+
+
+def test_the_summary_has_ten_lines_at_most(cache: Path) -> None:
+    info = describe(cache)
+    lines = summarize(info).splitlines()
+    assert len(lines) <= 10
+    assert [line.split()[0] for line in lines] == [
+        *("cache", "teacher", "data", "label", "size", "mass", "entropy", "perplexity", "fidelity")
+    ]
+    said = dict(line.split(maxsplit=1) for line in lines)
+    shown = [float(number) for number in re.findall(r"([\d.]+) (?:bytes|labels|text|tokenizer)", said["size"])]
+    assert shown[0] == pytest.approx(sum(shown[1:]), abs=0.2) == pytest.approx(info.bytes / info.positions, abs=0.1)
+    assert info.labels is not None
+    masses = [f"{mass:.1%} at T={t:g}" for t, mass in zip(TEMPERATURES, info.labels.captured_mass, strict=True)]
+    assert said["mass"] == f"the head holds {', '.join(masses)}"
+    assert set(render(info).splitlines()) - set(lines)  # --verbose says more
 
 
 def test_a_plot_is_drawn_and_json_is_complete(cache: Path, tmp_path: Path) -> None:
