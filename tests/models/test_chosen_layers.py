@@ -110,7 +110,7 @@ def test_the_shortlist_is_of_layers_that_change_least(capsys: pytest.CaptureFixt
     assert removed in least
     first = choose_layers(teacher, among, 3)
     assert first == choose_layers(teacher, among, 3) == sorted(first)
-    assert f"layers: 3 of 8: {','.join(map(str, first))}: loss " in capsys.readouterr().err
+    assert f"layers    3 of 8: {','.join(map(str, first))}: loss " in capsys.readouterr().err
 
 
 def test_more_layers_than_there_are() -> None:

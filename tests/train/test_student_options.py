@@ -151,7 +151,7 @@ def test_chosen_layers_are_kept_with_the_run(
     teacher = make_teacher(tmp_path / "teacher", layers=5)
     options: dict[str, Any] = {"teacher_model": str(teacher), "max_steps": 4, "save_steps": 2}
     run = train(cache, tmp_path / "run", init_from_teacher_layers="auto:3", **options)
-    (shown,) = re.findall(r"layers: 3 of 5: ([0-4],[0-4],[0-4]): loss", capsys.readouterr().err)
+    (shown,) = re.findall(r"layers    3 of 5: ([0-4],[0-4],[0-4]): loss", capsys.readouterr().err)
     settings = json.loads((run / "final/settings.json").read_text())
     assert settings["init_from_teacher_layers"] == shown
     assert f"--init-from-teacher-layers {shown}" in (run / "final/README.md").read_text()
