@@ -157,7 +157,8 @@ def plot(
     """Plot the losses and perplexities of runs, in training and on held-out examples, from their metrics.jsonl."""
     from logitcask.pipeline.runs.curves import plot_runs
 
-    typer.echo(f"{plot_runs(runs, output)} curves of {len(runs)} runs -> {output}")
+    number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    typer.echo(f"{plot_runs(runs, output)} curves of {number} -> {output}")
 
 
 @app.command(

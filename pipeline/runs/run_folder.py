@@ -13,6 +13,7 @@ from rich.table import Table
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.runs.evaluation import EVALUATION_FILE, Evaluation, parse_evaluation
+from logitcask.pipeline.settings.training.loss import ALPHAS
 
 LOG_FILE = "metrics.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -64,6 +65,12 @@ def divergence_name(settings: Mapping[str, Any]) -> str:
     divergence, tail = str(settings.get("divergence")), settings.get("tail")
     name = str(settings.get("loss") or DIVERGENCES.get(divergence, divergence))
     return name if tail == "sampled" else f"{name} (tail {tail})"
+
+
+def with_alpha(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings with the alpha it had, if it was left to the approach."""
+    default = ALPHAS.get(str(settings.get("distillation_type")))
+    return {**settings, **({"alpha": default} if settings.get("alpha") is None else {})}
 
 
 def read_log(run: Path) -> list[Line]:
@@ -171,7 +178,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read a finished run. Raises LogitcaskError if a part of it is missing or damaged."""
     log = read_log(path)
-    settings, ends = _object(path / FINAL / SETTINGS_FILE), _object(path / ENDS_FILE)
+    settings, ends = with_alpha(_object(path / FINAL / SETTINGS_FILE)), _object(path / ENDS_FILE)
     before: Any = ends.get("before")
     after: Any = ends.get("after")
     if before is None:  # a run without held-out examples, or one that an earlier version resumed

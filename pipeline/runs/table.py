@@ -83,5 +83,5 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _setting(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else "not set" if value is None else json.dumps(value)
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."

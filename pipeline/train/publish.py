@@ -16,7 +16,7 @@ from logitcask.cache.manifest import Manifest
 from logitcask.cache.storage.hub import explained
 from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.console import say
-from logitcask.pipeline.runs.run_folder import FINAL, divergence_name, ends_rows
+from logitcask.pipeline.runs.run_folder import FINAL, divergence_name, ends_rows, with_alpha
 from logitcask.pipeline.settings.base import flag_of
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.sources.source import Source
@@ -47,7 +47,8 @@ def model_card(
         tags=["logitcask", "knowledge-distillation", *(["lora"] if adapter else [])],
         ignore_metadata_errors=False,
     )
-    settings_rows = [(flag_of(name), str(record[name])) for name in SHOWN if record.get(name) not in (None, "")]
+    shown = with_alpha(record)
+    settings_rows = [(flag_of(name), str(shown[name])) for name in SHOWN if shown.get(name) not in (None, "")]
     versions = ", ".join(f"{name} {version(name)}" for name in ("logitcask", "torch", "transformers"))
     parts = [
         f"---\n{front.to_yaml()}\n---\n",

@@ -62,10 +62,8 @@ def test_json_has_the_runs_own_figures(runs: tuple[Path, Path], run: Run) -> Non
     assert code == 0
     records = json.loads(out)
     assert [one["run"] for one in records] == ["one", "two"]
-    assert [set(one["settings"]) for one in records] == [
-        {"distillation_type", "eval_steps", "load_best", "max_steps"}
-    ] * 2
-    others = {"distillation_type": "output", "eval_steps": None, "load_best": False, "max_steps": 3}
+    others = {"alpha": 1.0, "distillation_type": "output", "eval_steps": None, "load_best": False, "max_steps": 3}
+    assert [set(one["settings"]) for one in records] == [set(others)] * 2
     assert records[1]["settings"] == others
     for one, folder in zip(records, runs, strict=True):
         log, ends = read_log(folder), metrics(folder)
@@ -95,6 +93,7 @@ def test_markdown_is_a_table(runs: tuple[Path, Path], tmp_path: Path, run: Run) 
     assert lines[1] == "| --- | --- | --- |"
     assert all(line.count("|") == 4 for line in lines)
     assert "| `distillation_type` | hybrid | output |" in lines
+    assert "| `alpha` | 0.1 | 1.0 |" in lines  # as the approach has it
     assert "| steps | 4 | 3 |" in lines
     before, after = (f"{metrics(runs[0])[end]['eval_perplexity']:,.4g}" for end in ("before", "after"))
     assert f"| held out: perplexity, before → after | {before} → {after} |" in out
@@ -117,7 +116,7 @@ def test_a_bar_in_a_setting_does_not_break_the_table(runs: tuple[Path, Path], tm
     other = shutil.copytree(runs[1], tmp_path / "other")
     settings = json.loads((other / "final" / "settings.json").read_text())
     (other / "final" / "settings.json").write_text(json.dumps({**settings, "wandb_run_name": "p|q"}))
-    assert "| `wandb_run_name` | null | p\\|q |" in run(runs[1], other)[1]
+    assert "| `wandb_run_name` | not set | p\\|q |" in run(runs[1], other)[1]
 
 
 def test_an_evaluation_without_a_cache_is_shown(runs: tuple[Path, Path], tmp_path: Path, run: Run) -> None:

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from logitcask.pipeline.settings.base import Settings
 from logitcask.pipeline.settings.training.schedule import Alpha, Fraction, Ramp, Temperatures
 
+ALPHAS = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}  # unless --alpha is given
+
 
 class LossOptions(Settings):
     """What is minimised."""
@@ -88,8 +90,7 @@ class LossOptions(Settings):
     @property
     def alphas(self) -> Ramp:
         """The weight of the hard loss over the run."""
-        fixed = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}[self.distillation_type]
-        return Ramp.of(fixed if self.alpha is None else self.alpha)
+        return Ramp.of(ALPHAS[self.distillation_type] if self.alpha is None else self.alpha)
 
     @property
     def temperatures(self) -> Ramp:
