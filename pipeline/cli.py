@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from logitcask.pipeline.cache_cli import cache_app
-from logitcask.pipeline.command_line import Group, example, file, options_from, run_folders
+from logitcask.pipeline.command_line import (
+    PARSER_ERROR,
+    Group,
+    example,
+    file,
+    help_command,
+    options_from,
+    parser_message,
+    run_folders,
+)
+from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.settings.base import require_plain_text
 from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
@@ -36,7 +46,7 @@ QUIET_PACKAGES = {
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    context_settings={"color": False},
+    context_settings={"color": False, "help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Offline logit distillation: run the teacher once into a cache of sparse soft labels, train students from it.",
@@ -225,20 +235,23 @@ def generate(settings: GenerateSettings) -> None:
 
 
 def main() -> None:
-    """Run the command; a user's error is one line on stderr and exit code 2 (typer exits with 130 on an interrupt)."""
+    """Run the command; a user's mistake is at most three lines on stderr, and exit code 2; an interrupt is 130."""
     from logitcask.cache.errors import LogitcaskError
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the output has no Unicode, as of a pipe on Windows
+    words = sys.argv[1:]
     try:
-        require_plain_text("the command line", sys.argv[1:])
-        app()
+        require_plain_text("the command line", words)
+        sys.exit(app(standalone_mode=False) or 0)
     except LogitcaskError as error:
-        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
-        sys.exit(2)
+        message, helps = str(error), str(error).startswith(("--", "give "))
+    except PARSER_ERROR as error:
+        message, helps = parser_message(error), True
     except OSError as error:  # such as a full disk or a missing permission
-        sys.stderr.write("error: " + " ".join(f"{error}: fix that and run the same command again".split()) + "\n")
-        sys.exit(2)
+        message, helps = f"{error}: fix that and run the same command again", False
+    sys.stderr.write(error_lines(message, help_command(typer.main.get_command(app), words) if helps else ""))
+    sys.exit(2)
 
 
 if __name__ == "__main__":

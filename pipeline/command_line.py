@@ -1,7 +1,10 @@
 """The command line, made from settings: their fields become options, and errors and help have one form."""
 
+import difflib
 import inspect
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -10,9 +13,11 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand, TyperGroup
 
 from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.mistakes import did_you_mean, meant
 from logitcask.pipeline.settings.base import ARGUMENT, NUMBER, REPEATABLE, S, expand_home, flag_of, home_path, resolve
 
 CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
+PARSER_ERROR: Any = typer.BadParameter.__mro__[2]  # the parser's base class: newer typer has a click of its own
 OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value, and what they then mean
 
 
@@ -151,3 +156,39 @@ def run_folders(words: str) -> Any:
 def file(words: str) -> Any:
     """Return an option that names a file."""
     return typer.Option(parser=home_path, metavar="PATH", help=words)
+
+
+def parser_message(error: Any) -> str:
+    """Return what is wrong with a command line, by the parser's error, in the form of our own messages."""
+    kind, message = type(error).__name__, str(error.format_message()).rstrip(".")
+    context: Any = getattr(error, "ctx", None)
+    if kind == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    if kind == "NoSuchOption":
+        options = [flag for parameter in context.command.params for flag in parameter.opts]
+        return f"no such option {plain(error.option_name)}{did_you_mean(meant(error.option_name, options))}"
+    if kind == "MissingParameter":
+        return f"{error.param.metavar or error.param.opts[0]} is missing: give it"
+    if kind == "BadOptionUsage":
+        return f"{error.option_name} has no value: give it one"
+    if match := re.match("No such command '(.*?)'", message):
+        names = difflib.get_close_matches(match[1], context.command.commands, 3)
+        return f"no such command {plain(match[1])}{did_you_mean(names)}"
+    return message[:1].lower() + message[1:]
+
+
+def plain(word: str) -> str:
+    """Return a typed word as it is, escaped if it has other than the characters of an option's name."""
+    return word if re.fullmatch(r"[\w-]+", word) else shown(word)
+
+
+def help_command(root: Any, words: Sequence[str]) -> str:
+    """Return the command that a command line names, whose help says more about it."""
+    path, command = ["logitcask"], root
+    for word in (word for word in words if not word.startswith("-")):
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.pipeline.mistakes import did_you_mean, meant
 
 Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=1, le=2**31)]
@@ -110,9 +111,10 @@ def resolve(model: type[S], config: Path | None, flags: dict[str, Any]) -> S:
     given = {**(read_config(config_file("runs", config)) if config else {}), **flags}
     for name, value in given.items():
         require_plain_text(flag_of(name), value)
-    unknown = sorted(given.keys() - model.model_fields.keys())
-    if unknown:
-        raise LogitcaskError(f"{config}: unknown key {', '.join(unknown)}; known keys: {', '.join(model.model_fields)}")
+    for name in sorted(given.keys() - model.model_fields.keys()):
+        close = [flag[2:].replace("-", "_") for flag in meant(flag_of(name), list(map(flag_of, model.model_fields)))]
+        known = did_you_mean(close) or f"; known keys: {', '.join(model.model_fields)}"
+        raise LogitcaskError(f"{config}: unknown key {name}{known}")
     try:
         return model(**given)
     except ValidationError as error:

@@ -133,6 +133,7 @@ def summary(
             else (f", {amount(step.trained)} of an adapter trained")
         )
     of = "" if free is None else f" of {free / GB:.3g} GB free"
+    where += f" on {run.ranks} ranks" if run.ranks > 1 else ""
     yield "student", f"{student}, {parameters}, {where}, about {step.memory() / GB:.2g} GB{of}"
     rows = "packed" if packed else "one example per row"
     yield "data", f"{run.examples:,} examples to train on, {run.held_out:,} held out, {rows}"

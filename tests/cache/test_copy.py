@@ -24,6 +24,7 @@ from logitcask.cache.report.info import describe
 from logitcask.cache.storage import remote
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.verify import repair, verify
+from logitcask.pipeline.mistakes import error_lines
 from tests.support.killed import copy_and_die, copy_and_die_packing
 from tests.support.needed import lacking
 from tests.support.runs import history, train
@@ -379,4 +380,5 @@ def test_the_command_reports_what_it_did(cache: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"{CacheReader(cache).manifest.shards.count} shards copied, 0 already present" in done.stdout
     wrong = subprocess.run([*command, "--shards", "1-3"], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "error: --shards: must be FIRST:STOP, such as 0:10, got '1-3'\n")
+    message = error_lines("--shards: must be FIRST:STOP, such as 0:10, got '1-3'", "logitcask cache copy")
+    assert (wrong.returncode, wrong.stderr) == (2, message)

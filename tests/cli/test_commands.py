@@ -14,6 +14,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitcask.pipeline.cli import app, main
+from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.settings.base import Settings, config_file, resolve
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
@@ -148,7 +149,7 @@ def test_reporting_needs_its_package(tmp_path: Path, run: Any, monkeypatch: pyte
     code, _, err = run("train", "--use-wandb", "--cache", make_cache(tmp_path), "--student-config", student,
                        "--output-dir", tmp_path / "run")  # fmt: skip
     assert code == 2
-    assert err == "error: --use-wandb needs the package wandb: pip install 'logitcask[wandb]'\n"
+    assert err == error_lines("--use-wandb needs the package wandb: pip install 'logitcask[wandb]'", "logitcask train")
     assert not (tmp_path / "run").exists()
 
 

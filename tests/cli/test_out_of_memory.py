@@ -6,6 +6,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.forked import alone
+from tests.support.mistakes import said
 from tests.support.tiny import RECORDS, make_cache, make_teacher, make_tokenizer, write_jsonl
 
 LIMIT = 1 << 30  # bytes beyond what a process has after its imports; threads take a few hundred MB of it
@@ -44,7 +45,7 @@ def test_running_out_of_memory_is_one_line_with_a_remedy(
     failed = alone(tmp_path, [*words, too_much], limit=LIMIT)
     assert failed.returncode == 2, failed.stderr
     assert "Traceback" not in failed.stderr, failed.stderr
-    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]  # libraries print warnings
+    line = said(failed.stderr)
     assert line.startswith("error: memory ran out (")
     assert "can't allocate memory" in line
     assert [part for part in remedy if part not in line] == []

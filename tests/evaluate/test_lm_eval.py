@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.pipeline.cli import main
+from logitcask.pipeline.mistakes import error_lines
 from tests.support.tiny import WORDS, make_teacher, write_jsonl
 
 harness = pytest.mark.skipif(
@@ -124,4 +125,6 @@ def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, out, err = run("--tasks", "hellaswag")
     assert (code, out) == (2, "")
-    assert err == "error: --tasks needs the package lm-eval: pip install 'logitcask[lm-eval]'\n"
+    assert err == error_lines(
+        "--tasks needs the package lm-eval: pip install 'logitcask[lm-eval]'", "logitcask evaluate"
+    )

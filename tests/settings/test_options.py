@@ -12,6 +12,7 @@ import typer
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.cli import app, main
 from logitcask.pipeline.command_line import is_repeatable
+from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.settings.base import Settings, expand_home, read_config, resolve
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
@@ -70,7 +71,7 @@ def test_no_option_is_given_twice(
         words = [flag, last] if option.is_flag else [flag, "3", f"{last}=4"]
         code, err = call([*name.split(), *words], monkeypatch, capsys)
         both = f"{flag} and {last}" if option.is_flag else f"{flag} '3' and {flag} '4'"
-        assert (code, err) == (2, f"error: {last}: is given twice, {both}: give it once\n")
+        assert (code, err) == (2, error_lines(f"{last}: is given twice, {both}: give it once", ""))
     assert seen
 
 

@@ -12,6 +12,7 @@ import pytest
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.reading import Reading, changed_files, record_files
+from tests.support.mistakes import said
 from tests.support.servers import hf_environment, hf_server
 from tests.support.tiny import RECORDS, make_cache, make_teacher, write_jsonl
 
@@ -74,7 +75,7 @@ def test_a_configuration_and_a_split_of_the_hub(port: int, tmp_path: Path) -> No
 def test_what_the_hub_has_not_is_named(port: int, options: list[str], reason: str, tmp_path: Path) -> None:
     refused = split(port, tmp_path, *options)
     assert refused.returncode == 2
-    assert reason in refused.stderr.splitlines()[-1]
+    assert reason in said(refused.stderr)
 
 
 def test_options_that_no_source_can_use_are_refused(tmp_path: Path) -> None:

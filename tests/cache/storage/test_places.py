@@ -11,6 +11,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.open import SYSTEM_NAMES, list_objects, object_sizes, open_store
 from logitcask.pipeline.cli import main
+from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.precompute.precompute import precompute
 from tests.support.tiny import folder_bytes, make_cache, precompute_settings
 
@@ -156,4 +157,4 @@ def test_a_second_repair_says_that_nothing_is_damaged(
     rest = "no shard is damaged: run the command that made the cache again to finish it"
     assert texts[1] == f"nothing to repair: {rest}"
     assert run(monkeypatch, "cache", "verify", tmp_path / "cache") == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/cache: 1 problems: {rest}\n"
+    assert capsys.readouterr().err == error_lines(f"{tmp_path}/cache: 1 problems: {rest}", "")

@@ -29,6 +29,7 @@ from logitcask.pipeline.train.callbacks.nonfinite import SKIPPED_IN_A_ROW, Label
 from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.forked import alone
+from tests.support.mistakes import said
 from tests.support.runs import STUDENT, losses, train, weights, write_config
 from tests.support.tiny import make_cache
 from tests.train.test_ranks import FORKED, launched
@@ -49,16 +50,16 @@ def run_command(
     return alone(output.parent, words, limit=limit)
 
 
-def errors(ran: subprocess.CompletedProcess[str]) -> list[str]:
+def error(ran: subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in ran.stderr, ran.stderr
-    return [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    return said(ran.stderr)
 
 
 def test_a_rising_loss_stops_the_run_at_its_step_and_saves_nothing_of_it(cache: Path, tmp_path: Path) -> None:
     ran = run_command(cache, tmp_path / "run", "--learning-rate=1e30", "--warmup-steps=0", "--save-steps=1",
                       "--max-steps=9", "--batch-size=4", "--gradient-accumulation-steps=2")  # fmt: skip
     assert ran.returncode == 2, ran.stderr
-    (line,) = errors(ran)
+    line = error(ran)
     step = int(re.findall(r"step (\d+): non-finite", line)[0])
     sampler = BatchSampler(CacheReader(cache).shard_starts, held_out(24, 0.1, 0), 4, 0)
     batches = [batch for epoch in range(9) for batch in batches_of(sampler, epoch)]
@@ -220,7 +221,7 @@ def test_both_ranks_stop_if_one_is_non_finite(
     options: dict[str, Any] = {"cache": cache, "learning_rate": rate, "batch_size": 4, "max_steps": 9, "save_steps": 1}
     ran = launched(tmp_path, "run", FORKED, module=module, **options)
     assert ran.returncode != 0
-    lines = [line for line in ran.stderr.splitlines() if line.startswith("error: step")]
+    lines = ["".join(each.split("see: ")[0]) for each in ran.stderr.split("error: ")[1:] if each.startswith("step")]
     assert len(lines) == 2
     assert lines[0] == lines[1]
     assert "non-finite: loss nan" in lines[0] or rate > 1
@@ -232,7 +233,7 @@ def test_out_of_memory_is_one_line_with_what_to_change(cache: Path, tmp_path: Pa
     """The allocator really refuses: one forward pass over all examples of a student that is 60,000 features wide."""
     ran = run_command(cache, tmp_path / "run", "--batch-size=24", limit=400 << 20, intermediate_size=60_000)
     assert ran.returncode == 2, ran.stderr
-    (line,) = errors(ran)
+    line = error(ran)
     assert "memory ran out" in line
     assert "can't allocate memory" in line
     assert "halve --batch-size from 24 and double --gradient-accumulation-steps from 1 (-" in line

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
 from tests.support.forked import alone
 from tests.support.runs import STUDENT, write_config
@@ -55,7 +56,8 @@ def test_wandb_without_a_key_is_one_line_before_anything_is_done(folder: Path, t
     ran = train(tmp_path, "--use-wandb")
     assert ran.returncode == 2
     remedy = "run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline"
-    assert ran.stderr == f"error: --use-wandb: No API key configured. Use `wandb login` to log in: {remedy}\n"
+    message = f"--use-wandb: No API key configured. Use `wandb login` to log in: {remedy}"
+    assert ran.stderr == error_lines(message, "logitcask train")
     assert ran.stdout == ""
     assert not list((tmp_path / "run").glob("*"))
 
