@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -14,10 +15,24 @@ from typer.core import TyperCommand, TyperGroup
 
 from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.pipeline.mistakes import did_you_mean, meant
-from logitcask.pipeline.settings.base import ARGUMENT, NUMBER, REPEATABLE, S, expand_home, flag_of, home_path, resolve
+from logitcask.pipeline.settings.base import (
+    ARGUMENT,
+    NUMBER,
+    REPEATABLE,
+    S,
+    Settings,
+    expand_home,
+    flag_of,
+    home_path,
+    resolve,
+)
 
 CONFIG_HELP = "YAML file of these options, or the name of a file in configs/runs; a flag overrides it"
 PARSER_ERROR: Any = typer.BadParameter.__mro__[2]  # the parser's base class: newer typer has a click of its own
+TITLES = (  # of groups of options, in the order of help
+    *("Required", "Data", "Teacher", "Label", "With --engine server", "Student", "Loss", "Optimizer", "Run"),
+    *("Reporting", "Dry run", "Options"),
+)
 OPTIONAL_VALUES = {"--ray": "auto"}  # options that may be given without a value, and what they then mean
 
 
@@ -58,6 +73,20 @@ class Command(_Once, TyperCommand):
             words += [word, OPTIONAL_VALUES[word]] if bare else [word]
         return super().parse_args(ctx, words)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in their groups, in the order in which they are declared."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            title = getattr(parameter, "rich_help_panel", None) or "Options"
+            record = parameter.get_help_record(ctx)
+            if record is not None and parameter.param_type_name == "argument":
+                title, record = "Arguments", (str(parameter.metavar), record[1])  # newer typer adds a type of Python
+            if record is not None:
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
 
 class Group(_Once, TyperGroup):
     """A command with subcommands."""
@@ -72,7 +101,11 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
             flags = {name: value for name, value in given.items() if value not in (None, [], ())}
             function(resolve(model, config, flags))
 
-        parameters = [_parameter(name, field) for name, field in model.model_fields.items()]
+        parameters = [
+            _parameter(name, field, title)
+            for title, names in grouped(model).items()
+            for name, field in ((name, model.model_fields[name]) for name in names)
+        ]
         parameters.append(
             inspect.Parameter(
                 "config",
@@ -88,7 +121,19 @@ def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[...
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def grouped(model: type[Settings]) -> dict[str, list[str]]:
+    """Return the fields of a settings model by the title of their group, in the order of help: required ones first."""
+    named = {name: (title, place) for title, names in model.groups.items() for place, name in enumerate(names.split())}
+    found: dict[str, list[tuple[int, str]]] = {title: [] for title in TITLES}
+    for name, field in model.model_fields.items():
+        owner = next(base for base in model.__mro__ if name in inspect.get_annotations(base))
+        title, place = named.get(name, (getattr(owner, "group", model.group), len(named)))
+        found["Required" if field.is_required() else title].append((place, name))
+    ordered = {title: sorted(names, key=lambda item: item[0]) for title, names in found.items() if names}
+    return {title: [name for _, name in names] for title, names in ordered.items()}
+
+
+def _parameter(name: str, field: FieldInfo, title: str) -> inspect.Parameter:
     """Return one option. All but switches are passed on as text, so that only the settings model judges values."""
     if ARGUMENT in field.metadata:
         argument = typer.Argument(metavar=name.upper(), help=field.description, show_default=False)
@@ -96,21 +141,22 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = flag_of(name)
     switch = field.annotation in (bool, bool | None)
     help_text = field.description or ""
-    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    choices = choices_of(field.annotation)
     if choices:
         help_text += f" ({', '.join(choices)})"
     if field.is_required():
         help_text += " [required]"
-    elif field.default is not None and not switch:
+    elif field.default not in (None, {}) and not switch:
         default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         help_text += f" [default: {default}]"
     option = (
-        typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
+        typer.Option(f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False, rich_help_panel=title)
         if switch
         else typer.Option(
             flag,
             help=help_text,
             show_default=False,
+            rich_help_panel=title,
             metavar=f"[{_metavar(field)}]" if flag in OPTIONAL_VALUES else _metavar(field),
             autocompletion=(lambda: choices) if choices else None,
         )
@@ -119,6 +165,14 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """Return the texts that a type allows, if it lists them, also where it allows none at all."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [choice for part in parts for choice in choices_of(part)]
 
 
 def is_repeatable(field: FieldInfo) -> bool:

@@ -5,8 +5,9 @@ The command line is built from these models. A ``--config`` file sets the same n
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -95,7 +96,14 @@ Sources = Annotated[
 
 
 class Settings(BaseModel):
-    """A frozen, closed set of options."""
+    """A frozen, closed set of options.
+
+    In help they stand in groups: those that ``groups`` names, first in the order given, then those of a class with its
+    ``group``.
+    """
+
+    group: ClassVar[str] = "Options"
+    groups: ClassVar[Mapping[str, str]] = {}  # names of fields, blanks between, by title
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -66,6 +66,8 @@ Share = Annotated[float, BeforeValidator(_parse_share), Field(ge=0, le=1)]
 class SourceSettings(Settings):
     """Which records are taken."""
 
+    group = "Data"
+
     data_config: str | None = Field(None, description="configuration of a hub data set")
     data_split: str = Field("train", description="split of a hub data set, or of one saved by datasets")
     where: Where = Field({}, description="take only records whose columns have these values, such as language=python")
@@ -119,6 +121,8 @@ class DataSettings(RecordSettings):
 
 class SplitSettings(RecordSettings):
     """Options of ``logitcask split``."""
+
+    group = "Options"
 
     data: Sources = Field(description="data file, folder, pattern or hub data set; repeatable, read in order")
     output_dir: Path = Field(description="folder for train.jsonl and test.jsonl")

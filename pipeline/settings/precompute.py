@@ -1,7 +1,8 @@
 """Settings of ``logitcask precompute-logits``."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -30,6 +31,15 @@ PRESETS = {"lean": (4, 8), "standard": (8, 24), "rich": (32, 64), "exact": (8, 0
 
 class PrecomputeSettings(DataSettings):
     """Options of ``logitcask precompute-logits``."""
+
+    group = "Run"
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "max_seq_length prompt_loss tokenize_workers",
+        "Teacher": "teacher_revision engine dtype device tensor_parallel_size skip_engine_check trust_remote_code",
+        "Label": "preset head_size tail_draws hidden_bits temperatures fidelity_positions",
+        "With --engine server": "base_url tokenizer concurrency request_timeout max_retries",
+        "Dry run": "dry_run show json_",
+    }
 
     teacher_model: Place = Field(description="hub id, local folder or .gguf file of a causal language model")
     teacher_revision: str | None = Field(None, description="branch, tag or commit of a hub teacher")

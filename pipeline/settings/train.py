@@ -1,7 +1,8 @@
 """Settings of ``logitcask train``; most of them stand in ``training/``, by what they are about."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,13 @@ from logitcask.pipeline.settings.training.student import StudentSettings
 
 class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions, DataSettings):
     """Options of ``logitcask train``."""
+
+    group = "Data"
+    groups: ClassVar[Mapping[str, str]] = {
+        "Data": "cache train_data",
+        "Student": "student_model student_config init_from_teacher_layers teacher_model",
+        "Reporting": "logging_steps use_wandb wandb_project wandb_run_name use_tensorboard use_trackio push_to_hub",
+    }
 
     cache: Sources | None = Field(
         None,

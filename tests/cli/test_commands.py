@@ -69,6 +69,22 @@ def test_help_ends_with_an_example(words: tuple[str, ...], run: Any) -> None:
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_is_in_groups_shows_choices_and_no_types_of_python(words: tuple[str, ...], run: Any) -> None:
+    _, out, _ = run(*words, "-h")
+    assert re.findall(r"<[a-z]+>|\[default: \{\}\]|\bstr\b|NoneType|Literal", out) == []
+    titles = re.findall(r"^([A-Z][^\n:]*):$", out, re.MULTILINE)
+    assert len(titles) == len(set(titles)) >= 1
+    assert titles[-1] == "Options"  # with --help
+    required = [word for line in out.splitlines() if "[required]" in line for word in re.findall(r"^  (--\S+)", line)]
+    assert not required or titles[:1] in (["Required"], ["Arguments"])
+    if words == ("train",):
+        assert titles == ["Required", "Data", "Student", "Loss", "Optimizer", "Run", "Reporting", "Options"]
+        assert "(sampled, bucket, renormalize)" in " ".join(out.split())
+    if words == ("precompute-logits",):
+        assert titles[:4] == ["Required", "Data", "Teacher", "Label"]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_examples_name_options_that_exist(words: tuple[str, ...]) -> None:
     command: Any = typer.main.get_command(app)
     for word in words:

@@ -73,7 +73,12 @@ def command_line() -> str:
         lines += ["", f"## logitcask {name}", "", " ".join(str(command.help).split())]
         lines += ["", "```sh", str(command.epilog).removeprefix("Example: "), "```", ""]
         lines += ["| option | value | meaning |", "|---|---|---|"]
+        title = ""
         for parameter in command.params:
+            group = getattr(parameter, "rich_help_panel", None) or title
+            if group != title:
+                title = group
+                lines.append(f"| **{title}** | | |")
             names = [*parameter.opts, *parameter.secondary_opts]
             argument = parameter.param_type_name == "argument"
             shown = ", ".join(f"`{word.upper() if argument else word}`" for word in names)

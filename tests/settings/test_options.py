@@ -11,7 +11,7 @@ import typer
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.cli import app, main
-from logitcask.pipeline.command_line import is_repeatable
+from logitcask.pipeline.command_line import grouped, is_repeatable
 from logitcask.pipeline.mistakes import error_lines
 from logitcask.pipeline.settings.base import Settings, expand_home, read_config, resolve
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
@@ -169,6 +169,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(
             usual = {"train_data": "d", "teacher_model": "t", "student_model": "m", "output_dir": "o"}
         value = getattr(resolve(model, None, {**usual, name: "~/x"}), name)
         assert (value[0] if isinstance(value, tuple) else str(value)) == str(tmp_path / "x"), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_option_is_in_one_group(model: type[Settings]) -> None:
+    names = [name for names in grouped(model).values() for name in names]
+    assert sorted(names) == sorted(model.model_fields)
+    assert {name for line in model.groups.values() for name in line.split()} <= model.model_fields.keys()
 
 
 def test_a_tilde_elsewhere_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ ALPHAS = {"output": 1.0, "logit": 0.0, "hybrid": 0.1}  # unless --alpha is given
 class LossOptions(Settings):
     """What is minimised."""
 
+    group = "Loss"
+
     distillation_type: Literal["output", "logit", "hybrid"] = Field(
         "hybrid", description="output: next tokens only; logit: soft labels only; hybrid: both"
     )

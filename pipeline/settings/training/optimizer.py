@@ -27,6 +27,8 @@ TrainingArgs = Annotated[Mapping[str, Any], BeforeValidator(_parse_arguments)]
 class OptimizerSettings(Settings):
     """How the student's weights are updated."""
 
+    group = "Optimizer"
+
     batch_size: Whole = Field(8, description="examples per device and forward pass")
     gradient_accumulation_steps: Whole = Field(1, description="forward passes per optimizer step")
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(

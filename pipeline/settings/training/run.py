@@ -12,6 +12,8 @@ HELD_OUT, HELD_OUT_MOST = 0.05, 500  # share of the examples, and number
 class RunSettings(Settings):
     """Where and how a run is made, saved and reported."""
 
+    group = "Run"
+
     output_dir: FilePath = Field(description="folder of the run: checkpoints and final/")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description=f"share of examples held out; default: {HELD_OUT:g}, at most {HELD_OUT_MOST} examples"

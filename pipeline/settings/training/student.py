@@ -11,6 +11,8 @@ from logitcask.pipeline.settings.base import FilePath, Place, Settings, Whole, f
 class StudentSettings(Settings):
     """Which model is trained."""
 
+    group = "Student"
+
     student_config: FilePath | None = Field(
         None, description="Hugging Face config JSON of a new student, or a name: tiny, 100m, 350m, 1b"
     )
