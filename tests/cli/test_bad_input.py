@@ -348,7 +348,8 @@ def test_a_mistake_is_three_lines_at_most(
     caplog.clear()
     code = run(words, monkeypatch)
     out, err = capsys.readouterr()
-    assert err.startswith("error: "), err
+    notices = err.partition("error: ")[0].splitlines()
+    assert [line.split()[0] for line in notices] in ([], ["data"], ["data", "teacher"]), err
     assert err.endswith("\n")
     assert "Traceback" not in err
     assert [part for part in fragments if part not in said(err)] == [], err
@@ -364,5 +365,5 @@ def test_a_process_prints_nothing_else(stock: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "logitcask", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["data", "teacher", "error:", "fix:", "see:"]
     assert "more than the teacher's 128: lower it\n" in f"{said(done.stderr)}\n"

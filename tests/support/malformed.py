@@ -49,7 +49,7 @@ def wrong(cases: Iterable[Case], allowed: tuple[int, ...] = (2,), fewest: int = 
     for what, words in cases:
         count += 1
         code, err = attempt(words)
-        printed = [line for line in err.splitlines() if line.strip()]
+        printed = [line for line in err[err.find("error: ") :].splitlines() if line.strip()]  # after the notices
         # text is escaped so that a report of half a character does not fail itself
         if code not in allowed or len(printed) > MOST_LINES or "Traceback" in err:
             lines.append(ascii(f"{what}: {code}, {len(printed)} lines: {err[:300]}"))
