@@ -23,7 +23,7 @@ def require_plot(file: Path, option: str = "--plot") -> None:
     try:
         import matplotlib as _  # noqa: F401
     except ImportError as error:
-        raise LogitcaskError(f"{option} needs matplotlib: pip install 'logitcask[plot]'") from error
+        raise LogitcaskError("plots need matplotlib: pip install 'logitcask[plot]'") from error
 
 
 def plot_labels(labels: LabelFigures, title: str, file: Path) -> None:

@@ -22,6 +22,7 @@ CHECKPOINTING = next(  # renamed in transformers 5.2x
     if name in TrainingArguments.__dataclass_fields__
 )
 WARMUP_SHARE = "warmup_ratio"  # of earlier versions of transformers, which now take a share as warmup_steps
+WARMUP = 20  # steps, unless a run is short
 OPTIONS = {
     **{"per_device_train_batch_size": "--batch-size", "per_device_eval_batch_size": "--batch-size"},
     **{"num_train_epochs": "--epochs", "bf16": "--use-mixed-precision", "fp16": "--use-mixed-precision"},
@@ -80,8 +81,9 @@ def with_defaults(settings: TrainSettings) -> tuple[TrainSettings, str]:
     if settings.use_mixed_precision is None:
         half = begun.get("use_mixed_precision")
         found["use_mixed_precision"] = half if isinstance(half, bool) else _has_bf16(settings)
-    if settings.eval_fraction is None and isinstance(begun.get("eval_fraction"), float):
-        found["eval_fraction"] = begun["eval_fraction"]
+    for name, kind in (("eval_fraction", float), ("warmup_steps", int)):
+        if getattr(settings, name) is None and isinstance(begun.get(name), kind):
+            found[name] = begun[name]
     if settings.layers_to_choose is not None:
         kept = begun.get("init_from_teacher_layers")
         if isinstance(kept, str) and len(kept.split(",")) == settings.layers_to_choose:
@@ -129,7 +131,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate or _rate(settings)[0],
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=settings.warmup_steps or 0,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         num_train_epochs=settings.epochs,

@@ -40,7 +40,7 @@ from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import divergence_name, read_before
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.train.arguments import CHECKPOINTING, training_arguments, with_defaults
+from logitcask.pipeline.train.arguments import CHECKPOINTING, WARMUP, WARMUP_SHARE, training_arguments, with_defaults
 from logitcask.pipeline.train.callbacks.best import BestSoFar, stopped_early
 from logitcask.pipeline.train.callbacks.interrupt import SaveOnInterrupt
 from logitcask.pipeline.train.callbacks.live_table import LiveTable
@@ -173,8 +173,10 @@ def _train(
 
 
 def _set_steps(arguments: TrainingArguments, settings: TrainSettings, run: RunSize) -> None:
-    """Set how many steps the run has and after which it evaluates, counted here only."""
+    """Set how many steps the run has, how many of them warm up and after which it evaluates, counted here only."""
     arguments.max_steps = run.steps()[0]
+    if settings.warmup_steps is None and WARMUP_SHARE not in settings.training_args:
+        arguments.warmup_steps = min(WARMUP, arguments.max_steps // 10)
     every = settings.eval_steps or run.eval_steps(at_any_cost=settings.watches_best)
     if every is not None and settings.evaluates:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, every
@@ -263,7 +265,9 @@ def _trainer(
         held_out=held_out,
         collator=collator,
         tokenizer=source.tokenizer,
-        nonfinite=_stop_on_nonfinite(settings, source.examples, sampler, collator, held_out),
+        nonfinite=_stop_on_nonfinite(
+            settings, int(arguments.warmup_steps), source.examples, sampler, collator, held_out
+        ),
         callbacks=callbacks,
         loss=LossSettings(alpha, temperature, source.tail, settings.divergence, own),
         alphas=settings.alphas,
@@ -320,7 +324,12 @@ def _precision(settings: TrainSettings) -> str:
 
 
 def _stop_on_nonfinite(
-    settings: TrainSettings, examples: Examples, sampler: BatchSampler, collator: Collator, held_out: HeldOut
+    settings: TrainSettings,
+    warmup_steps: int,
+    examples: Examples,
+    sampler: BatchSampler,
+    collator: Collator,
+    held_out: HeldOut,
 ) -> StopOnNonFinite:
     return StopOnNonFinite(
         settings.output_dir,
@@ -329,7 +338,7 @@ def _stop_on_nonfinite(
         labels=_labels(examples, collator),
         held_out_labels=_labels(held_out.examples, held_out.collator),
         learning_rate=settings.learning_rate or 0.0,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=warmup_steps,
         fp16=bool(settings.use_mixed_precision) and settings.mixed_precision_dtype == "fp16",
         resumed_from=settings.resume_from_checkpoint,
     )

@@ -147,5 +147,5 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         return real(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(Exception, match=r"--output needs matplotlib: pip install 'logitcask\[plot\]'"):
+    with pytest.raises(Exception, match=r"^plots need matplotlib: pip install 'logitcask\[plot\]'"):
         plot_runs([write_run(tmp_path / "a")], tmp_path / "a.png")

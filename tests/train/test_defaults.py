@@ -46,3 +46,18 @@ def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, cap
     assert "lr 0.0005 (as the run began)" in capfd.readouterr().err
     kept = json.loads((again / "final/settings.json").read_text())
     assert (kept["learning_rate"], kept["eval_fraction"]) == (5e-4, 0.1)
+
+
+def test_a_short_run_warms_up_for_a_tenth_of_its_steps(cache: Path, tmp_path: Path) -> None:
+    """Otherwise one of fewer steps than the usual warm-up would hardly learn."""
+    for name, steps, changes, first in (
+        ("one", 1, {}, 5e-4),
+        ("short", 20, {}, 0.0),
+        ("given", 2, {"warmup_steps": 1}, 0.0),
+        ("share", 2, {"training_args": {"warmup_ratio": 0.5}}, 0.0),
+    ):
+        options = {"max_steps": steps, "eval_fraction": 0.0, "warmup_steps": None, **changes}
+        rates = losses(train(cache, tmp_path / name, **options), "learning_rate")
+        assert rates[0] == pytest.approx(first)
+        assert max(rates) == pytest.approx(5e-4)
+        assert rates.index(max(rates)) == (0 if first else 2 if steps == 20 else 1)

@@ -27,6 +27,7 @@ def golden_run(folder: Path) -> list[float]:
         "student_config": ROOT / "configs" / "students" / "tiny.json",
         "output_dir": folder / "run",
         "max_steps": STEPS,
+        "warmup_steps": STEPS,
         "logging_steps": 1,
         "device": "cpu",
     }

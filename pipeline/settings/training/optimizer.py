@@ -36,7 +36,9 @@ class OptimizerSettings(Settings):
         description="peak learning rate; default: 5e-4 for a new student, 1e-4 for layers of a teacher, 1e-5 for a "
         "pretrained one, 2e-4 for an adapter",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="steps of linear warm-up before a cosine decay")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="steps of linear warm-up before a cosine decay; default: 20, at most a tenth of the run's"
+    )
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.01, description="AdamW's weight decay")
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="clip gradients to this norm; 0: off"
