@@ -31,8 +31,9 @@ from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "" if sys.stderr.isatty() else "1")
-os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says about missing weights is our error
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when imported, which peft does for any student
 
@@ -127,10 +128,11 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
 
         print_dry_run(settings)
         return
-    from logitcask.pipeline.console import announce, say
+    from logitcask.pipeline.console import announce, hide_bars, say
     from logitcask.pipeline.precompute.precompute import precompute
     from logitcask.pipeline.precompute.report import after_lines, result_line
 
+    hide_bars()
     report = precompute(settings)
     announce(*reversed(result_line(settings, report)))
     for label, text in after_lines(settings, report):
@@ -143,8 +145,10 @@ def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, without a teacher in memory."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then uses huge pages for large tensors on a CPU
 
+    from logitcask.pipeline.console import hide_bars
     from logitcask.pipeline.train.train import run_training
 
+    hide_bars()
     run_training(settings)
 
 
@@ -180,8 +184,10 @@ def evaluate(settings: EvaluateSettings) -> None:
 
     A cache gives perplexity, KL to the teacher at each temperature, top-1 agreement and calibration.
     """
+    from logitcask.pipeline.console import hide_bars
     from logitcask.pipeline.evaluate import evaluate as evaluating
 
+    hide_bars()
     evaluation = evaluating.evaluate(settings)
     if settings.json_:
         typer.echo(evaluation.model_dump_json(indent=2))
@@ -216,12 +222,14 @@ def compare(
     typer.echo(compared)
 
 
-@app.command("generate", **example("generate --model runs/a/final --prompt 'Write a function that adds two numbers.'"))
+@app.command("generate", **example("generate --model runs/a --prompt 'Write a function that adds two numbers.'"))
 @options_from(GenerateSettings)
 def generate(settings: GenerateSettings) -> None:
     """Generate text with a student."""
+    from logitcask.pipeline.console import hide_bars
     from logitcask.pipeline.models.generate import generate_text
 
+    hide_bars()
     for piece in generate_text(
         settings.model,
         settings.prompt,

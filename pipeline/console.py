@@ -39,6 +39,17 @@ def notices() -> Console:
     return _console(stderr=True)
 
 
+def hide_bars() -> None:
+    """Keep transformers' own bars, of loading and saving weights, off the terminal; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
 def say(text: str, label: str = "note") -> None:
     """Print a one-line notice, aligned with the others after its label."""
     print_line(notices(), aligned(label, text))

@@ -8,9 +8,10 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer, set_seed
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory, out_of_memory
 from logitcask.pipeline.models.load import load_causal_lm, max_positions, sampling
-from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer
+from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer, student_of
 
 ANSWER_TOKENS = 120
 
@@ -18,13 +19,16 @@ ANSWER_TOKENS = 120
 def generate_text(
     model: str, prompt: str, *, max_new_tokens: int, temperature: float, device: str, seed: int
 ) -> Iterator[str]:
-    """Yield the answer piece by piece as it is generated.
+    """Yield the answer piece by piece as it is generated; the folder of a run stands for its student.
 
     Raises LogitcaskError if the model cannot be loaded, the prompt is empty or too long, or generation fails.
     """
     with explain_out_of_memory(
         f"use a shorter --prompt, lower --max-new-tokens from {max_new_tokens}, or use a smaller model"
     ):
+        if (student := student_of(model)) is not None:
+            say(str(student), "model")
+            model = str(student)
         tokenizer = load_tokenizer(model)
         loaded = load_causal_lm(model, dtype=torch.float32).to(choose_device(device)).eval()
         text = as_chat(tokenizer, prompt)

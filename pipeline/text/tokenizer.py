@@ -57,14 +57,19 @@ def load_tokenizer(
 
 def require_no_run(source: str) -> None:
     """Raise LogitcaskError if a folder is that of a run, where its student in ``final`` or a checkpoint is meant."""
-    run = Path(source)
-    if not run.is_dir() or _holds_model(run):
-        return
-    numbered = [(int(name[11:]), name) for name in os.listdir(run) if re.fullmatch("checkpoint-[0-9]+", name)]
-    names = ["final", *(name for _, name in sorted(numbered, reverse=True))]
-    model = next((run / name for name in names if _holds_model(run / name)), None)
+    model = student_of(source)
     if model is not None:
         raise LogitcaskError(f"{source}: is the folder of a run, not a model: give {model}")
+
+
+def student_of(run: str) -> Path | None:
+    """Return the student in a run's folder, ``final`` or its latest checkpoint; None if it is not such a folder."""
+    folder = Path(run)
+    if not folder.is_dir() or _holds_model(folder):
+        return None
+    numbered = [(int(name[11:]), name) for name in os.listdir(folder) if re.fullmatch("checkpoint-[0-9]+", name)]
+    names = ["final", *(name for _, name in sorted(numbered, reverse=True))]
+    return next((folder / name for name in names if _holds_model(folder / name)), None)
 
 
 def _holds_model(folder: Path) -> bool:

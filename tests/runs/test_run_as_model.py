@@ -33,8 +33,15 @@ def test_the_student_is_named_where_the_run_is_given(place: Path, tmp_path: Path
                 {"model": str(place / "run"), "cache": str(place / "cache"), "device": "cpu"}
             )
         )
-    with pytest.raises(LogitcaskError, match=rule):
-        list(generate_text(str(place / "run"), "a", max_new_tokens=1, temperature=0.0, device="cpu", seed=0))
+
+
+def test_generate_takes_the_folder_of_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(model: str) -> str:
+        folder = str(place / model)
+        return "".join(generate_text(folder, "How", max_new_tokens=8, temperature=0.0, device="cpu", seed=0))
+
+    assert answer("run") == answer("run/final")
+    assert capsys.readouterr().err == f"model     {place / 'run' / 'final'}\n"
 
 
 def test_of_an_unfinished_run_it_is_the_latest_checkpoint(place: Path, tmp_path: Path) -> None:
