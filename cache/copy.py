@@ -7,10 +7,9 @@ folder beside it first and packed at the end.
 
 import contextlib
 import hashlib
-import os
+import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from logitcask.cache.integrity import (
     shard_keys,
 )
 from logitcask.cache.layout import shard_specs
-from logitcask.cache.manifest import Manifest, PartIdentity, dataset_card, flatten
+from logitcask.cache.manifest import Manifest, PartIdentity, flatten
 from logitcask.cache.reader import CacheReader, read_manifest
 from logitcask.cache.storage.bounded import MAX_JSON, read_bounded
 from logitcask.cache.storage.hub import HubFolder, is_repository
@@ -53,9 +52,9 @@ from logitcask.cache.storage.open import (
 )
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
 from logitcask.cache.storage.remote import RemoteStore
+from logitcask.cache.storage.zip import pack
 from logitcask.cache.writer import create_cache, is_torn, plan_digest
 
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # of every entry, so that equal caches give equal files
 CARD = "README.md"
 COMMIT_SHARDS, COMMIT_BYTES = 50, 1 << 30  # at most, per commit to the hub
 AT_ONCE = 8  # objects read or checked at the same time
@@ -96,24 +95,6 @@ def copy_cache(
         stack.enter_context(explain_write_errors(destination))
         copy = _copy_to_zip if is_zip(destination) else _copy_to_folder
         return copy(job, Path(destination))
-
-
-def pack(folder: Path, destination: Path) -> None:
-    """Move a cache from a folder into a .zip file, which appears only when it is complete; remove the folder."""
-    partial = destination.with_name(f".{destination.name}.partial")
-    with partial.open("wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"):
-                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), ZIP_DATE)
-                entry.external_attr = 0o644 << 16
-                entry.file_size = path.stat().st_size
-                with path.open("rb") as source, archive.open(entry, "w") as target:
-                    shutil.copyfileobj(source, target)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(destination)
-    flush_names_above(destination)  # before what it was made from is gone
-    shutil.rmtree(folder)
 
 
 def _copy_to_folder(job: "_Copy", folder: Path) -> Copied:
@@ -306,3 +287,49 @@ def _require_same_cache(target: Store, place: str, wanted: Manifest) -> None:
     mismatches = differences(flatten(dict(read_manifest(target, place))), flatten(dict(wanted)))
     if mismatches:
         raise CacheMismatchError(f"{place}: holds another cache: {'; '.join(mismatches)}; choose another destination")
+
+
+def dataset_card(manifest: Manifest, url: str) -> str:
+    """Return the dataset card of a cache at an hf:// URL: YAML, of which JSON is a part, and Markdown."""
+    teacher, data, label = manifest.teacher, manifest.data, manifest.label
+    name = teacher.id.replace("`", "'").replace("|", "/")
+    sizes = [("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7)]
+    size = next((size for size, limit in sizes if data.examples < limit), "10M<n<100M")
+    at = ", ".join(f"{t:g}" for t in label.temperatures)
+    tail = f"{label.tail_draws} draws from the rest" if label.tail_draws else "no draws from the rest"
+    unknown = f"; unknown: {', '.join(label.unknown)}" if label.unknown else ""
+    part = f", from shard {manifest.part.first} of {manifest.part.of}" if manifest.part else ""
+    facts = {
+        "teacher": f"`{name}`, revision `{teacher.revision or 'none'}`, {teacher.dtype}, by {teacher.engine}",
+        "teacher's weights": f"`{teacher.weights}`",
+        "tokenizer": f"{label.vocab_size:,} tokens, fingerprint `{manifest.tokenizer.fingerprint}`",
+        "data": f"{data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} labelled positions",
+        "data's fingerprint": f"`{data.fingerprint}`",
+        "label": f"the {label.head_size} most probable tokens, {tail}; for students at temperatures {at}{unknown}",
+        "shards": f"{manifest.shards.count}{part}",
+    }
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(f'Soft labels of {name}')}",
+        "tags: [logitcask, knowledge-distillation, soft-labels, logits]",
+        f"size_categories: [{json.dumps(size)}]",
+        "viewer: false",
+        "---",
+        "",
+        f"# Soft labels of `{name}`",
+        "",
+        f"A Logitcask cache, format {manifest.format_version}: the tokens of a text, and for each position what the",
+        "teacher expects next. Students are trained from it without the teacher:",
+        "",
+        "```sh",
+        f"logitcask cache verify {url}",
+        f"logitcask train --cache {url} --student-model STUDENT --output-dir run",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts.items()),
+        "",
+        "Where the texts come from and under which licence they may be used is not recorded: add it here.",
+    ]
+    return "\n".join(lines) + "\n"

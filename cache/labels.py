@@ -70,7 +70,7 @@ class ExactTargets(SparseTargets):
     ``cache.exact.head.decode`` gives the hidden states, (N, W).
     """
 
-    codes: IntArray  # (N, C) coefficients of the hidden state in the basis of the cache, in steps
+    codes: NDArray[np.integer[Any]]  # (N, C) coefficients of the hidden state in the basis of the cache, in steps
     steps: FloatArray  # (N,)
 
 

@@ -18,6 +18,8 @@ from pydantic import ValidationError
 from zarr.codecs import BloscCodec, TransposeCodec
 
 from logitcask.cache.errors import CacheFormatError
+from logitcask.cache.exact.code import pack, packed_width, step_sizes, unpack
+from logitcask.cache.exact.odds import beyond, log_tail_of, odds_codes, odds_of
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.labels import ExactTargets, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, ShardPlan, label_entries
@@ -31,15 +33,14 @@ GOLD_SCALE = 2.0**-3  # used only for the perplexity of the text
 PARTITION_SCALE = 2.0**-8
 TAIL_UNIT, TAIL_STEPS = 2.0, 4.0  # a drawn token d nats below the head has code 4 log(1 + d / 2): coarser the lower
 ABSENT = 65535  # the code of minus infinity
-NO_TAIL = -(2**15)  # the code of log-odds of minus infinity
 DECODED_AT_ONCE = 1 << 22  # label entries, so that what decoding needs beside its result stays small
 MADE_BY_WIDTH = 512  # bytes of a shard's record of what labelled it
 MADE_BY_TEXT = 48  # characters kept of each of its values, so that they fit
-KEPT = ("head_ids", "tail_ids", "tail_counts", "codes")  # labels that keep their stored types
+KEPT = ("head_ids", "tail_ids", "tail_counts")  # labels that keep their stored types
 ARRAYS = (  # the names of all arrays that ``shard_specs`` may return
     *("token_count", "position_count", "input_ids", "target_mask", "head_ids", "head_logprobs", "tail_ids"),
     *("tail_logprobs", "tail_counts", "log_tail_odds", "log_partition", "gold_logprobs", "fidelity", "made_by"),
-    *("category", "language", "hidden_codes", "hidden_steps"),
+    *("category", "language", "hidden_codes", "hidden_quotients"),
 )
 
 
@@ -120,10 +121,12 @@ def _hidden_specs(label: LabelSettings) -> list[ArraySpec]:
     """Return the arrays of exact labels."""
     if label.exact is None:
         return []
-    meaning = "coefficients of the hidden state in the basis of the cache, in steps"
+    columns = label.exact.columns
+    meaning = "coefficients of the hidden state, in steps, packed: see cache/exact/code.py"
+    beyond = "quotients of coefficients outside the range of their column"
     return [
-        ArraySpec("hidden_codes", "position", "int8", label.exact.columns, meaning),
-        ArraySpec("hidden_steps", "position", "float32", 0, "the step of each position"),
+        ArraySpec("hidden_codes", "position", "uint8", packed_width(columns), meaning),
+        ArraySpec("hidden_quotients", "position", "int8", sum(columns), beyond),
     ]
 
 
@@ -210,8 +213,8 @@ def _last(head_logprobs: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(np.isneginf(head_logprobs[:, -1:]), np.float32(0.0), head_logprobs[:, -1:])
 
 
-def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
-    """Encode labels as the integer arrays of the cache, by array name."""
+def encode_targets(targets: SparseTargets, label: LabelSettings | None = None) -> dict[str, NDArray[Any]]:
+    """Encode labels as the integer arrays of the cache, by array name; exact ones need the settings."""
     padding = targets.tail_counts == 0
     head_scale, odds_scale = _scales(isinstance(targets, ExactTargets))
     head = _codes(targets.head_logprobs, head_scale)
@@ -223,11 +226,21 @@ def encode_targets(targets: SparseTargets) -> dict[str, NDArray[Any]]:
         "tail_ids": np.diff(drawn, axis=1, prepend=0),
         "tail_logprobs": np.where(padding, 0, np.rint(TAIL_STEPS * np.log1p(below / TAIL_UNIT))),
         "tail_counts": targets.tail_counts,
-        "log_tail_odds": np.diff(_odds_codes(targets.log_tail_mass, odds_scale), axis=1, prepend=np.int16(0)),
+        "log_tail_odds": np.diff(odds_codes(targets.log_tail_mass, odds_scale), axis=1, prepend=np.int16(0)),
         "log_partition": np.rint(targets.log_partition.astype(np.float64) / PARTITION_SCALE),
         "gold_logprobs": _codes(targets.gold_logprobs, GOLD_SCALE),
-        **({"hidden_codes": targets.codes, "hidden_steps": targets.steps} if isinstance(targets, ExactTargets) else {}),
+        **_packed(targets, label),
     }
+
+
+def _packed(targets: SparseTargets, label: LabelSettings | None) -> dict[str, NDArray[Any]]:
+    """Return the arrays of the hidden states, if there are any."""
+    if not isinstance(targets, ExactTargets):
+        return {}
+    assert label is not None, "exact labels need their settings"
+    assert label.exact is not None, "exact labels need their code"
+    codes, quotients = pack(targets.codes, label.exact.columns)
+    return {"hidden_codes": codes, "hidden_quotients": quotients}
 
 
 def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTargets:
@@ -235,7 +248,10 @@ def decode_targets(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> Spa
 
     Of many positions the arrays are taken over: ``tail_ids`` is decoded in place.
     """
-    n, step = len(arrays["gold_logprobs"]), max(1, DECODED_AT_ONCE // label_entries(label))
+    n, step = (
+        len(arrays["gold_logprobs"]),
+        max(1, DECODED_AT_ONCE // (label_entries(label) + (label.exact.kept if label.exact else 0))),
+    )
     if n <= step:
         return _decode(arrays, label)
     whole: dict[str, NDArray[Any]] = {name: arrays[name] for name in KEPT if name in arrays}
@@ -283,7 +299,8 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
     )
     if label.exact is None:
         return sparse
-    return ExactTargets(**vars(sparse), codes=arrays["hidden_codes"], steps=arrays["hidden_steps"])
+    codes = unpack(arrays["hidden_codes"], arrays["hidden_quotients"], label.exact.columns)
+    return ExactTargets(**vars(sparse), codes=codes, steps=step_sizes(log_tail_mass, label.exact.step))
 
 
 def _sums(differences: NDArray[Any]) -> NDArray[Any]:
@@ -294,16 +311,6 @@ def _sums(differences: NDArray[Any]) -> NDArray[Any]:
     return sums.T
 
 
-def _odds_codes(log_tail_mass: NDArray[np.float32], scale: float) -> NDArray[np.int16]:
-    """Encode log(m / (1 - m)); a tail of no mass becomes NO_TAIL."""
-    log_m = log_tail_mass.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        odds = log_m - np.log(-np.expm1(np.minimum(log_m, -np.finfo(np.float32).tiny)))
-    return np.where(np.isneginf(log_m), NO_TAIL, np.clip(np.rint(odds / scale), 1 + NO_TAIL, -1 - NO_TAIL)).astype(
-        np.int16
-    )
-
-
 def _masses(
     head: NDArray[np.float32], codes: NDArray[Any], temperatures: Sequence[float], scale: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -311,11 +318,9 @@ def _masses(
 
     A(t) = log sum over the head of exp(l / t) - log(1 - m_t), where m_t is the tail's mass.
     """
-    summed = _sums(codes)
-    odds = np.where(summed == NO_TAIL, np.float32(-np.inf), summed * np.float32(scale))
-    beyond = np.log(1 + np.exp(-np.abs(odds)))  # log(1 + exp(x)) = max(x, 0) + this
+    odds = odds_of(_sums(codes), scale)
     best, below = head[:, :1], head - head[:, :1]
-    log_partition = np.maximum(odds, 0) + beyond
+    log_partition = np.maximum(odds, 0) + beyond(odds)
     for j, t in enumerate(temperatures):
         log_partition[:, j] += best[:, 0] / np.float32(t) + np.log(np.exp(below / np.float32(t)).sum(1))
-    return log_partition, np.minimum(odds, 0) - beyond
+    return log_partition, log_tail_of(odds)

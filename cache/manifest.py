@@ -27,7 +27,9 @@ FORMAT_VERSION = 5
 EXACT_VERSION = 6  # of caches of exact labels; those of sparse labels are written in FORMAT_VERSION
 READABLE_FORMATS = (4, FORMAT_VERSION, EXACT_VERSION)
 # recorded, but not part of what a cache is: a run may resume it whatever these are
-REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files", "teacher_head.")
+REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
+FITTED = ("teacher_head.", "label.exact.step", "label.exact.columns")  # to the data; a run takes those of the cache
+
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
 MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
@@ -121,11 +123,19 @@ class DataIdentity(_Part):
 class ExactCode(_Part):
     """How the hidden state of an exact label is coded."""
 
-    bits: Annotated[int, Field(ge=2, le=8)]
-    width: Annotated[int, Field(ge=1, le=2**16)] = Field(
-        description="of the hidden state that the teacher's head reads"
+    bits: Annotated[int, Field(ge=1, le=12)] = Field(description="as asked for; each halves the step")
+    step: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = Field(
+        description="of a position that is all tail"
     )
-    columns: Annotated[int, Field(ge=1, le=2**16)] = Field(description="coefficients that are kept of it")
+    width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="of the states that the teacher's head reads")
+    columns: Annotated[list[Annotated[int, Field(ge=0, le=2**14)]], Field(min_length=4, max_length=4)] = Field(
+        description="coefficients that are kept of them: with 255, 15, 6 and 3 values"
+    )
+
+    @property
+    def kept(self) -> int:
+        """How many coefficients are kept."""
+        return sum(self.columns)
 
 
 class LabelSettings(_Part):
@@ -179,8 +189,8 @@ class LabelSettings(_Part):
 class HeadIdentity(_Part):
     """The teacher's head, as it is stored to decode exact labels; its arrays are in the group ``head``."""
 
-    scale: float
-    softcap: float | None
+    scale: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+    softcap: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None
     bias: bool
     digest: Digest = Field(description="SHA-256 of its arrays, little-endian, one after another")
 
@@ -225,6 +235,10 @@ class Manifest(_Part):
             raise ValueError(f"exact labels need a teacher_head and format {EXACT_VERSION}, and no others have them")
         if self.label.exact and (self.label.tail_draws or not self.label.head_size):
             raise ValueError("exact labels have a head and no draws")
+        if self.label.exact and not 1 <= self.label.exact.kept <= self.label.exact.width:
+            raise ValueError(
+                f"exact labels keep 1 to {self.label.exact.width} coefficients, got {self.label.exact.kept}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -247,7 +261,7 @@ def shard_bytes(label: LabelSettings, plan: ShardPlan) -> int:
     """Return the bytes that a full shard takes in memory while it is read: its codes and what they stand for."""
     drawn = 10 if label.tail_draws < 256 else 13
     position = 10 * label.head_size + drawn * label.tail_draws + 12 * len(label.temperatures) + 10
-    position += label.exact.columns + 4 if label.exact else 0
+    position += 4 * label.exact.kept + 4 if label.exact else 0  # in 16 bits, packed, and what does not fit
     return plan.positions * position + plan.tokens * 6 + plan.examples * 32
 
 
@@ -271,7 +285,7 @@ def flatten(parts: Mapping[str, Any]) -> dict[str, object]:
 
 def identity(parts: Mapping[str, Any]) -> dict[str, object]:
     """Return what must be equal to resume a cache, of a manifest's parts, by dotted name."""
-    return {name: value for name, value in flatten(parts).items() if not name.startswith(REPORTED)}
+    return {name: value for name, value in flatten(parts).items() if not name.startswith((*REPORTED, *FITTED))}
 
 
 def parse_manifest(attributes: Any, where: str) -> Manifest:
@@ -303,49 +317,3 @@ def parse_manifest(attributes: Any, where: str) -> Manifest:
 def sha256(data: bytes) -> str:
     """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
-
-
-def dataset_card(manifest: Manifest, url: str) -> str:
-    """Return the dataset card of a cache at an hf:// URL: YAML, of which JSON is a part, and Markdown."""
-    teacher, data, label = manifest.teacher, manifest.data, manifest.label
-    name = teacher.id.replace("`", "'").replace("|", "/")
-    sizes = [("n<1K", 10**3), ("1K<n<10K", 10**4), ("10K<n<100K", 10**5), ("100K<n<1M", 10**6), ("1M<n<10M", 10**7)]
-    size = next((size for size, limit in sizes if data.examples < limit), "10M<n<100M")
-    at = ", ".join(f"{t:g}" for t in label.temperatures)
-    tail = f"{label.tail_draws} draws from the rest" if label.tail_draws else "no draws from the rest"
-    unknown = f"; unknown: {', '.join(label.unknown)}" if label.unknown else ""
-    part = f", from shard {manifest.part.first} of {manifest.part.of}" if manifest.part else ""
-    facts = {
-        "teacher": f"`{name}`, revision `{teacher.revision or 'none'}`, {teacher.dtype}, by {teacher.engine}",
-        "teacher's weights": f"`{teacher.weights}`",
-        "tokenizer": f"{label.vocab_size:,} tokens, fingerprint `{manifest.tokenizer.fingerprint}`",
-        "data": f"{data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} labelled positions",
-        "data's fingerprint": f"`{data.fingerprint}`",
-        "label": f"the {label.head_size} most probable tokens, {tail}; for students at temperatures {at}{unknown}",
-        "shards": f"{manifest.shards.count}{part}",
-    }
-    lines = [
-        "---",
-        f"pretty_name: {json.dumps(f'Soft labels of {name}')}",
-        "tags: [logitcask, knowledge-distillation, soft-labels, logits]",
-        f"size_categories: [{json.dumps(size)}]",
-        "viewer: false",
-        "---",
-        "",
-        f"# Soft labels of `{name}`",
-        "",
-        f"A Logitcask cache, format {manifest.format_version}: the tokens of a text, and for each position what the",
-        "teacher expects next. Students are trained from it without the teacher:",
-        "",
-        "```sh",
-        f"logitcask cache verify {url}",
-        f"logitcask train --cache {url} --student-model STUDENT --output-dir run",
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts.items()),
-        "",
-        "Where the texts come from and under which licence they may be used is not recorded: add it here.",
-    ]
-    return "\n".join(lines) + "\n"

@@ -97,7 +97,7 @@ class CacheWriter:
             "position_count": shard.position_count,
             "input_ids": shard.input_ids,
             "target_mask": shard.target_mask,
-            **encode_targets(shard.targets),
+            **encode_targets(shard.targets, self.manifest.label),
             **shard.metadata,
         }
         if self.manifest.label.fidelity_positions:

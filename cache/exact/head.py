@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.labels import ExactTargets, FloatArray
 from logitcask.cache.manifest import HeadIdentity, LabelSettings, Manifest
 
@@ -22,6 +23,7 @@ GROUP = "head"
 LEVEL = 3  # of zstd: weights are noise, a higher level takes longer and saves nothing
 OBJECT_BYTES = 1 << 25  # of each object of the weights
 LARGEST = 127  # of a weight's code
+MOST = 1e6  # of any number: what is decoded stays finite
 Layout = dict[str, Any]
 
 
@@ -35,6 +37,7 @@ class TeacherHead:
     scale: float
     softcap: float | None
     basis: FloatArray  # (C, W) h = coefficients @ basis + centre
+    forward: FloatArray  # (W, C) coefficients = (h - centre) @ forward, to code other hidden states
     centre: FloatArray  # (W,)
 
     @property
@@ -49,7 +52,8 @@ class TeacherHead:
         """Return what is stored, by name in the group."""
         bias = {} if self.bias is None else {"bias": self.bias}
         return {
-            "weight": self.weight, "weight_scale": self.weight_scale, **bias, "basis": self.basis, "centre": self.centre
+            "weight": self.weight, "weight_scale": self.weight_scale, **bias,
+            "basis": self.basis, "forward": self.forward, "centre": self.centre,
         }  # fmt: skip
 
     def weights(self, rows: slice = slice(None)) -> FloatArray:
@@ -89,12 +93,13 @@ def quantised(weights: Callable[[slice], FloatArray], vocabulary: int) -> tuple[
 def layouts(label: LabelSettings, head: HeadIdentity) -> dict[str, Layout]:
     """Return the arguments of ``create_array`` for each array of the group, in the order of the digest."""
     assert label.exact is not None
-    v, w, c = label.vocab_size, label.exact.width, label.exact.columns
+    v, w, c = label.vocab_size, label.exact.width, sum(label.exact.columns)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "weight": ((v, w), "int8"),
         "weight_scale": ((v,), "float32"),
         **({"bias": ((v,), "float32")} if head.bias else {}),
         "basis": ((c, w), "float32"),
+        "forward": ((w, c), "float32"),
         "centre": ((w,), "float32"),
     }
     return {name: _layout(*each) for name, each in shapes.items()}
@@ -124,6 +129,12 @@ def head_objects(manifest: Manifest) -> tuple[list[str], list[str]]:
 
 
 def head_of(identity: HeadIdentity, arrays: Mapping[str, NDArray[Any]]) -> TeacherHead:
-    """Return a head from its stored arrays."""
+    """Return a head from its stored arrays. Raises CacheFormatError if they are others, or spoil a student's loss."""
     parts: dict[str, Any] = {"bias": None, **arrays}
-    return TeacherHead(**parts, scale=identity.scale, softcap=identity.softcap)
+    head = TeacherHead(**parts, scale=identity.scale, softcap=identity.softcap)
+    if head.identity != identity:
+        raise CacheFormatError(f"{GROUP} is damaged: its digest differs from the manifest's")
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.abs(array).max() <= MOST:
+            raise CacheFormatError(f"{GROUP}/{name}: must be finite numbers, at most {MOST:g}")
+    return head

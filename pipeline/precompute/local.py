@@ -5,7 +5,7 @@ from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.exact.head import TeacherHead
-from logitcask.cache.manifest import LabelSettings, Manifest
+from logitcask.cache.manifest import ExactCode, LabelSettings, Manifest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
@@ -29,10 +29,12 @@ class LocalExecutor:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
 
-    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
-        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+    def fitted_head(
+        self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int
+    ) -> tuple[TeacherHead, ExactCode]:
+        """Return the teacher's head and the code of exact labels, fitted to its hidden states on some batches."""
         assert isinstance(self._teacher, ExactTeacher), "the settings refuse other engines"
-        return fitted_head(self._teacher, batches, vocab_size)
+        return fitted_head(self._teacher, batches, label, bits)
 
     def check_resumed(self, work: Work, done: Sequence[int]) -> None:
         """Raise LogitcaskError if servers give other labels than a committed shard, as those of other weights do."""
@@ -55,11 +57,11 @@ class LocalExecutor:
             self._teacher.use_head(CacheReader(self._output, partial=True).teacher_head())
         following = map(work.batches, shards)
         batches = next(following, [])
-        self._teacher.expect(batches, work.label)
+        self._teacher.expect(batches, manifest.label)
         for index in shards:
             coming = next(following, [])
-            self._teacher.expect(coming, work.label)
-            writer.write_shard(index, label_shard(self._teacher, batches, work.label, advance))
+            self._teacher.expect(coming, manifest.label)
+            writer.write_shard(index, label_shard(self._teacher, batches, manifest.label, advance))
             batches = coming
 
     def close(self) -> None:

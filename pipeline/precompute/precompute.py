@@ -89,9 +89,9 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
             check_teacher(executor.teacher, size, settings.max_seq_length)
             head = None
             if settings.preset == "exact":
-                head = _stored_head(settings, before) or executor.fitted_head(work.batches(0), size)
-                work = replace(work, label=_with_width(work.label, settings.hidden_bits, head))
-                parts |= {"label": work.label, "teacher_head": head.identity}
+                head, code = _head_and_code(settings, before, executor, work)
+                label = work.label.model_copy(update={"exact": code})
+                parts |= {"label": label, "teacher_head": head.identity}
             with explain_limits():
                 manifest = Manifest.model_validate({**parts, "teacher": executor.teacher.identity})
             with explain_write_errors(settings.output):
@@ -136,18 +136,14 @@ def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> Precomput
     return settings.model_copy(update=same)
 
 
-def _stored_head(settings: PrecomputeSettings, stored: Manifest | None) -> TeacherHead | None:
-    """Return the teacher's head of the cache that is resumed, None if there is none or it is damaged."""
-    if stored is None:
-        return None
-    with contextlib.suppress(CacheFormatError):
-        return CacheReader(settings.output, partial=True).teacher_head()
-    return None
-
-
-def _with_width(label: LabelSettings, bits: int, head: TeacherHead) -> LabelSettings:
-    columns, width = head.basis.shape
-    return label.model_copy(update={"exact": ExactCode(bits=bits, width=width, columns=columns)})
+def _head_and_code(
+    settings: PrecomputeSettings, stored: Manifest | None, executor: LocalExecutor | RayExecutor, work: Work
+) -> tuple[TeacherHead, ExactCode]:
+    """Return the teacher's head and the code of exact labels: those of the cache that is resumed, if they are sound."""
+    if stored is not None and stored.label.exact is not None:
+        with contextlib.suppress(CacheFormatError):
+            return CacheReader(settings.output, partial=True).teacher_head(), stored.label.exact
+    return executor.fitted_head(work.calibration(), work.label, settings.hidden_bits)
 
 
 def _require_same(settings: PrecomputeSettings, reading: Reading, stored: Manifest, parts: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from logitcask.cache.errors import LogitcaskError, differences, first_line
 from logitcask.cache.exact.head import TeacherHead
-from logitcask.cache.manifest import LabelSettings, Manifest, identity
+from logitcask.cache.manifest import ExactCode, LabelSettings, Manifest, identity
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
@@ -51,10 +51,12 @@ class Labeller:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
 
-    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
-        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+    def fitted_head(
+        self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int
+    ) -> tuple[TeacherHead, ExactCode]:
+        """Return the teacher's head and the code of exact labels, fitted to its hidden states on some batches."""
         assert isinstance(self._teacher, ExactTeacher), "the settings refuse other engines"
-        return fitted_head(self._teacher, batches, vocab_size)
+        return fitted_head(self._teacher, batches, label, bits)
 
     def write(self, index: int, batches: list[list[TokenizedExample]], manifest: Manifest) -> int:
         """Label and write a shard; return its number of tokens."""
@@ -106,11 +108,15 @@ class RayExecutor:
         with _explain_worker_errors():
             self._ray.get(self._actors[0].check_engine.remote(batch, label))
 
-    def fitted_head(self, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
-        """Return the teacher's head for exact labels, fitted to its hidden states on some examples."""
+    def fitted_head(
+        self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int
+    ) -> tuple[TeacherHead, ExactCode]:
+        """Return the teacher's head and the code of exact labels, fitted to its hidden states on some batches."""
         with _explain_worker_errors():
-            head: TeacherHead = self._ray.get(self._actors[0].fitted_head.remote(batches, vocab_size))
-        return head
+            made: tuple[TeacherHead, ExactCode] = self._ray.get(
+                self._actors[0].fitted_head.remote(batches, label, bits)
+            )
+        return made
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Hand out shards as workers become free, calling ``advance`` with the tokens of each that is written."""

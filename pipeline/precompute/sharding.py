@@ -70,6 +70,11 @@ class Work:
         groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)
         return [[examples[int(i)] for i in group] for group in groups]
 
+    def calibration(self) -> list[list[TokenizedExample]]:
+        """Return the batches of the first shard in a random order: the same for every part of a run."""
+        batches = self.batches(0)
+        return [batches[i] for i in np.random.default_rng([self.label.seed, 3]).permutation(len(batches))]
+
 
 def shards_of(part: Part, count: int) -> range:
     """Return the shards of part i of n, i from 1: every n-th, so that parts are even."""

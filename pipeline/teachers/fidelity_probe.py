@@ -54,7 +54,7 @@ class Probe:
 
         ``rebuilt`` returns the distributions (n, V) that exact labels stand for, at the j-th temperature.
         """
-        stored = decode_targets(encode_targets(targets), label)
+        stored = decode_targets(encode_targets(targets, label), label)
         z_nV, h_nH = logits_nV.float(), hidden_nH.float()
         length_n = (h_nH**2).sum(1).double()
         hidden_nF = self._sketch_hidden(h_nH)

@@ -4,7 +4,6 @@ Legend: N target positions, V vocabulary, M tail draws.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.invariants import impossible
 from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
-from logitcask.cache.manifest import LabelSettings
+from logitcask.cache.manifest import ExactCode, LabelSettings
 from logitcask.pipeline.models.head import non_finite_remedy
-from logitcask.pipeline.teachers.exact import HiddenCoder
+from logitcask.pipeline.teachers.exact.coder import HiddenCoder
+from logitcask.pipeline.teachers.exact.fit import calibration_positions, fitted
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TokenizedExample
@@ -78,13 +78,25 @@ def label_rows(
     return SparseTargets.concatenate(parts), sums
 
 
-def fitted_head(teacher: ExactTeacher, batches: Sequence[Sequence[TokenizedExample]], vocab_size: int) -> TeacherHead:
-    """Return the teacher's head with the basis in which its hidden states are coded: a rotation."""
-    head = teacher.output_head(vocab_size)
-    width = head.weight.shape[1]
-    random = np.random.Generator(np.random.Philox(key=width))
-    basis, _ = np.linalg.qr(random.standard_normal((width, width)))
-    return replace(head, basis=basis.astype(np.float32))
+def fitted_head(
+    teacher: ExactTeacher, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int
+) -> tuple[TeacherHead, ExactCode]:
+    """Return the teacher's head with the basis in which its hidden states are coded, fitted to those of some batches.
+
+    As many batches are used as hold the positions that ``fit`` wants.
+    """
+    head = teacher.output_head(label.vocab_size)
+    wanted, held, states = calibration_positions(head.weight.shape[1]), 0, []
+    for batch in batches:
+        if held < wanted:
+            states.append(teacher.hidden_states(batch))
+            held += len(states[-1])
+    hidden_NW = np.concatenate(states)
+    finite_NW = hidden_NW[np.isfinite(hidden_NW).all(1)]  # an example that has others is refused with its labels
+    if not len(finite_NW):
+        dtype = teacher.facts.identity.dtype
+        raise LogitcaskError(f"the teacher's hidden states are not finite in {dtype}: {non_finite_remedy(dtype)}")
+    return fitted(head, finite_NW, label, bits)
 
 
 def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
-from logitcask.cache.labels import IntArray, SparseTargets
+from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 
 
@@ -80,6 +80,10 @@ class ExactTeacher(Teacher, Protocol):
 
     def output_head(self, vocab_size: int) -> TeacherHead:
         """Return its head, without a basis, for exact labels."""
+        ...
+
+    def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
+        """Return what the head reads at the target positions of a batch, (N, W)."""
         ...
 
     def use_head(self, head: TeacherHead) -> None:

@@ -9,15 +9,18 @@ from functools import partial
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.exact.head import TeacherHead
+from logitcask.cache.labels import FloatArray, IntArray
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 from logitcask.pipeline.machine import choose_device, device_name
 from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
-from logitcask.pipeline.teachers.exact import HiddenCoder, stored_head
+from logitcask.pipeline.teachers.exact.coder import HiddenCoder
+from logitcask.pipeline.teachers.exact.heads import stored_head
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
@@ -47,23 +50,18 @@ class TransformersTeacher:
 
         Rows are padded on the right and run without a padding mask: attention is causal, so no real token sees padding.
         """
-        longest = max(len(example.input_ids) for example in batch)
-        ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
-        mask_BL = np.zeros((len(batch), longest), dtype=bool)
-        for row, example in enumerate(batch):
-            ids_BL[row, : len(example.input_ids)] = example.input_ids
-            mask_BL[row, : len(example.input_ids)] = example.target_mask
+        ids_BL, mask_BL = _padded(batch)
         counts = mask_BL.sum(1).tolist()
         uniforms = [
             uniform_draws(label.seed, example.index, count, label.tail_draws)
             for example, count in zip(batch, counts, strict=True)
         ]
         with torch.inference_mode():
-            hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
+            hidden_NH = self._hidden(ids_BL, mask_BL)
             buffer = self._logits_buffer(label)
             targets, fidelity = label_rows(
                 partial(self._head.logits, room=buffer),
-                hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)],
+                hidden_NH,
                 np.roll(ids_BL, -1, axis=1)[mask_BL],
                 np.concatenate(uniforms),
                 np.concatenate([example.measured for example in batch]),
@@ -73,6 +71,16 @@ class TransformersTeacher:
                 self._coder_for(label),
             )
         return Labelled(split_rows(targets, counts), fidelity)
+
+    def _hidden(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+        hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
+        return hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)]
+
+    def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
+        """Return what the head reads at the target positions of a batch, (N, W)."""
+        with torch.inference_mode():
+            hidden: FloatArray = self._hidden(*_padded(batch)).float().cpu().numpy()
+        return hidden
 
     def output_head(self, vocab_size: int) -> TeacherHead:
         """Return its head, without a basis, for exact labels."""
@@ -99,6 +107,17 @@ class TransformersTeacher:
         if self._cached_probe is None and label.fidelity_positions:
             self._cached_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
         return self._cached_probe
+
+
+def _padded(batch: Sequence[TokenizedExample]) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Return the token ids and the target masks of a batch, (B, L), padded on the right."""
+    longest = max(len(example.input_ids) for example in batch)
+    ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
+    mask_BL = np.zeros((len(batch), longest), dtype=bool)
+    for row, example in enumerate(batch):
+        ids_BL[row, : len(example.input_ids)] = example.input_ids
+        mask_BL[row, : len(example.input_ids)] = example.target_mask
+    return ids_BL, mask_BL
 
 
 def load_teacher(

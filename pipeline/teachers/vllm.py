@@ -13,17 +13,18 @@ import torch
 from safetensors.numpy import load
 
 from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
-from logitcask.cache.labels import SparseTargets
+from logitcask.cache.labels import ExactTargets, FloatArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, TeacherIdentity
 from logitcask.pipeline.machine import device_name
+from logitcask.pipeline.teachers.exact.heads import packed_head, unpacked_head
 from logitcask.pipeline.teachers.labelling import split_rows
 from logitcask.pipeline.teachers.sparsify import head_only
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
 
 KEY = "logitcask"  # in a request's extra_args
 TESTED = "0.31 and 0.32"  # the worker uses private attributes, which these versions have
-FIELDS = tuple(SparseTargets.__dataclass_fields__)
 CPU_KV_CACHE = 1 << 30  # bytes; by default vLLM takes half of the machine's memory
 
 
@@ -33,6 +34,7 @@ class VllmTeacher:
     def __init__(self, llm: Any, facts: TeacherFacts) -> None:
         self._llm, self.facts = llm, facts
         self._label: LabelSettings | None = None
+        self._stored_head = b""  # for exact labels
 
     def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
         """Do nothing: batches are labelled one after another."""
@@ -40,7 +42,7 @@ class VllmTeacher:
     def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
         """Return the labels of each example's target positions. vLLM schedules the batch as it sees fit."""
         if label != self._label:
-            self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(),))
+            self._llm.collective_rpc("logitcask_begin", args=(label.model_dump_json(), self._stored_head))
             self._label = label
         self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
         fidelity = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
@@ -48,7 +50,8 @@ class VllmTeacher:
         for data in self._llm.collective_rpc("logitcask_take"):
             if data:
                 arrays = load(data)
-                targets = SparseTargets(*(arrays[name] for name in FIELDS))
+                kind = ExactTargets if label.exact else SparseTargets
+                targets = kind(*(arrays[name] for name in kind.names()))
                 labels |= dict(
                     zip(arrays["examples"].tolist(), split_rows(targets, arrays["counts"].tolist()), strict=True)
                 )
@@ -61,6 +64,25 @@ class VllmTeacher:
                     f"schedules differently from {TESTED}, which work: use one of them, or --engine transformers"
                 )
         return Labelled([labels[example.index] for example in batch], fidelity)
+
+    def output_head(self, vocab_size: int) -> TeacherHead:
+        """Return its head, without a basis, for exact labels."""
+        return unpacked_head(next(filter(None, self._llm.collective_rpc("logitcask_head", args=(vocab_size,)))))
+
+    def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
+        """Return what the head reads at the target positions of a batch, (N, W)."""
+        self._llm.collective_rpc("logitcask_begin")
+        self._label = None
+        self._generate([example.input_ids[:-1].tolist() for example in batch], [_request(e) for e in batch])
+        arrays = load(next(filter(None, self._llm.collective_rpc("logitcask_take"))))
+        starts = dict(zip(arrays["examples"].tolist(), np.cumsum(arrays["counts"]) - arrays["counts"], strict=True))
+        counts = {example.index: int(example.target_mask.sum()) for example in batch}
+        rows = [arrays["hidden"][starts[index] : starts[index] + count] for index, count in counts.items()]
+        return np.concatenate(rows)
+
+    def use_head(self, head: TeacherHead) -> None:
+        """Code hidden states in the basis of this head from now on."""
+        self._stored_head, self._label = packed_head(head), None
 
     def _generate(self, prompts: list[list[int]], wanted: list[dict[str, Any]]) -> None:
         from vllm import SamplingParams

@@ -17,10 +17,13 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
+from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
-from logitcask.cache.labels import SparseTargets
+from logitcask.cache.labels import FloatArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.load import weights_fingerprint
+from logitcask.pipeline.teachers.exact.coder import HiddenCoder
+from logitcask.pipeline.teachers.exact.heads import measured_head, packed_head, unpacked_head
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
@@ -32,6 +35,7 @@ class _Rows:
     """Labels of one request so far: its prefill may be split into chunks, and start over after a preemption."""
 
     parts: list[SparseTargets] = field(default_factory=list)
+    hidden: list[FloatArray] = field(default_factory=list)  # in place of labels, if they are asked for
     fidelity: FidelitySums | None = None
     positions: int = 0
 
@@ -39,15 +43,21 @@ class _Rows:
 class Capture:
     """Turns chunks of hidden states into the labels of whole examples."""
 
-    def __init__(self, label: LabelSettings, logits_of: Callable[[Tensor], Tensor | None], keeps_labels: bool) -> None:
+    def __init__(
+        self, label: LabelSettings | None, logits_of: Callable[[Tensor], Tensor | None], keeps_labels: bool
+    ) -> None:
         """``keeps_labels``: whether this rank does; the others only take part in computing the logits."""
         self._logits_of, self._keeps_labels = logits_of, keeps_labels
         self.begin(label)
 
-    def begin(self, label: LabelSettings) -> None:
-        """Label with these settings from now on; labels not yet handed over are dropped."""
-        self._label = label
+    def begin(self, label: LabelSettings | None, head: TeacherHead | None = None) -> None:
+        """Label with these settings from now on; labels not yet handed over are dropped.
+
+        Exact labels need the ``head`` that a cache stores; without settings, hidden states are handed over.
+        """
+        self._label, self._head = label, head
         self._probe: Probe | None = None
+        self._coder: HiddenCoder | None = None
         self._unfinished: dict[str, _Rows] = {}
         self._finished: dict[int, _Rows] = {}
 
@@ -63,10 +73,14 @@ class Capture:
         inside = np.flatnonzero((targets >= start) & (targets < start + len(hidden)))
         if len(inside):
             chosen = hidden[torch.from_numpy(targets[inside] - start).to(hidden.device)]
-            if self._keeps_labels:
-                self._label_rows(rows, wanted, np.asarray(prompt_L, dtype=np.int64), targets, inside, chosen)
+            if self._label is None:
+                rows.hidden.append(chosen.float().cpu().numpy())
+            elif self._keeps_labels:
+                self._label_rows(
+                    rows, self._label, wanted, np.asarray(prompt_L, dtype=np.int64), targets, inside, chosen
+                )
             else:
-                at_once = self._slice_rows(chosen)
+                at_once = slice_rows(self._label.vocab_size, chosen.device, fresh=True)
                 for first in range(0, len(chosen), at_once):
                     self._logits_of(chosen[first : first + at_once])
             rows.positions += len(inside)
@@ -74,11 +88,20 @@ class Capture:
             self._finished[int(wanted["example"])] = self._unfinished.pop(request)
 
     def _label_rows(
-        self, rows: _Rows, wanted: dict[str, Any], prompt_L: Any, targets: Any, inside: Any, chosen: Tensor
+        self,
+        rows: _Rows,
+        label: LabelSettings,
+        wanted: dict[str, Any],
+        prompt_L: Any,
+        targets: Any,
+        inside: Any,
+        chosen: Tensor,
     ) -> None:
-        label = self._label
         if self._probe is None and label.fidelity_positions:
             self._probe = Probe(label.vocab_size, chosen.shape[1], chosen.device)
+        if self._coder is None and label.exact:
+            assert self._head is not None, "exact labels need a head"
+            self._coder = HiddenCoder(self._head, label, chosen.device)
         uniforms_NM = uniform_draws(label.seed, int(wanted["example"]), len(targets), label.tail_draws)
         following = np.append(prompt_L[1:], wanted["last"])  # not in the prompt: it predicts nothing
         targets_of_chunk, fidelity = label_rows(
@@ -89,13 +112,11 @@ class Capture:
             np.isin(inside, wanted["measured"]),
             label,
             self._probe,
-            self._slice_rows(chosen),
+            slice_rows(label.vocab_size, chosen.device, fresh=True),
+            self._coder,
         )
         rows.parts.append(targets_of_chunk)
         rows.fidelity = fidelity if rows.fidelity is None else rows.fidelity + fidelity
-
-    def _slice_rows(self, hidden: Tensor) -> int:
-        return slice_rows(self._label.vocab_size, hidden.device, fresh=True)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = self._logits_of(hidden)
@@ -103,20 +124,25 @@ class Capture:
         return logits
 
     def hand_over(self) -> bytes:
-        """Return finished labels as safetensors: arrays of SparseTargets, ``examples``, ``counts``, ``fidelity``."""
+        """Return what is finished as safetensors: arrays of targets, or ``hidden``, and of each example.
+
+        That is ``examples``, ``counts`` and, of labels, the sums ``fidelity``.
+        """
         finished, self._finished = dict(sorted(self._finished.items())), {}
         if not self._keeps_labels or not finished:
             return b""
+        counts = np.array([rows.positions for rows in finished.values()], dtype=np.int64)
+        examples = {"examples": np.array(list(finished), dtype=np.int64), "counts": counts}
+        if self._label is None:
+            hidden = np.concatenate([part for rows in finished.values() for part in rows.hidden])
+            return save({"hidden": hidden, **examples})
         parts = [part for rows in finished.values() for part in rows.parts]
         arrays = {name: np.ascontiguousarray(value) for name, value in vars(SparseTargets.concatenate(parts)).items()}
         nothing = FidelitySums.zeros(self._label.temperatures, exact=self._label.exact is not None)
         fidelity = nothing
         for rows in finished.values():
             fidelity += rows.fidelity or nothing
-        counts = np.array([rows.positions for rows in finished.values()], dtype=np.int64)
-        return save(
-            {**arrays, "examples": np.array(list(finished), dtype=np.int64), "counts": counts, "fidelity": fidelity.row}
-        )
+        return save({**arrays, **examples, "fidelity": fidelity.row})
 
 
 class LogitCapture:
@@ -136,15 +162,20 @@ class LogitCapture:
             return lacking_in_v2(runner.prompt_logprobs_worker)
         return "model_runner._get_prompt_logprobs_dict or model_runner.prompt_logprobs_worker"
 
-    def logitcask_begin(self, label: str) -> None:
-        """Start labelling with these LabelSettings, given as JSON."""
-        settings = LabelSettings.model_validate_json(label)
+    def logitcask_begin(self, label: str = "", head: bytes = b"") -> None:
+        """Start labelling with these LabelSettings, given as JSON, exact labels with the head of ``packed_head``.
+
+        Without settings, start collecting hidden states.
+        """
+        settings = LabelSettings.model_validate_json(label) if label else None
+        stored = unpacked_head(head) if head else None
         if self.logitcask_capture is not None:  # the runner is hooked already
-            self.logitcask_capture.begin(settings)
+            self.logitcask_capture.begin(settings, stored)
             return
         runner = self.model_runner  # type: ignore[attr-defined]
         keeps_labels = self.rank % self.parallel_config.tensor_parallel_size == 0  # type: ignore[attr-defined]
         self.logitcask_capture = Capture(settings, runner.model.compute_logits, keeps_labels)
+        self.logitcask_capture.begin(settings, stored)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             _hook_v1(runner, self.logitcask_capture)
         else:
@@ -153,6 +184,18 @@ class LogitCapture:
     def logitcask_take(self) -> bytes:
         """Return the labels finished since the last call; empty on ranks that keep none."""
         return b"" if self.logitcask_capture is None else self.logitcask_capture.hand_over()
+
+    def logitcask_head(self, vocab_size: int) -> bytes:
+        """Return the model's head, measured, as ``packed_head`` does; empty on ranks that keep no labels."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        config = self.model_runner.model_config  # type: ignore[attr-defined]
+        head = measured_head(
+            model.compute_logits,
+            config.get_hidden_size(),
+            vocab_size,
+            torch.zeros((), dtype=config.dtype, device=next(model.parameters()).device),
+        )
+        return packed_head(head) if head is not None else b""
 
     def logitcask_weights(self) -> str:
         """Return the fingerprint of this rank's weights."""

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from logitcask.cache.copy import pack
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
 from logitcask.cache.layout import shard_specs
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
+from logitcask.cache.storage.zip import pack
 from logitcask.cache.verify import repair, verify
 from tests.cache.test_cache import label_settings, manifest_of, write
 from tests.support.nightly import times

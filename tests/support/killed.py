@@ -45,7 +45,7 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
 
     The steps are each object, the flush, and the removal of the folder, after the file was renamed.
     """
-    original, left = copy.pack, [steps]
+    original, left = vars(copy)["pack"], [steps]
 
     def counted(step: Callable[..., object]) -> Callable[..., object]:
         def one(*arguments: Any, **named: Any) -> object:
@@ -61,7 +61,7 @@ def copy_and_die_packing(source: str, destination: str, steps: int) -> None:
             setattr(module, name, counted(getattr(module, name)))
         original(folder, destination)
 
-    copy.pack = pack
+    vars(copy)["pack"] = pack
     copy_cache(source, destination, None)
 
 

@@ -1,0 +1,81 @@
+"""The code of hidden states: whole numbers of steps, packed so that zstd comes near to their entropy.
+
+zstd spends at least one bit on a byte and at best the entropy of single bytes, so that columns of few different values
+share bytes: up to 5 columns of 3 values, 3 of 6, 2 of 15. A value outside its column's range is kept modulo the range;
+a second array, almost all zeros, holds the quotients. The step of a position shrinks with the mass of its tail, which
+is stored anyway: where the head has all the mass, the shape of the tail does not matter.
+
+Legend: N target positions, C coefficients, P bytes they are packed into, J temperatures.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS = (255, 15, 6, 3)  # values of a column, columns sorted by falling range
+PER_BYTE = (1, 2, 3, 5)
+RARE = 1 / 256  # of a calibration column's values, outside a range that is taken
+LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
+
+Codes = NDArray[np.integer[Any]]
+
+
+def packed_width(columns: Sequence[int]) -> int:
+    """Return P, of as many columns of each range."""
+    return sum(-(-count // per_byte) for count, per_byte in zip(columns, PER_BYTE, strict=True))
+
+
+def column_counts(codes_NC: NDArray[np.int64]) -> tuple[int, ...]:
+    """Return how many of the columns, which are sorted by falling range, to keep in each range; the rest are dropped.
+
+    A column is dropped, with all after it, if it is almost always 0.
+    """
+    magnitudes = np.abs(codes_NC)
+    kept = int(np.max(np.flatnonzero((magnitudes > 0).mean(0) > RARE), initial=0)) + 1
+    fits = np.stack([(magnitudes[:, :kept] > (levels - 1) // 2).mean(0) <= RARE for levels in LEVELS[1:]])
+    narrowest = np.minimum.accumulate(fits.sum(0)[::-1])[::-1]  # 0 to 3, rising along the columns
+    return tuple(int((narrowest == place).sum()) for place in range(len(LEVELS)))
+
+
+def pack(codes_NC: Codes, columns: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """Return packed columns (N, P), and the quotients (N, C) of values outside their column's range."""
+    packed, quotients = np.empty((packed_width(columns), len(codes_NC)), np.uint8), []
+    first = place = 0
+    for count, levels, per_byte in zip(columns, LEVELS, PER_BYTE, strict=True):
+        lowest = (levels - 1) // 2
+        quotient, low = np.divmod(codes_NC[:, first : first + count].T.astype(np.int32) + lowest, levels)
+        quotients.append(quotient)
+        for start in range(0, count, per_byte):
+            joined = np.zeros(len(codes_NC), np.int32)
+            for column in low[start : start + per_byte]:
+                joined = joined * levels + column
+            packed[place] = joined
+            place += 1
+        first += count
+    return packed.T, np.concatenate(quotients).astype(np.int8).T
+
+
+def unpack(packed_NP: NDArray[np.uint8], quotients_NC: NDArray[np.int8], columns: Sequence[int]) -> Codes:
+    """Invert ``pack``: the codes (N, C), in column order."""
+    codes = np.empty((sum(columns), len(packed_NP)), np.int16)
+    first = place = 0
+    for count, levels, per_byte in zip(columns, LEVELS, PER_BYTE, strict=True):
+        for start in range(0, count, per_byte):
+            joined = packed_NP[:, place].copy()
+            for column in reversed(range(first + start, first + min(start + per_byte, count))):
+                codes[column] = joined % levels
+                joined //= levels
+            place += 1
+        codes[first : first + count] -= (levels - 1) // 2
+        codes[first : first + count] += np.int16(levels) * quotients_NC[:, first : first + count].T
+        first += count
+    return codes.T
+
+
+def step_sizes(log_tail_mass_NJ: NDArray[np.float32], step: float) -> NDArray[np.float32]:
+    """Return the step of each position, (N,), from the masses of its tail as they are stored; ``step`` if it is all."""
+    weight_N = np.exp(2 * log_tail_mass_NJ.astype(np.float64)).mean(1)
+    steps: NDArray[np.float32] = (step / np.sqrt(np.maximum(weight_N, LEAST_WEIGHT))).astype(np.float32)
+    return steps

@@ -1,0 +1,65 @@
+"""Hidden states to the codes of exact labels, on whatever device the rows are, and back to distributions.
+
+Legend: N target positions, K head tokens, J temperatures, V vocabulary, W width of the hidden states, C coefficients
+kept of them.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcask.cache.exact.code import step_sizes
+from logitcask.cache.exact.head import TeacherHead, decode
+from logitcask.cache.exact.odds import stored_tail_mass
+from logitcask.cache.labels import ExactTargets, SparseTargets
+from logitcask.cache.layout import EXACT_SCALE
+from logitcask.cache.manifest import LabelSettings
+
+TOKENS = 8192  # rows of the head in float32 at a time
+FARTHEST = 2**14  # steps from the centre: a hidden state beyond is cut, which no sound one is
+
+
+class HiddenCoder:
+    """Codes hidden states in the basis of a cache."""
+
+    def __init__(self, head: TeacherHead, label: LabelSettings, device: torch.device) -> None:
+        assert label.exact is not None
+        self._head, self._label, self._step = head, label, label.exact.step
+        self._centre = torch.from_numpy(head.centre).to(device)
+        self._forward = torch.from_numpy(head.forward).to(device)  # (W, C)
+
+    def encode(self, hidden_NW: Tensor, targets: SparseTargets) -> ExactTargets:
+        """Return the labels with the coded hidden states of their positions."""
+        steps_N = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._step)
+        values_NC = (hidden_NW.float() - self._centre) @ self._forward
+        values_NC /= torch.from_numpy(steps_N).to(values_NC.device)[:, None]
+        codes_NC = values_NC.round_().clamp_(-FARTHEST, FARTHEST).to(torch.int16)
+        return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), steps=steps_N)
+
+    def rebuilt(self, targets: ExactTargets, j: int) -> Tensor:
+        """Return the distributions at the j-th stored temperature that labels stand for, (N, V)."""
+        z_NV, t = self._logits(targets), self._label.temperatures[j]
+        ids_NK, l_NK, log_rest_N, partition_N = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(z_NV.device)
+            for array in (
+                targets.head_ids.astype(np.int64),
+                targets.head_logprobs,
+                targets.log_tail_mass[:, j],
+                targets.log_partition[:, j],
+            )
+        )
+        tail_NV = (z_NV / t).scatter_(1, ids_NK, -torch.inf).log_softmax(1) + log_rest_N[:, None]
+        return tail_NV.exp_().nan_to_num_(0.0).scatter_(1, ids_NK, (l_NK / t - partition_N[:, None]).exp())
+
+    def _logits(self, targets: ExactTargets) -> Tensor:
+        """Return the logits of the rebuilt hidden states, (N, V), some tokens at a time."""
+        head, device = self._head, self._centre.device
+        hidden_NW = torch.from_numpy(decode(targets, head)).to(device)
+        z_NV = torch.empty(len(targets), len(head.weight), device=device)
+        for first in range(0, z_NV.shape[1], TOKENS):
+            rows = slice(first, first + TOKENS)
+            z_NV[:, rows] = hidden_NW @ torch.from_numpy(head.weights(rows)).to(device).t()
+        if head.bias is not None:
+            z_NV += torch.from_numpy(head.bias).to(device)
+        z_NV *= head.scale
+        return z_NV if head.softcap is None else z_NV.div_(head.softcap).tanh_().mul_(head.softcap)

@@ -1,0 +1,90 @@
+"""The basis in which hidden states are coded: transform coding in the metric of the tail's distribution.
+
+A change d of a hidden state at a position changes the tail's shape by d' G d, G = W' (diag r - r r') W, in which r is
+the distribution of the tail (Fisher's metric). Coefficients in the basis that diagonalizes both the mean of G and the
+covariance of hidden states are uncorrelated, and the same step costs the same for all of them.
+
+Legend: N positions of calibration, V vocabulary, W width, C coefficients kept, J temperatures.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcask.cache.exact.code import RARE, column_counts, step_sizes
+from logitcask.cache.exact.head import TeacherHead
+from logitcask.cache.labels import FloatArray
+from logitcask.cache.manifest import ExactCode, LabelSettings
+
+CALIBRATED = 4096  # positions, or twice the width if that is more
+MEASURED = 512  # of them, on which the metric is measured
+SLICE = 128  # positions at a time
+FLOOR = 1e-6  # of the mean eigenvalue, added to each
+STEP = 1.6  # of a position that is all tail, at 0 bits; each bit halves it
+
+
+def calibration_positions(width: int) -> int:
+    """Return the number of positions on which a basis is fitted."""
+    return max(CALIBRATED, 2 * width)
+
+
+def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits: int) -> tuple[TeacherHead, ExactCode]:
+    """Return the head with the basis fitted to these hidden states, and how many of its columns are kept."""
+    hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits
+    tails_NJ, metric_WW = _tails(head, hidden, label)
+    steps_N = torch.from_numpy(step_sizes(tails_NJ.log().numpy(), step)).double()
+    weights_N = (step / steps_N) ** 2
+    centre_W = (weights_N[:, None] * hidden).sum(0) / weights_N.sum()
+    scaled_NW = (hidden - centre_W) * (step / steps_N)[:, None]
+    root, inverse = _roots(metric_WW)
+    values, vectors = torch.linalg.eigh(root @ _floored(scaled_NW.t() @ scaled_NW / len(hidden)) @ root)
+    order = values.argsort(descending=True)
+    forward_WC, basis_CW = root @ vectors[:, order], vectors[:, order].t() @ inverse
+    codes_NC = (scaled_NW @ forward_WC / step).round().long().numpy()
+    ranges = np.argsort(-np.quantile(np.abs(codes_NC), 1 - RARE, axis=0), kind="stable")
+    columns = column_counts(codes_NC[:, ranges])
+    kept = torch.from_numpy(ranges[: sum(columns)].copy())
+    fitted_head = replace(
+        head,
+        forward=forward_WC[:, kept].float().contiguous().numpy(),
+        basis=basis_CW[kept].float().contiguous().numpy(),
+        centre=centre_W.float().numpy(),
+    )
+    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(columns))
+
+
+def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:
+    """Return the masses outside the heads (N, J), and the mean metric (W, W), of MEASURED positions evenly spaced."""
+    weights_VW = torch.from_numpy(head.weights())
+    every = max(1, len(hidden_NW) // MEASURED)
+    tails, total, spread_V, metric_WW = [], 0.0, torch.zeros(len(weights_VW)), torch.zeros(2 * hidden_NW.shape[1:])
+    for first in range(0, len(hidden_NW), SLICE):
+        z_NV = torch.from_numpy(head.logits(hidden_NW[first : first + SLICE].numpy()))
+        ids_NK, masses = z_NV.topk(min(label.head_size, z_NV.shape[1] - 1)).indices, []
+        chosen = slice(-first % every, None, every)
+        for t in label.temperatures:
+            r_NV = (z_NV / t).softmax(1).scatter_(1, ids_NK, 0.0)
+            mass_N = r_NV.sum(1)
+            masses.append(mass_N)
+            r_nV, w_n = r_NV[chosen] / mass_N[chosen, None].clamp_min(1e-30), (mass_N[chosen] / t) ** 2
+            total += float(w_n.sum())
+            spread_V += w_n @ r_nV
+            mean_nW = r_nV @ weights_VW
+            metric_WW -= (mean_nW * w_n[:, None]).t() @ mean_nW
+        tails.append(torch.stack(masses, 1))
+    metric_WW += (weights_VW * spread_V[:, None]).t() @ weights_VW
+    return torch.cat(tails), metric_WW.double() / max(total, 1e-30)
+
+
+def _floored(matrix: Tensor) -> Tensor:
+    """Return a matrix with a little added to its diagonal, so that no eigenvalue is 0."""
+    return matrix + FLOOR * matrix.diagonal().mean().clamp_min(1e-30) * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the square root of a symmetric positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(_floored(metric))
+    roots = values.clamp_min(values.max() * 1e-12).sqrt()
+    return (vectors * roots) @ vectors.t(), (vectors / roots) @ vectors.t()

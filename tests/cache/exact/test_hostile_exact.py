@@ -1,0 +1,174 @@
+"""Untrusted caches of exact labels: as ``test_hostile``, with what only they hold."""
+
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.exact.head import TeacherHead
+from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
+from logitcask.cache.labels import ExactTargets
+from logitcask.cache.layout import shard_specs
+from logitcask.cache.reader import CacheReader
+from logitcask.cache.verify import verify
+from logitcask.cache.writer import _constants
+from tests.cache.test_cache import FILES, manifest_of
+from tests.cache.test_hostile import Objects, bounded, mutate_bytes, mutate_json, store_of
+from tests.support.exact import LABEL, exact_manifest, exact_shards, random_head, write_exact
+from tests.support.tiny import folder_bytes, sound_shards
+
+SHARDS = exact_shards([2, 1])
+SPARSE = LABEL.model_copy(update={"exact": None})
+PLAIN, EXAMPLES = manifest_of(SPARSE, sound_shards(SPARSE, [2, 1]))
+MANIFEST = exact_manifest(PLAIN)
+SPECS = shard_specs(MANIFEST)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    folder = tmp_path_factory.mktemp("hostile") / "c"
+    write_exact(folder, MANIFEST, EXAMPLES, FILES, SHARDS)
+    assert verify(folder).problems == []
+    return folder_bytes(folder)
+
+
+def sign(objects: Objects) -> None:
+    """Recompute every digest but the head's in the manifest."""
+    for index in range(2):
+        objects[commit_key(index)] = b"".join(_digest(objects, key) for key in shard_keys(SPECS, index))
+    objects["seal/c/0/0"] = b"".join(_digest(objects, key) for key in constant_objects(MANIFEST))
+
+
+def _digest(objects: Objects, key: str) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(objects.get(key, b"")).digest()
+
+
+def answers(objects: Objects) -> list[str]:
+    """Make every call; return the messages of those that were refused, one line each."""
+    place, messages = store_of(objects), []
+    for call in (
+        lambda: CacheReader(place, partial=True).example(2),
+        lambda: CacheReader(place, partial=True).teacher_head(),
+        lambda: verify(place),
+    ):
+        try:
+            with bounded():
+                call()
+        except LogitcaskError as error:
+            messages.append(str(error))
+    assert all("\n" not in message and len(message) <= 1000 for message in messages)
+    return messages
+
+
+def read_all(objects: Objects) -> None:
+    reader = CacheReader(store_of(objects))
+    reader.teacher_head()
+    for index in range(2):
+        reader.shard(index)
+
+
+def test_codes_and_head_come_back(good: Objects) -> None:
+    reader, head = CacheReader(store_of(good)), random_head()
+    for index, shard in enumerate(SHARDS):
+        read = reader.shard(index).targets
+        assert isinstance(read, ExactTargets)
+        assert isinstance(shard.targets, ExactTargets)
+        np.testing.assert_array_equal(read.codes, shard.targets.codes)
+        np.testing.assert_allclose(read.steps, shard.targets.steps, rtol=1e-6)
+    stored = reader.teacher_head()
+    for name, array in head.arrays().items():
+        np.testing.assert_array_equal(stored.arrays()[name], array)
+    assert (stored.scale, stored.softcap) == (0.5, 30.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_codes/c/1/0", "hidden_quotients/c/0/0", "head/weight/c/0/0", "head/centre/c/0"]
+)
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut"])
+def test_damage_is_found_and_refused_in_one_line(good: Objects, name: str, damage: str) -> None:
+    objects, data = dict(good), bytearray(good[name])
+    data[len(data) // 2] ^= 4
+    objects[name] = bytes(data) if damage == "flipped" else good[name][:-3]
+    if damage == "missing":
+        del objects[name]
+    assert any(name in problem or "head" in problem for problem in verify(store_of(objects)).problems)
+    with pytest.raises(LogitcaskError, match=name.split("/", maxsplit=1)[0]):
+        read_all(objects)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"step": 0.0}, "greater than 0"),
+        ({"step": 1e9}, "less than or equal"),
+        ({"columns": [1, 2, 3]}, "at least 4"),
+        ({"columns": [0, 0, 0, 0]}, "1 to 12 coefficients"),
+        ({"columns": [10, 2, 1, 4]}, "1 to 12 coefficients"),
+        ({"width": 2**40}, "less than or equal"),
+    ],
+)
+def test_an_impossible_code_is_refused(good: Objects, change: dict[str, Any], rule: str) -> None:
+    group = json.loads(good["zarr.json"])
+    group["attributes"]["logitcask"]["label"]["exact"].update(change)
+    with pytest.raises(LogitcaskError, match=f"damaged manifest: .*{rule}"):
+        CacheReader(store_of({**good, "zarr.json": json.dumps(group).encode()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("centre", np.nan), ("basis", np.inf), ("weight_scale", 1e30), ("bias", -np.inf)]
+)
+def test_a_head_that_would_spoil_a_loss_is_refused(good: Objects, name: str, value: float) -> None:
+    changed: dict[str, Any] = {name: random_head().arrays()[name].copy()}
+    changed[name].flat[1] = value
+    head: TeacherHead = replace(random_head(), **changed)
+    manifest = MANIFEST.model_copy(update={"teacher_head": head.identity})
+    objects = {**good, **_constants(manifest, EXAMPLES, FILES, head)}
+    with pytest.raises(LogitcaskError, match=f"head/{name}: must be finite"):
+        CacheReader(store_of(objects)).teacher_head()
+    assert any("must be finite" in problem for problem in verify(store_of(objects)).problems)
+
+
+@given(st.integers(0, 2**64))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_what_is_mutated_at_random_is_answered_or_refused(good: Objects, seed: int) -> None:
+    chance, objects = random.Random(seed), dict(good)
+    new = [key for key in sorted(good) if key.startswith(("head/", "hidden_"))]
+    key = chance.choice([*new, "zarr.json", "zarr.json"])
+    try:
+        objects[key] = (
+            mutate_json(chance, objects[key]) if key.endswith(".json") else mutate_bytes(chance, objects, key)
+        )
+    except (ValueError, RecursionError, IndexError):
+        return
+    if chance.random() < 0.7:
+        sign(objects)
+    answers(objects)
+
+
+def test_any_codes_decode_to_finite_numbers(good: Objects) -> None:
+    store, random_numbers = store_of(good), np.random.default_rng(0)
+    objects = dict(good)
+    for spec in SPECS:
+        if spec.name.startswith("hidden_"):
+            array = zarr.open_array(store, path=spec.name)
+            assert array.shards is not None
+            limits = np.iinfo(spec.dtype)
+            wild = random_numbers.integers(limits.min, limits.max + 1, array.shards).astype(spec.dtype)
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                array[: array.shards[0]] = wild
+            objects[shard_keys([spec], 0)[0]] = store._store_dict[shard_keys([spec], 0)[0]].to_bytes()
+    sign(objects)
+    reader = CacheReader(store_of(objects))
+    targets = reader.shard(0).targets
+    assert isinstance(targets, ExactTargets)
+    assert np.isfinite(targets.codes * targets.steps[:, None] @ reader.teacher_head().basis).all()
+    assert verify(store_of(objects)).shards == 2

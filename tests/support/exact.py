@@ -1,0 +1,73 @@
+"""A small cache of exact labels, made without a teacher."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcask.cache.exact.code import step_sizes
+from logitcask.cache.exact.head import TeacherHead, quantised
+from logitcask.cache.exact.odds import stored_tail_mass
+from logitcask.cache.labels import ExactTargets, Shard
+from logitcask.cache.layout import EXACT_SCALE
+from logitcask.cache.manifest import EXACT_VERSION, ExactCode, LabelSettings, Manifest
+from logitcask.cache.writer import create_cache
+from tests.support.tiny import sound_shards
+
+WIDTH, COLUMNS = 12, [3, 2, 1, 4]
+LABEL = LabelSettings(
+    vocab_size=300,
+    head_size=3,
+    tail_draws=0,
+    temperatures=[1.0, 2.0],
+    seed=0,
+    exact=ExactCode(bits=4, step=0.1, width=WIDTH, columns=COLUMNS),
+)
+
+
+def random_head(*, bias: bool = True) -> TeacherHead:
+    """Return a head of random numbers for ``LABEL``."""
+    random = np.random.default_rng(0)
+    weights = random.normal(0.0, 1.0, (300, WIDTH)).astype(np.float32)
+    weight, scale = quantised(lambda rows: weights[rows], 300)
+    forward, _ = np.linalg.qr(random.normal(0.0, 1.0, (WIDTH, sum(COLUMNS))))
+    return TeacherHead(
+        weight=weight,
+        weight_scale=scale,
+        bias=random.normal(0.0, 1.0, 300).astype(np.float32) if bias else None,
+        scale=0.5,
+        softcap=30.0,
+        basis=np.ascontiguousarray(forward.T).astype(np.float32),
+        forward=forward.astype(np.float32),
+        centre=random.normal(0.0, 1.0, WIDTH).astype(np.float32),
+    )
+
+
+def exact_shards(sizes: list[int]) -> list[Shard]:
+    """Return shards of examples with random codes, a few of them far outside the range of their column."""
+    random, shards = np.random.default_rng(1), []
+    assert LABEL.exact is not None
+    for shard in sound_shards(LABEL, sizes):
+        targets = shard.targets
+        codes = np.rint(3 * random.standard_t(2, (len(targets), LABEL.exact.kept))).clip(-300, 300).astype(np.int16)
+        steps = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), LABEL.exact.step)
+        shards.append(replace(shard, targets=ExactTargets(**vars(targets), codes=codes, steps=steps)))
+    return shards
+
+
+def exact_manifest(manifest: Manifest) -> Manifest:
+    """Return a manifest of sparse labels as that of ``LABEL``."""
+    parts: dict[str, Any] = {
+        **dict(manifest), "format_version": EXACT_VERSION, "label": LABEL, "teacher_head": random_head().identity
+    }  # fmt: skip
+    return Manifest.model_validate(parts)
+
+
+def write_exact(
+    folder: Path, manifest: Manifest, shard_examples: Any, files: dict[str, bytes], shards: list[Shard]
+) -> None:
+    """Write a complete cache."""
+    writer = create_cache(folder, manifest, shard_examples, files, head=random_head())
+    for index in writer.missing_shards():
+        writer.write_shard(index, shards[index])
