@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 LEVELS = (255, 15, 6, 3)  # values of a column, columns sorted by falling range
 PER_BYTE = (1, 2, 3, 5)
-RARE = 1 / 256  # of a calibration column's values, outside a range that is taken
+RARE = 1 / 1024  # of a calibration column's values, outside a range that is taken
 LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
 
 Codes = NDArray[np.integer[Any]]
@@ -76,6 +76,6 @@ def unpack(packed_NP: NDArray[np.uint8], quotients_NC: NDArray[np.int8], columns
 
 def step_sizes(log_tail_mass_NJ: NDArray[np.float32], step: float) -> NDArray[np.float32]:
     """Return the step of each position, (N,), from the masses of its tail as they are stored; ``step`` if it is all."""
-    weight_N = np.exp(2 * log_tail_mass_NJ.astype(np.float64)).mean(1)
+    weight_N = np.exp(log_tail_mass_NJ.astype(np.float64)).mean(1)
     steps: NDArray[np.float32] = (step / np.sqrt(np.maximum(weight_N, LEAST_WEIGHT))).astype(np.float32)
     return steps

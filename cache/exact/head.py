@@ -1,19 +1,19 @@
 """The teacher's head, as a cache of exact labels stores it once, and the hidden states that it reads.
 
-The logits of a hidden state h are z = scale * (W h + b), soft-capped if the teacher caps them. The weights are stored
-in 8 bits, one scale per token.
+The logits of a hidden state h are z = scale * (W h + b), soft-capped if the teacher caps them. The weights W are stored
+in bfloat16, which for most teachers is their own type: in 8 bits they would be the largest error of a fine label.
 
 Legend: N target positions, V vocabulary, W width of the hidden state, C coefficients kept of it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
+from zarr.codecs import BloscCodec
 
 from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.labels import ExactTargets, FloatArray
@@ -22,8 +22,8 @@ from logitcask.cache.manifest import HeadIdentity, LabelSettings, Manifest
 GROUP = "head"
 LEVEL = 3  # of zstd: weights are noise, a higher level takes longer and saves nothing
 OBJECT_BYTES = 1 << 25  # of each object of the weights
-LARGEST = 127  # of a weight's code
 MOST = 1e6  # of any number: what is decoded stays finite
+SIGN, LARGEST_WEIGHT = np.uint16(0x8000), 0x4974  # of bfloat16: the sign's bit, and the bits of about 1e6
 Layout = dict[str, Any]
 
 
@@ -31,8 +31,7 @@ Layout = dict[str, Any]
 class TeacherHead:
     """What turns the codes of exact labels into hidden states, and hidden states into logits."""
 
-    weight: NDArray[np.int8]  # (V, W)
-    weight_scale: FloatArray  # (V,) W = weight * weight_scale
+    weight: NDArray[np.uint16]  # (V, W) the bits of bfloat16 numbers: the upper half of those of a float32
     bias: FloatArray | None  # (V,)
     scale: float
     softcap: float | None
@@ -52,13 +51,13 @@ class TeacherHead:
         """Return what is stored, by name in the group."""
         bias = {} if self.bias is None else {"bias": self.bias}
         return {
-            "weight": self.weight, "weight_scale": self.weight_scale, **bias,
+            "weight": self.weight, **bias,
             "basis": self.basis, "forward": self.forward, "centre": self.centre,
         }  # fmt: skip
 
     def weights(self, rows: slice = slice(None)) -> FloatArray:
         """Return the weights of some tokens, (rows, W)."""
-        return np.multiply(self.weight[rows], self.weight_scale[rows, None], dtype=np.float32)
+        return (self.weight[rows].astype(np.uint32) << 16).view(np.float32)
 
     def logits(self, hidden: FloatArray, rows: slice = slice(None)) -> FloatArray:
         """Return the logits of hidden states (N, W) for some tokens, (N, rows): the plain form, for tests."""
@@ -78,16 +77,11 @@ def decode(targets: ExactTargets, head: TeacherHead) -> FloatArray:
     return coefficients @ head.basis + head.centre
 
 
-def quantised(weights: Callable[[slice], FloatArray], vocabulary: int) -> tuple[NDArray[np.int8], FloatArray]:
-    """Return the codes (V, W) and scales (V,) of weights, which are given for some tokens at a time."""
-    codes, scales = [], []
-    for first in range(0, vocabulary, 4096):
-        rows = weights(slice(first, min(first + 4096, vocabulary)))
-        largest = np.abs(rows).max(1)
-        scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
-        codes.append(np.rint(rows / scale[:, None]).astype(np.int8))
-        scales.append(scale)
-    return np.concatenate(codes), np.concatenate(scales)
+def as_bfloat16(values: FloatArray) -> NDArray[np.uint16]:
+    """Return the bits of the nearest bfloat16 numbers, ties to even; numbers must be finite."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return rounded
 
 
 def layouts(label: LabelSettings, head: HeadIdentity) -> dict[str, Layout]:
@@ -95,8 +89,7 @@ def layouts(label: LabelSettings, head: HeadIdentity) -> dict[str, Layout]:
     assert label.exact is not None
     v, w, c = label.vocab_size, label.exact.width, sum(label.exact.columns)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "weight": ((v, w), "int8"),
-        "weight_scale": ((v,), "float32"),
+        "weight": ((v, w), "uint16"),
         **({"bias": ((v,), "float32")} if head.bias else {}),
         "basis": ((c, w), "float32"),
         "forward": ((w, c), "float32"),
@@ -108,9 +101,8 @@ def layouts(label: LabelSettings, head: HeadIdentity) -> dict[str, Layout]:
 def _layout(shape: tuple[int, ...], dtype: str) -> Layout:
     row = int(np.dtype(dtype).itemsize * np.prod(shape[1:], dtype=np.int64))
     rows = max(1, min(shape[0], OBJECT_BYTES // row))
-    return {
-        "shape": shape, "chunks": (rows, *shape[1:]), "dtype": dtype, "compressors": ZstdCodec(level=LEVEL)
-    }  # fmt: skip
+    codec = BloscCodec(cname="zstd", clevel=LEVEL, shuffle="shuffle")
+    return {"shape": shape, "chunks": (rows, *shape[1:]), "dtype": dtype, "compressors": codec}
 
 
 def chunk_keys(name: str, layout: Layout) -> list[str]:
@@ -135,6 +127,8 @@ def head_of(identity: HeadIdentity, arrays: Mapping[str, NDArray[Any]]) -> Teach
     if head.identity != identity:
         raise CacheFormatError(f"{GROUP} is damaged: its digest differs from the manifest's")
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.abs(array).max() <= MOST:
+        most = LARGEST_WEIGHT if name == "weight" else MOST
+        magnitudes = array & ~SIGN if name == "weight" else np.abs(array)
+        if not magnitudes.max() <= most:
             raise CacheFormatError(f"{GROUP}/{name}: must be finite numbers, at most {MOST:g}")
     return head

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from logitcask.cache.exact.code import step_sizes
-from logitcask.cache.exact.head import TeacherHead, quantised
+from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.labels import ExactTargets, Shard
 from logitcask.cache.layout import EXACT_SCALE
@@ -30,11 +30,9 @@ def random_head(*, bias: bool = True) -> TeacherHead:
     """Return a head of random numbers for ``LABEL``."""
     random = np.random.default_rng(0)
     weights = random.normal(0.0, 1.0, (300, WIDTH)).astype(np.float32)
-    weight, scale = quantised(lambda rows: weights[rows], 300)
     forward, _ = np.linalg.qr(random.normal(0.0, 1.0, (WIDTH, sum(COLUMNS))))
     return TeacherHead(
-        weight=weight,
-        weight_scale=scale,
+        weight=as_bfloat16(weights),
         bias=random.normal(0.0, 1.0, 300).astype(np.float32) if bias else None,
         scale=0.5,
         softcap=30.0,

@@ -19,11 +19,13 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import torch
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.exact.head import decode
+from logitcask.cache.labels import ExactTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
 from logitcask.pipeline.teachers import vllm_worker
-from logitcask.pipeline.teachers.labelling import label_shard
+from logitcask.pipeline.teachers.labelling import fitted_head, label_shard
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
@@ -178,6 +180,30 @@ def test_a_preempted_example_is_labelled_whole(
 def test_two_tensor_parallel_ranks_give_the_same(load: Load, plain: TransformersTeacher) -> None:
     batch = examples([LONGEST, 17, 2])
     assert_same(load(tensor_parallel_size=2).label(batch, LABEL), plain.label(batch, LABEL))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_exact_labels_are_those_of_transformers(ranks: int, load: Load, plain: TransformersTeacher) -> None:
+    """The head is measured through vLLM's own product, hidden states come from its workers."""
+    sparse, batch = LABEL.model_copy(update={"tail_draws": 0}), examples([LONGEST, 17, 2])
+    teacher = load(tensor_parallel_size=ranks)
+    head, code = fitted_head(teacher, [batch], sparse, 6)
+    own, own_code = fitted_head(plain, [batch], sparse, 6)
+    np.testing.assert_allclose(head.weights() * head.scale, own.weights() * own.scale, atol=1e-4)
+    assert (head.bias, head.softcap) == (None, None)
+    exact = sparse.model_copy(update={"exact": code})
+    for each in (teacher, plain):
+        each.use_head(head)
+    labels, wanted = teacher.label(batch, exact), plain.label(batch, exact)
+    for a, b in zip(labels.targets, wanted.targets, strict=True):
+        assert isinstance(a, ExactTargets)
+        assert isinstance(b, ExactTargets)
+        assert (a.codes == b.codes).mean() > 0.98, "a coefficient on a boundary may fall on either side"
+        np.testing.assert_allclose(decode(a, head), decode(b, head), atol=0.05 * np.abs(decode(b, head)).max())
+    np.testing.assert_allclose(
+        labels.fidelity.row, wanted.fidelity.row, rtol=0.05, atol=1e-2 * wanted.fidelity.row.max()
+    )
+    assert code.width == own_code.width
 
 
 def test_vllms_own_log_probabilities_give_the_head(load: Load, plain: TransformersTeacher) -> None:

@@ -22,7 +22,6 @@ CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
 SLICE = 128  # positions at a time
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
-STEP = 1.6  # of a position that is all tail, at 0 bits; each bit halves it
 
 
 def calibration_positions(width: int) -> int:
@@ -32,7 +31,7 @@ def calibration_positions(width: int) -> int:
 
 def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits: int) -> tuple[TeacherHead, ExactCode]:
     """Return the head with the basis fitted to these hidden states, and how many of its columns are kept."""
-    hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits
+    hidden, step = torch.from_numpy(hidden_NW), 2.0**-bits
     tails_NJ, metric_WW = _tails(head, hidden, label)
     steps_N = torch.from_numpy(step_sizes(tails_NJ.log().numpy(), step)).double()
     weights_N = (step / steps_N) ** 2
@@ -68,7 +67,7 @@ def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[
             r_NV = (z_NV / t).softmax(1).scatter_(1, ids_NK, 0.0)
             mass_N = r_NV.sum(1)
             masses.append(mass_N)
-            r_nV, w_n = r_NV[chosen] / mass_N[chosen, None].clamp_min(1e-30), (mass_N[chosen] / t) ** 2
+            r_nV, w_n = r_NV[chosen] / mass_N[chosen, None].clamp_min(1e-30), mass_N[chosen]
             total += float(w_n.sum())
             spread_V += w_n @ r_nV
             mean_nW = r_nV @ weights_VW

@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from logitcask.cache.exact.head import TeacherHead, quantised
+from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.labels import FloatArray
 from logitcask.pipeline.models.head import LMHead
 
+ROWS = 4096  # of a head in float32 at a time
 PROBES = 256  # unit vectors given to a head at a time
 LARGE = 2.0**6, 2.0**12  # factors of probes, of which the second saturates any soft-cap and the first nearly does
 SCALARS = "scale", "softcap"
@@ -22,13 +24,9 @@ SCALARS = "scale", "softcap"
 
 def stored_head(head: LMHead, vocab_size: int) -> TeacherHead:
     """Return a model's head as a cache keeps it, without a basis; rows beyond the vocabulary are dropped."""
-
-    def rows(chosen: slice) -> FloatArray:
-        values: FloatArray = head.weight[chosen].detach().float().cpu().numpy()
-        return values
-
+    weight = _bits(head.weight.detach()[:vocab_size])
     bias = None if head.bias is None else head.bias[:vocab_size].detach().float().cpu().numpy()
-    return _without_basis(*quantised(rows, vocab_size), bias, head.scale, head.softcap)
+    return _without_basis(weight, bias, head.scale, head.softcap)
 
 
 def measured_head(
@@ -52,9 +50,7 @@ def measured_head(
             table_VW[:, first : first + len(units)] = (columns / unit).t().to(like.dtype)
     if table_VW is None or bias_V is None:
         return None
-    weights: Tensor = table_VW
-    bias = bias_V.numpy() if biased else None
-    return _without_basis(*quantised(lambda rows: weights[rows].float().numpy(), vocab_size), bias, 1.0, cap)
+    return _without_basis(_bits(table_VW), bias_V.numpy() if biased else None, 1.0, cap)
 
 
 def _measured_cap(logits_of: Callable[[Tensor], Tensor | None], width: int, like: Tensor) -> float | None:
@@ -67,16 +63,18 @@ def _measured_cap(logits_of: Callable[[Tensor], Tensor | None], width: int, like
     return most[1] if most[1] < 2 * most[0] else None
 
 
+def _bits(weight_VW: Tensor) -> NDArray[np.uint16]:
+    """Return the bits of weights in bfloat16, some tokens at a time."""
+    slices = (weight_VW[first : first + ROWS] for first in range(0, len(weight_VW), ROWS))
+    return np.concatenate([as_bfloat16(rows.float().cpu().numpy()) for rows in slices])
+
+
 def _without_basis(
-    weight: np.ndarray[tuple[int, ...], np.dtype[np.int8]],
-    weight_scale: FloatArray,
-    bias: FloatArray | None,
-    scale: float,
-    softcap: float | None,
+    weight: NDArray[np.uint16], bias: FloatArray | None, scale: float, softcap: float | None
 ) -> TeacherHead:
     width = weight.shape[1]
     none = np.zeros((0, width), np.float32)
-    return TeacherHead(weight, weight_scale, bias, scale, softcap, none, none.T, np.zeros(width, np.float32))
+    return TeacherHead(weight, bias, scale, softcap, none, none.T, np.zeros(width, np.float32))
 
 
 def packed_head(head: TeacherHead) -> bytes:
