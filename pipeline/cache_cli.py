@@ -59,14 +59,14 @@ def cache_copy(
 ) -> None:
     """Copy a cache, checking every object at both ends. Run it again to finish an interrupted copy."""
     from logitcask.cache.copy import copy_cache
-    from logitcask.pipeline.console import track
+    from logitcask.pipeline.console import counted, track
     from logitcask.pipeline.settings.base import shard_range
 
     chosen = shard_range(shards) if shards else None
     with track("copying", chosen[1] - chosen[0] if chosen else _shard_count(source), "shards") as advance:
         copied = copy_cache(source, destination, chosen, advance)
     typer.echo(
-        f"{source} -> {destination}: {copied.brought} shards copied, {copied.found} already present, "
+        f"{source} -> {destination}: {counted(copied.brought, 'shard')} copied, {copied.found:,} already present, "
         f"{copied.bytes:,} bytes written; all match their digests"
     )
 
@@ -81,13 +81,14 @@ def cache_import(settings: ImportSettings) -> None:
 
     Run it again to finish an interrupted import.
     """
+    from logitcask.pipeline.console import counted
     from logitcask.pipeline.labels_from.import_labels import import_labels
 
     report = import_labels(settings)
     data, label = report.manifest.data, report.manifest.label
     typer.echo(
         f"{data.examples:,} examples, {data.positions:,} target positions -> {settings.output} "
-        f"({report.shards_written} shards written)"
+        f"({counted(report.shards_written, 'shard')} written)"
     )
     typer.echo(
         f"head {label.head_size} of {report.fewest} to {report.most} entries at T=1, no draws; "
@@ -133,11 +134,11 @@ def cache_verify(
 
     from logitcask.cache import verify as verification
     from logitcask.cache.errors import CacheFormatError
-    from logitcask.pipeline.console import track
+    from logitcask.pipeline.console import counted, track
 
     with track("verifying", _shard_count(path), "shards") as advance:
         report = verification.verify(path, advance)
-    summary = "\n".join(report.problems) or f"{path}: all {report.shards} shards are intact"
+    summary = "\n".join(report.problems) or f"{path}: all {counted(report.shards, 'shard')} are intact"
     typer.echo(dumps({"path": path, **asdict(report)}, indent=2) if json else summary)
     if not report.problems:
         return

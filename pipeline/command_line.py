@@ -221,6 +221,9 @@ def parser_message(error: Any) -> str:
         sys.exit(2)
     if kind == "NoSuchOption":
         options = [flag for parameter in context.command.params for flag in parameter.opts]
+        if any(error.option_name in parameter.opts for parameter in context.find_root().command.params):
+            words = f"logitcask {error.option_name} {context.info_name}"
+            return f"{error.option_name} is of all commands: give it before the command: {words}"
         return f"no such option {plain(error.option_name)}{did_you_mean(meant(error.option_name, options))}"
     if kind == "MissingParameter":
         return f"{error.param.metavar or error.param.opts[0]} is missing: give it"

@@ -73,6 +73,11 @@ def amount(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(count: int, word: str) -> str:
+    """Return a count with its word, in the plural unless it is one: ``1 shard``, ``196 shards``."""
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
 def size(count: float) -> str:
     """Return a number of bytes with its decimal unit: ``831 MB``."""
     power = min(4, max(0, int(math.log10(max(count, 1)) // 3)))

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.report.info import LABEL_PARTS
-from logitcask.pipeline.console import results
+from logitcask.pipeline.console import counted, duration, results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
 from logitcask.pipeline.plan.plan import plan_cache, size_text
@@ -163,11 +163,12 @@ def _print_report(report: DryRun, settings: PrecomputeSettings) -> None:
     )
     table.add_row(
         "cache",
-        f"{size_text(size)} in {report.shards:,} shards, {size / report.positions:.1f} bytes per target position; "
-        f"labels {size_text(labels)}",
+        f"{size_text(size)} in {counted(report.shards, 'shard')}, {size / report.positions:.1f} bytes per target "
+        f"position; labels {size_text(labels)}",
     )
     table.add_row(
-        "hours", ", ".join(f"{name} {hours:,.2g}" for name, hours in report.hours.items()) or "no device holds it"
+        "time",
+        ", ".join(f"{name} {duration(3600 * hours)}" for name, hours in report.hours.items()) or "no device holds it",
     )
     console.print(table)
     for line in report.assumed:

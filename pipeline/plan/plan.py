@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
-from logitcask.pipeline.console import results
+from logitcask.pipeline.console import counted, results
 from logitcask.pipeline.models.shapes import (
     Amount,
     ModelShape,
@@ -229,7 +229,7 @@ def render_plan(plan: Plan) -> Table:
     for name, size in plan.cache_bytes_by_part.items():
         label = name.startswith(LABEL_PARTS)
         kinds[name if name in kinds else "labels" if label else "text"] += size
-    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {plan.shards:,} shards, {rate}\n{_parts(kinds)}")
+    table.add_row("cache", f"{size_text(plan.cache_bytes)} in {counted(plan.shards, 'shard')}, {rate}\n{_parts(kinds)}")
     hours = plan.teacher_hours
     time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
     speed = f"{time} at {plan.teacher_tokens_per_second:,.0f} tokens/s on {plan.device}"

@@ -9,7 +9,7 @@ import numpy as np
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.manifest import DataIdentity, Manifest
 from logitcask.cache.storage.open import object_sizes, open_store
-from logitcask.pipeline.console import amount, duration, size
+from logitcask.pipeline.console import amount, counted, duration, size
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.teacher import TeacherFacts
 
@@ -54,9 +54,10 @@ def result_line(settings: PrecomputeSettings, report: PrecomputeReport) -> tuple
     """Return the label and the text of a run's result."""
     part = f" of part {settings.shards}" if settings.shards else ""
     if not report.shards_written:
-        return "complete", f"{settings.output} has all {report.shards_found:,} shards{part}; nothing to do"
+        found = counted(report.shards_found, "shard")
+        return "complete", f"{settings.output} has all {found}{part}; nothing to do"
     shards = report.shards_written + report.shards_found
-    text = f"{settings.output}: {shards:,} {'shard' if shards == 1 else 'shards'}{part}"
+    text = f"{settings.output}: {counted(shards, 'shard')}{part}"
     if not settings.shards:
         total = sum(object_sizes(open_store(settings.output, read_only=True)).values())
         text += f", {size(total)}, {total / report.manifest.data.positions:,.0f} bytes per position"

@@ -97,7 +97,8 @@ def _auto_tokenizer(folder: str | Path, source: str, **options: Any) -> PreTrain
     except (MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the Rust library raises Exception, and panics, which are no Exception
-        raise LogitcaskError(f"{source}: no tokenizer could be loaded: {shown_reason(error)}") from error
+        remedy = "check the name, or give a local folder or .gguf file"
+        raise LogitcaskError(f"{source}: no tokenizer could be loaded: {shown_reason(error)}: {remedy}") from error
     return tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
 from logitcask.pipeline.batches.mixture import Mixture
-from logitcask.pipeline.console import amount
+from logitcask.pipeline.console import amount, counted
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.shapes import GB, Amount, ModelShape, student_memory
 from logitcask.pipeline.runs.run_folder import latest_checkpoint
@@ -146,7 +146,7 @@ def summary(
     yield (
         "plan",
         (
-            f"{steps:,} {_plural('step', steps)}, {epochs:,.3g} {_plural('epoch', epochs)}, "
+            f"{counted(steps, 'step')}, {epochs:,.3g} {'epoch' if epochs == 1 else 'epochs'}, "
             f"{examples:,} examples per step{parts}, {loss}"
         ),
     )
@@ -164,10 +164,6 @@ def loss_words(settings: TrainSettings, divergence: str, why_rate: str) -> str:
     alpha, temperature = (" to ".join(f"{end:g}" for end in dict.fromkeys(ramp)) for ramp in ramps)
     others = [*([divergence] if divergence != "KL" else []), *([f"on {settings.select}"] if settings.select else [])]
     return ", ".join([settings.distillation_type, f"alpha {alpha}", f"T={temperature}", *others, rate])
-
-
-def _plural(word: str, count: float) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def shares(mixture: Mixture | None) -> list[tuple[str, str]]:

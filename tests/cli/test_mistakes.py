@@ -70,6 +70,8 @@ def test_what_is_typed_stands_for_options_that_exist() -> None:
         ("precompute-logits --model m", "no such option --model", "did you mean --teacher-model?", "precompute-logits"),
         ("precompute-logits --bf16", "no such option --bf16", "did you mean --dtype?", "precompute-logits --help"),
         ("train --alhpa 1", "no such option --alhpa", "did you mean --alpha?", "logitcask train --help"),
+        ("train --quiet", "--quiet is of all commands", "give it before the command: logitcask --quiet train", "train"),
+        ("train --out r", "no such option --out", "did you mean --output-dir?", "logitcask train --help"),
         ("train --alpha", "--alpha has no value", "give it one", "logitcask train --help"),
         ("trian", "no such command trian", "did you mean train?", "logitcask --help"),
         ("cache inof", "no such command inof", "did you mean info?", "logitcask cache --help"),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.mistakes import error_lines
+from tests.support.mistakes import said
 from tests.support.tiny import WORDS, make_teacher, write_jsonl
 
 harness = pytest.mark.skipif(
@@ -117,8 +118,8 @@ def test_an_invalid_task_is_a_one_line_error(tasks: str, message: str, place: Pa
     (place / "unsafe.yaml").write_text(f"{(place / 'fruit.yaml').read_text()}unsafe_code: true\n")
     (place / "gone.yaml").write_text(TASK.format(data=place / "gone.jsonl"))
     code, out, err = run("--tasks", tasks.format(place=place))
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert message in err
+    assert (code, out) == (2, ""), err
+    assert message in said(err)
 
 
 def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
