@@ -3,7 +3,8 @@
 Legend: R rows of a batch, L tokens per row, N target positions of the batch.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from logitcask.cache.labels import Array, IntArray, SoftLabels, SparseTargets, soft_labels
+from logitcask.cache.labels import (
+    Array,
+    ExactTargets,
+    FloatArray,
+    IntArray,
+    SoftLabels,
+    SparseTargets,
+    soft_labels,
+    temperature_index,
+)
+from logitcask.pipeline.models.dense.rows import EXACT, CodedHead, ExactLabels
 from logitcask.pipeline.text.tokens.encoded import Encoded
 
-Batch = dict[str, Any]  # tensors by name, and SoftLabels of tensors
+Batch = dict[str, Any]  # tensors by name, and SoftLabels or ExactLabels of tensors
+TeacherHead = Callable[[torch.device], CodedHead]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Collator:
     temperature: float
     tail: str
     packed: bool = False  # several examples per row, separated by position_ids
+    teacher_head: TeacherHead | None = None  # of exact labels, whose tail is EXACT
 
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
         """Return a batch: input_ids (R, L), padded on the right; target_index (N,) into the flattened rows; gold (N,);
@@ -99,14 +112,25 @@ class Collator:
             batch["soft_labels"] = labels.map(torch.from_numpy)
         return batch
 
-    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | None:
+    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | ExactLabels[Array] | None:
         """Return the labels of the examples at the training temperature, N rows; None if they have none."""
         parts = [example.targets for example in examples if example.targets is not None]
         if not parts:
             return None
+        if self.tail == EXACT:
+            return self.exact_labels(examples, [self.temperatures], parts[0].head_ids.shape[1])
         return soft_labels(
             SparseTargets.concatenate(parts), self.temperatures, self.temperature_of(examples), self.tail
         )
+
+    def exact_labels(
+        self, examples: Sequence[TrainingExample], stored: Sequence[tuple[float, ...]], head_size: int
+    ) -> ExactLabels[Array]:
+        """Return the exact labels of the examples that have labels."""
+        parts = [(example.targets, example.source) for example in examples if isinstance(example.targets, ExactTargets)]
+        assert self.teacher_head is not None
+        temperature = self.temperature_of(examples)
+        return exact_labels(parts, stored, self.temperatures, temperature, head_size, self.teacher_head)
 
     def temperature_of(self, examples: Sequence[TrainingExample]) -> float:
         """Return the temperature of a batch's labels."""
@@ -134,8 +158,11 @@ class MixedCollator(Collator):
             batch["labelled"] = torch.from_numpy(np.concatenate([np.zeros(0, dtype=bool), *known]))
         return batch
 
-    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | None:
+    def soft_labels(self, examples: Sequence[TrainingExample]) -> SoftLabels[Array] | ExactLabels[Array] | None:
         """Return the labels of the examples at the training temperature, N rows; None if they have none."""
+        if self.tail == EXACT:
+            labelled = any(example.targets is not None for example in examples)
+            return self.exact_labels(examples, self.by_source, self.head_size) if labelled else None
         counts = [0 if example.targets is None else len(example.targets) for example in examples]
         places = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
         rows, labels = [], []
@@ -183,8 +210,47 @@ def merge_rows(parts: Sequence[SoftLabels[Array]], rows: Sequence[IntArray]) -> 
     return merged
 
 
+def exact_labels(
+    parts: Sequence[tuple[ExactTargets, int]],
+    stored: Sequence[tuple[float, ...]],
+    common: tuple[float, ...],
+    temperature: float,
+    head_size: int,
+    teacher_head: TeacherHead,
+) -> ExactLabels[Array]:
+    """Return the labels of some examples, each with the number of its cache, at a temperature T.
+
+    ``stored`` are the temperatures of each cache and ``common`` those of all, of which the one nearest to T gives the
+    tail's mass; the tokens of a head after the first ``head_size`` count into the tail.
+    """
+    anchor = min(common, key=lambda t: abs(math.log(t / temperature)))
+    columns = max(targets.codes.shape[1] for targets, _ in parts)
+    tails = [_log_tail(targets, stored[source], anchor, head_size) for targets, source in parts]
+    return ExactLabels(
+        ids=np.concatenate([targets.head_ids[:, :head_size] for targets, _ in parts]).astype(np.int64),
+        log_probs=np.concatenate([targets.head_logprobs[:, :head_size] for targets, _ in parts]).astype(np.float32),
+        log_tail=np.concatenate(tails),
+        codes=np.concatenate(
+            [np.pad(targets.codes, ((0, 0), (0, columns - targets.codes.shape[1]))) for targets, _ in parts]
+        ),
+        steps=np.concatenate([targets.steps for targets, _ in parts]),
+        source=np.repeat(np.array([source for _, source in parts]), [len(targets) for targets, _ in parts]),
+        temperature=temperature,
+        anchor=anchor,
+        teacher_head=teacher_head,
+    )
+
+
+def _log_tail(targets: ExactTargets, temperatures: tuple[float, ...], anchor: float, head_size: int) -> FloatArray:
+    """Return log of the sum of p(v)^(1 / anchor) over the tokens after the first ``head_size``, (N,)."""
+    j = temperature_index(temperatures, anchor)
+    log_tail = (targets.log_partition[:, j] + targets.log_tail_mass[:, j]).astype(np.float32)
+    for column in targets.head_logprobs.T[head_size:]:
+        log_tail = np.logaddexp(log_tail, column.astype(np.float32) / np.float32(anchor))
+    return log_tail
+
+
 def labels_are_finite(batch: Batch) -> bool:
     """Return whether every number in a batch's labels is finite; True for a batch without labels."""
-    labels = batch.get("soft_labels")
-    parts = [] if labels is None else [labels.weights, labels.log_probs, labels.log_rest]
-    return all(bool(part.isfinite().all()) for part in parts)
+    parts = vars(batch["soft_labels"]).values() if "soft_labels" in batch else []
+    return all(bool(part.isfinite().all()) for part in parts if isinstance(part, torch.Tensor))

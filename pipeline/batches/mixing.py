@@ -39,7 +39,24 @@ def common_temperatures(stored: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(rounded[0][t] for t in common)
 
 
+def require_one_teacher(names: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Raise CacheMismatchError unless all caches have exact labels, and of one teacher, whose head reads them."""
+    first = manifests[0].teacher
+    for name, manifest in zip(names, manifests, strict=True):
+        if manifest.label.exact is None:
+            raise CacheMismatchError(
+                f"{name}: has no exact labels: mix caches of one kind, or take all as sparse ones by a tail of bucket"
+            )
+        if manifest.teacher.weights != first.weights:
+            raise CacheMismatchError(
+                f"{name}: its exact labels are of another teacher than those of {names[0]}: {manifest.teacher.id} and "
+                f"{first.id}: mix exact labels of one teacher, or take all as sparse ones by a tail of bucket"
+            )
+
+
 def common_tail(labels: Sequence[LabelSettings]) -> str:
     """Return what stands for the mass outside the head by default: what most of the caches can give."""
+    if any(label.exact for label in labels):
+        return "exact"
     usual = {label.usual_tail for label in labels}
     return next(name for name in ("renormalize", "bucket", "sampled") if name in usual)

@@ -26,15 +26,16 @@ class ScheduledSampler(Sampler[list[Item]]):
     """The batches of another sampler, each with the temperature of its optimizer step.
 
     ``accumulation`` batches make a step, the last of an epoch may have fewer; ``steps`` are those of the whole run. A
-    step has that one of the ``stored`` temperatures between the ends of the line which is nearest to the line.
+    step has that one of the ``stored`` temperatures between the ends of the line which is nearest to the line; if
+    ``stored`` is None, that of the line itself.
     """
 
     def __init__(
-        self, sampler: BatchSampler, line: Ramp, stored: Sequence[float], *, accumulation: int, steps: int
+        self, sampler: BatchSampler, line: Ramp, stored: Sequence[float] | None, *, accumulation: int, steps: int
     ) -> None:
         self._sampler, self._line, self._accumulation, self._steps = sampler, line, accumulation, steps
         low, high = min(line) - 1e-6, max(line) + 1e-6
-        self._stored = [temperature for temperature in stored if low <= temperature <= high]
+        self._stored = None if stored is None else [t for t in stored if low <= t <= high]
         self._epoch = 0
         self.batch_size, self.drop_last = sampler.batch_size, sampler.drop_last
 
@@ -49,5 +50,9 @@ class ScheduledSampler(Sampler[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         first = self._epoch * -(-len(self) // self._accumulation)
         for number, batch in enumerate(self._sampler):
-            temperature = self._line.nearest(first + number // self._accumulation, self._steps, self._stored)
+            step = first + number // self._accumulation
+            if self._stored is None:
+                temperature = self._line.at(step, self._steps)
+            else:
+                temperature = self._line.nearest(step, self._steps, self._stored)
             yield [(index, temperature) for index in batch]

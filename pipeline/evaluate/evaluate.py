@@ -51,7 +51,9 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
         model=settings.model,
         on_cache=None
         if reader is None
-        else evaluate_on_cache(model, reader, settings.limit, settings.batch_size, settings.where),
+        else evaluate_on_cache(
+            model, reader, settings.limit, settings.batch_size, settings.where, settings.temperatures
+        ),
         humaneval=None
         if problems is None
         else humaneval(

@@ -4,7 +4,7 @@ Legend: N target positions, n of them whose logits fit in memory, V vocabulary, 
 E examples, C = 3 + J columns per position. Losses and divergences are in nats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from logitcask.cache.labels import Example, SoftLabels, SparseTargets, soft_labels
+from logitcask.cache.labels import ExactTargets, Example, SoftLabels, SparseTargets, soft_labels, temperature_index
 from logitcask.cache.manifest import LabelSettings, metadata_values
 from logitcask.cache.reader import CacheReader, matching
-from logitcask.pipeline.batches.collate import Collator, TrainingExample
+from logitcask.pipeline.batches.collate import Collator, TeacherHead, TrainingExample, exact_labels
+from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.console import track
-from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
-from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
-from logitcask.pipeline.models.losses import bucket_divergence, hard_loss, sparse_forward_kl
+from logitcask.pipeline.models.dense.rows import EXACT, log_probs
+from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.losses import bucket_divergence, dense_divergence, hard_loss, sparse_forward_kl
 from logitcask.pipeline.models.students.student import require_room
 from logitcask.pipeline.runs.evaluation import Divergence, Group, OnCache
 from logitcask.pipeline.text.tokens.encoded import Encoded
@@ -36,17 +37,22 @@ def evaluate_on_cache(
     limit: int | None,
     batch_size: int,
     where: Mapping[str, Sequence[str]] | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> OnCache:
     """Evaluate a model on the first ``limit`` examples of a cache, in its order (None: all of them).
 
-    ``where`` gives the values that the examples must have, by column.
+    ``where`` gives the values that the examples must have, by column; ``temperatures`` those of the divergence, by
+    default the cache's. Only exact labels have others.
 
-    Raises LogitcaskError if the vocabulary or the examples do not fit the model.
+    Raises LogitcaskError if the vocabulary or the examples do not fit the model, or a temperature is not stored.
     """
     label = reader.manifest.label
     require_room(model, label.vocab_size, reader.manifest.data.longest)
-    head = read_head(model)
-    totals = _Totals(label, metadata_values(reader.manifest))
+    head, chosen_at = read_head(model), tuple(temperatures or label.temperatures)
+    for temperature in chosen_at if label.exact is None else ():
+        temperature_index(label.temperatures, temperature)
+    teacher_head = StoredHead(((reader.path, reader.opened),)) if label.exact else None
+    totals = _Totals(label, metadata_values(reader.manifest), chosen_at, teacher_head)
     chosen = matching(reader, where or {})[:limit]
     collator = Collator(0, (), 1.0, "sampled")
     with track("evaluating", len(chosen), "examples") as advance, torch.inference_mode():
@@ -62,15 +68,24 @@ def evaluate_on_cache(
 class _Totals:
     """Sums over the examples so far."""
 
-    def __init__(self, label: LabelSettings, values: Mapping[str, Sequence[str]]) -> None:
-        self._label, self._values = label, values
+    def __init__(
+        self,
+        label: LabelSettings,
+        values: Mapping[str, Sequence[str]],
+        temperatures: Sequence[float],
+        teacher_head: TeacherHead | None = None,
+    ) -> None:
+        """Take what the examples' labels are; ``teacher_head`` is that of exact ones."""
+        self._label, self._values, self._temperatures, self._teacher_head = label, values, temperatures, teacher_head
         self._groups: dict[tuple[str, int], ClusterSums] = {}
         exact = label.head_size >= label.vocab_size
         self._tail = "sampled" if label.tail_draws or exact else "bucket"
         self._estimate = "exact" if exact else {"sampled": "unbiased", "bucket": "lower bound"}[self._tail]
         if not label.knows("rest"):  # it counts as none: the teacher is its head, renormalised
             self._estimate = "of the head alone"
-        self._sums = ClusterSums(3 + len(label.temperatures))  # positions, hard loss, teacher's hard loss, KLs
+        if teacher_head:
+            self._tail, self._estimate = EXACT, "exact labels"
+        self._sums = ClusterSums(3 + len(temperatures))  # positions, hard loss, teacher's hard loss, KLs
         self._bins, self._teacher_bins = np.zeros((BINS, 2)), np.zeros((BINS, 2))
         self._agreed = self._examples = self._positions = 0
 
@@ -96,10 +111,7 @@ class _Totals:
     def _add_slice(self, targets: SparseTargets, hidden_nH: Tensor, head: LMHead, gold_n: Tensor) -> Array:
         """Return the columns to sum, (n, C), of n positions."""
         temperatures = self._label.temperatures
-        labels = [
-            (t, soft_labels(targets, temperatures, t, self._tail).map(torch.from_numpy).to(hidden_nH.device))
-            for t in temperatures
-        ]
+        labels = ((t, self._labels_at(t, targets, hidden_nH.device)) for t in self._temperatures)
         metrics = position_metrics(head.logits(hidden_nH), gold_n.to(hidden_nH.device), labels, self._tail)
         top, gold = metrics.top_n.cpu().numpy(), gold_n.numpy()
         self._bins += calibration_bins(metrics.confidence_n.cpu().double().numpy(), top == gold)
@@ -110,10 +122,19 @@ class _Totals:
         columns = [np.ones(len(gold)), metrics.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
         return np.concatenate([np.stack(columns, axis=1), metrics.kl_nJ.cpu().double().numpy()], axis=1)
 
+    def _labels_at(self, t: float, targets: SparseTargets, device: torch.device) -> SoftLabels[Tensor] | Tensor:
+        """Return the labels of n positions at T, or log p_T (n, V)."""
+        stored = tuple(self._label.temperatures)
+        if self._teacher_head is None or not isinstance(targets, ExactTargets):
+            return soft_labels(targets, stored, t, self._tail).map(torch.from_numpy).to(device)
+        head_size = self._label.head_size
+        labels = exact_labels([(targets, 0)], [stored], stored, t, head_size, self._teacher_head)
+        return log_probs(labels.map(torch.from_numpy).rows(device), slice(None), t)
+
     def on_cache(self, cache: str) -> OnCache:
         """Return the figures of all examples added."""
         hard, error = self._sums.mean(1)
-        kl = [(t, *self._sums.mean(3 + j)) for j, t in enumerate(self._label.temperatures)]
+        kl = [(t, *self._sums.mean(3 + j)) for j, t in enumerate(self._temperatures)]
         has_head = self._label.head_size > 0
         with np.errstate(over="ignore"):
             perplexity, teacher_perplexity = float(np.exp(hard)), float(np.exp(self._sums.mean(2)[0]))
@@ -137,7 +158,7 @@ class _Totals:
         sums = self._groups[column, code]
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(sums.mean(1)[0]))
-        kl = [(t, *sums.mean(3 + j)) for j, t in enumerate(self._label.temperatures)]
+        kl = [(t, *sums.mean(3 + j)) for j, t in enumerate(self._temperatures)]
         return Group(
             column=column,
             value=self._values[column][code - 1] if code else None,
@@ -170,23 +191,24 @@ class PositionMetrics:
 
 
 def position_metrics(
-    logits_nV: Tensor, gold_n: Tensor, labels: Sequence[tuple[float, SoftLabels[Tensor]]], tail: str
+    logits_nV: Tensor, gold_n: Tensor, labels: Iterable[tuple[float, SoftLabels[Tensor] | Tensor]], tail: str
 ) -> PositionMetrics:
     """Return the metrics of n rows of logits; ``labels`` has J pairs of a temperature and the teacher's entries at it.
 
-    With tail ``sampled`` the KL is unbiased, and exact if the head is the whole vocabulary; with ``bucket`` all tokens
-    outside the head count as one outcome, and it is a lower bound.
+    These may be the whole log p_T, (n, tokens). With tail ``sampled`` the KL is unbiased, and exact if the head is the
+    whole vocabulary; with ``bucket`` all tokens outside the head count as one outcome, and it is a lower bound.
     """
     log_q_nV = functional.log_softmax(logits_nV, dim=1)
     log_top_n, top_n = log_q_nV.max(1)
     divergences = []
     for temperature, entries in labels:
         tempered = log_q_nV if temperature == 1.0 else functional.log_softmax(logits_nV / temperature, dim=1)
-        divergences.append(
-            bucket_divergence(tempered, entries, "forward-kl")
-            if tail == "bucket"
-            else sparse_forward_kl(tempered, entries)
-        )
+        if isinstance(entries, Tensor):
+            divergences.append(dense_divergence(tempered, entries, "forward-kl"))
+        elif tail == "bucket":
+            divergences.append(bucket_divergence(tempered, entries, "forward-kl"))
+        else:
+            divergences.append(sparse_forward_kl(tempered, entries))
     return PositionMetrics(hard_loss(logits_nV, gold_n), torch.stack(divergences, dim=1), top_n, log_top_n.exp())
 
 

@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from logitcask.cache.labels import SoftLabels
-from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.models.dense.loss import BUFFERS, dense_loss_and_grad_
+from logitcask.pipeline.models.dense.rows import DenseRows, log_probs
+from logitcask.pipeline.models.head import CACHED_LOGITS, SLICE_LOGITS, LMHead
 from logitcask.pipeline.models.losses import (
     LossSettings,
     LossSums,
@@ -28,27 +30,10 @@ from logitcask.pipeline.models.losses import (
     position_losses,
 )
 
-SLICE_LOGITS = 1 << 24  # per matrix product: enough rows to run at full speed, 64 MiB in float32
-CACHED_LOGITS = 1 << 19  # per chunk of a slice on a CPU: what its cache holds
-
-
-@dataclass(frozen=True)
-class TeacherRows:
-    """A teacher in memory, for exact distillation: the hidden states (N, H) that its head reads."""
-
-    hidden_NH: Tensor
-    head: LMHead
-    vocab_size: int  # ids beyond it are not tokens and get no probability
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Return the teacher's logits (n, vocab_size) for some rows, in at least float32."""
-        return _upcast(self.head.logits(self.hidden_NH[rows])[:, : self.vocab_size])
-
-
 # Whether another backward pass may follow. If torch cannot report it, assume so: gradients are scaled in a copy.
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
-Target = SoftLabels[Tensor] | TeacherRows | None
+Target = SoftLabels[Tensor] | DenseRows | None
 
 
 def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, settings: LossSettings) -> LossSums:
@@ -67,7 +52,7 @@ def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, 
 
 
 def fused_position_losses(
-    hidden_NH: Tensor, head: LMHead, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
+    hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, settings: LossSettings
 ) -> Tensor:
     """Return the loss per position, (N,), of which any function may be differentiated.
 
@@ -78,7 +63,9 @@ def fused_position_losses(
 
     def losses_of(part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = _upcast(LMHead(weight, bias, head.scale, head.softcap).logits(hidden))
-        return position_losses(logits, gold_N[part], None if labels is None else labels[part], settings)[0]
+        dense = log_probs(target, part, settings.temperature) if isinstance(target, DenseRows) else None
+        labels = target[part] if isinstance(target, SoftLabels) else dense
+        return position_losses(logits, gold_N[part], labels, settings)[0]
 
     rows = max(16, SLICE_LOGITS // len(weight) // 16 * 16)
     parts = [slice(first, first + rows) for first in range(0, len(hidden_NH), rows)]
@@ -131,7 +118,8 @@ class _FusedLoss(torch.autograd.Function):
         b = bias * scale if bias is not None and scale != 1.0 else bias
         logits = torch.empty(min(rows, len(hidden)), len(weight), dtype=weight.dtype, device=weight.device)
         chunk = max(1, CACHED_LOGITS // len(weight)) if weight.device.type == "cpu" else len(logits)
-        scratch = torch.empty(chunk, len(weight), dtype=wide, device=weight.device)
+        dense = isinstance(loss_inputs.target, DenseRows)
+        scratch = torch.empty(BUFFERS if dense else 1, chunk, len(weight), dtype=wide, device=weight.device)
         sums = torch.zeros(5, dtype=wide, device=hidden.device)
         for first in range(0, len(hidden), rows):
             part = slice(first, min(first + rows, len(hidden)))
@@ -180,21 +168,47 @@ def _chunked_loss_and_grad_(
     logits_nV: Tensor, part: slice, loss_inputs: _LossInputs, scratch: Tensor, differentiate: bool
 ) -> Tensor:
     """Return the sums of LossSums (5,) over a slice, chunk by chunk; logits (n, V) become their gradient if asked."""
-    settings, softcap, gold_n = loss_inputs.settings, loss_inputs.softcap, loss_inputs.gold_N[part]
-    rows, sums, target = len(scratch), [], loss_inputs.target[part] if loss_inputs.target is not None else None
-    for first in range(0, len(logits_nV), rows):
-        chunk = slice(first, first + rows)
+    softcap, gold_n, target = loss_inputs.softcap, loss_inputs.gold_N[part], loss_inputs.target
+    sums, t = [], loss_inputs.settings.temperature
+    sparse = target[part] if isinstance(target, SoftLabels) else None
+    dense = target.logits(part).to(scratch.dtype) if isinstance(target, DenseRows) else None
+    for first in range(0, len(logits_nV), scratch.shape[1]):
+        chunk = slice(first, first + scratch.shape[1])
         z, gold = logits_nV[chunk], gold_n[chunk]
-        labels_or_logits = None if target is None else target[chunk]
+        room = scratch[:, : len(z)]
+        label: SoftLabels[Tensor] | Tensor | None = None if sparse is None else sparse[chunk]
+        if isinstance(target, DenseRows) and dense is not None:
+            rows, raw = slice(part.start + first, part.start + first + len(z)), dense[chunk]
+            label = target.log_probs_(raw, rows, t, room[0, :, : raw.shape[1]])
         if softcap is None:
-            sums.append(_slice_loss_and_grad_(z, gold, labels_or_logits, settings, scratch[: len(z)], differentiate))
+            sums.append(_loss_and_grad_(z, gold, label, loss_inputs.settings, room, differentiate))
             continue
-        t = torch.tanh(z / softcap)
-        torch.mul(t, softcap, out=z)
-        sums.append(_slice_loss_and_grad_(z, gold, labels_or_logits, settings, scratch[: len(z)], differentiate))
+        tanh = torch.tanh(z / softcap)
+        torch.mul(tanh, softcap, out=z)
+        sums.append(_loss_and_grad_(z, gold, label, loss_inputs.settings, room, differentiate))
         if differentiate:
-            z.mul_(1 - t * t)  # d/dx of c tanh(x / c)
+            z.mul_(1 - tanh * tanh)  # d/dx of c tanh(x / c)
     return torch.stack(sums).sum(0)
+
+
+def _loss_and_grad_(
+    z: Tensor,
+    gold: Tensor,
+    label: SoftLabels[Tensor] | Tensor | None,
+    settings: LossSettings,
+    room: Tensor,
+    differentiate: bool,
+) -> Tensor:
+    """Return the five sums of LossSums (5,) over n rows; logits z (n, V) become their gradient if asked.
+
+    ``label``: sparse labels, or log p_T (n, tokens) of the whole distribution, which is overwritten.
+    """
+    if settings.own is not None and label is not None:
+        return _own_loss_and_grad_(z, gold, label, settings, differentiate)
+    if isinstance(label, Tensor):
+        how = settings.alpha, settings.temperature, settings.divergence
+        return dense_loss_and_grad_(z, gold, label, *how, room, differentiate)
+    return _sparse_loss_and_grad_(z, gold, label, settings, room[0], differentiate)
 
 
 def _exponentials_(z: Tensor, m: Tensor, t: float, scratch: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -261,44 +275,33 @@ def _divergence_and_grad(
     return divergence.detach(), g[:, :-1], g[:, -1:]
 
 
-def _dense_target(teacher: Tensor, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """Return p_T (n, vocab_size) and forward KL less log-sum-exp, sum_v p_T(v) (log p_T(v) - z(v) / T), shape (n,)."""
-    log_p = torch.log_softmax(teacher / t, dim=1)
-    p = log_p.exp()
-    return p, (p * (log_p - z[:, : p.shape[1]] / t)).sum(1)
-
-
 def _upcast(x: Tensor) -> Tensor:
     """Return the tensor in at least float32; the same object if it is already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _slice_loss_and_grad_(
+def _sparse_loss_and_grad_(
     z: Tensor,
     gold: Tensor,
-    target: SoftLabels[Tensor] | Tensor | None,
+    labels: SoftLabels[Tensor] | None,
     settings: LossSettings,
     scratch: Tensor,
     differentiate: bool,
 ) -> Tensor:
     """Return the five sums of LossSums (5,) over n rows; logits z (n, V) become their gradient if asked.
 
-    ``gold`` has shape (n,), ``scratch`` (n, V); a tensor as ``target`` holds a teacher's logits (n, vocab_size).
+    ``gold`` has shape (n,), ``scratch`` (n, V).
     The head's tokens are taken out first and everything else is exponentiated relative to its own maximum m, so that
     the mass outside the head is exact even if it is 1e-30. With e(v) = exp((z(v) - m) / T), and g the derivative
     of the soft part D with respect to log q_T of each entry:
     d D / d z(v) = (g(v) - sum(g) q_T(v)) / T, and for the bucket of the rest also + g(rest) q_T(v) / q_T(rest) / T.
     """
-    if settings.own is not None and isinstance(target, SoftLabels):
-        return _own_loss_and_grad_(z, gold, target, settings, differentiate)
-    alpha, t = settings.alpha, settings.temperature if target is not None else 1.0
+    alpha, t = settings.alpha, settings.temperature if labels is not None else 1.0
     gold_1 = gold[:, None]
     z_gold = z.gather(1, gold_1)
-    labels = target if isinstance(target, SoftLabels) else None
     ids = labels.ids if labels is not None else gold_1[:, :0]
     z_ids = z.gather(1, ids)
     k = labels.head_size if labels is not None else 0
-    dense = _dense_target(target, z, t) if isinstance(target, Tensor) else None
     z.scatter_(1, ids[:, :k], -torch.inf)
     terms = _softmax_terms_(z, z_ids[:, :k], t, scratch)
     hard = terms.lse_1 - z_gold
@@ -310,10 +313,6 @@ def _slice_loss_and_grad_(
         soft, g, g_rest = _divergence_and_grad(log_q, log_q_rest, labels, settings, k == z.shape[1])
         g_sum = g.sum(1, keepdim=True) + g_rest
         student_mass = log_q[:, :k].exp().sum(1)
-    elif dense is not None:
-        soft = dense[1] + terms.lse[:, 0]
-        g_sum = -torch.ones_like(terms.m)
-        student_mass = torch.ones_like(soft)
 
     if differentiate:
         factor = (1.0 - alpha) * t
@@ -323,8 +322,6 @@ def _slice_loss_and_grad_(
         head_grad = alpha * (z_ids[:, :k] - terms.lse_1).exp() - factor * g_sum * (z_ids[:, :k] / t - terms.lse).exp()
         z.scatter_(1, ids[:, :k], head_grad)
         z.scatter_add_(1, ids, factor * g)
-        if dense is not None:
-            z[:, : dense[0].shape[1]].sub_(dense[0], alpha=factor)
         z.scatter_add_(1, gold_1, torch.full_like(z_gold, -alpha))
 
     hard_sum, soft_sum = hard.sum(), t * t * soft.sum()
@@ -334,7 +331,7 @@ def _slice_loss_and_grad_(
 
 
 def _own_loss_and_grad_(
-    z: Tensor, gold: Tensor, labels: SoftLabels[Tensor], settings: LossSettings, differentiate: bool
+    z: Tensor, gold: Tensor, labels: SoftLabels[Tensor] | Tensor, settings: LossSettings, differentiate: bool
 ) -> Tensor:
     """Return the five sums of LossSums (5,) of a loss of one's own; logits z (n, V) become their gradient if asked."""
     with torch.set_grad_enabled(differentiate):

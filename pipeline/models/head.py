@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError
 
+SLICE_LOGITS = 1 << 24  # per matrix product: enough rows to run at full speed, 64 MiB in float32
+CACHED_LOGITS = 1 << 19  # per chunk of a slice on a CPU: what its cache holds
 EXACT = 1e-5  # relative difference allowed of what is measured in float32
 PROBED = 8  # tokens
 SAMPLED_ROWS = 512  # of the head, compared with the model's own logits

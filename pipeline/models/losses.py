@@ -5,7 +5,9 @@ Log-probabilities are in nats; every loss is per position, shape (N,). KL is for
 named otherwise. At the end, the term that a mixture-of-experts student adds of its own.
 """
 
+import importlib
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,11 +20,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.labels import SoftLabels
+from logitcask.cache.labels import MASS_FLOOR, SoftLabels
 
 # A soft loss of one's own: the student's logits (n, V) of some positions at T=1, in float32 or wider, and the labels of
 # the same n positions; it returns one loss per position, (n,), used as it is in place of T^2 * KL.
 OwnLoss = Callable[[Tensor, SoftLabels[Tensor]], Tensor]
+
+
+DIVERGENCES = ("forward-kl", "reverse-kl", "jsd", "tvd")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class LossSettings:
     alpha: float
     temperature: float
     tail: str  # sampled, bucket, renormalize
-    divergence: str  # forward-kl, reverse-kl, jsd
+    divergence: str  # one of DIVERGENCES
     own: OwnLoss | None = None
 
 
@@ -78,6 +83,8 @@ def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> T
         return functional.kl_div(log_q_NO, log_p_NO, reduction="none", log_target=True).sum(1)
     if divergence == "reverse-kl":
         return functional.kl_div(log_p_NO, log_q_NO, reduction="none", log_target=True).sum(1)
+    if divergence == "tvd":
+        return 0.5 * (log_p_NO.exp() - log_q_NO.exp()).abs().sum(1)
     assert divergence == "jsd", divergence
     log_m_NO = torch.logaddexp(log_p_NO, log_q_NO) - math.log(2.0)
     sides = [
@@ -86,9 +93,27 @@ def outcome_divergence(log_q_NO: Tensor, log_p_NO: Tensor, divergence: str) -> T
     return 0.5 * (sides[0] + sides[1])
 
 
-def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor], settings: LossSettings) -> Tensor:
+def dense_divergence(log_q_NV: Tensor, log_p_Nv: Tensor, divergence: str) -> Tensor:
+    """Return the divergence (N,) from a teacher whose whole distribution is known, over its tokens v.
+
+    Those that the student has beyond them get next to no probability, not none, so that the reverse KL stays finite.
+    """
+    beyond = log_q_NV.shape[1] - log_p_Nv.shape[1]
+    return outcome_divergence(log_q_NV, functional.pad(log_p_Nv, (0, beyond), value=MASS_FLOOR), divergence)
+
+
+def whole_labels(log_p_Nv: Tensor, temperature: float) -> SoftLabels[Tensor]:
+    """Return a whole distribution as labels, for a loss of one's own: their head is the vocabulary."""
+    ids = torch.arange(log_p_Nv.shape[1], device=log_p_Nv.device).expand_as(log_p_Nv)
+    rest = log_p_Nv.new_full((len(log_p_Nv),), MASS_FLOOR)
+    return SoftLabels(ids, log_p_Nv.exp(), log_p_Nv, rest, log_p_Nv.shape[1], temperature, "renormalize")
+
+
+def soft_loss(log_q_NV: Tensor, labels: SoftLabels[Tensor] | Tensor, settings: LossSettings) -> Tensor:
     """Return T^2 times the divergence at T, (N,). T^2 keeps gradients about equal over T (Hinton et al., 2015)."""
-    if settings.tail == "bucket":
+    if isinstance(labels, Tensor):
+        divergence_N = dense_divergence(log_q_NV, labels, settings.divergence)
+    elif settings.tail == "bucket":
         divergence_N = bucket_divergence(log_q_NV, labels, settings.divergence)
     else:
         assert settings.divergence == "forward-kl", "only the bucket tail allows other divergences"
@@ -117,28 +142,60 @@ def own_loss(function: OwnLoss, logits_NV: Tensor, labels: SoftLabels[Tensor]) -
     return loss_N
 
 
+def load_loss(name: str) -> OwnLoss:
+    """Return the function that ``module:function`` names; modules of the working folder are found, too.
+
+    Raises LogitcaskError if there is none.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise LogitcaskError(f"--loss must be module:function, got {name!r}")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the module does when it is imported
+        message = " ".join(str(error).split())
+        raise LogitcaskError(
+            f"--loss {name}: cannot import {module_name}: {type(error).__name__}: {message}: run in the folder of "
+            f"{module_name.partition('.')[0]}.py, or install it"
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    function: OwnLoss | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise LogitcaskError(f"--loss {name}: {module.__file__} has no function {function_name}")
+    return function
+
+
 def position_losses(
-    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
+    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | Tensor | None, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return alpha * hard + (1 - alpha) * soft, hard and soft per position, each (N,); without labels soft is 0."""
+    """Return alpha * hard + (1 - alpha) * soft, hard and soft per position, each (N,); without labels soft is 0.
+
+    A tensor as ``labels`` holds log p_T of the teacher's whole distribution, (N, tokens).
+    """
     hard_N = hard_loss(logits_NV, gold_N)
     if labels is None:
         return settings.alpha * hard_N, hard_N, torch.zeros_like(hard_N)
     if settings.own is not None:
-        soft_N = own_loss(settings.own, logits_NV, labels)
+        whole = whole_labels(labels, settings.temperature) if isinstance(labels, Tensor) else labels
+        soft_N = own_loss(settings.own, logits_NV, whole)
     else:
         soft_N = soft_loss(functional.log_softmax(logits_NV / settings.temperature, dim=1), labels, settings)
     return settings.alpha * hard_N + (1.0 - settings.alpha) * soft_N, hard_N, soft_N
 
 
 def distillation_loss(
-    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | None, settings: LossSettings
+    logits_NV: Tensor, gold_N: Tensor, labels: SoftLabels[Tensor] | Tensor | None, settings: LossSettings
 ) -> LossSums:
     """Return alpha * hard + (1 - alpha) * soft, summed over positions. ``labels`` may be None if alpha is 1."""
     total_N, hard_N, soft_N = position_losses(logits_NV, gold_N, labels, settings)
     zero = hard_N.new_zeros(())
     if labels is None:
         return LossSums(total_N.sum(), hard_N.detach().sum(), zero, zero, zero)
+    if isinstance(labels, Tensor):
+        mass = torch.ones_like(hard_N).detach().sum()
+        return LossSums(total_N.sum(), hard_N.detach().sum(), soft_N.detach().sum(), mass, mass)
     with torch.no_grad():
         log_q_NV = functional.log_softmax(logits_NV / settings.temperature, dim=1)
     return LossSums(

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError, shown_reason
-from logitcask.pipeline.models.fused_loss import SLICE_LOGITS as LOSS_SLICE
+from logitcask.pipeline.models.head import SLICE_LOGITS as LOSS_SLICE
 from logitcask.pipeline.models.load import count_parameters, student_from_config
 
 GB = 10**9

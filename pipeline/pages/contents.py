@@ -20,8 +20,7 @@ from logitcask.cache.labels import Example, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.report.label_figures import entropies
 from logitcask.pipeline.evaluate.on_cache import position_metrics
-from logitcask.pipeline.models.fused_loss import SLICE_LOGITS
-from logitcask.pipeline.models.head import LMHead, last_hidden_states
+from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, last_hidden_states
 
 STEPS = 256  # per nat
 DRAWS_SHOWN = 8  # the most probable ones

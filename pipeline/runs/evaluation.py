@@ -39,7 +39,7 @@ class OnCache(_Record):
     perplexity: float
     hard_loss: float
     hard_loss_standard_error: float | None
-    kl_estimate: str  # unbiased, exact, or lower bound
+    kl_estimate: str  # unbiased, exact, exact labels, or lower bound
     kl: list[Divergence]
     top1_agreement: float | None  # None if the labels have no head
     calibration_error: float

@@ -21,7 +21,7 @@ ENDS_FILE = "metrics.json"  # the evaluations before and after
 FINAL = "final"
 
 Line = dict[str, float | None]
-DIVERGENCES = {"forward-kl": "KL", "reverse-kl": "reverse KL", "jsd": "JSD"}
+DIVERGENCES = {"forward-kl": "KL", "reverse-kl": "reverse KL", "jsd": "JSD", "tvd": "TVD"}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,7 +64,7 @@ def divergence_name(settings: Mapping[str, Any]) -> str:
     """Return the name of a run's soft loss from its resolved settings, with the tail unless it is ``sampled``."""
     divergence, tail = str(settings.get("divergence")), settings.get("tail")
     name = str(settings.get("loss") or DIVERGENCES.get(divergence, divergence))
-    return name if tail == "sampled" else f"{name} (tail {tail})"
+    return name if tail in ("sampled", "exact") else f"{name} (tail {tail})"
 
 
 def with_alpha(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,8 @@ def ends_rows(
     if ":" in divergence:  # a loss of one's own, module:function
         rows[divergence] = ("eval_soft_loss", 1.0)
     elif after["eval_teacher_captured_mass"]:
-        rows[f"{divergence} to the teacher at T={temperature:g}, nats"] = ("eval_soft_loss", temperature**-2)
+        unit = "" if divergence.startswith(DIVERGENCES["tvd"]) else ", nats"
+        rows[f"{divergence} to the teacher at T={temperature:g}{unit}"] = ("eval_soft_loss", temperature**-2)
     table = []
     for name, (key, factor) in rows.items():
         teacher = after.get(key.replace("eval_", "eval_teacher_"))

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from logitcask.pipeline.settings.base import FilePath, Place, Seed, Settings, Whole, flag_of
 from logitcask.pipeline.settings.data import Where
+from logitcask.pipeline.settings.precompute import Temperatures
 
 
 def _parse_list(value: Any) -> Any:
@@ -29,6 +30,9 @@ class EvaluateSettings(Settings):
     tasks: Names | None = Field(None, description="tasks of lm-evaluation-harness: names, or paths of their YAML files")
     limit: Whole | None = Field(
         None, description="evaluate at most this many examples, the first of --cache and of each task"
+    )
+    temperatures: Temperatures | None = Field(
+        None, description="temperatures of the divergence from the teacher; default: the cache's; exact labels have any"
     )
     where: Where = Field({}, description="only examples of --cache with these values, such as language=python")
     batch_size: Whole = Field(8, description="examples, or HumanEval samples, per forward pass")
@@ -62,6 +66,8 @@ class EvaluateSettings(Settings):
             raise ValueError(
                 f"--limit applies to --cache and --tasks, got {self.limit} with neither: use --problems for HumanEval"
             )
+        if self.temperatures and not self.cache:
+            raise ValueError("--temperatures applies to --cache, and none is given: add it or leave --temperatures out")
         if self.where and not self.cache:
             raise ValueError("--where applies to --cache, and none is given: add it or leave --where out")
         if self.humaneval and not self.allow_code_execution:

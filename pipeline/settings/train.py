@@ -68,11 +68,8 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
                     f"--distillation-type {self.distillation_type} needs --cache, which holds soft labels, or "
                     "--teacher-model, to compute them in memory"
                 )
-            if self.tail is not None or self.divergence != "forward-kl":
-                raise ValueError(
-                    "--tail and --divergence apply to a cache: leave them out, a teacher in memory gives the exact "
-                    "forward KL"
-                )
+            if self.tail is not None:
+                raise ValueError("--tail applies to a cache: leave it out, a teacher in memory has its whole tail")
         return self
 
     @model_validator(mode="after")
@@ -81,8 +78,6 @@ class TrainSettings(RunSettings, OptimizerSettings, StudentSettings, LossOptions
             raise ValueError(
                 "--min-fidelity applies to a cache: a teacher in memory gives the exact gradient; leave it out"
             )
-        if self.cache is None and self.loss is not None:
-            raise ValueError("--loss applies to a cache's labels: give --cache, or leave --loss out")
         if self.cache is None and not self.temperatures.level:
             raise ValueError("--temperature FIRST:LAST applies to a cache: give one number to a teacher in memory")
         if self.select is not None and (self.cache is None or self.train_data is not None):

@@ -3,9 +3,6 @@
 Legend: R rows of a batch, L tokens per row, N target positions of the batch, V vocabulary.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,13 +16,12 @@ from transformers import PreTrainedModel
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
-from logitcask.pipeline.models.fused_loss import TeacherRows, fused_loss, fused_position_losses
+from logitcask.pipeline.models.dense.rows import EXACT, DenseRows, ExactLabels, ExactRows, log_probs
+from logitcask.pipeline.models.fused_loss import fused_loss, fused_position_losses
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
-from logitcask.pipeline.models.losses import LossSettings, OwnLoss, RouterLoss, position_losses
+from logitcask.pipeline.models.losses import DIVERGENCES, LossSettings, OwnLoss, RouterLoss, position_losses
 from logitcask.pipeline.settings.training.schedule import Ramp
 from logitcask.pipeline.train.selection import Selection, loss_of_replay, selected_loss
-
-DIVERGENCES = ("forward-kl", "reverse-kl", "jsd")
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,9 @@ class Distillation:
 
     ``alpha``: a number, or (first, last) for a straight line over the steps of a trainer, which evaluates by the last.
     ``temperature``: None takes that of the labels; a number is compared with it. ``divergence``: forward-kl, or with
-    labels of tail="bucket" also reverse-kl and jsd. ``loss``: a function of the student's logits (n, V) of n positions,
-    at T=1, and their ``SoftLabels`` (ids, weights, log_probs, log_rest, temperature); it returns n losses.
+    exact labels or those of tail="bucket" also reverse-kl, jsd and tvd. ``loss``: a function of the student's logits
+    (n, V) of n positions, at T=1, and their ``SoftLabels`` (ids, weights, log_probs, log_rest, temperature), of exact
+    labels with every token in the head; it returns n losses.
 
         Distillation(alpha=0.1)
     """
@@ -55,7 +52,7 @@ class Distillation:
 
     def settings(self, batch: Mapping[str, Any]) -> LossSettings:
         """Return the loss of a batch at its labels' temperature. Raises LogitcaskError if its labels do not fit."""
-        labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
+        labels: SoftLabels[Tensor] | ExactLabels[Tensor] | None = batch.get("soft_labels")
         alpha = Ramp.of(self.alpha).last
         if labels is None:
             if alpha < 1.0 and len(batch["target_index"]):  # a rank may have no examples in the last step
@@ -64,9 +61,9 @@ class Distillation:
                     "set alpha to 1"
                 )
             return LossSettings(1.0, 1.0, "sampled", "forward-kl")
-        if len(labels.log_rest) != len(batch["target_index"]):
+        if len(labels.ids) != len(batch["target_index"]):
             raise LogitcaskError(
-                f"the batch has labels for {len(labels.log_rest)} positions and {len(batch['target_index'])} target "
+                f"the batch has labels for {len(labels.ids)} positions and {len(batch['target_index'])} target "
                 "positions: take both from one collator"
             )
         if self.temperature is not None and abs(self.temperature - labels.temperature) > 1e-6:
@@ -74,43 +71,18 @@ class Distillation:
                 f"temperature is {self.temperature:g}, but the batch's labels are at {labels.temperature:g}: give "
                 f"temperature={self.temperature:g} to the collator or loader, too"
             )
-        if self.divergence != "forward-kl" and labels.tail != "bucket":
+        if self.divergence != "forward-kl" and labels.tail not in ("bucket", EXACT):
             raise LogitcaskError(
                 f"divergence {self.divergence} requires labels of tail='bucket', got {labels.tail!r}: give "
-                "tail='bucket' to the collator or loader"
+                "tail='bucket' to the collator or loader, or take a cache of exact labels"
             )
         return LossSettings(alpha, labels.temperature, labels.tail, self.divergence, self.loss)
-
-
-def load_loss(name: str) -> OwnLoss:
-    """Return the function that ``module:function`` names; modules of the working folder are found, too.
-
-    Raises LogitcaskError if there is none.
-    """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise LogitcaskError(f"--loss must be module:function, got {name!r}")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module does when it is imported
-        message = " ".join(str(error).split())
-        raise LogitcaskError(
-            f"--loss {name}: cannot import {module_name}: {type(error).__name__}: {message}: run in the folder of "
-            f"{module_name.partition('.')[0]}.py, or install it"
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    function: OwnLoss | None = getattr(module, function_name, None)
-    if not callable(function):
-        raise LogitcaskError(f"--loss {name}: {module.__file__} has no function {function_name}")
-    return function
 
 
 def make_loss_forward(
     model: PreTrainedModel,
     how: LossSettings | Distillation,
-    teacher: Callable[[Batch], TeacherRows] | None = None,
+    teacher: Callable[[Batch], DenseRows] | None = None,
     router: RouterLoss | None = None,
     selection: Selection | None = None,
 ) -> None:
@@ -130,7 +102,7 @@ def _install(
     scale: float,
     softcap: float | None,
     how: LossSettings | Distillation,
-    teacher: Callable[[Batch], TeacherRows] | None = None,
+    teacher: Callable[[Batch], DenseRows] | None = None,
     router: RouterLoss | None = None,
     selection: Selection | None = None,
     *,
@@ -139,12 +111,13 @@ def _install(
     model_forward, head = model.forward, model.get_output_embeddings()
     head_forward = head.forward
 
-    def head_loss(hidden: Tensor, batch: Batch | None = None, target: TeacherRows | None = None) -> Any:
+    def head_loss(hidden: Tensor, batch: Batch | None = None, target: DenseRows | None = None) -> Any:
         if batch is None:
             return head_forward(hidden)
         run = trained_head(head)
         current = LMHead(run.weight, getattr(run, "bias", None), scale, softcap)
         settings = _at_step(how if isinstance(how, LossSettings) else how.settings(batch), batch)
+        batch = with_rows(batch, hidden.device)
         if per_position:
             return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
         if "labelled" in batch:
@@ -173,6 +146,14 @@ def _install(
         return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
 
     model.forward, head.forward = loss_forward, head_loss
+
+
+def with_rows(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its exact labels, if it has any, joined to the teacher's head, which its cache holds."""
+    labels = batch.get("soft_labels")
+    if not isinstance(labels, ExactLabels):
+        return batch
+    return {**batch, "soft_labels": labels.rows(device)}
 
 
 def _at_step(how: LossSettings, batch: Batch) -> LossSettings:
@@ -246,7 +227,7 @@ def kd_loss(
     student = _students.get(bare)
     if student is None or batch["input_ids"].device.type == "cpu":
         _require_same_positions(batch)
-        _require_vocabulary(batch, bare.get_input_embeddings().num_embeddings)
+        _require_vocabulary(batch, bare.get_input_embeddings().num_embeddings, device)
     if student is None:
         read = read_head(bare)
         student = _students[bare] = _Student(read.scale, read.softcap)
@@ -307,11 +288,14 @@ def kd_loss_from_logits(
         )
     if batch["input_ids"].device.type == "cpu":
         _require_same_positions(batch)
-        _require_vocabulary(batch, logits.shape[-1])
+        _require_vocabulary(batch, logits.shape[-1], logits.device)
     moved = {name: value.to(logits.device) for name, value in batch.items()}
     selected = logits if logits.dim() == 2 else logits.flatten(0, 1)[moved["target_index"]]
     wide = selected if selected.dtype == torch.float64 else selected.float()
-    losses = position_losses(wide, moved["gold"], moved.get("soft_labels"), settings)[0]
+    labels = with_rows(moved, logits.device).get("soft_labels")
+    if isinstance(labels, ExactRows):
+        labels = log_probs(labels, slice(None), labels.temperature)
+    losses = position_losses(wide, moved["gold"], labels, settings)[0]
     if per_position:
         return losses
     return losses.sum() / (max(1, len(index)) if normalizer is None else normalizer)
@@ -335,9 +319,11 @@ def require_vocabulary(needed: int, size: int) -> None:
         )
 
 
-def _require_vocabulary(batch: Batch, size: int) -> None:
-    labels: SoftLabels[Tensor] | None = batch.get("soft_labels")
-    ids = [batch["input_ids"]] + ([] if labels is None else [labels.ids])
+def _require_vocabulary(batch: Batch, size: int, device: torch.device) -> None:
+    labels = with_rows(batch, device).get("soft_labels")
+    if isinstance(labels, ExactRows):
+        require_vocabulary(labels.vocab_size, size)
+    ids = [batch["input_ids"]] + ([labels.ids] if isinstance(labels, SoftLabels) else [])
     require_vocabulary(max(int(part.max()) + 1 if part.numel() else 0 for part in ids), size)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
-from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, fused_loss
-from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.models.dense.rows import ExactRows, log_probs
+from logitcask.pipeline.models.fused_loss import fused_loss
+from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead
 from logitcask.pipeline.models.losses import LossSettings, LossSums
 
 
@@ -47,7 +48,7 @@ def selected_loss(
     is one over the selected. No position passes the head twice. At alpha 0 those that are not selected are left out of
     it, and of the hard loss that is logged.
     """
-    labels: SoftLabels[Tensor] = batch["soft_labels"]
+    labels: SoftLabels[Tensor] | ExactRows = batch["soft_labels"]
     entropy_N = student_entropy(hidden_NH, head) if selection.by == "entropy" else teacher_entropy(labels)
     rows, gold_N, scale, alpha = selection.rows(batch, entropy_N), batch["gold"], batch["soft_scale"], settings.alpha
     weight = alpha + (1.0 - alpha) * scale  # of a selected position's loss with alpha / weight in place of alpha
@@ -88,11 +89,17 @@ def student_entropy(hidden_NH: Tensor, head: LMHead) -> Tensor:
     return torch.cat(parts)
 
 
-def teacher_entropy(labels: SoftLabels[Tensor]) -> Tensor:
+def teacher_entropy(labels: SoftLabels[Tensor] | ExactRows) -> Tensor:
     """Return the entropy of the teacher's distribution at T, (N,), in nats, as the labels estimate it.
 
     With a bucket it is that of the head's tokens and the rest as one more outcome.
     """
+    if isinstance(labels, ExactRows):
+        rows, slices = max(16, SLICE_LOGITS // labels.vocab_size), [labels.labels.log_tail[:0]]
+        for first in range(0, len(labels.labels), rows):
+            log_p = log_probs(labels, slice(first, first + rows), labels.temperature)
+            slices.append(-(log_p.exp() * log_p).sum(1))
+        return torch.cat(slices)
     entropy_N: Tensor = -(labels.weights * labels.log_probs).sum(1)
     if labels.tail == "bucket":
         entropy_N -= labels.log_rest.exp() * labels.log_rest

@@ -35,7 +35,7 @@ from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.console import announce, notices, say
 from logitcask.pipeline.machine import free_large_blocks, free_memory
 from logitcask.pipeline.models.head import keeps_apart
-from logitcask.pipeline.models.losses import LossSettings, read_router_loss
+from logitcask.pipeline.models.losses import LossSettings, load_loss, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.runs.run_folder import divergence_name, read_before
@@ -47,7 +47,6 @@ from logitcask.pipeline.train.callbacks.live_table import LiveTable
 from logitcask.pipeline.train.callbacks.metrics_log import MetricsLog
 from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.callbacks.trackers import new_wandb_id, trackers
-from logitcask.pipeline.train.loss import load_loss
 from logitcask.pipeline.train.memory_advice import (
     RunSize,
     StepSize,

@@ -18,7 +18,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, Collator, Examples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.batches.scheduled import ScheduledExamples, ScheduledSampler
-from logitcask.pipeline.models.fused_loss import TeacherRows
+from logitcask.pipeline.models.dense.rows import EXACT, DenseRows
 from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.losses import LossSettings, RouterLoss
 from logitcask.pipeline.settings.training.schedule import Ramp
@@ -75,7 +75,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         alphas: Ramp | None = None,
         temperatures: Ramp | None = None,
         held_out: HeldOut | None = None,
-        teacher: Callable[[Batch], TeacherRows] | None = None,
+        teacher: Callable[[Batch], DenseRows] | None = None,
         router: RouterLoss | None = None,
         selection: Selection | None = None,
     ) -> None:
@@ -105,6 +105,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
         if self._temperatures.level:
             return self._sampler
         stored, accumulation = self.data_collator.temperatures, self.args.gradient_accumulation_steps
+        stored = None if self.data_collator.tail == EXACT else stored
         return ScheduledSampler(
             self._sampler, self._temperatures, stored, accumulation=accumulation, steps=self.args.max_steps
         )

@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_large_blocks
-from logitcask.pipeline.models.fused_loss import SLICE_LOGITS, TeacherRows, fused_loss
-from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.dense.rows import TeacherRows
+from logitcask.pipeline.models.fused_loss import fused_loss
+from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only

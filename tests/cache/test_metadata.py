@@ -156,7 +156,8 @@ def test_a_student_is_trained_and_evaluated_on_some_examples(folder: Path, tmp_p
 def test_a_chosen_part_is_what_the_trainer_sees(folder: Path, tmp_path: Path) -> None:
     reader = CacheReader(folder / "cache")
     source = cache_source(reader, DiskCache(tmp_path, 0), soft=True, temperature=1.0, tail="sampled",
-                          min_fidelity=None, same_tokenizer={}, where={"language": ("go",)})  # fmt: skip
+                          divergence="forward-kl", min_fidelity=None, same_tokenizer={},
+                          where={"language": ("go",)})  # fmt: skip
     chosen = matching(reader, {"language": ["go"]})
     assert (len(source.examples), source.shard_starts[-1], source.amount.examples) == (8, 8, 8)
     lengths = [len(source.examples[n].encoded.input_ids) for n in range(8)]

@@ -125,7 +125,7 @@ def test_the_teacher_is_right_if_its_first_token_came_next(place: Path) -> None:
     right = np.arange(len(gold)) < len(gold) // 2
     ids = targets.head_ids.copy()
     ids[:, 0] = np.where(right, gold, 299 - gold)
-    totals = on_cache._Totals(reader.manifest.label, {})
+    totals = on_cache._Totals(reader.manifest.label, {}, reader.manifest.label.temperatures)
     uniform = LMHead(torch.zeros(300, 4), None, 1.0, None)
     changed = replace(example, targets=replace(targets, head_ids=ids))
     totals.add([changed], torch.zeros(len(gold), 4), uniform, torch.from_numpy(gold))

@@ -232,7 +232,7 @@ BAD: list[tuple[Callable[[Batch], Batch], dict[str, Any], str]] = [
     (lambda b: {**b, "input_ids": b["input_ids"].roll(1, 1)}, {}, "the batch's labels are for other positions"),
     (lambda b: b, {"temperature": 2.0}, "temperature is 2, but the batch's labels are at 1"),
     (lambda b: b, {"divergence": "jsd"}, "divergence jsd requires labels of tail='bucket', got 'sampled'"),
-    (lambda b: b, {"divergence": "kl"}, "divergence must be one of forward-kl, reverse-kl, jsd, got 'kl'"),
+    (lambda b: b, {"divergence": "kl"}, "divergence must be one of forward-kl, reverse-kl, jsd, tvd, got 'kl'"),
     (lambda b: b, {"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
     (lambda b: b, {"divergence": "jsd", "loss": skewed_kl}, "give one of the two"),
 ]

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from logitcask.cache.labels import SoftLabels, soft_labels
 from logitcask.pipeline.models import fused_loss as fused
-from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
+from logitcask.pipeline.models.dense.rows import TeacherRows
+from logitcask.pipeline.models.fused_loss import Target, fused_loss
 from logitcask.pipeline.models.head import LMHead
-from logitcask.pipeline.models.losses import LossSettings, LossSums, distillation_loss
+from logitcask.pipeline.models.losses import DIVERGENCES, LossSettings, LossSums, distillation_loss
 from tests.models.test_losses import TEMPERATURES, as_tensors, label, random_logits
 
 N, H, V, K, M = 37, 6, 29, 4, 5
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 TAILS = [("sampled", "forward-kl"), ("renormalize", "forward-kl")]
-TAILS += [("bucket", divergence) for divergence in ("forward-kl", "reverse-kl", "jsd")]
+TAILS += [("bucket", divergence) for divergence in DIVERGENCES]
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,27 @@ def test_the_loss_is_that_of_the_full_distributions(stock: Path, tmp_path: Path,
     assert line["total_loss"] == pytest.approx({"logit": soft, "hybrid": 0.9 * soft + 0.1 * hard}[kind], rel=1e-5)
 
 
+@pytest.mark.parametrize("divergence", ["reverse-kl", "jsd", "tvd", "example_loss:skewed_kl"])
+def test_other_divergences_are_those_of_the_full_distributions(
+    stock: Path, tmp_path: Path, divergence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent / "library")
+    how = {"loss": divergence} if ":" in divergence else {"divergence": divergence}
+    run = online(stock, tmp_path / "run", distillation_type="logit", temperature=2.0, **how, **WHOLE, **STILL)
+    log_p, _ = dense(stock / "teacher", stock / "cache", list(range(24)), 2.0)
+    log_q, _ = dense(run / "final", stock / "cache", list(range(24)), 2.0)
+    p, q = log_p.exp(), log_q.exp()
+    m, skewed = (p + q) / 2, 0.1 * p + 0.9 * q
+    expected = {
+        "reverse-kl": q * (log_q - log_p),
+        "jsd": 0.5 * (p * (log_p - m.log()) + q * (log_q - m.log())),
+        "tvd": 0.5 * (p - q).abs(),
+        "example_loss:skewed_kl": p * (log_p - skewed.log()),
+    }[divergence]
+    (line,) = history(run)
+    assert line["soft_loss"] == pytest.approx(4.0 * float(expected.sum(1).mean()), rel=1e-4)
+
+
 def test_a_cache_of_many_draws_comes_close(stock: Path, tmp_path: Path) -> None:
     """The same batch, once with 8 + 64 entries per position from the cache, once with the teacher's full vocabulary."""
     exact = online(stock, tmp_path / "exact", distillation_type="logit", **WHOLE, learning_rate=1e-3)

@@ -23,16 +23,19 @@ class LossOptions(Settings):
         None, description="weight of the hard loss, or FIRST:LAST over the run's steps; default with hybrid: 0.1"
     )
     temperature: Temperatures = Field(
-        1.0, description="one of the cache's temperatures, or FIRST:LAST of them over the run's steps"
+        1.0,
+        description="one of the cache's temperatures, or FIRST:LAST of them over the run's steps; exact labels: any",
     )
     min_fidelity: Fraction | None = Field(
         None, description="refuse a cache whose gradient at --temperature has a smaller cosine to the exact one"
     )
     tail: Literal["sampled", "bucket", "renormalize"] | None = Field(
-        None, description="how to treat mass outside the head; default: sampled if the cache holds draws, else bucket"
+        None,
+        description="how to treat mass outside the head; default: sampled if the cache holds draws, else bucket; with "
+        "exact labels their whole distribution",
     )
-    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = Field(
-        "forward-kl", description="reverse-kl and jsd need --tail bucket"
+    divergence: Literal["forward-kl", "reverse-kl", "jsd", "tvd"] = Field(
+        "forward-kl", description="others than forward-kl need exact labels, a teacher in memory, or --tail bucket"
     )
     loss: str | None = Field(
         None, description="module:function, a soft loss of your own in place of T^2 times the divergence"
@@ -63,8 +66,8 @@ class LossOptions(Settings):
             )
         if self.min_fidelity is not None and not self.temperatures.level:
             raise ValueError("--min-fidelity applies to one --temperature: leave it out with FIRST:LAST")
-        if self.divergence != "forward-kl" and self.tail != "bucket":
-            raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail or 'no --tail'}")
+        if self.divergence != "forward-kl" and self.tail not in (None, "bucket"):
+            raise ValueError(f"--divergence {self.divergence} requires --tail bucket, got {self.tail}")
         if self.loss is not None and (not self.soft or self.divergence != "forward-kl" or self.min_fidelity):
             raise ValueError(
                 "--loss takes the place of the divergence: leave out --divergence, --min-fidelity and "

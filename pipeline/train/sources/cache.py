@@ -15,7 +15,9 @@ from logitcask.cache.reader import KEPT_BYTES, CacheReader, matching
 from logitcask.cache.report.label_figures import fidelity_of
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.console import say
+from logitcask.pipeline.models.dense.rows import EXACT
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, require_tokenizer, tokenizer_from_files
 from logitcask.pipeline.train.sources.source import Source
@@ -28,6 +30,7 @@ def cache_source(
     soft: bool,
     temperature: float,
     tail: str,
+    divergence: str,
     min_fidelity: float | None,
     same_tokenizer: Mapping[str, Mapping[str, Any]],
     where: Mapping[str, Sequence[str]] | None = None,
@@ -40,7 +43,7 @@ def cache_source(
     """
     cache, label, data = reader.path, reader.manifest.label, reader.manifest.data
     if soft:
-        _require_labels(reader, temperature, tail, min_fidelity, f"{cache}: " if of > 1 else "")
+        _require_labels(reader, temperature, tail, divergence, min_fidelity, f"{cache}: " if of > 1 else "")
     tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
     chosen = matching(reader, where) if where else None
     starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
@@ -77,15 +80,29 @@ def cache_source(
         amount=amount,
         lengths=lambda: counts("token_count"),
         positions=lambda: counts("position_count"),
+        teacher_head=StoredHead(((cache, reader.opened),)) if soft and tail == EXACT else None,
     )
 
 
-def _require_labels(reader: CacheReader, temperature: float, tail: str, min_fidelity: float | None, where: str) -> None:
+def _require_labels(
+    reader: CacheReader, temperature: float, tail: str, divergence: str, min_fidelity: float | None, where: str
+) -> None:
     """Raise LogitcaskError, starting with ``where``, unless the labels suit the loss; say what a tail leaves out."""
     label = reader.manifest.label
+    if tail == EXACT:
+        if label.exact is None:
+            raise LogitcaskError(f"{reader.path}: has sparse labels, and the run trains on exact ones")
+        if min_fidelity is not None:
+            require_fidelity(reader, temperature_index(label.temperatures, temperature), min_fidelity)
+        return
     j = temperature_index(label.temperatures, temperature)
     if fault := label.tail_fault(tail):
         raise LogitcaskError(f"{where}--tail {tail} {fault[0]}: use --tail {fault[1]}")
+    if divergence != "forward-kl" and tail != "bucket":
+        raise LogitcaskError(
+            f"{where}--divergence {divergence} requires --tail bucket, or a cache of exact labels (precompute-logits "
+            f"--preset exact), and the tail is {tail}"
+        )
     if tail == "renormalize" and not label.knows("rest"):
         say("tail renormalize: the cache was imported without the mass outside its head, which counts as none")
     elif tail == "renormalize":

@@ -6,6 +6,7 @@ import numpy as np
 
 from logitcask.pipeline.batches.examples import JoinedExamples
 from logitcask.pipeline.batches.mixing import common_temperatures
+from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.train.sources.source import Source
 
@@ -15,7 +16,8 @@ def mixed_source(parts: Sequence[Source], weights: Sequence[float]) -> Source:
     amounts = [part.amount for part in parts]
     totals = (sum(getattr(amount, name) for amount in amounts) for name in ("examples", "tokens", "positions"))
     caches = [part for part in parts if part.temperatures]
-    soft = parts[0].labelled
+    soft, heads = parts[0].labelled, [part.teacher_head for part in parts]
+    of = tuple(place for head in heads if isinstance(head, StoredHead) for place in head.caches)
     return Source(
         name=", ".join(part.name for part in parts),
         examples=JoinedExamples([part.examples for part in parts], [part.name for part in parts]),
@@ -31,6 +33,7 @@ def mixed_source(parts: Sequence[Source], weights: Sequence[float]) -> Source:
         amount=Amount(*totals),
         lengths=lambda: np.concatenate([part.lengths() for part in parts]),
         positions=lambda: np.concatenate([part.positions() for part in parts]),
+        teacher_head=StoredHead(of) if of else None,
         parts=tuple(parts),
         weights=tuple(weights),
     )

@@ -7,8 +7,15 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import temperature_index
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.disk_cache import DiskCache
-from logitcask.pipeline.batches.mixing import common_tail, common_temperatures, require_one_tokenizer, require_shares
+from logitcask.pipeline.batches.mixing import (
+    common_tail,
+    common_temperatures,
+    require_one_teacher,
+    require_one_tokenizer,
+    require_shares,
+)
 from logitcask.pipeline.console import say
+from logitcask.pipeline.models.dense.rows import EXACT
 from logitcask.pipeline.models.load import require_plain_weights
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
@@ -82,6 +89,7 @@ def open_held_out(settings: TrainSettings, source: Source) -> Source | None:
         soft=source.labelled,
         temperature=settings.temperatures.last,
         tail=source.tail,
+        divergence=settings.divergence,
         min_fidelity=None,
         same_tokenizer={},
         of=2,
@@ -91,10 +99,12 @@ def open_held_out(settings: TrainSettings, source: Source) -> Source | None:
 def _cache_sources(settings: TrainSettings, readers: list[CacheReader], disk_cache: DiskCache) -> list[Source]:
     manifests = [reader.manifest for reader in readers]
     labels = [manifest.label for manifest in manifests]
-    soft, ends = settings.soft, settings.temperatures
+    soft, ends, tail = settings.soft, settings.temperatures, settings.tail or common_tail(labels)
     if len(readers) > 1:
         require_one_tokenizer([reader.path for reader in readers], manifests)
-    if len(readers) > 1 and soft:
+    if soft and tail == EXACT:
+        require_one_teacher([reader.path for reader in readers], manifests)
+    elif len(readers) > 1 and soft:
         common = common_temperatures([label.temperatures for label in labels])
         missing = [end for end in ends if all(abs(t - end) > 1e-6 for t in common)]
         if missing:
@@ -109,7 +119,8 @@ def _cache_sources(settings: TrainSettings, readers: list[CacheReader], disk_cac
             disk_cache,
             soft=soft,
             temperature=ends.last,
-            tail=settings.tail or common_tail(labels),
+            tail=tail,
+            divergence=settings.divergence,
             min_fidelity=settings.min_fidelity,
             where=settings.where,
             same_tokenizer={

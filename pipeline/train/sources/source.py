@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.batches.collate import Batch, Collator, Examples, MixedCollator
+from logitcask.pipeline.batches.collate import Batch, Collator, Examples, MixedCollator, TeacherHead
 from logitcask.pipeline.batches.mixture import MixedSampler, Mixture
 from logitcask.pipeline.batches.order import BatchSampler, held_out
-from logitcask.pipeline.models.fused_loss import TeacherRows
+from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.head import LMHead, last_hidden_states
 from logitcask.pipeline.models.shapes import Amount
 
@@ -61,6 +61,7 @@ class Source:
     lengths: Callable[[], IntArray]  # tokens per example; of a cache it reads one object per shard
     positions: Callable[[], IntArray]  # target positions per example, likewise
     teacher: OnlineTeacher | None = None
+    teacher_head: TeacherHead | None = None  # which reads exact labels, if examples have those
     parts: tuple["Source", ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -115,7 +116,7 @@ class Source:
         pad = self.tokenizer.pad_token_id
         pad_id = 0 if pad is None else pad
         if not self.parts:
-            return Collator(pad_id, self.temperatures, temperature, self.tail, packed)
+            return Collator(pad_id, self.temperatures, temperature, self.tail, packed, self.teacher_head)
         labelled = [part.labelled for part in self.parts]
         return MixedCollator(
             pad_id=pad_id,
@@ -123,6 +124,7 @@ class Source:
             temperature=temperature,
             tail=self.tail,
             packed=packed,
+            teacher_head=self.teacher_head,
             by_source=tuple(part.temperatures for part in self.parts),
             head_size=self.head_size,
             replays=any(labelled) and not all(labelled),

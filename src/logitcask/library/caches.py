@@ -1,6 +1,7 @@
 """A cache as an object. Needs neither torch nor transformers but for what says so."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
-from logitcask.cache.labels import Example, IntArray, SparseTargets
+from logitcask.cache.labels import Example, IntArray
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import CacheInfo, describe
@@ -53,7 +54,7 @@ class Cache:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures that students can train at."""
+        """The temperatures that students can train at; those of exact labels at any other, too."""
         return tuple(self.reader.manifest.label.temperatures)
 
     @property
@@ -131,9 +132,9 @@ class Cache:
         """Return the function that makes a batch of a data set's items, with labels at a temperature. Needs torch.
 
         ``tail`` says what stands for the mass outside the head: "sampled", "bucket" or "renormalize", by default the
-        first of these that the cache has what it needs for. ``packed`` puts several examples into a row, separated by
-        ``position_ids``. Raises LogitcaskError if the cache does not store the temperature, or lacks what the tail
-        needs.
+        first of these that the cache has what it needs for. Exact labels need none: left out, the whole distribution is
+        taken, at any temperature. ``packed`` puts several examples into a row, separated by ``position_ids``. Raises
+        LogitcaskError if the cache does not store the temperature, or lacks what the tail needs.
         """
         from logitcask.library.training import collator_of
 
@@ -187,4 +188,4 @@ def _own(example: Example) -> Example:
     """Return a copy: what a reader gives are views of a whole shard."""
     targets = example.targets
     copies = {name: np.array(values, order="C") for name, values in vars(targets).items()}
-    return Example(example.input_ids, example.target_mask.copy(), SparseTargets(**copies))
+    return Example(example.input_ids, example.target_mask.copy(), replace(targets, **copies))

@@ -1,5 +1,7 @@
 """Caches as torch sees them: data set, collator, loader."""
 
+import math
+
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import temperature_index
 from logitcask.library.caches import Cache
@@ -7,7 +9,9 @@ from logitcask.library.mix import Mix
 from logitcask.pipeline.batches.collate import Collator, MixedCollator
 from logitcask.pipeline.batches.dataset import CacheDataset
 from logitcask.pipeline.batches.loader import Loader
-from logitcask.pipeline.batches.mixing import common_tail
+from logitcask.pipeline.batches.mixing import common_tail, require_one_teacher
+from logitcask.pipeline.batches.teacher_head import StoredHead
+from logitcask.pipeline.models.dense.rows import EXACT
 
 TAILS = ("sampled", "bucket", "renormalize")
 
@@ -69,21 +73,27 @@ def collator_of(source: Cache | Mix, temperature: float, tail: str | None, *, pa
     """Return the collator of a cache or a mixture. Raises LogitcaskError if a cache lacks what it needs."""
     caches = source.caches if isinstance(source, Mix) else (source,)
     labels = [cache.label for cache in caches]
-    tail = tail or common_tail(labels)
-    for cache, label in zip(caches, labels, strict=True):
+    tail, teacher_head = tail or common_tail(labels), None
+    if tail == EXACT:
+        require_one_teacher([cache.path for cache in caches], [cache.reader.manifest for cache in caches])
+        if not 0 < temperature < math.inf:
+            raise LogitcaskError(f"temperature must be above 0, got {temperature:g}")
+        teacher_head = StoredHead(tuple((cache.path, cache.reader.opened) for cache in caches))
+    for cache in caches if tail != EXACT else ():
         _require_temperature(cache, temperature)
         if tail not in TAILS:
             raise LogitcaskError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}")
-        if fault := label.tail_fault(tail):
+        if fault := cache.label.tail_fault(tail):
             raise LogitcaskError(f"{cache.path}: tail={tail!r} {fault[0]}: use tail={fault[1]!r}")
     if isinstance(source, Cache):
-        return Collator(0, source.temperatures, temperature, tail, packed)
+        return Collator(0, source.temperatures, temperature, tail, packed, teacher_head)
     return MixedCollator(
         pad_id=0,
         temperatures=source.temperatures,
         temperature=temperature,
         tail=tail,
         packed=packed,
+        teacher_head=teacher_head,
         by_source=tuple(cache.temperatures for cache in caches),
         head_size=min(label.head_size for label in labels),
     )

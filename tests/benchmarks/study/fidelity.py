@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.labels import IntArray, SoftLabels, temperature_index
-from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
+from logitcask.pipeline.models.dense.rows import TeacherRows
+from logitcask.pipeline.models.fused_loss import Target, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.settings.precompute import PRESETS

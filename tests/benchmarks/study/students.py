@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.evaluate.on_cache import calibration_bins, calibration_error
-from logitcask.pipeline.models.fused_loss import Target, TeacherRows, fused_loss
+from logitcask.pipeline.models.dense.rows import TeacherRows
+from logitcask.pipeline.models.fused_loss import Target, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import LossSettings
 from tests.benchmarks.study import ideas
