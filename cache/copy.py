@@ -297,6 +297,7 @@ def dataset_card(manifest: Manifest, url: str) -> str:
     size = next((size for size, limit in sizes if data.examples < limit), "10M<n<100M")
     at = ", ".join(f"{t:g}" for t in label.temperatures)
     tail = f"{label.tail_draws} draws from the rest" if label.tail_draws else "no draws from the rest"
+    tail = f"the hidden state of width {label.exact.width} in {label.exact.bits} bits" if label.exact else tail
     unknown = f"; unknown: {', '.join(label.unknown)}" if label.unknown else ""
     part = f", from shard {manifest.part.first} of {manifest.part.of}" if manifest.part else ""
     facts = {

@@ -165,6 +165,13 @@ class LabelSettings(_Part):
         """What a label is: a head and draws from the tail, or a head and the hidden state."""
         return "sparse" if self.exact is None else "exact"
 
+    @property
+    def entries(self) -> str:
+        """What a label consists of, in words."""
+        if self.exact is None:
+            return f"head {self.head_size}, tail {self.tail_draws} draws"
+        return f"head {self.head_size}, hidden state of width {self.exact.width} in {self.exact.bits} bits"
+
     def knows(self, what: Literal["rest", "gold"]) -> bool:
         """Return whether the mass outside the head, or l of every next token, is known."""
         return what not in (self.unknown or ())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 LEVELS = (255, 15, 6, 3)  # values of a column, columns sorted by falling range
 PER_BYTE = (1, 2, 3, 5)
-RARE = 1 / 1024  # of a calibration column's values, outside a range that is taken
+RARE, MARGIN = 1 / 256, 1.2  # a column's range is that of all but so many of its values, and a bit more
 LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
 
 Codes = NDArray[np.integer[Any]]
@@ -27,16 +27,17 @@ def packed_width(columns: Sequence[int]) -> int:
     return sum(-(-count // per_byte) for count, per_byte in zip(columns, PER_BYTE, strict=True))
 
 
-def column_counts(codes_NC: NDArray[np.int64]) -> tuple[int, ...]:
-    """Return how many of the columns, which are sorted by falling range, to keep in each range; the rest are dropped.
+def column_ranges(values_NC: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+    """Return the columns to keep, of calibration values in steps, by falling range, and how many there are of each.
 
-    A column is dropped, with all after it, if it is almost always 0.
+    A column of which almost all values round to 0 is dropped.
     """
-    magnitudes = np.abs(codes_NC)
-    kept = int(np.max(np.flatnonzero((magnitudes > 0).mean(0) > RARE), initial=0)) + 1
-    fits = np.stack([(magnitudes[:, :kept] > (levels - 1) // 2).mean(0) <= RARE for levels in LEVELS[1:]])
-    narrowest = np.minimum.accumulate(fits.sum(0)[::-1])[::-1]  # 0 to 3, rising along the columns
-    return tuple(int((narrowest == place).sum()) for place in range(len(LEVELS)))
+    reach = np.quantile(np.abs(values_NC), 1 - RARE, axis=0)
+    order = np.argsort(-reach, kind="stable")
+    kept = order[: max(1, int((reach > 0.5).sum()))]
+    least = np.array([(levels - 1) // 2 + 0.5 for levels in LEVELS])
+    kinds = [int((MARGIN * reach[column] <= least[1:]).sum()) for column in kept]  # 0 to 3, rising along the columns
+    return kept, tuple(kinds.count(kind) for kind in range(len(LEVELS)))
 
 
 def pack(codes_NC: Codes, columns: Sequence[int]) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:

@@ -11,7 +11,7 @@ from logitcask.cache.errors import shown
 from logitcask.cache.fidelity import BATCH, Fidelity, divergences, figures
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.layout import array_specs
-from logitcask.cache.manifest import MadeBy, Manifest, metadata_values
+from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, metadata_values
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, fidelity_of, label_figures
 from logitcask.cache.storage.open import object_sizes, open_store
@@ -111,7 +111,7 @@ def _part(key: str) -> str:
 
 def render(info: CacheInfo) -> str:
     """Return the figures as lines of text."""
-    labels = _labels(info.labels, info.manifest.label.knows("gold")) if info.labels else []
+    labels = _labels(info.labels, info.manifest.label) if info.labels else []
     return "\n".join([*_identity(info), *_sizes(info), *_fidelity(info), *labels])
 
 
@@ -134,8 +134,7 @@ def _identity(info: CacheInfo) -> Iterator[str]:
         yield f"            {column}: {len(values):,} values, {', '.join(map(shown, values[:3]))}"
     if data.chat_template_kwargs:
         yield f"            values given to the chat template: {data.chat_template_kwargs}"
-    draws = f"head {label.head_size}, tail {label.tail_draws} draws"
-    yield f"label       {draws}, temperatures {temperatures}, seed {label.seed}"
+    yield f"label       {label.entries}, temperatures {temperatures}, seed {label.seed}"
     if label.unknown:
         names = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
         yield f"            not known: {', '.join(names[each] for each in label.unknown)}"
@@ -193,7 +192,7 @@ def _fidelity(info: CacheInfo) -> Iterator[str]:
             yield f"  T={at.temperature:<6g}{name:24s}{errors}"
 
 
-def _labels(labels: LabelFigures, gold_is_known: bool) -> Iterator[str]:
+def _labels(labels: LabelFigures, label: LabelSettings) -> Iterator[str]:
     """Yield the lines on the sampled labels, one per temperature, then the figures over all."""
     bound = "at least " if labels.entropy_is_bound else ""
     shards = "shard" if labels.shards == 1 else f"{labels.shards:,} shards"
@@ -203,8 +202,9 @@ def _labels(labels: LabelFigures, gold_is_known: bool) -> Iterator[str]:
     )
     for temperature, mass, entropy in zip(labels.temperatures, labels.captured_mass, labels.entropy, strict=True):
         yield f"  T={temperature:<8g}head holds {mass:6.1%} of the mass, teacher's entropy {bound}{entropy:.3f} nats"
-    yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws per position"
-    if gold_is_known:
+    if not label.exact:
+        yield f"tail        {labels.distinct_tail_draws:.1f} distinct draws per position"
+    if label.knows("gold"):
         yield f"perplexity  {labels.gold_perplexity:.2f}, the teacher's on the text"
     at = f"T={labels.certainty_temperature:g}"
     yield from _examples(f"most certain examples (index, mean entropy at {at}, beginning)", labels.most_certain)

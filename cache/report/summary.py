@@ -36,7 +36,7 @@ def _identity(info: CacheInfo) -> Iterator[tuple[str, str]]:
     at = ", ".join(f"{t:g}" for t in label.temperatures)
     yield (
         "label",
-        f"head {label.head_size}, tail {label.tail_draws} draws, of {label.vocab_size:,} tokens, T={at}{unknown}",
+        f"{label.entries}, of {label.vocab_size:,} tokens, T={at}{unknown}",
     )
     yield "size", _size(info)
 
@@ -63,6 +63,9 @@ def _labels(info: CacheInfo) -> Iterator[tuple[str, str]]:
             yield "perplexity", f"{labels.gold_perplexity:.2f}, the teacher's on the text"
     angles = [f"{at.label.degrees:.2f}°" for at in info.fidelity]
     measured = f"angle of the gradient to the exact one {_by([at.temperature for at in info.fidelity], angles)}"
+    if info.divergence:
+        figures = [f"{kl:.2g}" for kl in info.divergence]
+        measured += f"; KL from the teacher {_by(info.manifest.label.temperatures, figures)} nats"
     yield "fidelity", measured if angles else "not measured: see --fidelity-positions"
 
 

@@ -12,7 +12,15 @@ from logitcask.cache.fidelity import row_width
 from logitcask.cache.report.info import LABEL_PARTS
 from logitcask.pipeline.console import counted, duration, results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
-from logitcask.pipeline.plan.estimates import CPU, GPUS, TEMPERATURES, Preset, teacher_memory, teacher_seconds
+from logitcask.pipeline.plan.estimates import (
+    CPU,
+    GPUS,
+    TEMPERATURES,
+    Preset,
+    teacher_memory,
+    teacher_seconds,
+    where_sparse_is_better,
+)
 from logitcask.pipeline.plan.plan import plan_cache, size_text
 from logitcask.pipeline.plan.show import ShownExample, first_examples, print_examples
 from logitcask.pipeline.precompute.length import with_length
@@ -68,8 +76,9 @@ def dry_run(settings: PrecomputeSettings, bad: BadRecords | None = None) -> DryR
     positions = table.positions[shuffled(len(table), settings.seed)].astype(np.int64)
     shards = len(cut_shards(positions, settings.shard_positions))
     amount = Amount(data.examples, data.tokens, data.positions)
-    preset, scaling = _nearest_preset(settings)
-    _, parts = plan_cache(preset, amount, tokenizer_size(tokenizer), tokenizer, shards)
+    preset, scaling = _nearest_preset(settings, teacher.hidden)
+    size = tokenizer_size(tokenizer)
+    _, parts = plan_cache(preset, amount, size, tokenizer, shards, width=teacher.hidden, bits=settings.hidden_bits)
     batch_tokens = settings.batch_size * settings.max_seq_length
     devices = [
         device
@@ -110,9 +119,11 @@ def _tokenize(settings: PrecomputeSettings, encoder: Encoder, reading: Reading, 
         )
 
 
-def _nearest_preset(settings: PrecomputeSettings) -> tuple[Preset, list[str]]:
+def _nearest_preset(settings: PrecomputeSettings, width: int) -> tuple[Preset, list[str]]:
     """Return the preset with the nearest label size, and the assumption that makes, if any."""
     wanted = settings.head_size, settings.tail_draws
+    if settings.preset == "exact":
+        return "exact", where_sparse_is_better(width, settings.hidden_bits)
     presets: tuple[Preset, ...] = ("lean", "standard", "rich")
     nearest = min(presets, key=lambda name: abs(sum(PRESETS[name]) - sum(wanted)))
     if PRESETS[nearest] == wanted and len(settings.temperatures) == TEMPERATURES:
@@ -128,7 +139,11 @@ def _scaled_bytes(
     """Scale the bytes of a preset's cache to the settings' label size, temperatures and certificate."""
     head, draws = PRESETS[preset]
     count = len(settings.temperatures)
-    factors = {"head": settings.head_size / head, "tail": settings.tail_draws / draws, "log": count / TEMPERATURES}
+    factors = {
+        "head": settings.head_size / head,
+        "tail": settings.tail_draws / max(1, draws),
+        "log": count / TEMPERATURES,
+    }
     scaled = {name: size * factors.get(name.split("_")[0], 1.0) for name, size in parts.items()}
     return {**scaled, "fidelity": 4.0 * row_width(count) * shards if settings.fidelity_positions else 0.0}
 

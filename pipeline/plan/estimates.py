@@ -14,7 +14,7 @@ from logitcask.pipeline.models.shapes import GB, Amount, ModelShape
 from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.teachers.labelling import SLICE_LOGITS as LABEL_SLICE
 
-Preset = Literal["lean", "standard", "rich"]
+Preset = Literal["lean", "standard", "rich", "exact"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ LABEL_BYTES: dict[str, dict[Preset, float]] = {
     "gold_logprobs": {"lean": 0.6, "standard": 0.6, "rich": 0.6},
 }
 MEASURED_VOCABULARY = 49_152
+# Of exact labels, measured by python -m tests.benchmarks.exact_codes; their hidden states, by bits, of 576 features.
+EXACT_BYTES = {"head_ids": 10.9, "head_logprobs": 8.0, "log_tail_odds": 4.3, "gold_logprobs": 0.6}
+HIDDEN_BYTES, MEASURED_WIDTH = {3: 60.0, 4: 120.0, 5: 193.0, 6: 265.0}, 576
+WIDEST = 1_500  # above, sparse labels of as many bytes have the smaller error at T=1
+HEAD_SHARE = 0.75  # of the head's bfloat16 numbers, compressed
 # These were measured on 8,519 tokens of the demo's data, with logitcask cache info.
 TOKEN_BYTES = {"input_ids": 0.89, "target_mask": 0.023}  # per token
 EXAMPLE_BYTES = {"token_count": 3.0, "position_count": 3.0}  # per example
@@ -87,24 +92,59 @@ TEMPERATURES = 3  # stored by default
 TOKENIZER_BYTES = 11.1  # per token of the vocabulary, compressed, if the tokenizer is not available
 
 
-def cache_bytes(preset: Preset, vocabulary: int, amount: Amount, shards: int) -> dict[str, float]:
+def hidden_bytes(width: int, bits: int) -> float:
+    """Return the bytes per position of hidden states in the code of exact labels, in proportion to their width.
+
+    Beyond the bits that were measured, each costs one per feature.
+    """
+    most = max(HIDDEN_BYTES)
+    return width / MEASURED_WIDTH * (HIDDEN_BYTES[min(bits, most)] + max(0, bits - most) * MEASURED_WIDTH / 8)
+
+
+def where_sparse_is_better(width: int, bits: int) -> list[str]:
+    """Return a line on the size of exact labels, and one on sparse ones where these are the better choice."""
+    size = hidden_bytes(width, bits) + sum(EXACT_BYTES.values())
+    grows = f"exact labels take {size:,.0f} bytes: hidden states grow with the width, here {width:,}; 576 was measured"
+    if width <= WIDEST:
+        return [grows]
+    rich = sum(each["rich"] for each in LABEL_BYTES.values())
+    return [
+        grows,
+        f"at T=1, sparse labels of as many bytes are closer to a teacher wider than about {WIDEST:,}, and preset rich "
+        f"takes {rich:.0f}: exact labels are for other temperatures and divergences",
+    ]
+
+
+def cache_bytes(
+    preset: Preset, vocabulary: int, amount: Amount, shards: int, *, width: int = 0, bits: int = 4
+) -> dict[str, float]:
     """Return the bytes of a cache by array, and of its metadata, without the tokenizer.
+
+    Exact labels depend on the ``width`` of the teacher's hidden states and the ``bits`` they are kept in.
 
     For a vocabulary V other than the measured one, ids are scaled by the information of one id, log V; those of a tail
     of M draws, which are sorted, by that of one of M sorted ids, log(e V / M): Stirling's log(V choose M) / M.
     """
-    draws = PRESETS[preset][1]
+    draws = PRESETS[preset][1] or 1
     head = math.log(vocabulary) / math.log(MEASURED_VOCABULARY)
     tail = math.log(math.e * max(1.0, vocabulary / draws)) / math.log(math.e * MEASURED_VOCABULARY / draws)
     scale = {"head_ids": head, "tail_ids": tail, "input_ids": head}
     sizes = {
-        **{name: amount.positions * each[preset] for name, each in LABEL_BYTES.items()},
+        **{name: amount.positions * size for name, size in _label_bytes(preset, width, bits).items()},
         **{name: amount.tokens * each for name, each in TOKEN_BYTES.items()},
         **{name: amount.examples * each for name, each in EXAMPLE_BYTES.items()},
     }
     scaled = {name: size * scale.get(name, 1.0) for name, size in sizes.items()}
+    if preset == "exact":
+        scaled["teacher_head"] = HEAD_SHARE * 2 * vocabulary * width + 8 * width * width
     certificate = 4.0 * row_width(TEMPERATURES) * shards
     return {**scaled, "fidelity": certificate, "metadata": float(METADATA_BYTES + SHARD_BYTES * shards)}
+
+
+def _label_bytes(preset: Preset, width: int, bits: int) -> dict[str, float]:
+    if preset == "exact":
+        return {**EXACT_BYTES, "hidden_codes": hidden_bytes(width, bits)}
+    return {name: each[preset] for name, each in LABEL_BYTES.items()}
 
 
 LOGIT_PASSES = 15  # over float32 logits per label, counted in teachers/sparsify.py for temperatures 1, 1.5 and 2

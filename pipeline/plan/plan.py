@@ -33,6 +33,7 @@ from logitcask.pipeline.plan.estimates import (
     find_device,
     teacher_memory,
     teacher_seconds,
+    where_sparse_is_better,
 )
 from logitcask.pipeline.plan.tables import Tables, make_tables, render_tables
 from logitcask.pipeline.settings.base import shipped_configs
@@ -47,6 +48,7 @@ from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_files, t
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 
 SAMPLE_BYTES = 8_000_000  # of a data file, tokenized at most: a few seconds
+DEFAULT_BITS: int = PrecomputeSettings.model_fields["hidden_bits"].default
 SHARD_POSITIONS: int = PrecomputeSettings.model_fields["shard_positions"].default
 
 
@@ -99,7 +101,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     amount, assumed = _amount_of_text(settings, tokenizer)
     vocabulary = tokenizer_size(tokenizer) if tokenizer else teacher.vocabulary
     student = _student(settings.student_config, vocabulary)
-    shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer)
+    shards, parts = plan_cache(settings.preset, amount, vocabulary, tokenizer, width=teacher.hidden)
     batch_tokens = settings.batch_size * settings.max_seq_length
     seconds = teacher_seconds(teacher, device, amount, batch_tokens)
     if settings.teacher_tokens_per_second is not None:
@@ -129,7 +131,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         student_memory=_rounded(student_bytes),
         student_fits=device.holds(sum(student_bytes.values())),
         device=device.name,
-        assumed=[*assumed, *_assumptions(settings, device, sized)],
+        assumed=[*assumed, *_assumptions(settings, device, sized), *_of_exact(settings.preset, teacher.hidden)],
     )
 
 
@@ -139,6 +141,9 @@ def plan_cache(
     vocabulary: int,
     tokenizer: PreTrainedTokenizerBase | None,
     shards: int | None = None,
+    *,
+    width: int = 0,
+    bits: int = DEFAULT_BITS,
 ) -> tuple[int, dict[str, float]]:
     """Return the number of shards of a cache, and its bytes: by array, of its metadata, and of the tokenizer."""
     shards, tokenizer_bytes = shards or math.ceil(amount.positions / SHARD_POSITIONS), TOKENIZER_BYTES * vocabulary
@@ -146,7 +151,10 @@ def plan_cache(
         tokenizer_bytes = sum(
             len(Zstd(level=CONSTANT_LEVEL).encode(data)) for data in tokenizer_files(tokenizer).values()
         )
-    return shards, {**cache_bytes(preset, vocabulary, amount, shards), "tokenizer": tokenizer_bytes}
+    return shards, {
+        **cache_bytes(preset, vocabulary, amount, shards, width=width, bits=bits),
+        "tokenizer": tokenizer_bytes,
+    }
 
 
 def _student(source: str, vocabulary: int) -> ModelShape:
@@ -216,6 +224,10 @@ def _assumptions(settings: PlanSettings, device: Device, sized: bool) -> list[st
     return lines
 
 
+def _of_exact(preset: Preset, width: int) -> list[str]:
+    return where_sparse_is_better(width, DEFAULT_BITS) if preset == "exact" else []
+
+
 def _rounded(parts: dict[str, float]) -> dict[str, int]:
     return {name: round(size) for name, size in parts.items()}
 
@@ -226,6 +238,7 @@ def render_plan(plan: Plan) -> Table:
     table.add_row("data", f"{plan.examples:,} examples, {plan.tokens:,} tokens, {plan.positions:,} target positions")
     rate = f"{plan.cache_bytes / plan.positions:.1f} bytes per target position"
     kinds = {"labels": 0, "text": 0, "metadata": 0, "tokenizer": 0}
+    kinds |= {name: 0 for name in plan.cache_bytes_by_part if name == "teacher_head"}
     for name, size in plan.cache_bytes_by_part.items():
         label = name.startswith(LABEL_PARTS)
         kinds[name if name in kinds else "labels" if label else "text"] += size

@@ -23,7 +23,9 @@ class PlanSettings(DataSettings):
     student_config: Place = Field(
         "100M", description="Hugging Face config JSON of a student, a name such as tiny, or a size such as 350M"
     )
-    preset: Literal["lean", "standard", "rich"] = Field("standard", description="size of a label, as in stage 1")
+    preset: Literal["lean", "standard", "rich", "exact"] = Field(
+        "standard", description="size of a label, as in stage 1"
+    )
     max_seq_length: Annotated[int, Field(ge=2, le=2**31)] = Field(
         1024,
         description="tokens per example; longer examples are truncated; fewer by default if the teacher takes fewer",

@@ -48,10 +48,11 @@ class PrecomputeSettings(DataSettings):
     preset: Literal["lean", "standard", "rich", "exact"] = Field(
         "standard",
         description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64; exact: head 8 + the "
-        "hidden state in few bits, for any temperature and divergence; only for narrow teachers",
+        "hidden state in few bits, for any temperature and divergence; at T=1 sparse labels of as many bytes are "
+        "better for teachers wider than about 1,500",
     )
-    hidden_bits: Annotated[int, Field(ge=2, le=8)] = Field(
-        4, description="with --preset exact: bits per coefficient of the hidden state"
+    hidden_bits: Annotated[int, Field(ge=3, le=8)] = Field(
+        4, description="with --preset exact: how fine the hidden state is; each bit halves the error"
     )
     head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
         8, description="K, the number of most probable tokens that are kept; overrides the preset"

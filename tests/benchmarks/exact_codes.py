@@ -31,7 +31,7 @@ from logitcask.cache.layout import array_specs, decode_targets, encode_targets, 
 from logitcask.cache.manifest import LabelSettings, ShardPlan
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
-from logitcask.pipeline.teachers.exact.coder import HiddenCoder
+from logitcask.pipeline.teachers.exact.coder import HiddenCoder, shaped_
 from logitcask.pipeline.teachers.exact.fit import fitted
 from logitcask.pipeline.teachers.exact.heads import stored_head
 from logitcask.pipeline.teachers.sparsify import sparsify
@@ -73,11 +73,12 @@ def states(file: str | None) -> dict[str, FloatArray]:
 
 def labels_of(head: TeacherHead, hidden: FloatArray, exact: LabelSettings) -> ExactTargets:
     """Return the labels of hidden states, before they are coded into arrays."""
-    coder, parts = HiddenCoder(head, exact, CPU), []
+    coder, parts, weights = HiddenCoder(head, exact, CPU), [], torch.from_numpy(head.weights())
     for first in range(0, len(hidden), SLICE):
         rows = hidden[first : first + SLICE]
         gold, uniforms = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), 0)
-        sparse = sparsify(torch.from_numpy(head.logits(rows)), gold, uniforms, exact.head_size, exact.temperatures)
+        z_NV = shaped_(torch.from_numpy(rows) @ weights.t(), head)
+        sparse = sparsify(z_NV, gold, uniforms, exact.head_size, exact.temperatures)
         parts.append(coder.encode(torch.from_numpy(rows), sparse))
     joined = ExactTargets.concatenate(parts)
     assert isinstance(joined, ExactTargets)
@@ -154,7 +155,7 @@ def main() -> None:
     label = LabelSettings(vocab_size=len(weight), head_size=8, tail_draws=0, temperatures=TEMPERATURES, seed=0)
     plain = stored_head(LMHead(torch.from_numpy(weight), None, 1.0, None), len(weight))
     rows: dict[str, Any] = {}
-    for bits in (3, 4, 5, 6):
+    for bits in (4, 6, 5, 3):
         head, code = fitted(plain, known, label, bits)
         exact = label.model_copy(update={"exact": code})
         read, sizes = stored(labels_of(head, unknown, exact), exact)

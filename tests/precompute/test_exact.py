@@ -13,10 +13,15 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.exact.head import decode
 from logitcask.cache.labels import ExactTargets
 from logitcask.cache.reader import CacheReader
+from logitcask.cache.report.info import describe, render
 from logitcask.cache.verify import verify
+from logitcask.library.create import create
 from logitcask.pipeline.models.head import last_hidden_states
 from logitcask.pipeline.models.load import load_causal_lm
-from tests.support.tiny import folder_bytes, make_cache
+from logitcask.pipeline.models.shapes import shape_of_size
+from logitcask.pipeline.plan.plan import make_plan
+from logitcask.pipeline.settings.plan import PlanSettings
+from tests.support.tiny import folder_bytes, make_cache, precompute_settings
 
 EXACT: dict[str, Any] = {
     "preset": "exact",
@@ -76,3 +81,42 @@ def test_other_bits_are_another_cache(cache: Path) -> None:
 def test_a_cache_of_sparse_labels_has_no_head(tmp_path: Path) -> None:
     with pytest.raises(LogitcaskError, match="--preset exact"):
         CacheReader(make_cache(tmp_path)).teacher_head()
+
+
+def test_what_info_says_of_it(cache: Path) -> None:
+    info = describe(cache)
+    assert "head 4, hidden state of width 32 in 8 bits" in render(info)
+    assert info.divergence is not None
+    assert max(info.divergence) < 1e-3
+    assert all(at.label.noise < 0.03 for at in info.fidelity)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"preset": "standard", "hidden_bits": 5}, "--hidden-bits requires --preset exact"),
+        ({"tail_draws": 3}, "a head and no draws"),
+        ({"head_size": 0}, "at least 1"),
+        ({"engine": "vllm-topk", "temperatures": (1.0,), "fidelity_positions": 0}, "needs the teacher's hidden states"),
+    ],
+)
+def test_what_exact_labels_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        precompute_settings(tmp_path, **{**EXACT, **changes})
+
+
+def test_a_writer_of_other_labels_refuses_them(cache: Path, tmp_path: Path) -> None:
+    label = CacheReader(cache).manifest.label.model_copy(update={"fidelity_positions": 0})
+    with pytest.raises(LogitcaskError, match="precompute-logits --preset exact"):
+        create(tmp_path / "out", label=label, tokenizer=str(cache.parent / "teacher"), teacher="t")
+
+
+def test_a_plan_prints_their_size_and_where_sparse_ones_are_better() -> None:
+    asked: list[dict[str, Any]] = [
+        {"teacher_model": size, "tokens": 10**6, "preset": "exact"} for size in ("100M", "7B")
+    ]
+    plans = [make_plan(PlanSettings.model_validate(each)) for each in asked]
+    narrow, wide = (plan.cache_bytes_by_part["hidden_codes"] / plan.positions for plan in plans)
+    assert wide / narrow == pytest.approx(shape_of_size("7B").hidden / shape_of_size("100M").hidden, rel=0.01)
+    assert not any("sparse labels" in line for line in plans[0].assumed)
+    assert any("sparse labels of as many bytes are closer" in line for line in plans[1].assumed)

@@ -59,6 +59,14 @@ def settings(folder: Path, output: Path | str, cluster: str) -> PrecomputeSettin
     return precompute_settings(folder, output=output, ray=cluster, workers=2, **SMALL)
 
 
+@pytest.mark.nightly
+def test_exact_labels_are_those_of_one_process(folder: Path, cluster: str) -> None:
+    exact: dict[str, Any] = {"preset": "exact", "head_size": 4, "tail_draws": 0, **SMALL}
+    for output, where in ((folder / "one", {}), (folder / "two", {"ray": cluster, "workers": 2})):
+        precompute(precompute_settings(folder, output=output, **exact, **where))
+    assert folder_bytes(folder / "two") == folder_bytes(folder / "one")
+
+
 def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: str, tmp_path: Path) -> None:
     report = precompute(settings(folder, tmp_path / "cache", cluster))
     assert report.shards_written == report.manifest.shards.count > 4

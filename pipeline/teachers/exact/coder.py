@@ -59,7 +59,12 @@ class HiddenCoder:
         for first in range(0, z_NV.shape[1], TOKENS):
             rows = slice(first, first + TOKENS)
             z_NV[:, rows] = hidden_NW @ torch.from_numpy(head.weights(rows)).to(device).t()
-        if head.bias is not None:
-            z_NV += torch.from_numpy(head.bias).to(device)
-        z_NV *= head.scale
-        return z_NV if head.softcap is None else z_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+        return shaped_(z_NV, head)
+
+
+def shaped_(raw_NV: Tensor, head: TeacherHead) -> Tensor:
+    """Apply a head's bias, scale and soft-cap to its product, in place."""
+    if head.bias is not None:
+        raw_NV += torch.from_numpy(head.bias).to(raw_NV.device)
+    raw_NV *= head.scale
+    return raw_NV if head.softcap is None else raw_NV.div_(head.softcap).tanh_().mul_(head.softcap)

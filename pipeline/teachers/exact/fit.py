@@ -9,18 +9,19 @@ Legend: N positions of calibration, V vocabulary, W width, C coefficients kept, 
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.cache.exact.code import RARE, column_counts, step_sizes
+from logitcask.cache.exact.code import column_ranges, step_sizes
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.labels import FloatArray
 from logitcask.cache.manifest import ExactCode, LabelSettings
+from logitcask.pipeline.teachers.exact.coder import shaped_
 
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
 SLICE = 128  # positions at a time
+STEP = 7 / 8  # of a position that is all tail, at 0 bits
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
 
 
@@ -31,7 +32,7 @@ def calibration_positions(width: int) -> int:
 
 def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits: int) -> tuple[TeacherHead, ExactCode]:
     """Return the head with the basis fitted to these hidden states, and how many of its columns are kept."""
-    hidden, step = torch.from_numpy(hidden_NW), 2.0**-bits
+    hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits
     tails_NJ, metric_WW = _tails(head, hidden, label)
     steps_N = torch.from_numpy(step_sizes(tails_NJ.log().numpy(), step)).double()
     weights_N = (step / steps_N) ** 2
@@ -41,17 +42,15 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
     values, vectors = torch.linalg.eigh(root @ _floored(scaled_NW.t() @ scaled_NW / len(hidden)) @ root)
     order = values.argsort(descending=True)
     forward_WC, basis_CW = root @ vectors[:, order], vectors[:, order].t() @ inverse
-    codes_NC = (scaled_NW @ forward_WC / step).round().long().numpy()
-    ranges = np.argsort(-np.quantile(np.abs(codes_NC), 1 - RARE, axis=0), kind="stable")
-    columns = column_counts(codes_NC[:, ranges])
-    kept = torch.from_numpy(ranges[: sum(columns)].copy())
+    columns, counts = column_ranges((scaled_NW @ forward_WC / step).numpy())
+    kept = torch.from_numpy(columns)
     fitted_head = replace(
         head,
         forward=forward_WC[:, kept].float().contiguous().numpy(),
         basis=basis_CW[kept].float().contiguous().numpy(),
         centre=centre_W.float().numpy(),
     )
-    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(columns))
+    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts))
 
 
 def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:
@@ -60,7 +59,7 @@ def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[
     every = max(1, len(hidden_NW) // MEASURED)
     tails, total, spread_V, metric_WW = [], 0.0, torch.zeros(len(weights_VW)), torch.zeros(2 * hidden_NW.shape[1:])
     for first in range(0, len(hidden_NW), SLICE):
-        z_NV = torch.from_numpy(head.logits(hidden_NW[first : first + SLICE].numpy()))
+        z_NV = shaped_(hidden_NW[first : first + SLICE] @ weights_VW.t(), head)
         ids_NK, masses = z_NV.topk(min(label.head_size, z_NV.shape[1] - 1)).indices, []
         chosen = slice(-first % every, None, every)
         for t in label.temperatures:
@@ -74,7 +73,9 @@ def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[
             metric_WW -= (mean_nW * w_n[:, None]).t() @ mean_nW
         tails.append(torch.stack(masses, 1))
     metric_WW += (weights_VW * spread_V[:, None]).t() @ weights_VW
-    return torch.cat(tails), metric_WW.double() / max(total, 1e-30)
+    if total == 0.0:  # the heads hold all
+        return torch.cat(tails), torch.eye(len(metric_WW), dtype=torch.float64)
+    return torch.cat(tails), metric_WW.double() / total
 
 
 def _floored(matrix: Tensor) -> Tensor:

@@ -269,6 +269,11 @@ def create(
     """
     if is_url(path) or is_zip(path):
         raise LogitcaskError(f"{path}: create writes to a folder: give one, then use logitcask cache copy")
+    if label.exact:
+        raise LogitcaskError(
+            "create: exact labels need the teacher's head and a basis fitted to it: make them with "
+            "logitcask precompute-logits --preset exact"
+        )
     if label.fidelity_positions:
         raise LogitcaskError("create: there is no certificate for labels of your own: use fidelity_positions=0")
     place = Path(os.path.abspath(path))

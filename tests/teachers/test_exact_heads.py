@@ -1,0 +1,34 @@
+"""The teacher's head for exact labels: read, measured through its logits, passed between processes."""
+
+import numpy as np
+import pytest
+import torch
+
+from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.teachers.exact.heads import measured_head, packed_head, stored_head, unpacked_head
+
+V, W = 90, 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_measured_head_gives_the_logits_of_the_one_that_is_read(
+    dtype: torch.dtype, bias: bool, softcap: float | None
+) -> None:
+    torch.manual_seed(0)
+    head = LMHead((torch.randn(V + 6, W) / 4).to(dtype), torch.randn(V + 6).to(dtype) if bias else None, 0.5, softcap)
+    if bias and softcap:
+        head = LMHead(head.weight, None, 0.5, softcap)
+    read, measured = stored_head(head, V), measured_head(head.logits, W, V, torch.zeros((), dtype=dtype))
+    assert measured is not None
+    assert (measured.softcap is None) == (softcap is None)
+    hidden = np.random.default_rng(0).normal(0.0, 3.0, (20, W)).astype(np.float32)
+    wanted = read.logits(hidden)
+    np.testing.assert_allclose(measured.logits(hidden), wanted, atol=0.02 * np.abs(wanted).max())
+    again = unpacked_head(packed_head(measured))
+    assert again.identity == measured.identity
+
+
+def test_a_rank_without_logits_has_no_head() -> None:
+    assert measured_head(lambda hidden: None, W, V, torch.zeros(())) is None
