@@ -16,6 +16,7 @@ from logitcask.pipeline.command_line import (
     example,
     file,
     help_command,
+    new_folder,
     options_from,
     parser_message,
     run_folders,
@@ -240,6 +241,17 @@ def generate(settings: GenerateSettings) -> None:
     ):
         typer.echo(piece, nl=False)  # flushed at once
     typer.echo()
+
+
+@app.command("demo", **example("demo demo"))
+def demo(folder: Annotated[Path, new_folder("where everything is written [default: demo]")] = Path("demo")) -> None:
+    """Show the whole job in a few minutes: a real teacher, its labels, a student of two thirds of its layers, healed.
+
+    Needs the teacher's package, and nothing else that is not installed already. Run it again to resume.
+    """
+    from logitcask.pipeline.demo.demo import run_demo
+
+    run_demo(folder)
 
 
 def main() -> None:

@@ -207,6 +207,11 @@ def run_folders(words: str) -> Any:
     return typer.Argument(parser=home_path, metavar="RUNS", help=words)
 
 
+def new_folder(words: str) -> Any:
+    """Return the argument that names a folder to write to."""
+    return typer.Argument(parser=home_path, metavar="FOLDER", help=words, show_default=False)
+
+
 def file(words: str) -> Any:
     """Return an option that names a file."""
     return typer.Option(parser=home_path, metavar="PATH", help=words)

@@ -31,18 +31,29 @@ def generate_text(
             model = str(student)
         tokenizer = load_tokenizer(model)
         loaded = load_causal_lm(model, dtype=torch.float32).to(choose_device(device)).eval()
-        text = as_chat(tokenizer, prompt)
-        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-        used, limit = inputs["input_ids"].shape[1], max_positions(loaded)
-        if used == 0:
-            raise LogitcaskError("--prompt: must hold at least one token, got none: give the beginning of a text")
-        if limit is not None and used >= limit:
-            raise LogitcaskError(
-                f"--prompt: must leave room in the model's {limit} positions, got {used} tokens: shorten it"
-            )
-        longest = max_new_tokens if limit is None else min(max_new_tokens, limit - used)
         set_seed(seed)
-        yield from stream(loaded, tokenizer, inputs, longest, temperature)
+        yield from _reply(loaded, tokenizer, prompt, max_new_tokens, temperature)
+
+
+def _reply(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, temperature: float
+) -> Iterator[str]:
+    text = as_chat(tokenizer, prompt)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    used, limit = inputs["input_ids"].shape[1], max_positions(model)
+    if used == 0:
+        raise LogitcaskError("--prompt: must hold at least one token, got none: give the beginning of a text")
+    if limit is not None and used >= limit:
+        raise LogitcaskError(
+            f"--prompt: must leave room in the model's {limit} positions, got {used} tokens: shorten it"
+        )
+    longest = max_new_tokens if limit is None else min(max_new_tokens, limit - used)
+    yield from stream(model, tokenizer, inputs, longest, temperature)
+
+
+def answer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    """Return a loaded model's answer, greedily. Raises as ``generate_text`` does."""
+    return "".join(_reply(model.eval(), tokenizer, prompt, max_new_tokens, 0.0)).strip()
 
 
 def answer(model: Path, prompt: str) -> str:
