@@ -249,6 +249,7 @@ def demo(folder: Annotated[Path, new_folder("where everything is written [defaul
 
     Needs the teacher's package, and nothing else that is not installed already. Run it again to resume.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for train
     from logitcask.pipeline.demo.demo import run_demo
 
     run_demo(folder)

@@ -1,4 +1,4 @@
-"""``logitcask demo``: a teacher loses a third of its layers, and the cache of its labels heals what is left.
+"""``logitcask demo``: a teacher loses a third of its layers, and a cache of its labels heals what is left.
 
 Each step calls the function of a command and prints the line that a user would type for it. What is finished is kept:
 run again, the demo continues where it was.
@@ -8,7 +8,6 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from logitcask.cache.reader import CacheReader
-from logitcask.pipeline.console import results, say
+from logitcask.pipeline.console import duration, notices, print_line, results, say
 from logitcask.pipeline.demo.teacher import find_teacher
 from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
 from logitcask.pipeline.generate_data.generate import generate_data
@@ -25,8 +24,9 @@ from logitcask.pipeline.models.generate import answer_of
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.students.layers import keep_layers
 from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.precompute.report import result_line
 from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, latest_checkpoint
-from logitcask.pipeline.settings.base import Settings, flag_of
+from logitcask.pipeline.settings.base import S, flag_of
 from logitcask.pipeline.settings.data import SplitSettings
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.generate import GenerateSettings
@@ -38,6 +38,7 @@ from logitcask.pipeline.text.split import split_data
 from logitcask.pipeline.text.tokenizer import load_tokenizer
 from logitcask.pipeline.train.train import run_training
 
+HEALED, TEXT_ALONE = "healed", "text-alone"
 PROMPT = '''Write a Python function that does what its docstring says.
 
 def is_even(number):
@@ -76,84 +77,79 @@ def run_demo(folder: Path, sizes: Sizes | None = None, teacher: Path | None = No
     """
     sizes, teacher = sizes or Sizes(), teacher or find_teacher()
     began = time.monotonic()
-    say(f"$ teacher={shlex.quote(_short(teacher))}")
-    _data(folder, sizes)
-    for part in ("test", "train"):
-        _cache(folder, part, sizes, teacher)
-    _train(folder / "healed", "auto:" + str(sizes.layers), "hybrid", sizes, folder, teacher)
-    chosen = str(json.loads((folder / "healed" / FINAL / SETTINGS_FILE).read_text())["init_from_teacher_layers"])
-    _train(folder / "text-alone", chosen, "output", sizes, folder, teacher)
+    print_line(notices(), f"$ teacher={shlex.quote(str(_from_here(teacher)))}")
+    _write_data(folder, sizes)
+    _title("stage 1: the teacher labels each example once")
+    _label(folder / "data/test.jsonl", folder / "test-cache", sizes, teacher)
+    _label(folder / "data/train.jsonl", folder / "cache", sizes, teacher)
+    _title("stage 2: a student of some of the teacher's layers is healed from the cache")
+    _train(folder, HEALED, f"auto:{sizes.layers}", sizes, teacher)
+    chosen = json.loads((folder / HEALED / FINAL / SETTINGS_FILE).read_text())["init_from_teacher_layers"]
+    _title("the same student on the same steps, from the text alone")
+    _train(folder, TEXT_ALONE, chosen, sizes, teacher, distillation_type="output")
+    _title("held-out examples, and one prompt")
     models = _models(folder, chosen, sizes, teacher)
     _show(models)
-    say(f"done in {time.monotonic() - began:,.0f} s; {folder}/healed/{FINAL} is an ordinary transformers folder")
+    say(
+        f"in {duration(time.monotonic() - began)}; {folder / HEALED / FINAL} is an ordinary transformers folder", "done"
+    )
     return models
 
 
-def _data(folder: Path, sizes: Sizes) -> None:
-    _title("1  text: documented functions of the Python standard library, some of them held out")
-    everything = GenerateDataSettings.model_validate(
-        {"output_dir": folder / "all", "num_examples": sizes.examples}
-        | ({"source_dir": sizes.source} if sizes.source else {})
+def _write_data(folder: Path, sizes: Sizes) -> None:
+    _title("text: documented Python functions, some of them held out")
+    source = {"source_dir": sizes.source} if sizes.source else {}
+    every = _typed(
+        "generate-data", GenerateDataSettings, output_dir=folder / "all", num_examples=sizes.examples, **source
     )
-    _step("generate-data", everything, folder / "all/train.jsonl", lambda: say(str(generate_data(everything))))
-    split = SplitSettings(data=(str(folder / "all/train.jsonl"),), test=sizes.test, output_dir=folder / "data")
-    reading = Reading(split.data, **split.taken)
-    _step("split", split, folder / "data/test.jsonl",
-          lambda: _say_split(split_data(reading, split.output_dir, split.test, split.seed)))  # fmt: skip
+    if not _kept(folder / "all/train.jsonl"):
+        say(generate_data(every), "data")
+    written = str(folder / "all/train.jsonl")
+    split = _typed("split", SplitSettings, data=written, output_dir=folder / "data", test=sizes.test)
+    if not _kept(folder / "data/test.jsonl"):
+        done = split_data(Reading(split.data, **split.taken), split.output_dir, split.test, split.seed)
+        say(f"{done.train_examples:,} examples -> {done.train}, {done.test_examples:,} -> {done.test}", "data")
 
 
-def _say_split(done: Any) -> None:
-    say(f"{done.train_examples:,} examples -> {done.train}, {done.test_examples:,} -> {done.test}")
-
-
-def _cache(folder: Path, part: str, sizes: Sizes, teacher: Path) -> None:
-    if part == "test":
-        _title("2  stage 1: the teacher labels each example once")
-    settings = PrecomputeSettings.model_validate(
-        {
-            "teacher_model": str(teacher),
-            "train_data": str(folder / f"data/{part}.jsonl"),
-            "output": folder / ("cache" if part == "train" else "test-cache"),
-            "max_seq_length": sizes.length,
-        }
+def _label(data: Path, output: Path, sizes: Sizes, teacher: Path) -> None:
+    settings = _typed(
+        "precompute-logits",
+        PrecomputeSettings,
+        teacher_model=str(teacher),
+        train_data=str(data),
+        output=output,
+        max_seq_length=sizes.length,
     )
-    _type("precompute-logits", settings, teacher)
-    report = precompute(settings)
-    data = report.manifest.data
-    say(f"{data.examples:,} examples, {data.positions:,} target positions -> {settings.output}")
+    say(*reversed(result_line(settings, precompute(settings))))
 
 
-def _train(run: Path, layers: str, kind: str, sizes: Sizes, folder: Path, teacher: Path) -> None:
-    if kind == "hybrid":
-        _title("3  stage 2: a student of the teacher's layers, some left out, is healed from the cache")
-    else:
-        _title("4  the same student on the same steps, from the text alone")
-    settings = TrainSettings.model_validate(
-        {
-            "cache": str(folder / "cache"),
-            "init_from_teacher_layers": layers,
-            "teacher_model": str(teacher),
-            "output_dir": run,
-            "batch_size": sizes.batch,
-            "learning_rate": sizes.rate,
-            "warmup_steps": sizes.warmup,
-            "eval_fraction": 0.0,
-            **({} if kind == "hybrid" else {"distillation_type": kind}),
-        }
+def _train(folder: Path, name: str, layers: str, sizes: Sizes, teacher: Path, **others: Any) -> None:
+    run = folder / name
+    unfinished = latest_checkpoint(run) is not None and not (run / ENDS_FILE).exists()
+    settings = _typed(
+        "train",
+        TrainSettings,
+        cache=str(folder / "cache"),
+        init_from_teacher_layers=layers,
+        teacher_model=str(teacher),
+        output_dir=run,
+        batch_size=sizes.batch,
+        learning_rate=sizes.rate,
+        warmup_steps=sizes.warmup,
+        eval_fraction=0,
+        **others,
+        **({"resume_from_checkpoint": "latest"} if unfinished else {}),
     )
-    latest = latest_checkpoint(run)
-    if latest is not None and not (run / ENDS_FILE).exists():
-        settings = settings.model_copy(update={"resume_from_checkpoint": "latest"})
-    _step("train", settings, run / ENDS_FILE, lambda: run_training(settings), teacher)
+    if not _kept(run / ENDS_FILE):
+        run_training(settings)
     for checkpoint in run.glob("checkpoint-*"):  # a gigabyte each
         shutil.rmtree(checkpoint)
 
 
 def _models(folder: Path, chosen: str, sizes: Sizes, teacher: Path) -> list[Model]:
     """Return the teacher, the student before and after, and the one trained on the text alone."""
-    _title("5  held out, and one prompt")
-    reader, tokenizer = CacheReader(folder / "test-cache"), load_tokenizer(str(teacher))
-    models = list[Model]()
+    cache, tokenizer = str(folder / "test-cache"), load_tokenizer(str(teacher))
+    reader, models = CacheReader(cache), list[Model]()
 
     def add(name: str, model: PreTrainedModel) -> float:
         """Add a model, and return the teacher's perplexity."""
@@ -166,10 +162,10 @@ def _models(folder: Path, chosen: str, sizes: Sizes, teacher: Path) -> list[Mode
     perplexity = add(f"{sizes.layers} of its layers", keep_layers(whole, chosen))
     answer = answer_of(whole, tokenizer, PROMPT, sizes.new_tokens)
     models.insert(0, Model(f"teacher, {whole.config.num_hidden_layers} layers", perplexity, 0.0, answer))
-    for name, run in (("healed from the cache", "healed"), ("trained on the text alone", "text-alone")):
+    for run, name in ((HEALED, "healed from the cache"), (TEXT_ALONE, "trained on the text alone")):
         final = str(folder / run / FINAL)
-        _type("evaluate", EvaluateSettings(model=final, cache=str(folder / "test-cache")))
-        _type("generate", GenerateSettings(model=final, prompt="…", max_new_tokens=sizes.new_tokens))
+        _typed("evaluate", EvaluateSettings, model=final, cache=cache)
+        _typed("generate", GenerateSettings, model=final, prompt="…", max_new_tokens=sizes.new_tokens)
         add(name, load_causal_lm(final, dtype=torch.float32))
     return models
 
@@ -177,42 +173,35 @@ def _models(folder: Path, chosen: str, sizes: Sizes, teacher: Path) -> list[Mode
 def _show(models: list[Model]) -> None:
     """Print the table of the models, then their answers."""
     width = max(len(model.name) for model in models)
-    lines = [f"{'held out':<{width}}  perplexity  KL to the teacher, nats"]
-    lines += [f"{model.name:<{width}}  {model.perplexity:>10,.2f}  {model.kl:>23.2f}" for model in models]
-    lines += ["", "prompt", *_indented(PROMPT)]
+    print_line(results(), f"{'held out':<{width}}  perplexity  KL to the teacher, nats")
     for model in models:
-        lines += ["", model.name, *_indented(model.answer)]
-    results().print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        print_line(results(), f"{model.name:<{width}}  {model.perplexity:>10,.2f}  {model.kl:>23.2f}")
+    for title, text in (("prompt", PROMPT), *((model.name, model.answer) for model in models)):
+        print_line(results(), f"\n{title}")
+        for line in text.splitlines():
+            print_line(results(), f"    {line}".rstrip())
 
 
-def _indented(text: str) -> list[str]:
-    return [f"    {line}".rstrip() for line in text.splitlines()]
-
-
-def _step(name: str, settings: Settings, made: Path, work: Callable[[], Any], teacher: Path | None = None) -> None:
-    """Print a command and do its work, unless what it makes is there."""
-    _type(name, settings, teacher)
-    if made.exists():
-        say(f"{made} is there: kept")
-        return
-    work()
-
-
-def _type(name: str, settings: Settings, teacher: Path | None = None) -> None:
-    """Print the line that a user would type."""
+def _typed(name: str, kind: type[S], /, **values: Any) -> S:
+    """Print the line that a user would type, and return its settings."""
     words = ["logitcask", name]
-    given: Mapping[str, Any] = settings.model_dump(mode="json", exclude_defaults=True)
-    for option, value in given.items():
-        for each in value if isinstance(value, list) else [value]:
-            word = '"$teacher"' if teacher is not None and each == str(teacher) else shlex.quote(str(each))
-            words += [flag_of(option), word]
-    say(f"$ {' '.join(words)}")
+    for option, value in values.items():
+        of_teacher = option == "teacher_model"
+        words += [flag_of(option), '"$teacher"' if of_teacher else shlex.quote(str(value))]
+    print_line(notices(), f"$ {' '.join(words)}")
+    return kind.model_validate(values)
+
+
+def _kept(made: Path) -> bool:
+    """Return whether what a command makes is there already, and say so."""
+    if made.exists():
+        say(f"{made} is there already", "kept")
+    return made.exists()
 
 
 def _title(text: str) -> None:
-    say(f"\n== {text}")
+    print_line(notices(), f"\n== {text}")
 
 
-def _short(path: Path) -> str:
-    """Return a path as seen from the current folder if it is below it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.students.choose import (
+    PROBE_TOKENS,
     SHORTLIST,
     Probe,
     choose_layers,
@@ -122,5 +123,5 @@ def test_more_layers_than_there_are() -> None:
 def test_a_long_example_is_cut() -> None:
     long = Encoded(np.arange(5000) % 96, np.ones(5000, dtype=bool))
     probe = Probe.of([long, examples()[0]], torch.device("cpu"))
-    assert probe.ids_BL.shape == (2, 1024)
-    assert int(probe.is_target_BL.sum()) == 1023 + 4
+    assert probe.ids_BL.shape == (2, PROBE_TOKENS)
+    assert int(probe.is_target_BL.sum()) == PROBE_TOKENS - 1 + 4

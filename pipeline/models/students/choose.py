@@ -24,7 +24,7 @@ from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.students.layers import layers_of
 from logitcask.pipeline.text.tokens.encoded import Encoded
 
-PROBE_TOKENS = 1024  # of the examples that the loss is measured on, about
+PROBE_TOKENS = 512  # of the examples that the loss is measured on, about
 SHORTLIST = 4
 SLICE = 256  # positions whose logits are in memory at a time
 
