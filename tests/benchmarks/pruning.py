@@ -67,7 +67,7 @@ WAYS: dict[str, tuple[Scores, int]] = {  # and how many layers are left at its e
     "influence, after each": (changes, 16),
     f"loss, shortlist of {SHORTLIST}": (tried(SHORTLIST), 16),
     "loss, shortlist of 8": (tried(8), 16),
-    "loss, all": (tried(1000), 20),
+    "loss, all": (tried(1000), 24),
 }
 
 
@@ -87,7 +87,7 @@ def remove(partial: PartialModel, chosen_by: Probe, held_out: Probe, way: str) -
             below = {i: seen[i] for i in kept if i < removed}
             seen = below | partial.between(chosen_by, kept, removed, seen[removed][0])[0]
         spent += time.process_time() - began
-        to_20 = spent if len(kept) == 20 else to_20
+        to_20 = spent if len(kept) == max(20, last) else to_20
         if len(kept) in LEFT:
             loss = partial.loss(held_out, partial.run(held_out, kept))
             perplexity[str(len(kept))] = round(math.exp(loss), 3)
