@@ -193,6 +193,17 @@ class LabelSettings(_Part):
         return None
 
 
+class OtherVocabulary(_Part):
+    """The teacher's own tokenizer, if labels are in another vocabulary than its own, and how texts were aligned."""
+
+    fingerprint: Digest
+    chat_template: Digest | None
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    aligned: Count = Field(description="labelled positions whose token starts where a token of the teacher starts")
+    straddling: Count = Field(description="labelled positions whose token starts inside a token of the teacher")
+    unlabelled: Count = Field(description="target positions that could not be aligned, which have no label")
+
+
 class HeadIdentity(_Part):
     """The teacher's head, as it is stored to decode exact labels; its arrays are in the group ``head``."""
 
@@ -222,7 +233,7 @@ class PartIdentity(_Part):
 class Manifest(_Part):
     """Everything that determines the bytes of a cache."""
 
-    absent = frozenset({"teacher_head"})
+    absent = frozenset({"teacher_head", "teacher_tokenizer"})
 
     format_version: int
     teacher: TeacherIdentity
@@ -231,6 +242,9 @@ class Manifest(_Part):
     label: LabelSettings
     shards: ShardPlan
     teacher_head: HeadIdentity | None = Field(default=None, description="of a cache of exact labels")
+    teacher_tokenizer: OtherVocabulary | None = Field(
+        default=None, description="of a cache in a student's vocabulary, which is that of tokenizer"
+    )
     part: PartIdentity | None = Field(
         default=None, description="the shards of the larger cache it was cut from; data counts only what this one holds"
     )

@@ -25,13 +25,13 @@ from logitcask.pipeline.plan.plan import plan_cache, size_text
 from logitcask.pipeline.plan.show import ShownExample, first_examples, print_examples
 from logitcask.pipeline.precompute.length import with_length
 from logitcask.pipeline.precompute.sharding import cut_shards, shuffled
+from logitcask.pipeline.precompute.vocabularies import load_tokenizers, make_encoder
 from logitcask.pipeline.settings.precompute import PRESETS, PrecomputeSettings
 from logitcask.pipeline.text.bad_records import BadRecords
-from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.token_table import TokenTable
-from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
+from logitcask.pipeline.text.tokenizer import tokenizer_size
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
 
@@ -65,11 +65,8 @@ def dry_run(settings: PrecomputeSettings, bad: BadRecords | None = None) -> DryR
     bad = bad or BadRecords(None, settings.bad_share)
     teacher = shape_of_teacher(settings.tokenizer_source, settings.teacher_revision)
     settings = with_length(settings)
-    tokenizer = load_tokenizer(
-        settings.tokenizer_source, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
-    )
-    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
-    encoder = Encoder(tokenizer, prompt_loss=settings.prompt_loss, turns=settings.chat_turns, columns=settings.renamed)
+    tokenizers = load_tokenizers(settings)
+    tokenizer, encoder = tokenizers.cache, make_encoder(settings, tokenizers)
     reading = Reading(settings.train_data, **settings.taken)
     table = _tokenize(settings, encoder, reading, bad)
     data, lengths = table.identity, np.diff(table.starts)

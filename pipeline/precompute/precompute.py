@@ -29,15 +29,15 @@ from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.precompute.ray import RayExecutor, disconnect, tasks
 from logitcask.pipeline.precompute.report import PrecomputeReport, data_line, shard_place, teacher_line
 from logitcask.pipeline.precompute.sharding import Work, cut_shards, explain_limits, plan_strides, shards_of, shuffled
+from logitcask.pipeline.precompute.vocabularies import Tokenizers, load_tokenizers, make_encoder
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.teachers.load import TeacherSpec, choose_engine
 from logitcask.pipeline.teachers.served.servers import Connection
 from logitcask.pipeline.teachers.teacher import TeacherFacts, teacher_id
 from logitcask.pipeline.text.bad_records import BadRecords, skipped_file
-from logitcask.pipeline.text.chats.template import kwargs_text, set_template
-from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.chats.template import kwargs_text
 from logitcask.pipeline.text.reading import Reading, changed_files, record_files
-from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_files, tokenizer_size
+from logitcask.pipeline.text.tokenizer import identify, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
 
@@ -58,11 +58,8 @@ def precompute(settings: PrecomputeSettings) -> PrecomputeReport:
 
 
 def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeReport:
-    tokenizer = load_tokenizer(
-        settings.tokenizer_source, revision=settings.teacher_revision, trust_remote_code=settings.trust_remote_code
-    )
-    set_template(tokenizer, settings.chat_template, settings.chat_template_kwargs)
-    size = tokenizer_size(tokenizer)
+    tokenizers = load_tokenizers(settings)
+    size = tokenizer_size(tokenizers.cache)
     if settings.head_size + settings.tail_draws > size:
         entries = settings.head_size + settings.tail_draws
         raise LogitcaskError(
@@ -72,21 +69,21 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
         if settings.ray is not None:
             cleanup.callback(disconnect)
         require_folder = watch_folder(settings.output)
-        files = tokenizer_files(tokenizer)
+        files = tokenizer_files(tokenizers.cache)
         stored = stored_manifest(settings.output, overwrite=settings.overwrite)
         before = None if settings.overwrite else stored
         settings = _resumed(settings, before)
         reading = Reading(settings.train_data, **settings.taken)
-        work, parts = _plan(settings, reading, tokenizer, files, staging, before)
+        work, parts = _plan(settings, reading, tokenizers, files, staging, before)
         mine = shards_of(settings.part or (1, 1), parts["shards"].count)
         if before:  # before loading a large teacher in vain
             _require_same(settings, reading, before, parts)
-            if _is_done(settings, tokenizer, before, mine):
+            if _is_done(settings, tokenizers.teacher, before, mine):
                 return PrecomputeReport(before, 0, len(mine), time.monotonic() - started)
         say(data_line(parts["data"]), "data")
         with contextlib.closing(_executor(settings)) as executor:
             say(teacher_line(executor.teacher), "teacher")
-            check_teacher(executor.teacher, size, settings.max_seq_length)
+            check_teacher(executor.teacher, tokenizer_size(tokenizers.teacher), settings.max_seq_length)
             head = None
             if settings.preset == "exact":
                 head, code = _head_and_code(settings, before, executor, work)
@@ -210,6 +207,7 @@ def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
         head_size=settings.head_size,
         tokenizer=settings.tokenizer_source,
         connection=connection,
+        student_tokenizer=settings.student_tokenizer,
     )
 
 
@@ -225,20 +223,14 @@ def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
 def _plan(
     settings: PrecomputeSettings,
     reading: Reading,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: Tokenizers,
     files: dict[str, bytes],
     staging: Path,
     stored: Manifest | None,
 ) -> tuple[Work, dict[str, Any]]:
     """Return what there is to label, and all parts of the manifest except the teacher's."""
     pinned = datetime.date.fromisoformat(stored.data.date) if stored and stored.data.date else None
-    encoder = Encoder(
-        tokenizer,
-        prompt_loss=settings.prompt_loss,
-        day=pinned,
-        turns=settings.chat_turns,
-        columns=settings.renamed,
-    )
+    encoder = make_encoder(settings, tokenizers, pinned)
     bad = BadRecords(skipped_file(settings.output), settings.bad_share)
     table = stage_tokens(
         encoder,
@@ -259,7 +251,7 @@ def _plan(
     positions = table.positions[order].astype(np.int64)
     shard_examples = cut_shards(positions, settings.shard_positions)
     label = LabelSettings(
-        vocab_size=tokenizer_size(tokenizer),
+        vocab_size=tokenizer_size(tokenizers.cache),
         head_size=settings.head_size,
         tail_draws=settings.tail_draws,
         temperatures=list(settings.temperatures),
@@ -270,10 +262,11 @@ def _plan(
     with explain_limits():
         parts = {
             "format_version": EXACT_VERSION if settings.preset == "exact" else FORMAT_VERSION,
-            "tokenizer": identify(tokenizer, files),
+            "tokenizer": identify(tokenizers.cache, files),
             "data": table.identity.model_copy(update=rendering),
             "label": label,
             "shards": plan_strides(shard_examples, np.diff(table.starts)[order], positions),
+            **tokenizers.other_vocabulary(table),
         }
     batches = BATCHES_PER_CALL.get(choose_engine(settings.engine, settings.teacher_model), 1)
     return Work(table, order, shard_examples, settings.batch_size * settings.max_seq_length * batches, label), parts

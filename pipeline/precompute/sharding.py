@@ -64,10 +64,12 @@ class Work:
         rows = [(place, self.table.example(int(self.order[place]))) for place in self.places(shard)]
         cuts = np.cumsum([example.target_mask.sum() for _, example in rows])[:-1]
         examples = [
-            TokenizedExample(place, example.input_ids, example.target_mask, measured, self._metadata(place))
+            TokenizedExample(
+                place, example.input_ids, example.target_mask, measured, self._metadata(place), example.companion
+            )
             for (place, example), measured in zip(rows, np.split(self.measured(shard), cuts), strict=True)
         ]
-        groups = plan_batches(np.array([len(example.input_ids) for example in examples]), self.batch_tokens)
+        groups = plan_batches(np.array([example.read for example in examples]), self.batch_tokens)
         return [[examples[int(i)] for i in group] for group in groups]
 
     def calibration(self) -> list[list[TokenizedExample]]:

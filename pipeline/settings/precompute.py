@@ -74,6 +74,11 @@ class PrecomputeSettings(DataSettings):
     fidelity_positions: Annotated[int, Field(ge=0, le=2**31)] = Field(
         512, description="positions on which labels are measured against the full distribution; 0: none"
     )
+    student_tokenizer: Place | None = Field(
+        None,
+        description="hub id or folder of another tokenizer than the teacher's: the cache is in its vocabulary, for "
+        "students that have it; with --engine transformers",
+    )
     engine: Literal["auto", "transformers", "vllm", "vllm-topk", "server"] = Field(
         "auto",
         description="auto: vLLM if it and an accelerator are available; vllm-topk: head at T=1 only, no draws; server: "
@@ -123,7 +128,21 @@ class PrecomputeSettings(DataSettings):
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
         if given.get("engine") == "server":
             return {**HEAD_OF_SERVERS, **({"head_size": head} if "preset" in given else {}), **given}
-        return {"head_size": head, "tail_draws": tail, **given}
+        engine = {"engine": "transformers"} if given.get("student_tokenizer") else {}
+        return {"head_size": head, "tail_draws": tail, **engine, **given}
+
+    @model_validator(mode="after")
+    def _another_vocabulary_needs_the_whole_distribution(self) -> Self:
+        if self.student_tokenizer is None:
+            return self
+        if self.engine not in ("auto", "transformers"):
+            raise ValueError(f"--student-tokenizer requires --engine transformers, got {self.engine}: leave it out")
+        if self.preset == "exact":
+            raise ValueError(
+                "--student-tokenizer cannot be combined with --preset exact, whose labels are in the teacher's own "
+                "vocabulary: use --preset rich"
+            )
+        return self
 
     @field_validator("shards")
     @classmethod

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from logitcask.pipeline.teachers.served.servers import Connection
 from logitcask.pipeline.teachers.served.teacher import load_served_teacher
 from logitcask.pipeline.teachers.teacher import Teacher, TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
+from logitcask.pipeline.teachers.translated.teacher import TranslatedTeacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
+from logitcask.pipeline.text.tokenizer import load_tokenizer
+from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
 
 TOLERANCE = {"float32": 1e-3}  # largest difference, in nats, of log-partitions and next-token log-probabilities
 HALF_TOLERANCE = 0.5  # for 16-bit dtypes: above their rounding errors, below the differences of a wrong model
@@ -36,6 +40,7 @@ class TeacherSpec:
     head_size: int  # prompt log-probabilities per position for --engine vllm-topk and server
     tokenizer: str = ""  # where that of a served model is
     connection: Connection | None = None  # to the servers of --engine server
+    student_tokenizer: str | None = None  # of the labels, if it is not the teacher's own
 
 
 def load_engine(spec: TeacherSpec) -> Teacher:
@@ -49,6 +54,12 @@ def load_engine(spec: TeacherSpec) -> Teacher:
             trust_remote_code=spec.trust_remote_code,
             head_size=spec.head_size,
         )
+    if spec.student_tokenizer is not None:
+        loading: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        student = load_tokenizer(spec.student_tokenizer, **loading)
+        own = load_tokenizer(spec.tokenizer, revision=spec.revision, **loading)
+        bridge = make_bridge(own, student, table_folder())
+        return TranslatedTeacher(load_transformers(spec, spec.dtype, spec.device), bridge)
     if choose_engine(spec.engine, spec.model) == "transformers":
         return load_transformers(spec, spec.dtype, spec.device)
     return load_vllm_teacher(

@@ -25,6 +25,12 @@ class TokenizedExample:
     target_mask: NDArray[np.bool_]  # (L,) whether the distribution of the next token is labelled
     measured: NDArray[np.bool_]  # (N,) whether the certificate measures the position
     metadata: Mapping[str, int] = field(default_factory=dict)  # codes, by column
+    companion: bytes = b""  # the example in the teacher's vocabulary, if that is another one: ``vocabulary.alignment``
+
+    @property
+    def read(self) -> int:
+        """The number of tokens that the teacher reads."""
+        return int.from_bytes(self.companion[:4], "little") or len(self.input_ids)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.labels import FloatArray, IntArray
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 from logitcask.pipeline.machine import choose_device, device_name
-from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
 from logitcask.pipeline.teachers.exact.heads import stored_head
@@ -25,6 +25,7 @@ from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,36 +51,38 @@ class TransformersTeacher:
 
         Rows are padded on the right and run without a padding mask: attention is causal, so no real token sees padding.
         """
-        ids_BL, mask_BL = _padded(batch)
+        ids_BL, mask_BL = padded(batch)
         counts = mask_BL.sum(1).tolist()
-        uniforms = [
-            uniform_draws(label.seed, example.index, count, label.tail_draws)
-            for example, count in zip(batch, counts, strict=True)
-        ]
         with torch.inference_mode():
-            hidden_NH = self._hidden(ids_BL, mask_BL)
-            buffer = self._logits_buffer(label)
+            hidden_NH = self.target_states(ids_BL, mask_BL)
+            buffer = self.room(label)
             targets, fidelity = label_rows(
                 partial(self._head.logits, room=buffer),
                 hidden_NH,
                 np.roll(ids_BL, -1, axis=1)[mask_BL],
-                np.concatenate(uniforms),
+                batch_draws(batch, counts, label),
                 np.concatenate([example.measured for example in batch]),
                 label,
-                self._probe(label),
+                self.probe(label),
                 len(buffer),
                 self._coder_for(label),
             )
         return Labelled(split_rows(targets, counts), fidelity)
 
-    def _hidden(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+    @property
+    def head(self) -> LMHead:
+        """Its output head."""
+        return self._head
+
+    def target_states(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+        """Return the last hidden states of the target positions, (N, H)."""
         hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
         return hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)]
 
     def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
         """Return what the head reads at the target positions of a batch, (N, W)."""
         with torch.inference_mode():
-            hidden: FloatArray = self._hidden(*_padded(batch)).float().cpu().numpy()
+            hidden: FloatArray = self.target_states(*padded(batch)).float().cpu().numpy()
         return hidden
 
     def output_head(self, vocab_size: int) -> TeacherHead:
@@ -96,21 +99,23 @@ class TransformersTeacher:
             self._coder = HiddenCoder(self._stored_head, label, self._head.weight.device)
         return self._coder if label.exact else None
 
-    def _logits_buffer(self, label: LabelSettings) -> Tensor:
+    def room(self, label: LabelSettings) -> Tensor:
+        """Return the memory for a slice of logits."""
         weight = self._head.weight
         shape = slice_rows(label.vocab_size, weight.device, fresh=False), len(weight)
         if self._buffer.shape != shape:
             self._buffer = weight.new_empty(shape)
         return self._buffer
 
-    def _probe(self, label: LabelSettings) -> Probe | None:
+    def probe(self, label: LabelSettings) -> Probe | None:
+        """Return what measures the fidelity certificate, if it is wanted."""
         if self._cached_probe is None and label.fidelity_positions:
             self._cached_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
         return self._cached_probe
 
 
-def _padded(batch: Sequence[TokenizedExample]) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return the token ids and the target masks of a batch, (B, L), padded on the right."""
+def padded(batch: Sequence[TokenizedExample | Encoded]) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Return the token ids and target masks of a batch, both (B, L), padded on the right."""
     longest = max(len(example.input_ids) for example in batch)
     ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
     mask_BL = np.zeros((len(batch), longest), dtype=bool)
@@ -118,6 +123,16 @@ def _padded(batch: Sequence[TokenizedExample]) -> tuple[IntArray, NDArray[np.boo
         ids_BL[row, : len(example.input_ids)] = example.input_ids
         mask_BL[row, : len(example.input_ids)] = example.target_mask
     return ids_BL, mask_BL
+
+
+def batch_draws(batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings) -> NDArray[np.float64]:
+    """Return the uniform numbers of a batch's target positions, (N, M)."""
+    return np.concatenate(
+        [
+            uniform_draws(label.seed, example.index, count, label.tail_draws)
+            for example, count in zip(batch, counts, strict=True)
+        ]
+    )
 
 
 def load_teacher(

@@ -11,11 +11,11 @@ import copy
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.ready import ready_rows
 
 Part = tuple[list[int], bool]  # the token ids of a segment, and whether they are targets
+Finished = tuple["Encoded", Sequence[int]]  # an example with its companion, and its positions by kind
 Outcome = list["Encoded"] | str  # of a record: its examples, or why it is bad
 OPTIONAL_KEYS = {"name", "reasoning_content", "reasoning", "thinking"}  # of a message: templates need not render them
 
@@ -100,7 +101,9 @@ class Encoder:
         except RecordError as error:
             return str(error)
 
-    def silent(self) -> "Encoder":
+    finish: Callable[[Encoded], Finished] | None = None  # what is done with examples once they are truncated
+
+    def silent(self) -> Self:
         """Return an encoder like this one that has found out nothing and reports nothing, to be sent to a process."""
         other = copy.copy(self)
         other.notices, other._report = Notices(), _ignore

@@ -26,6 +26,8 @@ class TokenTable:
     positions: NDArray[np.int32]  # (E,), number of target positions of each
     _tokens: NDArray[np.uint8]  # as ``tokens.packed`` has them
     codes: Mapping[str, NDArray[np.uint16]] = field(default_factory=dict)  # (E,) of each column of the metadata
+    companions: IntArray | None = None  # (E + 1,), where each example's companion starts among those of all
+    kinds: tuple[int, ...] = ()  # positions of each of KINDS, if the teacher's vocabulary is another one
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -33,10 +35,14 @@ class TokenTable:
     def example(self, index: int) -> Encoded:
         """Return an example by its index in the data."""
         start, stop = map(int, self.starts[index : index + 2])
-        ids = BEFORE * (index + 1) + PER_TOKEN * start
+        first, last = (0, 0) if self.companions is None else map(int, self.companions[index : index + 2])
+        ids = BEFORE * (index + 1) + PER_TOKEN * start + first
         mask = ids + 4 * (stop - start)
+        end = mask + stop - start
         return Encoded(
-            self._tokens[ids:mask].view("<u4").astype(np.int64), self._tokens[mask : mask + stop - start].astype(bool)
+            self._tokens[ids:mask].view("<u4").astype(np.int64),
+            self._tokens[mask:end].astype(bool),
+            companion=self._tokens[end : end + last - first].tobytes(),
         )
 
 
@@ -49,6 +55,7 @@ def write_table(
     """
     digest = hashlib.sha256()
     lengths, positions = array("i"), array("i")  # 8 bytes per example instead of two Python objects
+    companions, kinds = array("i"), [0, 0, 0]
     truncated, dropped = 0, 0
     columns = MetadataColumns()
     for packed in chunks:
@@ -56,6 +63,8 @@ def write_table(
             columns.add(len(lengths) + index, values)
         lengths.extend(packed.lengths)
         positions.extend(packed.positions)
+        companions.extend(packed.companions)
+        kinds = [sum(counts) for counts in zip(kinds, packed.kinds, strict=True)]
         truncated += packed.truncated
         dropped += packed.dropped
         digest.update(packed.tokens)
@@ -81,4 +90,13 @@ def write_table(
         metadata=metadata,
     )
     table = np.memmap(log.file, dtype=np.uint8, mode="r")
-    return TokenTable(identity, starts, np.frombuffer(positions, dtype=np.int32), table, codes)
+    paired = any(kinds)
+    return TokenTable(
+        identity,
+        starts,
+        np.frombuffer(positions, dtype=np.int32),
+        table,
+        codes,
+        np.concatenate([[0], np.cumsum(np.frombuffer(companions, dtype=np.int32), dtype=np.int64)]) if paired else None,
+        tuple(kinds) if paired else (),
+    )

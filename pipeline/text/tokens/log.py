@@ -13,7 +13,7 @@ from logitcask.cache.storage.staging import LEDGER
 from logitcask.pipeline.text.bad_records import Notices
 from logitcask.pipeline.text.tokens.packed import PackedChunk, unpack_sizes
 
-LISTED = ("key", "truncated", "dropped", "metadata", "bad")  # in a line of the ledger, as they are
+LISTED = ("key", "truncated", "dropped", "metadata", "kinds", "bad")  # in a line of the ledger, as they are
 COMMIT_CHUNKS, COMMIT_BYTES = 64, 64 << 20  # a piece is durable when it has either
 
 

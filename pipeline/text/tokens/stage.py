@@ -8,7 +8,7 @@ import hashlib
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.console import say, track
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.columns import RecordError
-from logitcask.pipeline.text.examples import Encoder
+from logitcask.pipeline.text.examples import Encoder, Finished
 from logitcask.pipeline.text.records import Raw, read_records
 from logitcask.pipeline.text.token_table import TokenTable, write_table
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.log import TokenLog
-from logitcask.pipeline.text.tokens.packed import BEFORE, PackedChunk
+from logitcask.pipeline.text.tokens.packed import PackedChunk
 from logitcask.pipeline.text.tokens.workers import Pool, Promise, Workers
 
 RECORDS, CHARACTERS = 256, 4 << 20  # a chunk ends when it has either
@@ -147,29 +147,37 @@ class ChunkEncoder:
                 bad.append((index, outcome))
             else:
                 encoded += outcome
-        packed = pack(encoded, self.max_seq_length)
+        packed = pack(encoded, self.max_seq_length, encoder.finish)
         packed.bad, packed.notices = bad, encoder.notices
         return packed
 
 
-def pack(examples: Iterable[Encoded], max_seq_length: int) -> PackedChunk:
-    """Return examples truncated to ``max_seq_length`` tokens, without those that then have no target."""
+def pack(
+    examples: Iterable[Encoded], max_seq_length: int, finish: Callable[[Encoded], Finished] | None = None
+) -> PackedChunk:
+    """Return examples truncated to ``max_seq_length`` tokens, without those that then have no target.
+
+    ``finish`` gets those that come with the same in the teacher's vocabulary, truncated too.
+    """
     packed, parts = PackedChunk(), list[bytes]()
     for example in examples:
-        ids, mask = example.input_ids[:max_seq_length], example.target_mask[:max_seq_length]
-        positions = int(np.count_nonzero(mask))
-        if len(ids) < len(example.input_ids):
-            packed.truncated += 1
-            positions -= int(mask[-1])
-            mask = np.append(mask[:-1], False)  # its next token was cut off
+        kept = example.truncated(max_seq_length)
+        packed.truncated += kept is not example
+        if kept.other is not None:
+            assert finish is not None, "an encoder for two vocabularies finishes its examples"
+            kept, kinds = finish(replace(kept, other=kept.other.truncated(max_seq_length)))
+            packed.kinds = [sum(counts) for counts in zip(packed.kinds, kinds, strict=True)]
+        positions = int(np.count_nonzero(kept.target_mask))
         if not positions:
             packed.dropped += 1
             continue
-        if example.metadata:
-            packed.metadata.append((len(packed.lengths), dict(example.metadata)))
-        packed.lengths.append(len(ids))
+        if kept.metadata:
+            packed.metadata.append((len(packed.lengths), dict(kept.metadata)))
+        packed.lengths.append(len(kept.input_ids))
         packed.positions.append(positions)
-        parts += [len(ids).to_bytes(BEFORE, "little"), ids.astype("<u4").tobytes(), mask.tobytes()]
+        packed.companions.append(len(kept.companion))
+        parts += [size.to_bytes(4, "little") for size in (len(kept.input_ids), len(kept.companion))]
+        parts += [kept.input_ids.astype("<u4").tobytes(), kept.target_mask.tobytes(), kept.companion]
     packed.tokens = b"".join(parts)
     return packed
 

@@ -1,0 +1,1 @@
+"""A teacher whose labels are in a student's vocabulary."""

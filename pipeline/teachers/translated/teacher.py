@@ -1,0 +1,130 @@
+"""Labels in a student's vocabulary, by the transformers engine.
+
+Legend: B sequences per batch, L their padded length, N labelled positions, R target positions of the teacher, U the
+student's vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcask.cache.fidelity import FidelitySums
+from logitcask.cache.labels import IntArray, SparseTargets
+from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
+from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
+from logitcask.pipeline.teachers.transformers import TransformersTeacher, batch_draws, padded
+from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.vocabulary.alignment import unpack_companion
+from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
+from logitcask.pipeline.vocabulary.projection import Projector, pieces
+from logitcask.pipeline.vocabulary.rests import Bridge
+
+COPIES = 6  # of a slice of logits, or of what becomes of it, in memory at a time
+
+
+class TranslatedTeacher:
+    """A teacher that reads its own tokens and labels a student's."""
+
+    def __init__(self, teacher: TransformersTeacher, bridge: Bridge) -> None:
+        self.facts = teacher.facts
+        self._teacher, self._bridge, self._finder = teacher, bridge, CoverFinder(bridge)
+        self._device = teacher.head.weight.device
+        self._project = Projector(bridge, self._device)
+
+    def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
+        """Do nothing: batches are labelled one after another."""
+
+    def label(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> Labelled:
+        """Return the labels of each example's target positions."""
+        read = [unpack_companion(example.companion) for example in batch]
+        texts = [teacher for teacher, _, _ in read]
+        ids_BL, mask_BL = padded(texts)
+        counts = [int(example.target_mask.sum()) for example in batch]
+        with torch.inference_mode():
+            hidden_RH = self._teacher.target_states(ids_BL, mask_BL)
+            if self._is_plain(batch, texts):
+                targets, fidelity = self._exchanged(hidden_RH, batch, counts, label)
+            else:
+                positions, first_row = list[Position](), 0
+                for example, (teacher, tokens, offsets) in zip(batch, read, strict=True):
+                    own = Encoded(example.input_ids, example.target_mask)
+                    positions += self._finder.positions(own, teacher, tokens, offsets, first_row)
+                    first_row += int(teacher.target_mask.sum())
+                own_R = np.roll(ids_BL, -1, axis=1)[mask_BL]
+                targets, fidelity = self._projected(hidden_RH, own_R, positions, batch, counts, label)
+        return Labelled(split_rows(targets, counts), fidelity)
+
+    def _is_plain(self, batch: Sequence[TokenizedExample], texts: Sequence[Encoded]) -> bool:
+        """Return whether every token of the student is one of the teacher: the labels are then those of the teacher."""
+        exchange = self._bridge.exchange
+        return exchange is not None and all(
+            np.array_equal(exchange[own.input_ids], other.input_ids)
+            and np.array_equal(own.target_mask, other.target_mask)
+            for own, other in zip(batch, texts, strict=True)
+        )
+
+    def _exchanged(
+        self, hidden_NH: Tensor, batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings
+    ) -> tuple[SparseTargets, FidelitySums]:
+        """Return the labels that the teacher gives its own tokens, under the student's ids."""
+        assert self._bridge.exchange is not None
+        room, order = self._teacher.room(label), torch.from_numpy(self._bridge.exchange).to(self._device)
+        same = bool((self._bridge.exchange == np.arange(len(order))).all())
+
+        def logits(hidden: Tensor) -> Tensor:
+            own = self._teacher.head.logits(hidden, room=room)
+            return own if same else own[:, order]
+
+        return label_rows(
+            logits,
+            hidden_NH,
+            _golds(batch),
+            batch_draws(batch, counts, label),
+            np.concatenate([example.measured for example in batch]),
+            label,
+            self._teacher.probe(label),
+            len(room),
+        )
+
+    def _projected(
+        self,
+        hidden_RH: Tensor,
+        own_R: IntArray,
+        positions: Sequence[Position],
+        batch: Sequence[TokenizedExample],
+        counts: Sequence[int],
+        label: LabelSettings,
+    ) -> tuple[SparseTargets, FidelitySums]:
+        own_size, size = len(self._bridge.teacher), label.vocab_size
+        rows = max(1, slice_rows(max(own_size, size), self._device, fresh=False) // COPIES)
+        golds, uniforms = _golds(batch), batch_draws(batch, counts, label)
+        measured, done = np.concatenate([example.measured for example in batch]), 0
+        parts, fidelity = list[SparseTargets](), FidelitySums.zeros(label.temperatures)
+        for piece in pieces(positions, rows):
+            used, cut = slice(piece.first, piece.stop), slice(done, done + len(piece.positions))
+            logits_RV = self._teacher.head.logits(hidden_RH[used])[:, :own_size]
+            log_q_NU = self._project(logits_RV, own_R[used], piece)
+            del logits_RV
+            at = torch.tensor([position.start.row for position in piece.positions], device=self._device)
+            targets, sums = label_rows(
+                lambda _, log_q_NU=log_q_NU: log_q_NU,  # type: ignore[misc]
+                hidden_RH[at],
+                golds[cut],
+                uniforms[cut],
+                measured[cut],
+                label,
+                self._teacher.probe(label),
+                len(piece.positions),
+            )
+            parts.append(targets)
+            fidelity += sums
+            done = cut.stop
+        return SparseTargets.concatenate(parts), fidelity
+
+
+def _golds(batch: Sequence[TokenizedExample]) -> IntArray:
+    """Return the student's tokens of all labelled positions, (N,)."""
+    return np.concatenate([example.input_ids[1:][example.target_mask[:-1]] for example in batch])
