@@ -95,12 +95,17 @@ class Shard:
     targets: SparseTargets  # sum of position_count rows
     fidelity: FidelitySums | None = None  # the shard's row of the certificate; None if not measured, or not read
     metadata: Mapping[str, IntArray] = field(default_factory=dict)  # (E,) codes of values in the manifest, by column
+    projection: NDArray[np.float64] | None = None  # (3,) sums of labels in another vocabulary; None if not read
 
     def __len__(self) -> int:
         return len(self.token_count)
 
     @staticmethod
-    def of(examples: Sequence[Example], fidelity: FidelitySums | None = None) -> "Shard":
+    def of(
+        examples: Sequence[Example],
+        fidelity: FidelitySums | None = None,
+        projection: NDArray[np.float64] | None = None,
+    ) -> "Shard":
         """Return the shard of these examples, in order."""
         return Shard(
             token_count=np.array([len(example.input_ids) for example in examples], dtype=np.int64),
@@ -109,6 +114,7 @@ class Shard:
             target_mask=np.concatenate([example.target_mask for example in examples]),
             targets=SparseTargets.concatenate([example.targets for example in examples]),
             fidelity=fidelity,
+            projection=projection,
             metadata={
                 name: np.array([example.metadata[name] for example in examples], dtype=np.int64)
                 for name in examples[0].metadata

@@ -40,7 +40,7 @@ KEPT = ("head_ids", "tail_ids", "tail_counts")  # labels that keep their stored 
 ARRAYS = (  # the names of all arrays that ``shard_specs`` may return
     *("token_count", "position_count", "input_ids", "target_mask", "head_ids", "head_logprobs", "tail_ids"),
     *("tail_logprobs", "tail_counts", "log_tail_odds", "log_partition", "gold_logprobs", "fidelity", "made_by"),
-    *("category", "language", "hidden_codes", "hidden_quotients"),
+    *("category", "language", "hidden_codes", "hidden_quotients", "projection"),
 )
 
 
@@ -67,7 +67,15 @@ def shard_specs(manifest: Manifest) -> list[ArraySpec]:
         ArraySpec(name, "example", "uint16", 0, f"{name} of the example: 0 none, i the i-th value in the manifest")
         for name in (manifest.data.metadata.values if manifest.data.metadata else ())
     ]
-    return [*array_specs(manifest.label), *([made_by] if manifest.format_version >= 5 else []), *metadata]
+    projection = ArraySpec(
+        "projection",
+        "shard",
+        "float64",
+        3,
+        "bytes of labelled tokens, nats of them by label, by projection alone",
+    )
+    translated = [projection] if manifest.teacher_tokenizer else []
+    return [*array_specs(manifest.label), *([made_by] if manifest.format_version >= 5 else []), *metadata, *translated]
 
 
 def array_specs(label: LabelSettings) -> list[ArraySpec]:

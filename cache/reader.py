@@ -209,6 +209,18 @@ class CacheReader:
                 raise CacheFormatError(problem)
         return row
 
+    def shard_projection(self, index: int) -> NDArray[np.float64]:
+        """Return the sums of a shard's labels in another vocabulary, (3,).
+
+        Bytes of the labelled tokens, their nats by the labels, and by projection alone. Raises CacheFormatError if they
+        are damaged.
+        """
+        with self._naming_shard(index):
+            sums = self._row("projection", index).astype(np.float64)
+            if not (np.isfinite(sums).all() and sums.min() >= 0):
+                raise CacheFormatError("projection: must be finite numbers that are not negative")
+        return sums
+
     def made_by(self, index: int) -> MadeBy | None:
         """Return what labelled a shard, None if that is not recorded. Raises CacheFormatError if it is damaged."""
         if "made_by" not in self._decoders:

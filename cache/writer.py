@@ -103,6 +103,9 @@ class CacheWriter:
         if self.manifest.label.fidelity_positions:
             assert shard.fidelity is not None, "the manifest promises a certificate"
             values["fidelity"] = shard.fidelity.row[None]
+        if self.manifest.teacher_tokenizer:
+            assert shard.projection is not None, "labels in another vocabulary come with their sums"
+            values["projection"] = shard.projection[None]
         if "made_by" in self._arrays:
             values["made_by"] = encode_made_by(self._made_by)[None]
         stride = strides(plan)

@@ -1,5 +1,6 @@
 """What a cache holds, as figures and as text: the output of ``logitcask cache info``."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ class CacheInfo(BaseModel):
     labels: LabelFigures | None  # of a sample; None if nothing is committed
     fidelity_positions: int  # measured in the committed shards
     fidelity: list[FidelityFigures]  # one per temperature; empty if too few positions were measured
+    projection: list[float] | None  # of labels in another vocabulary: bits per byte of the text by label, by projection
     divergence: list[float] | None  # mean KL(teacher || label) per temperature in nats, of exact labels
 
 
@@ -88,8 +90,17 @@ def describe(place: str | Path | Store) -> CacheInfo:
             FidelityFigures(temperature=t, label=label, top_k_renormalized=top)
             for t, (label, top) in zip(temperatures, figures(sums, len(temperatures)) or [], strict=False)
         ],
+        projection=_bits_per_byte(reader, committed),
         divergence=divergences(sums, len(temperatures)),
     )
+
+
+def _bits_per_byte(reader: CacheReader, shards: Sequence[int]) -> list[float] | None:
+    """Return the bits per byte of the labelled text by the labels, and by projection alone."""
+    if reader.manifest.teacher_tokenizer is None or not shards:
+        return None
+    size, *nats = (float(sum(parts)) for parts in zip(*map(reader.shard_projection, shards), strict=True))
+    return [each / size / math.log(2) for each in nats] if size else None
 
 
 def _makers(reader: CacheReader, shards: Sequence[int]) -> list[Makers]:
@@ -125,6 +136,7 @@ def _identity(info: CacheInfo) -> Iterator[str]:
     yield f"            weights {m.teacher.weights[:12]}"
     yield from _made_by(info)
     yield f"tokenizer   {label.vocab_size:,} tokens, fingerprint {m.tokenizer.fingerprint[:12]}"
+    yield from _other_vocabulary(info)
     yield f"data        {data.examples:,} examples, {data.tokens:,} tokens, {data.positions:,} target positions"
     yield f"            fingerprint {data.fingerprint[:12]}; at most {data.max_seq_length:,} tokens per example"
     yield f"            {data.truncated:,} examples truncated, {data.dropped:,} dropped"
@@ -140,6 +152,20 @@ def _identity(info: CacheInfo) -> Iterator[str]:
         yield f"            not known: {', '.join(names[each] for each in label.unknown)}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
     yield f"shards      {count:,}, {state}{part}"
+
+
+def _other_vocabulary(info: CacheInfo) -> Iterator[str]:
+    """Yield what is known of labels in another vocabulary than the teacher's."""
+    part = info.manifest.teacher_tokenizer
+    if part is None:
+        return
+    count = part.aligned + part.straddling + part.unlabelled
+    shares = [f"{getattr(part, kind) / count:.1%} {kind}" for kind in ("aligned", "straddling", "unlabelled")]
+    yield f"            the student's; the teacher's has {part.vocab_size:,}, fingerprint {part.fingerprint[:12]}"
+    yield f"            target positions: {', '.join(shares)}"
+    if info.projection:
+        bits = "{:.3f} by the labels, the teacher's own; {:.3f} by projection alone".format(*info.projection)
+        yield f"            bits per byte of the text: {bits}"
 
 
 def _made_by(info: CacheInfo) -> Iterator[str]:

@@ -114,14 +114,17 @@ def label_shard(
     """
     labelled: dict[int, Example] = {}
     fidelity = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
+    projection: NDArray[np.float64] | None = None
     for batch in batches:
         labels = teacher.label(batch, label)
+        if labels.projection is not None:
+            projection = labels.projection + (0 if projection is None else projection)
         require_possible(batch, labels.targets, label, teacher.facts.identity.dtype)
         fidelity += labels.fidelity
         for example, targets in zip(batch, labels.targets, strict=True):
             labelled[example.index] = Example(example.input_ids, example.target_mask, targets, example.metadata)
             advance(len(example.input_ids))
-    return Shard.of([labelled[index] for index in sorted(labelled)], fidelity)
+    return Shard.of([labelled[index] for index in sorted(labelled)], fidelity, projection)
 
 
 def require_possible(

@@ -39,6 +39,7 @@ class Labelled:
 
     targets: list[SparseTargets]
     fidelity: FidelitySums
+    projection: NDArray[np.float64] | None = None  # (3,) sums of labels in another vocabulary
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,19 @@ class Projector:
     """Projects for one pair of vocabularies, on one device."""
 
     def __init__(self, bridge: Bridge, device: torch.device) -> None:
-        self._size = len(bridge.student)
+        self._size, self._whole = len(bridge.student), bridge.whole
+        self._lengths = np.array([len(text or b"") for text in bridge.student])
         known = np.flatnonzero(bridge.whole != NONE)
         order = known[np.argsort(bridge.whole[known], kind="stable")]
         begins = np.searchsorted(bridge.whole[order], np.arange(self._size))
         self._order, self._begins = (torch.from_numpy(each).to(device) for each in (order, begins))
 
-    def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> Tensor:
-        """Return log-probabilities (n, U) of a piece; ``tokens_R`` are the teacher's tokens of the text at its rows."""
+    def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> tuple[Tensor, Float64]:
+        """Return log-probabilities (n, U) of a piece, and sums over it, (3,).
+
+        ``tokens_R`` are the teacher's tokens of the text at its rows. The sums are the bytes of the text's tokens,
+        their nats, and their nats before they were set: by projection alone.
+        """
         z_RV = logits_RV.float()
         log_z_R1 = z_RV.logsumexp(1, keepdim=True)
         own_R1 = torch.from_numpy(tokens_R).to(z_RV.device)[:, None]
@@ -67,8 +72,14 @@ class Projector:
         path = _Path.of(piece, lp_R, tokens_R, p_RV)
         log_gold, shares = path.golds()
         q_nU = self._full(p_RV, own_R1, path, shares)
-        _add_covers(q_nU, path, shares)
-        return _with_golds(q_nU, piece, log_gold)
+        own_n = _add_covers(q_nU, path, shares, self._whole)
+        gold_n = _integers([position.gold for position in piece.positions])
+        at = torch.from_numpy(np.stack([np.arange(len(gold_n)), gold_n])).to(q_nU.device)
+        rows = path.rows[path.at]
+        taken_n = np.exp(path.before_R[rows] + path.lp_R[rows] - path.log_c[path.at]) * shares * (own_n == gold_n)
+        alone_n = q_nU[at[0], at[1]].cpu().numpy() + taken_n
+        nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST, 1.0)).sum()
+        return _with_golds(q_nU, piece, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
 
     def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64) -> Tensor:
         """Return the part of whole tokens, (n, U): those that start at a position's border, or stand for unknown ones.
@@ -191,8 +202,12 @@ def _integers(values: Sequence[int]) -> IntArray:
     return np.array(values, dtype=np.int64)
 
 
-def _add_covers(q_nU: Tensor, path: _Path, shares: Float64) -> None:
-    """Add what the covers that start before each position's border give to the student's tokens."""
+def _add_covers(q_nU: Tensor, path: _Path, shares: Float64, whole: NDArray[np.int32]) -> IntArray:
+    """Add what the covers that start before each position's border give to the student's tokens.
+
+    Return the student's first token of what is left of the teacher's own token, (n,).
+    """
+    own_n = whole[path.tokens_R[path.rows[path.at]]].astype(np.int64)
     position_of = np.full(len(path.borders), -1)
     position_of[path.at] = np.arange(len(path.at))
     lists = np.repeat(np.arange(len(path.sizes)), path.sizes)
@@ -202,10 +217,12 @@ def _add_covers(q_nU: Tensor, path: _Path, shares: Float64) -> None:
     weights = np.exp(path.before_R[path.row] - path.log_c[path.border])[lists] * path.p[kept]
     own = (path.row == path.rows[path.border])[lists] & (ids == path.tokens_R[path.row[lists]])
     weights *= np.where(own, 1.0 - shares[place], 1.0)
+    own_n[place[own]] = firsts[own]
     cells, inverse = np.unique(place * q_nU.shape[1] + firsts, return_inverse=True)
     sums = np.bincount(inverse, weights, minlength=len(cells)).astype(np.float32)
     flat, where = q_nU.view(-1), torch.from_numpy(cells).to(q_nU.device)
     flat[where] = flat[where] + torch.from_numpy(sums).to(q_nU)
+    return own_n
 
 
 def _with_golds(q_nU: Tensor, piece: Piece, log_gold: Float64) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.reader import CacheReader
+from logitcask.cache.report.info import describe, render
 from logitcask.cache.verify import verify
 from logitcask.pipeline.precompute.precompute import precompute
 from tests.support.tiny import (
@@ -93,6 +94,9 @@ def test_the_teachers_own_tokenizer_gives_its_very_labels(data: Path) -> None:
     assert part is not None
     assert (part.aligned, part.straddling, part.unlabelled) == (again.manifest.data.positions, 0, 0)
     assert plain.manifest.teacher_tokenizer is None
+    info = describe(data / "again")
+    assert info.projection is not None
+    assert info.projection[0] == info.projection[1]
 
 
 def test_the_same_tokens_under_other_ids_get_the_same_heads_under_other_ids(data: Path) -> None:
@@ -122,6 +126,14 @@ def test_a_cache_in_another_vocabulary_telescopes_and_resumes(data: Path) -> Non
     ]
     np.testing.assert_allclose(totals[0], totals[1], atol=0.0625 * 40)  # half a code per position
     assert abs(sum(totals[0]) - sum(totals[1])) < 8.0
+    info = describe(data / "other")
+    assert info.projection is not None
+    size = len("".join(str(record["response"]) for record in RECORDS[:8]))
+    assert info.projection[0] == pytest.approx(-sum(totals[1]) / np.log(2) / size, abs=8 / size)
+    assert info.projection[1] > 0
+    lines = render(info)
+    assert "target positions: 75.3% aligned, 24.7% straddling, 0.0% unlabelled" in lines
+    assert f"bits per byte of the text: {info.projection[0]:.3f} by the labels, the teacher's own" in lines
     tokenizer = AutoTokenizer.from_pretrained(data / "student")
     text = tokenizer.decode(other.example(0).input_ids)
     assert str(RECORDS[0]["response"])[:8] in text or "There are" in text

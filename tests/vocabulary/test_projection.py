@@ -73,7 +73,11 @@ def project(bridge: Bridge, student: Encoded, teacher: Encoded, most: int) -> ND
     parts = []
     for piece in pieces(positions, most):
         rows = slice(piece.first, piece.stop)
-        parts.append(projector(torch.from_numpy(logits[rows]), own[rows], piece).double().numpy())
+        log_q, sums = projector(torch.from_numpy(logits[rows]), own[rows], piece)
+        parts.append(log_q.double().numpy())
+        golds = [position.gold for position in piece.positions]
+        assert sums[0] == sum(len(bridge.student[gold] or b"") for gold in golds)
+        assert sums[1] == pytest.approx(-parts[-1][np.arange(len(golds)), golds].sum(), abs=1e-4)
     return np.concatenate(parts)
 
 

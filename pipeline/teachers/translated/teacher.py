@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcask.cache.fidelity import FidelitySums
@@ -47,6 +48,9 @@ class TranslatedTeacher:
             hidden_RH = self._teacher.target_states(ids_BL, mask_BL)
             if self._is_plain(batch, texts):
                 targets, fidelity = self._exchanged(hidden_RH, batch, counts, label)
+                nats = -float(targets.gold_logprobs.sum(dtype=np.float64))
+                size = sum(len(self._bridge.student[token] or b"") for token in _golds(batch).tolist())
+                projection = np.array([size, nats, nats])
             else:
                 positions, first_row = list[Position](), 0
                 for example, (teacher, tokens, offsets) in zip(batch, read, strict=True):
@@ -54,8 +58,8 @@ class TranslatedTeacher:
                     positions += self._finder.positions(own, teacher, tokens, offsets, first_row)
                     first_row += int(teacher.target_mask.sum())
                 own_R = np.roll(ids_BL, -1, axis=1)[mask_BL]
-                targets, fidelity = self._projected(hidden_RH, own_R, positions, batch, counts, label)
-        return Labelled(split_rows(targets, counts), fidelity)
+                targets, fidelity, projection = self._projected(hidden_RH, own_R, positions, batch, counts, label)
+        return Labelled(split_rows(targets, counts), fidelity, projection)
 
     def _is_plain(self, batch: Sequence[TokenizedExample], texts: Sequence[Encoded]) -> bool:
         """Return whether every token of the student is one of the teacher: the labels are then those of the teacher."""
@@ -97,16 +101,17 @@ class TranslatedTeacher:
         batch: Sequence[TokenizedExample],
         counts: Sequence[int],
         label: LabelSettings,
-    ) -> tuple[SparseTargets, FidelitySums]:
+    ) -> tuple[SparseTargets, FidelitySums, NDArray[np.float64]]:
+        """Return the labels by projection, and its sums."""
         own_size, size = len(self._bridge.teacher), label.vocab_size
         rows = max(1, slice_rows(max(own_size, size), self._device, fresh=False) // COPIES)
         golds, uniforms = _golds(batch), batch_draws(batch, counts, label)
         measured, done = np.concatenate([example.measured for example in batch]), 0
-        parts, fidelity = list[SparseTargets](), FidelitySums.zeros(label.temperatures)
+        parts, fidelity, total = list[SparseTargets](), FidelitySums.zeros(label.temperatures), np.zeros(3)
         for piece in pieces(positions, rows):
             used, cut = slice(piece.first, piece.stop), slice(done, done + len(piece.positions))
             logits_RV = self._teacher.head.logits(hidden_RH[used])[:, :own_size]
-            log_q_NU = self._project(logits_RV, own_R[used], piece)
+            log_q_NU, projection = self._project(logits_RV, own_R[used], piece)
             del logits_RV
             at = torch.tensor([position.start.row for position in piece.positions], device=self._device)
             targets, sums = label_rows(
@@ -121,8 +126,9 @@ class TranslatedTeacher:
             )
             parts.append(targets)
             fidelity += sums
+            total += projection
             done = cut.stop
-        return SparseTargets.concatenate(parts), fidelity
+        return SparseTargets.concatenate(parts), fidelity, total
 
 
 def _golds(batch: Sequence[TokenizedExample]) -> IntArray:
