@@ -46,8 +46,8 @@ from tests.benchmarks.study.corpus import code_files
 from tests.benchmarks.study.second import make_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "other_vocabulary.json"
-CHARACTERS, TRAINED, HELD_OUT = 400, 480, 100  # of a text; texts
-STEPS, BATCH, RATE, SEEDS = 150, 8, 3e-3, (0, 1, 2)
+CHARACTERS, TRAINED, HELD_OUT = 400, 200, 60  # of a text; texts
+STEPS, BATCH, RATE, SEEDS = 100, 8, 3e-3, (0, 1, 2)
 SORTED = 128  # probabilities that ``uld`` compares
 ROUNDS = 5
 WAYS = ("output", "projected", "uld")
