@@ -36,7 +36,7 @@ class PrecomputeSettings(DataSettings):
     groups: ClassVar[Mapping[str, str]] = {
         "Data": "max_seq_length prompt_loss tokenize_workers",
         "Teacher": "teacher_revision engine dtype device tensor_parallel_size skip_engine_check trust_remote_code",
-        "Label": "preset head_size tail_draws hidden_bits temperatures fidelity_positions",
+        "Label": "preset head_size tail_draws hidden_bits temperatures fidelity_positions student_tokenizer",
         "With --engine server": "base_url tokenizer concurrency request_timeout max_retries",
         "Dry run": "dry_run show json_",
     }
