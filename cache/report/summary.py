@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from logitcask.cache.manifest import metadata_values
 from logitcask.cache.report.info import LABEL_PARTS, CacheInfo
 
+KINDS = ("aligned", "straddling", "unlabelled")
 UNKNOWN = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
 
 
@@ -38,6 +39,11 @@ def _identity(info: CacheInfo) -> Iterator[tuple[str, str]]:
         "label",
         f"{label.entries}, of {label.vocab_size:,} tokens, T={at}{unknown}",
     )
+    if (part := manifest.teacher_tokenizer) is not None:
+        count = part.aligned + part.straddling + part.unlabelled
+        kinds = ", ".join(f"{getattr(part, kind) / count:.1%} {kind}" for kind in KINDS)
+        bits = "; bits per byte {:.3f}, by projection alone {:.3f}".format(*info.projection) if info.projection else ""
+        yield "vocabulary", f"the student's; positions {kinds}{bits}"
     yield "size", _size(info)
 
 

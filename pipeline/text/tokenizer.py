@@ -303,5 +303,5 @@ def require_tokenizer(source: str, wanted: str, cache: str, **loading: Any) -> N
     if own != wanted:
         raise CacheMismatchError(
             f"{cache}: was made with another tokenizer than {source}'s: fingerprints {wanted[:12]} and {own[:12]}; "
-            "make a cache with a teacher that has the same tokenizer"
+            "make a cache with a teacher that has the same tokenizer, or with --student-tokenizer"
         )

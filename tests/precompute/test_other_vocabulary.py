@@ -15,6 +15,7 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.labels import SparseTargets
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
+from logitcask.cache.report.summary import summarize
 from logitcask.cache.verify import verify
 from logitcask.pipeline.precompute.precompute import precompute
 from tests.support.tiny import (
@@ -134,6 +135,8 @@ def test_a_cache_in_another_vocabulary_telescopes_and_resumes(data: Path) -> Non
     lines = render(info)
     assert "target positions: 75.3% aligned, 24.7% straddling, 0.0% unlabelled" in lines
     assert f"bits per byte of the text: {info.projection[0]:.3f} by the labels, the teacher's own" in lines
+    alone = f"; bits per byte {info.projection[0]:.3f}, by projection alone {info.projection[1]:.3f}"
+    assert f"the student's; positions 75.3% aligned, 24.7% straddling, 0.0% unlabelled{alone}" in summarize(info)
     tokenizer = AutoTokenizer.from_pretrained(data / "student")
     text = tokenizer.decode(other.example(0).input_ids)
     assert str(RECORDS[0]["response"])[:8] in text or "There are" in text
