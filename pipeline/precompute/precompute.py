@@ -40,6 +40,7 @@ from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from logitcask.pipeline.text.tokenizer import identify, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
+from logitcask.pipeline.vocabulary.spread import Spread
 
 ENGINES = {
     "transformers": "transformers",
@@ -81,7 +82,7 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
             if _is_done(settings, tokenizers.teacher, before, mine):
                 return PrecomputeReport(before, 0, len(mine), time.monotonic() - started)
         say(data_line(parts["data"]), "data")
-        with contextlib.closing(_executor(settings)) as executor:
+        with contextlib.closing(_executor(settings, tokenizers.spread(work.table))) as executor:
             say(teacher_line(executor.teacher), "teacher")
             check_teacher(executor.teacher, tokenizer_size(tokenizers.teacher), settings.max_seq_length)
             head = None
@@ -211,8 +212,8 @@ def teacher_spec(settings: PrecomputeSettings) -> TeacherSpec:
     )
 
 
-def _executor(settings: PrecomputeSettings) -> LocalExecutor | RayExecutor:
-    spec = teacher_spec(settings)
+def _executor(settings: PrecomputeSettings, spread: Spread | None) -> LocalExecutor | RayExecutor:
+    spec = replace(teacher_spec(settings), spread=spread)
     if settings.ray is None:
         return LocalExecutor(spec, settings.output)
     return RayExecutor(

@@ -15,20 +15,28 @@ from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_size
 from logitcask.pipeline.vocabulary.pairs import PairEncoder
-from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
+from logitcask.pipeline.vocabulary.rests import Bridge, make_bridge, table_folder
+from logitcask.pipeline.vocabulary.spread import Spread, spread_counted
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tokenizers:
     """The teacher's tokenizer and that of the cache; usually they are one."""
 
     teacher: PreTrainedTokenizerBase
     cache: PreTrainedTokenizerBase
+    bridge: Bridge | None = None  # between them, if they differ
 
     @property
     def differ(self) -> bool:
         """Whether labels are in another vocabulary than the teacher's."""
         return self.teacher is not self.cache
+
+    def spread(self, table: TokenTable) -> Spread | None:
+        """Return what the examples say of the two vocabularies."""
+        if self.bridge is None:
+            return None
+        return spread_counted(self.bridge, map(table.example, range(len(table))))
 
     def other_vocabulary(self, table: TokenTable) -> dict[str, OtherVocabulary]:
         """Return the manifest's part on the teacher's vocabulary, if it is another one."""
@@ -72,5 +80,5 @@ def make_encoder(settings: PrecomputeSettings, tokenizers: Tokenizers, day: date
     }
     if not tokenizers.differ:
         return Encoder(tokenizers.cache, **options)
-    bridge = make_bridge(tokenizers.teacher, tokenizers.cache, table_folder())
-    return PairEncoder(tokenizers.cache, tokenizers.teacher, bridge, **options)
+    tokenizers.bridge = make_bridge(tokenizers.teacher, tokenizers.cache, table_folder())
+    return PairEncoder(tokenizers.cache, tokenizers.teacher, tokenizers.bridge, **options)

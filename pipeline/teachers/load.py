@@ -19,6 +19,7 @@ from logitcask.pipeline.teachers.translated.teacher import TranslatedTeacher
 from logitcask.pipeline.teachers.vllm import load_vllm_teacher
 from logitcask.pipeline.text.tokenizer import load_tokenizer
 from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
+from logitcask.pipeline.vocabulary.spread import Spread
 
 TOLERANCE = {"float32": 1e-3}  # largest difference, in nats, of log-partitions and next-token log-probabilities
 HALF_TOLERANCE = 0.5  # for 16-bit dtypes: above their rounding errors, below the differences of a wrong model
@@ -41,6 +42,7 @@ class TeacherSpec:
     tokenizer: str = ""  # where that of a served model is
     connection: Connection | None = None  # to the servers of --engine server
     student_tokenizer: str | None = None  # of the labels, if it is not the teacher's own
+    spread: Spread | None = None  # what the data say of the two vocabularies
 
 
 def load_engine(spec: TeacherSpec) -> Teacher:
@@ -59,7 +61,7 @@ def load_engine(spec: TeacherSpec) -> Teacher:
         student = load_tokenizer(spec.student_tokenizer, **loading)
         own = load_tokenizer(spec.tokenizer, revision=spec.revision, **loading)
         bridge = make_bridge(own, student, table_folder())
-        return TranslatedTeacher(load_transformers(spec, spec.dtype, spec.device), bridge)
+        return TranslatedTeacher(load_transformers(spec, spec.dtype, spec.device), bridge, spec.spread)
     if choose_engine(spec.engine, spec.model) == "transformers":
         return load_transformers(spec, spec.dtype, spec.device)
     return load_vllm_teacher(

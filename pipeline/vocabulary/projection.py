@@ -17,6 +17,7 @@ from torch import Tensor
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.vocabulary.covers import Border, Position
 from logitcask.pipeline.vocabulary.rests import NONE, Bridge
+from logitcask.pipeline.vocabulary.spread import Spread, spread_alone
 
 Float64 = NDArray[np.float64]
 LEAST = 1e-45  # the mass of covers, at least: below it float32 has none
@@ -50,13 +51,13 @@ def pieces(positions: Sequence[Position], most: int) -> Iterator[Piece]:
 class Projector:
     """Projects for one pair of vocabularies, on one device."""
 
-    def __init__(self, bridge: Bridge, device: torch.device) -> None:
+    def __init__(self, bridge: Bridge, device: torch.device, spread: Spread | None = None) -> None:
+        self._spread = spread or spread_alone(bridge)
         self._size, self._whole = len(bridge.student), bridge.whole
         self._lengths = np.array([len(text or b"") for text in bridge.student])
-        known = np.flatnonzero(bridge.whole != NONE)
-        order = known[np.argsort(bridge.whole[known], kind="stable")]
-        begins = np.searchsorted(bridge.whole[order], np.arange(self._size))
-        self._order, self._begins = (torch.from_numpy(each).to(device) for each in (order, begins))
+        begins = np.searchsorted(self._spread.firsts, np.arange(self._size))
+        arrays = self._spread.tokens, begins, self._spread.weights
+        self._order, self._begins, self._weights = (torch.from_numpy(each).to(device) for each in arrays)
 
     def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> tuple[Tensor, Float64]:
         """Return log-probabilities (n, U) of a piece, and sums over it, (3,).
@@ -76,10 +77,19 @@ class Projector:
         gold_n = _integers([position.gold for position in piece.positions])
         at = torch.from_numpy(np.stack([np.arange(len(gold_n)), gold_n])).to(q_nU.device)
         rows = path.rows[path.at]
-        taken_n = np.exp(path.before_R[rows] + path.lp_R[rows] - path.log_c[path.at]) * shares * (own_n == gold_n)
+        taken_n = np.exp(path.before_R[rows] + path.lp_R[rows] - path.log_c[path.at]) * shares
+        starts_n = np.array([path.borders[border].starts for border in path.at])
+        taken_n *= np.where(starts_n, self._given(tokens_R[rows], gold_n), own_n == gold_n)
         alone_n = q_nU[at[0], at[1]].cpu().numpy() + taken_n
         nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST, 1.0)).sum()
         return _with_golds(q_nU, piece, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
+
+    def _given(self, tokens_n: IntArray, firsts_n: IntArray) -> Float64:
+        """Return what tokens of the teacher give to tokens of the student, (n,)."""
+        width = len(self._whole)
+        keys, wanted = self._spread.firsts * width + self._spread.tokens, firsts_n * width + tokens_n
+        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        return np.where(keys[at] == wanted, self._spread.weights[at], 0.0).astype(np.float64)
 
     def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64) -> Tensor:
         """Return the part of whole tokens, (n, U): those that start at a position's border, or stand for unknown ones.
@@ -99,7 +109,9 @@ class Projector:
         p_aV.scatter_(1, own_a1, p_aV.gather(1, own_a1) * _column(kept, p_RV))
         p_aV *= _column(np.exp(log_weights), p_RV)
         # a sum over bags, since adding at indices has no fixed order on an accelerator
-        sums_Ua = torch.nn.functional.embedding_bag(self._order, p_aV.T.contiguous(), self._begins, mode="sum")
+        sums_Ua = torch.nn.functional.embedding_bag(
+            self._order, p_aV.T.contiguous(), self._begins, mode="sum", per_sample_weights=self._weights
+        )
         q_nU[torch.from_numpy(places).to(p_RV.device)] = sums_Ua.T
         return q_nU
 

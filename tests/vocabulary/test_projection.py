@@ -5,6 +5,7 @@ The teacher is any function from the tokens before to logits: it is known exactl
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from logitcask.pipeline.vocabulary.alignment import align, pack_companion, unpac
 from logitcask.pipeline.vocabulary.covers import CoverFinder
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
 from logitcask.pipeline.vocabulary.rests import Bridge, make_bridge
+from logitcask.pipeline.vocabulary.spread import Spread, spread_alone, spread_counted
 
 LETTERS = "ab c"
 END = "<end>"
@@ -58,7 +60,9 @@ def encoded(tok: PreTrainedTokenizerFast, text: str) -> Encoded:
     return Encoded(ids, np.arange(len(ids)) < len(ids) - 1)
 
 
-def project(bridge: Bridge, student: Encoded, teacher: Encoded, most: int) -> NDArray[np.float64]:
+def project(
+    bridge: Bridge, student: Encoded, teacher: Encoded, most: int, spread: Spread | None = None
+) -> NDArray[np.float64]:
     """Return the log-probabilities of all labelled positions, (N, U)."""
     alignment = align(student, teacher, bridge)
     again, tokens, offsets = unpack_companion(pack_companion(teacher, alignment))
@@ -69,7 +73,7 @@ def project(bridge: Bridge, student: Encoded, teacher: Encoded, most: int) -> ND
     ids, size = teacher.input_ids, len(bridge.teacher)
     logits = np.stack([teacher_logits(ids[: at + 1].tolist(), size) for at in np.flatnonzero(teacher.target_mask)])
     own = ids[np.flatnonzero(teacher.target_mask) + 1]
-    projector = Projector(bridge, torch.device("cpu"))
+    projector = Projector(bridge, torch.device("cpu"), spread)
     parts = []
     for piece in pieces(positions, most):
         rows = slice(piece.first, piece.stop)
@@ -192,6 +196,30 @@ def test_a_long_token_of_the_student_gets_the_mass_of_what_the_teacher_writes_in
     gold, short = own.input_ids[1], student.encode("ab", add_special_tokens=False)[0]
     assert q[0, gold] == pytest.approx(p_ab * p_c, rel=1e-5)
     assert q[0, short] == pytest.approx(p_ab * (1 - p_c), rel=1e-4)  # and not once more where it was not continued
+
+
+def test_what_the_texts_say_is_counted() -> None:
+    teacher, student = tokenizer(["ab"]), tokenizer(["ab", "abc"])
+    bridge = make_bridge(teacher, student, None)
+    sides = ((teacher, "ab"), (student, "ab"), (student, "abc"))
+    ab, short, long_ = (side.encode(text, add_special_tokens=False)[0] for side, text in sides)
+    staged = []
+    for text in ["abc"] * 6 + ["ab b"] * 3:
+        own, other = encoded(student, text), encoded(teacher, text)
+        staged.append(replace(own, companion=pack_companion(other, align(own, other, bridge))))
+    alone, counted = spread_alone(bridge), spread_counted(bridge, staged)
+    for spread, expected in ((alone, {short: 1.0}), (counted, {short: 0.4, long_: 0.6})):  # (3 + 1) / 10, 6 / 10
+        at = np.flatnonzero(spread.tokens == ab)
+        assert dict(zip(spread.firsts[at].tolist(), spread.weights[at].tolist(), strict=True)) == pytest.approx(
+            expected
+        )
+        sums = np.bincount(spread.tokens, spread.weights)
+        np.testing.assert_allclose(sums[sums > 0], 1.0, rtol=1e-6)
+    own, other = encoded(student, "ab ab"), encoded(teacher, "ab ab")
+    q = [np.exp(project(bridge, own, other, 100, spread)) for spread in (alone, counted)]
+    assert q[0][0, long_] == 0.0
+    np.testing.assert_allclose(q[1].sum(1), 1.0, atol=1e-5)
+    assert q[1][0, short] == pytest.approx(q[0][0, short], rel=1e-5)  # the text's own token
 
 
 def test_pieces_hold_no_more_rows_than_asked() -> None:

@@ -22,6 +22,7 @@ from logitcask.pipeline.vocabulary.alignment import unpack_companion
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
 from logitcask.pipeline.vocabulary.rests import Bridge
+from logitcask.pipeline.vocabulary.spread import Spread
 
 COPIES = 6  # of a slice of logits, or of what becomes of it, in memory at a time
 
@@ -29,11 +30,11 @@ COPIES = 6  # of a slice of logits, or of what becomes of it, in memory at a tim
 class TranslatedTeacher:
     """A teacher that reads its own tokens and labels a student's."""
 
-    def __init__(self, teacher: TransformersTeacher, bridge: Bridge) -> None:
+    def __init__(self, teacher: TransformersTeacher, bridge: Bridge, spread: Spread | None = None) -> None:
         self.facts = teacher.facts
         self._teacher, self._bridge, self._finder = teacher, bridge, CoverFinder(bridge)
         self._device = teacher.head.weight.device
-        self._project = Projector(bridge, self._device)
+        self._project = Projector(bridge, self._device, spread)
 
     def expect(self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings) -> None:
         """Do nothing: batches are labelled one after another."""

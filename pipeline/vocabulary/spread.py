@@ -1,0 +1,74 @@
+"""Which of the student's tokens start where a token of the teacher starts, and how often.
+
+By itself a token of the teacher gives its probability to the student's first token of its text. But the student may
+have a longer token for this and what follows: the users' own texts, tokenized both ways, say how often.
+
+Legend: V tokens of the teacher, U of the student, E entries.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache.labels import IntArray
+from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.vocabulary.alignment import unpack_companion
+from logitcask.pipeline.vocabulary.rests import NONE, Bridge
+
+COUNTED = 1 << 22  # positions at most, of the first examples
+PRIOR = 1.0  # what the student's first token of the text counts beside them
+KEPT_APART = 64  # examples whose counts are merged at a time
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What each token of the teacher gives to the student's tokens: E entries, by the student's token."""
+
+    tokens: IntArray  # (E,) the teacher's
+    firsts: IntArray  # (E,) the student's, ascending
+    weights: NDArray[np.float32]  # (E,) those of a token of the teacher sum to 1
+
+
+def spread_alone(bridge: Bridge) -> Spread:
+    """Return what the tokens' own texts say."""
+    return _spread(bridge, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+def spread_counted(bridge: Bridge, examples: Iterable[Encoded]) -> Spread:
+    """Return the same with what is counted in the labelled positions of examples, as they are staged."""
+    size, seen, waiting = len(bridge.student), 0, list[IntArray]()
+    keys, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    special = np.array([text is None for text in bridge.teacher])
+    for example in examples:
+        teacher, tokens, offsets = unpack_companion(example.companion)
+        own, golds = teacher.input_ids[tokens], example.input_ids[1:][example.target_mask[:-1]]
+        starts = (offsets == 0) & ~special[own]
+        waiting.append(own[starts] * size + golds[starts])
+        seen += int(starts.sum())
+        if len(waiting) >= KEPT_APART or seen >= COUNTED:
+            keys, counts, waiting = *_merged(keys, counts, waiting), []
+        if seen >= COUNTED:
+            break
+    return _spread(bridge, *_merged(keys, counts, waiting))
+
+
+def _merged(keys: IntArray, counts: IntArray, more: list[IntArray]) -> tuple[IntArray, IntArray]:
+    every = np.concatenate([keys, *more])
+    weights = np.concatenate([counts, np.ones(len(every) - len(keys), dtype=np.int64)])
+    unique, inverse = np.unique(every, return_inverse=True)
+    return unique, np.bincount(inverse, weights, minlength=len(unique)).astype(np.int64)
+
+
+def _spread(bridge: Bridge, keys: IntArray, counts: IntArray) -> Spread:
+    size = len(bridge.student)
+    known = np.flatnonzero(bridge.whole != NONE)
+    every = np.concatenate([keys, known * size + bridge.whole[known]])
+    weights = np.concatenate([counts.astype(np.float64), np.full(len(known), PRIOR)])
+    unique, inverse = np.unique(every, return_inverse=True)
+    sums = np.bincount(inverse, weights, minlength=len(unique))
+    tokens, firsts = unique // size, unique % size
+    shares = sums / np.bincount(tokens, sums, minlength=len(bridge.teacher))[tokens]
+    order = np.lexsort((tokens, firsts))
+    return Spread(tokens[order], firsts[order], shares[order].astype(np.float32))
