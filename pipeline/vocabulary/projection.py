@@ -20,6 +20,7 @@ from logitcask.pipeline.vocabulary.rests import NONE, Bridge
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone
 
 Float64 = NDArray[np.float64]
+LEAST_ALONE = 1e-6  # by projection alone a token of the text may have none
 LEAST = 1e-45  # the mass of covers, at least: below it float32 has none
 
 
@@ -81,7 +82,7 @@ class Projector:
         starts_n = np.array([path.borders[border].starts for border in path.at])
         taken_n *= np.where(starts_n, self._given(tokens_R[rows], gold_n), own_n == gold_n)
         alone_n = q_nU[at[0], at[1]].cpu().numpy() + taken_n
-        nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST, 1.0)).sum()
+        nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST_ALONE, 1.0)).sum()
         return _with_golds(q_nU, piece, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
 
     def _given(self, tokens_n: IntArray, firsts_n: IntArray) -> Float64:
