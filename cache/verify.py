@@ -129,6 +129,8 @@ def _label_problems(reader: CacheReader, index: int, manifest: Manifest, totals:
             problems.append(str(error))
     try:
         reader.made_by(index)
+        if manifest.teacher_tokenizer:
+            reader.shard_projection(index)
     except CacheFormatError as error:
         problems.append(str(error))
     return problems
