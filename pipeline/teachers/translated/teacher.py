@@ -24,7 +24,7 @@ from logitcask.pipeline.vocabulary.projection import Projector, pieces
 from logitcask.pipeline.vocabulary.rests import Bridge
 from logitcask.pipeline.vocabulary.spread import Spread
 
-COPIES = 6  # of a slice of logits, or of what becomes of it, in memory at a time
+COPIES = 6  # of a slice of logits, or of what becomes of it, in a CPU's memory at a time
 
 
 class TranslatedTeacher:
@@ -105,7 +105,8 @@ class TranslatedTeacher:
     ) -> tuple[SparseTargets, FidelitySums, NDArray[np.float64]]:
         """Return the labels by projection, and its sums."""
         own_size, size = len(self._bridge.teacher), label.vocab_size
-        rows = max(1, slice_rows(max(own_size, size), self._device, fresh=False) // COPIES)
+        rows = slice_rows(max(own_size, size), self._device, fresh=False)
+        rows = max(1, rows // COPIES) if self._device.type == "cpu" else rows
         golds, uniforms = _golds(batch), batch_draws(batch, counts, label)
         measured, done = np.concatenate([example.measured for example in batch]), 0
         parts, fidelity, total = list[SparseTargets](), FidelitySums.zeros(label.temperatures), np.zeros(3)
