@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from zarr.abc.store import Store
 
 from logitcask.cache.errors import shown
+from logitcask.cache.exact.head import GROUP
 from logitcask.cache.fidelity import BATCH, Fidelity, divergences, figures
 from logitcask.cache.integrity import committed_shards
 from logitcask.cache.layout import array_specs
@@ -64,7 +65,7 @@ def describe(place: str | Path | Store) -> CacheInfo:
     positions = round(manifest.data.positions * examples / manifest.data.examples)
     sizes = object_sizes(store)
     arrays = {spec.name: 0 for spec in array_specs(manifest.label)}
-    beside = {"tokenizer": 0, "digests": 0, "metadata": 0, "other": 0}
+    beside = {"tokenizer": 0, "digests": 0, "metadata": 0, "other": 0, **({GROUP: 0} if manifest.teacher_head else {})}
     for key, size in sizes.items():
         name = key.split("/")[0]
         if name in arrays and not key.endswith("zarr.json"):
@@ -117,6 +118,8 @@ def _part(key: str) -> str:
         return "tokenizer"
     if key.endswith("zarr.json") or name == "made_by":
         return "metadata"
+    if name == GROUP:
+        return name
     return "digests" if name in ("commits", "seal", "shard_examples") else "other"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from logitcask.cache.exact.head import GROUP
 from logitcask.cache.manifest import metadata_values
 from logitcask.cache.report.info import LABEL_PARTS, CacheInfo
 
@@ -53,7 +54,9 @@ def _size(info: CacheInfo) -> str:
         return size
     labels = sum(size for name, size in info.bytes_by_array.items() if name.startswith(LABEL_PARTS))
     parts = {"labels": labels, "text": sum(info.bytes_by_array.values()) - labels}
-    parts["tokenizer and metadata"] = sum(info.bytes_beside.values())
+    if GROUP in info.bytes_beside:
+        parts["teacher's head"] = info.bytes_beside[GROUP]
+    parts["tokenizer and metadata"] = sum(info.bytes_beside.values()) - info.bytes_beside.get(GROUP, 0)
     shares = ", ".join(f"{part / info.positions:,.1f} {name}" for name, part in parts.items())
     return f"{size}, {info.bytes_per_position:,.1f} bytes per target position: {shares}"
 

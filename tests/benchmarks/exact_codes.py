@@ -13,6 +13,7 @@ its share of 576.
 
 import glob
 import json
+import math
 import os
 import random
 import sys
@@ -40,6 +41,7 @@ from tests.benchmarks.capture import teacher_path
 
 WINDOWS, LENGTH, SKIPPED = {"python": 14, "english": 10}, 256, 16
 MEASURED, SLICE = 300, 64
+RANDOM, LOGITS = (256, 576, 1024), 3.0  # widths of random states, and the standard deviation of their logits
 TEMPERATURES = [1.0, 1.5, 2.0]
 BETWEEN = (1.25, 3.0)  # measured too: the nearest stored temperature gives the offset of the tail
 CPU = torch.device("cpu")
@@ -144,6 +146,19 @@ def rotated(hidden: FloatArray, bits: int) -> tuple[FloatArray, float]:
     return (codes * scale) @ turn.T.astype(np.float32), size
 
 
+def random_states(width: int) -> dict[str, Any]:
+    """Return the bytes of random hidden states, which no basis makes smaller, at 4 bits."""
+    chance = np.random.default_rng(width)
+    weight = (LOGITS * chance.standard_normal((8192, width)) / math.sqrt(width)).astype(np.float32)
+    plain = stored_head(LMHead(torch.from_numpy(weight), None, 1.0, None), len(weight))
+    hidden = chance.standard_normal((3 * width, width)).astype(np.float32)
+    label = LabelSettings(vocab_size=8192, head_size=8, tail_draws=0, temperatures=TEMPERATURES, seed=0)
+    head, code = fitted(plain, hidden[: 2 * width], label, 4)
+    exact = label.model_copy(update={"exact": code})
+    _, sizes = stored(labels_of(head, hidden[2 * width :], exact), exact)
+    return {"hidden": sum(size for name, size in sizes.items() if name.startswith("hidden_")), "columns": code.columns}
+
+
 def main() -> None:
     """Measure, and write the figures."""
     found = states(sys.argv[2] if len(sys.argv) > 2 else None)
@@ -175,8 +190,10 @@ def main() -> None:
             "bytes": size + beside, **errors(part, rebuilt[chosen] @ weight.T, hidden, true)
         }  # fmt: skip
         print(bits, json.dumps(rows[f"rotated, {bits} bits"]), flush=True)
+    wide = {str(width): random_states(width) for width in RANDOM}
+    print(json.dumps(wide), flush=True)
     about = {"fitted on": len(known), "coded": len(unknown), "measured": MEASURED, "teacher": "SmolLM2, width 576"}
-    Path(sys.argv[1]).write_text(json.dumps({**about, "codes": rows}, indent=1) + "\n")
+    Path(sys.argv[1]).write_text(json.dumps({**about, "codes": rows, "random states": wide}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ covariance of hidden states are uncorrelated, and the same step costs the same f
 Legend: N positions of calibration, V vocabulary, W width, C coefficients kept, J temperatures.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ from logitcask.pipeline.teachers.exact.coder import shaped_
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
 SLICE = 128  # positions at a time
-STEP = 7 / 8  # of a position that is all tail, at 0 bits
+STEP = 21.0  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
 
 
@@ -32,7 +33,7 @@ def calibration_positions(width: int) -> int:
 
 def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits: int) -> tuple[TeacherHead, ExactCode]:
     """Return the head with the basis fitted to these hidden states, and how many of its columns are kept."""
-    hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits
+    hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits / math.sqrt(hidden_NW.shape[1])
     tails_NJ, metric_WW = _tails(head, hidden, label)
     steps_N = torch.from_numpy(step_sizes(tails_NJ.log().numpy(), step)).double()
     weights_N = (step / steps_N) ** 2
