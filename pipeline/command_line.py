@@ -91,6 +91,12 @@ class Command(_Once, TyperCommand):
 class Group(_Once, TyperGroup):
     """A command with subcommands."""
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands with the first sentence of their help, where the parser would cut it."""
+        rows = [(name, " ".join(str(command.help).split()).split(". ")[0]) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text.removesuffix(".")) for name, text in rows])
+
 
 def options_from(model: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
     """Decorate ``f(settings)`` into a function whose signature is the model's fields plus ``--config``."""
