@@ -64,10 +64,11 @@ def _size(info: CacheInfo) -> str:
 def _labels(info: CacheInfo) -> Iterator[tuple[str, str]]:
     """Yield the lines on the sampled labels and the certificate, a figure per temperature."""
     if info.labels is not None:
-        labels, bound = info.labels, "at least " if info.labels.entropy_is_bound else ""
+        labels, exact = info.labels, info.manifest.label.exact is not None
         yield "mass", f"the head holds {_by(labels.temperatures, [f'{mass:.1%}' for mass in labels.captured_mass])}"
-        entropies = [f"{entropy:.3f}" for entropy in labels.entropy]
-        yield "entropy", f"{bound}{_by(labels.temperatures, entropies)}, of the teacher, in nats"
+        bound, entropies = "at least " * labels.entropy_is_bound, [f"{entropy:.3f}" for entropy in labels.entropy]
+        if not exact:  # whose bound is far from it
+            yield "entropy", f"{bound}{_by(labels.temperatures, entropies)}, of the teacher, in nats"
         if info.manifest.label.knows("gold"):
             yield "perplexity", f"{labels.gold_perplexity:.2f}, the teacher's on the text"
     angles = [f"{at.label.degrees:.2f}°" for at in info.fidelity]
