@@ -123,6 +123,16 @@ bench:
     {{bin}}/python -m tests.benchmarks.student_step
     {{bin}}/python -m tests.benchmarks.loader demo/cache
 
+# on a machine with a GPU: is everything right there, and how fast; a table in ten minutes, as: just gpu-check [--device cpu --tiny]
+gpu-check *args:
+    PYTHON={{bin}}/python bash tests/gpu/check.sh "$@"
+
+# without a GPU: on fake CUDA tensors operations across devices raise, and the host's waits are counted; installs 6 GB beside this
+fake-gpu:
+    test -x .venv-fake-gpu/bin/python || {{base}} -m venv .venv-fake-gpu
+    .venv-fake-gpu/bin/python -m pip install --quiet 'torch==2.14.1' --editable .
+    HF_HUB_OFFLINE=1 .venv-fake-gpu/bin/python -m tests.gpu.fake
+
 # the study: what a cached soft label is worth, hours on two cores; stopped, it goes on where it was
 study *args:
     {{bin}}/python -m tests.benchmarks.study "$@"

@@ -215,7 +215,7 @@ def config_file(kind: str, name: str | Path) -> Path:
 
 def shipped_configs(kind: str) -> dict[str, Path]:
     """Return the files of ``configs/kind`` that come with the package, by name without the suffix."""
-    return {file.stem: file for file in (Path(__file__).parents[2] / "configs" / kind).iterdir()}
+    return {file.stem: file for file in (Path(__file__).parents[2] / "configs" / kind).iterdir() if file.is_file()}
 
 
 def shard_range(text: str) -> tuple[int, int]:

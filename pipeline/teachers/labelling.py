@@ -58,10 +58,11 @@ def label_rows(
     parts: list[SparseTargets] = []
     sums = FidelitySums.zeros(label.temperatures, exact=label.exact is not None)
     rebuilt = None if coder is None else coder.rebuilt
+    all_gold, all_uniforms = torch.from_numpy(gold_N).to(device), torch.from_numpy(uniforms_NM).to(device)
     for first in range(0, len(hidden_NH), rows):
         cut = slice(first, first + rows)
         logits_NV = logits_of(hidden_NH[cut])[:, : label.vocab_size]
-        gold, uniforms = torch.from_numpy(gold_N[cut]).to(device), torch.from_numpy(uniforms_NM[cut]).to(device)
+        gold, uniforms = all_gold[cut], all_uniforms[cut]
         cuts = [slice(start, start + block) for start in range(0, len(logits_NV), block)]
         targets = SparseTargets.concatenate(
             [sparsify(logits_NV[c], gold[c], uniforms[c], label.head_size, label.temperatures) for c in cuts]

@@ -77,7 +77,8 @@ class TransformersTeacher:
     def target_states(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
         """Return the last hidden states of the target positions, (N, H)."""
         hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
-        return hidden_BLH[torch.from_numpy(mask_BL).to(hidden_BLH.device)]
+        at_N = torch.from_numpy(np.flatnonzero(mask_BL)).to(hidden_BLH.device)
+        return hidden_BLH.flatten(0, 1)[at_N]  # by a mask, the host would wait to learn how many there are
 
     def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
         """Return what the head reads at the target positions of a batch, (N, W)."""

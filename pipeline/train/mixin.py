@@ -128,7 +128,12 @@ class DistillationMixin(Trainer):
         )
         # the sampler already splits batches among ranks; accelerate's split would repeat examples to fill the last step
         prepared: DataLoader[Any] = prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.args.dataloader_pin_memory,
         )
         return prepared
 
@@ -137,8 +142,9 @@ class DistillationMixin(Trainer):
     ) -> tuple[list[Batch], Tensor | None]:
         """Return the batches of one optimizer step and the number of their target positions over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.tensor([[sum(len(batch["gold"]) for batch in batches), self._selected(batches)]], device=device)
-        positions, selected = self.accelerator.gather(counts).sum(0)
+        counts = (sum(len(batch["gold"]) for batch in batches), self._selected(batches))
+        row = torch.stack([torch.full((), count, device=device) for count in counts])  # filled there: copies would wait
+        positions, selected = self.accelerator.gather(row[None]).sum(0)
         if self._selection is not None:
             self._step["soft_scale"] = float(positions / selected)
         return batches, positions
@@ -159,7 +165,8 @@ class DistillationMixin(Trainer):
             self._now["alpha"] = self._step["alpha"] = self._alphas.at(self.state.global_step, self.state.max_steps)
         sums: LossSums = model(**inputs, **self._step)
         parts = [getattr(sums, name).detach() for name in SUMS] + ([] if sums.aux is None else [sums.aux])
-        row = torch.stack([*parts, *sums.hard.new_tensor([_labelled(inputs), len(inputs["gold"])])])
+        counts = [sums.hard.new_full((), count) for count in (_labelled(inputs), len(inputs["gold"]))]
+        row = torch.stack([*parts, *counts])
         self._sums = row if self._sums is None else self._sums + row
         self._slots = inputs["slots"] if self._slots is None else self._slots + inputs["slots"]
         return sums.total * self.accelerator.num_processes / num_items_in_batch

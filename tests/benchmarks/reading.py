@@ -13,7 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from logitcask.cache.labels import Example, Shard, SparseTargets
@@ -86,6 +85,9 @@ def example_of(row: dict[str, Any]) -> TrainingExample:
 
 def from_parquet(folder: Path, made: list[Example]) -> Read:
     """Write lists to a Parquet file, as most projects store them."""
+    import datasets
+
+    datasets.disable_progress_bars()
 
     def rows() -> Iterator[dict[str, Any]]:
         yield from ({name: value.tolist() for name, value in columns_of(example).items()} for example in made)
@@ -118,7 +120,6 @@ def positions_a_second(read: Read, batches: list[list[int]], finish: Callable[[l
 
 def main() -> None:
     """Print the table."""
-    datasets.disable_progress_bars()
     made = examples()
     with tempfile.TemporaryDirectory() as place:
         ways = {

@@ -21,7 +21,7 @@ from tests.support.tiny import make_cache
 
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "configs" / "runs"
-FILES = sorted(RUNS.glob("*"))
+FILES = sorted(RUNS.glob("*.yaml"))
 GUIDE = [file for file in FILES if file.stem.startswith("guide-")]
 TYPES, SIZES = ("output", "logit", "hybrid"), ("100m", "350m", "1b")
 
