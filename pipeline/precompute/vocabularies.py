@@ -14,8 +14,9 @@ from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_size
+from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.pairs import PairEncoder
-from logitcask.pipeline.vocabulary.rests import Bridge, make_bridge, table_folder
+from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
 from logitcask.pipeline.vocabulary.spread import Spread, spread_counted
 
 

@@ -20,7 +20,7 @@ from logitcask.pipeline.models.head import non_finite_remedy
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
 from logitcask.pipeline.teachers.exact.fit import calibration_positions, fitted
 from logitcask.pipeline.teachers.fidelity_probe import Probe
-from logitcask.pipeline.teachers.sparsify import sparsify
+from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TokenizedExample
 
 Advance = Callable[[int], None]  # called with the number of tokens of what was just labelled
@@ -98,6 +98,16 @@ def fitted_head(
         dtype = teacher.facts.identity.dtype
         raise LogitcaskError(f"the teacher's hidden states are not finite in {dtype}: {non_finite_remedy(dtype)}")
     return fitted(head, finite_NW, label, bits)
+
+
+def batch_draws(batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings) -> NDArray[np.float64]:
+    """Return the uniform numbers of a batch's target positions, (N, M)."""
+    return np.concatenate(
+        [
+            uniform_draws(label.seed, example.index, count, label.tail_draws)
+            for example, count in zip(batch, counts, strict=True)
+        ]
+    )
 
 
 def split_rows(targets: SparseTargets, counts: Sequence[int]) -> list[SparseTargets]:

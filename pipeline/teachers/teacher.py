@@ -14,6 +14,7 @@ from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import FloatArray, IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,17 @@ class TeacherFacts:
     made_by: MadeBy  # recorded with each shard
     logits_width: int  # rows of the head: the tokenizer's vocabulary, possibly padded
     max_length: int | None  # the longest sequence the model supports, None if its config does not say
+
+
+def padded(batch: Sequence[TokenizedExample | Encoded]) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Return the token ids and target masks of a batch, both (B, L), padded on the right."""
+    longest = max(len(example.input_ids) for example in batch)
+    ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
+    mask_BL = np.zeros((len(batch), longest), dtype=bool)
+    for row, example in enumerate(batch):
+        ids_BL[row, : len(example.input_ids)] = example.input_ids
+        mask_BL[row, : len(example.input_ids)] = example.target_mask
+    return ids_BL, mask_BL
 
 
 def teacher_id(source: str) -> str:

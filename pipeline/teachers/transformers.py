@@ -22,10 +22,8 @@ from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
 from logitcask.pipeline.teachers.exact.heads import stored_head
 from logitcask.pipeline.teachers.fidelity_probe import Probe
-from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
-from logitcask.pipeline.teachers.sparsify import uniform_draws
-from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, teacher_id
-from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.teachers.labelling import batch_draws, label_rows, slice_rows, split_rows
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, padded, teacher_id
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -113,27 +111,6 @@ class TransformersTeacher:
         if self._cached_probe is None and label.fidelity_positions:
             self._cached_probe = Probe(label.vocab_size, self._head.weight.shape[1], self._head.weight.device)
         return self._cached_probe
-
-
-def padded(batch: Sequence[TokenizedExample | Encoded]) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return the token ids and target masks of a batch, both (B, L), padded on the right."""
-    longest = max(len(example.input_ids) for example in batch)
-    ids_BL = np.zeros((len(batch), longest), dtype=np.int64)
-    mask_BL = np.zeros((len(batch), longest), dtype=bool)
-    for row, example in enumerate(batch):
-        ids_BL[row, : len(example.input_ids)] = example.input_ids
-        mask_BL[row, : len(example.input_ids)] = example.target_mask
-    return ids_BL, mask_BL
-
-
-def batch_draws(batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings) -> NDArray[np.float64]:
-    """Return the uniform numbers of a batch's target positions, (N, M)."""
-    return np.concatenate(
-        [
-            uniform_draws(label.seed, example.index, count, label.tail_draws)
-            for example, count in zip(batch, counts, strict=True)
-        ]
-    )
 
 
 def load_teacher(

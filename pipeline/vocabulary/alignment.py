@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.text.tokens.encoded import Encoded
-from logitcask.pipeline.vocabulary.rests import Bridge
-from logitcask.pipeline.vocabulary.token_bytes import TokenBytes
+from logitcask.pipeline.vocabulary.bridge import Bridge, TokenBytes
 
 OFFSET_BITS = 12  # of a place as a number: tokens have fewer than 4,096 bytes
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.text.tokens.encoded import Encoded
-from logitcask.pipeline.vocabulary.rests import NONE, Bridge
+from logitcask.pipeline.vocabulary.bridge import NONE, Bridge
 
 MOST_BACK = 8  # tokens of the teacher before the border
 KEPT_ENTRIES = 1 << 22  # of lists of covers, in memory

@@ -13,7 +13,7 @@ from logitcask.pipeline.text.columns import RecordError, shape_record
 from logitcask.pipeline.text.examples import Encoder, Finished
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align, pack_companion
-from logitcask.pipeline.vocabulary.rests import Bridge
+from logitcask.pipeline.vocabulary.bridge import Bridge
 
 
 class PairEncoder(Encoder):

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcask.cache.labels import IntArray
+from logitcask.pipeline.vocabulary.bridge import NONE, Bridge
 from logitcask.pipeline.vocabulary.covers import Border, Position
-from logitcask.pipeline.vocabulary.rests import NONE, Bridge
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone
 
 Float64 = NDArray[np.float64]

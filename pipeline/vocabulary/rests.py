@@ -6,13 +6,10 @@ Legend: V tokens of the teacher, B bytes of all of them together.
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 import tempfile
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,50 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.text.tokenizer import end_of_turn, fingerprint
-from logitcask.pipeline.vocabulary.token_bytes import TokenBytes, token_bytes
+from logitcask.pipeline.vocabulary.bridge import NONE, Bridge, TokenBytes
+from logitcask.pipeline.vocabulary.token_bytes import token_bytes
 
 VERSION = 1  # of the tables on disk
 ENCODED_AT_ONCE = 1 << 14
-NONE = -1
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-
-
-@dataclass(frozen=True)
-class Bridge:
-    """From a teacher's tokens to a student's."""
-
-    teacher: TokenBytes
-    student: TokenBytes
-    starts: IntArray  # (V + 1,) where the bytes of each token start among those of all
-    firsts: NDArray[np.int32]  # (B,) the student's first token of the rest that starts at a byte; NONE: there is none
-    whole: NDArray[np.int32]  # (V,) the same of whole tokens; of a special token, the student's that means the same
-    exchange: IntArray | None  # (V,) the teacher's ids by the student's, if their tokens are the same
-    ends: tuple[frozenset[int], frozenset[int]]  # special tokens that end a text or a turn, of each side
-
-    @functools.cached_property
-    def _ordered(self) -> tuple[list[bytes], IntArray]:
-        """The teacher's texts in order, and their ids."""
-        texts = sorted((text, index) for index, text in enumerate(self.teacher) if text)
-        return [text for text, _ in texts], np.array([index for _, index in texts], dtype=np.int64)
-
-    def extensions(self, beginning: bytes) -> IntArray:
-        """Return the teacher's tokens that begin with these bytes."""
-        texts, ids = self._ordered
-        first = bisect_left(texts, beginning)
-        return ids[first : _end(texts, beginning, first)]
-
-    @functools.cached_property
-    def longest(self) -> int:
-        """The bytes of the teacher's longest token."""
-        return max(len(text) for text in self.teacher if text)
-
-
-def _end(texts: Sequence[bytes], beginning: bytes, first: int) -> int:
-    """Return where the texts with this beginning end."""
-    after = beginning.rstrip(b"\xff")
-    if not after:
-        return len(texts)
-    return bisect_left(texts, after[:-1] + bytes([after[-1] + 1]), first)
 
 
 def make_bridge(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, folder: Path | None) -> Bridge:

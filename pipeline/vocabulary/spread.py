@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import unpack_companion
-from logitcask.pipeline.vocabulary.rests import NONE, Bridge
+from logitcask.pipeline.vocabulary.bridge import NONE, Bridge
 
 COUNTED = 1 << 22  # positions at most, of the first examples
 PRIOR = 1.0  # what the student's first token of the text counts beside them

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.vocabulary.bridge import TokenBytes
 
-TokenBytes = list[bytes | None]  # by token id; None: it stands for no text
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 MARK = "\u2581"  # SentencePiece's blank
 PROBES = (  # texts that every tokenizer that keeps texts keeps

@@ -33,8 +33,8 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.teachers.teacher import TokenizedExample
-from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher, padded
+from logitcask.pipeline.teachers.teacher import TokenizedExample, padded
+from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.translated.teacher import TranslatedTeacher
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size

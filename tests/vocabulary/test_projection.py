@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align, pack_companion, unpack_companion
+from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
-from logitcask.pipeline.vocabulary.rests import Bridge, make_bridge
+from logitcask.pipeline.vocabulary.rests import make_bridge
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone, spread_counted
 
 LETTERS = "ab c"

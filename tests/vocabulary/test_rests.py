@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align
-from logitcask.pipeline.vocabulary.rests import NONE, make_bridge
+from logitcask.pipeline.vocabulary.bridge import NONE
+from logitcask.pipeline.vocabulary.rests import make_bridge
 from logitcask.pipeline.vocabulary.token_bytes import token_bytes
 from tests.support.tiny import make_tokenizer
 

@@ -5,6 +5,7 @@ student's vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,23 +15,47 @@ from torch import Tensor
 from logitcask.cache.fidelity import FidelitySums
 from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.teachers.labelling import label_rows, slice_rows, split_rows
-from logitcask.pipeline.teachers.teacher import Labelled, TokenizedExample
-from logitcask.pipeline.teachers.transformers import TransformersTeacher, batch_draws, padded
+from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.teachers.fidelity_probe import Probe
+from logitcask.pipeline.teachers.labelling import batch_draws, label_rows, slice_rows, split_rows
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, padded
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import unpack_companion
+from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
-from logitcask.pipeline.vocabulary.rests import Bridge
 from logitcask.pipeline.vocabulary.spread import Spread
 
 COPIES = 6  # of a slice of logits, or of what becomes of it, in a CPU's memory at a time
 
 
+class Reader(Protocol):
+    """What is used of a teacher that reads its own tokens: ``TransformersTeacher``."""
+
+    facts: TeacherFacts
+
+    @property
+    def head(self) -> LMHead:
+        """Its output head."""
+        ...
+
+    def target_states(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+        """Return the last hidden states of the target positions, (R, H)."""
+        ...
+
+    def room(self, label: LabelSettings) -> Tensor:
+        """Return the memory for a slice of logits."""
+        ...
+
+    def probe(self, label: LabelSettings) -> Probe | None:
+        """Return what measures the fidelity certificate, if it is wanted."""
+        ...
+
+
 class TranslatedTeacher:
     """A teacher that reads its own tokens and labels a student's."""
 
-    def __init__(self, teacher: TransformersTeacher, bridge: Bridge, spread: Spread | None = None) -> None:
+    def __init__(self, teacher: Reader, bridge: Bridge, spread: Spread | None = None) -> None:
         self.facts = teacher.facts
         self._teacher, self._bridge, self._finder = teacher, bridge, CoverFinder(bridge)
         self._device = teacher.head.weight.device
