@@ -16,6 +16,7 @@ import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
 import logitcask as lc
+from tests.library.notebook import NOTEBOOK, PAGE, parts
 from tests.support.distilled import make_student, mixed_lengths
 from tests.support.forked import ran
 from tests.support.tiny import make_cache, make_tokenizer
@@ -82,12 +83,17 @@ def test_the_notebook_runs_and_shows_its_plot(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("STUDENT", str(tmp_path / "student"))
     make_student().save_pretrained(tmp_path / "student")
     make_tokenizer().save_pretrained(tmp_path / "student")
-    notebook = nbformat.read(Path(__file__).with_name("library.ipynb"), as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     done, _ = ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert any("of the teacher's mass" in output.get("text", "") for output in outputs)
+
+
+def test_the_page_of_the_manual_shows_the_notebook() -> None:
+    shown = re.sub(r"```text\n.*?```\n\n|!\[.*?\n\n?", "", PAGE.read_text() + "\n", flags=re.DOTALL)
+    assert shown.split() == "\n\n".join(parts(nbformat.read(NOTEBOOK, as_version=4))).split()
 
 
 if __name__ == "__main__":
