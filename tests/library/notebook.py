@@ -23,11 +23,12 @@ def parts(notebook: Any) -> Iterator[str]:
             yield cell.source
             continue
         yield f"```py\n{cell.source}\n```"
-        for output in cell.get("outputs", []):
-            if output.get("name") == "stdout":
-                yield f"```text\n{output.text.rstrip()}\n```"
-            if "image/png" in output.get("data", {}):
-                yield f"![What the last cell draws](../pictures/{PICTURE.name})"
+        outputs = cell.get("outputs", [])
+        printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+        if printed:
+            yield f"```text\n{printed.rstrip()}\n```"
+        if any("image/png" in output.get("data", {}) for output in outputs):
+            yield f"![What the last cell draws](../pictures/{PICTURE.name})"
 
 
 def main(executed: Path) -> None:
