@@ -110,7 +110,7 @@ push-cache dst cache="data/cache":
 pull-cache src cache="data/cache":
     {{logitcask}} cache copy "$1" "$2"
 
-# measure: stage 1's speed against a bare forward pass; angles and bytes of labels; reading, opening, memory
+# measure: stage 1, labels, reading, memory, steps; a ratio worse than the one recorded in results/ by more than noise fails
 bench:
     {{bin}}/python -m tests.benchmarks.capture
     {{bin}}/python -m tests.benchmarks.fidelity

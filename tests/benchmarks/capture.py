@@ -19,6 +19,7 @@ from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.teachers.labelling import require_possible
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
+from tests.benchmarks.record import Ratio, record
 
 ROUNDS, BATCH, LENGTH = 5, 8, 256
 
@@ -73,6 +74,8 @@ def main() -> None:
     print(f"{'ratio':28s}{second / first:8.2f}")
     label_us, check_us = (1e6 * statistics.median(each) / len(shard) for each in (times[name], checks))
     print(f"stage 1 {label_us:.1f} us per position, and checking labels {check_us:.2f} us: {check_us / label_us:.3%}")
+    bare_times, stage_1_times = times.values()
+    record("capture", {"s of a bare forward pass / of stage 1": Ratio(bare_times, stage_1_times, more_is_better=True)})
 
 
 if __name__ == "__main__":

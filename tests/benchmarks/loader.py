@@ -31,6 +31,7 @@ from logitcask.pipeline.text.tokenizer import tokenizer_from_files
 from logitcask.pipeline.train.arguments import training_arguments
 from logitcask.pipeline.train.callbacks.nonfinite import Labels, StopOnNonFinite
 from logitcask.pipeline.train.trainer import DistillationTrainer
+from tests.benchmarks.record import Ratio, record
 from tests.support.runs import train_settings
 
 ROUNDS, BATCH = 5, 4
@@ -138,6 +139,8 @@ def compare_loaders(cache: str) -> float:
         f"target positions/s: lc.loader {ours:,.0f}, train's loader {train:,.0f}, ratio {ours / train:.3f}; medians of "
         f"{4 * ROUNDS}, batches of {BATCH}"
     )
+    ours_each, train_each = ([pair[i][1] for pair in pairs] for i in (1, 0))
+    record("loader", {"positions/s: lc.loader / train's": Ratio(ours_each, train_each, more_is_better=True)})
     return statistics.median(pair[0][0] for pair in pairs)
 
 

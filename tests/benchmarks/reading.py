@@ -23,6 +23,7 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.precompute.sharding import cut_shards
 from logitcask.pipeline.text.tokens.encoded import Encoded
+from tests.benchmarks.record import Ratio, record
 from tests.cache.test_cache import FILES, label_settings, manifest_of, random_targets
 
 EXAMPLES, LENGTH, BATCH, ROUNDS, VOCABULARY = 1024, 128, 8, 5, 49_152
@@ -143,6 +144,14 @@ def main() -> None:
     print(f"{EXAMPLES} examples of {LENGTH} tokens, batches of {BATCH}, medians of {ROUNDS}; positions/s")
     for (name, what), rate in median.items():
         print(f"{name:14s}{what:15s}{rate:12,.0f}   cache / this = {median['cache', what] / rate:.2f}")
+    others = [(name, what) for name, what in rates if name != "cache"]
+    record(
+        "reading",
+        {
+            f"{what}, positions/s: cache / {name}": Ratio(rates["cache", what], rates[name, what], more_is_better=True)
+            for name, what in others
+        },
+    )
 
 
 if __name__ == "__main__":

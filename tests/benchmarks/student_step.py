@@ -35,6 +35,7 @@ from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.train.loss import make_loss_forward
 from tests.benchmarks.capture import teacher_path
+from tests.benchmarks.record import Ratio, record
 
 STUDENT, TEACHER = Path("configs/students/100m.json"), Path("configs/students/1b.json")
 VOCAB, WIDTH, BATCH, LENGTH = 49_152, 576, 8, 512
@@ -208,6 +209,10 @@ def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions
         own = median(found)
         ratios = f"{own / base:.2f}", f"{own / median(times[first]):.2f}", f"{positions / own:,.0f}"
         table.add_row(name, f"{own:.2f}", *ratios, f"{peaks[name]:,.0f}", f"{peaks[name] / peaks[PLAIN]:.2f}")
+    ours = [name for name in times if name.startswith("ours")]
+    seconds = {f"{title}: s of {name} / plain": Ratio(times[name], times[PLAIN]) for name in ours}
+    memory = {f"{title}: MB of {name} / plain": Ratio([peaks[name]], [peaks[PLAIN]]) for name in ours}
+    record("student_step", {**seconds, **memory})
     return table
 
 
