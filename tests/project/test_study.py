@@ -1,5 +1,6 @@
 """The study's arithmetic: its baselines are what their names say, its intervals and pairs are correct."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.benchmarks import rounds
 from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
@@ -309,3 +311,18 @@ def test_the_figures_and_pages_that_the_study_links_exist() -> None:
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert len(links) > 0
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_what_is_mixed_in_is_compared_with_the_first_cache_of_its_loss() -> None:
+    runs = [
+        {"way": way, "seed": seed, **dict.fromkeys(rounds.FIGURES, kl + seed)}
+        for way, kl in {"first cache": 1.0, "own text": 1.5, "own text, reverse KL": 9.0}.items()
+        for seed in (0, 1)
+    ]
+    runs[2]["held_out_kl"] = 2.0
+    assert [line.split(" | ")[:3] for line in rounds.table(runs)[2:]] == [
+        ["| first cache", "1.50 ± 6.35", "1.50 ± 6.35"],
+        ["| own text", "+0.75 ± 3.18", "+0.50 ± 0.00"],
+    ]
+    measured = json.loads(rounds.RESULTS.read_text())["runs"]
+    assert "\n".join(["", *rounds.table(measured), ""]) in PAGES[0].read_text()
