@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.exact.head import TeacherHead
+from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
 from logitcask.cache.labels import ExactTargets
 from logitcask.cache.layout import shard_specs
@@ -172,3 +172,31 @@ def test_any_codes_decode_to_finite_numbers(good: Objects) -> None:
     assert isinstance(targets, ExactTargets)
     assert np.isfinite(targets.codes * targets.steps[:, None] @ reader.teacher_head().basis).all()
     assert verify(store_of(objects)).shards == 2
+
+
+def test_what_the_page_of_the_format_says_decodes_them(good: Objects) -> None:
+    """A second implementation, from docs/reference/cache-format.md alone."""
+    group: Any = zarr.open_group(store_of(good), mode="r")
+    exact, row = group.attrs["logitcask"]["label"]["exact"], 2
+    packed, quotients, codes, place = group["hidden_codes"][row], group["hidden_quotients"][row], [], 0
+    for count, levels, per_byte in zip(exact["columns"], (255, 15, 6, 3), (1, 2, 3, 5), strict=True):
+        for start in range(0, count, per_byte):
+            value, digits = int(packed[place]), []
+            for _ in range(min(per_byte, count - start)):
+                digits.insert(0, value % levels)
+                value //= levels
+            codes += [
+                digit - (levels - 1) // 2 + levels * int(quotients[len(codes) + i]) for i, digit in enumerate(digits)
+            ]
+            place += 1
+    odds = np.cumsum(group["log_tail_odds"][row], dtype=np.int16) / 64
+    step = exact["step"] / np.sqrt(max((1 / (1 + np.exp(-odds))).mean(), 2.0**-12))
+    head = group["head"]
+    hidden = step * np.array(codes) @ head["basis"][:] + head["centre"][:]
+    weight = (head["weight"][:].astype(np.uint32) << 16).view(np.float32)
+    raw = 0.5 * (hidden @ weight.T + head["bias"][:])
+    reader = CacheReader(store_of(good))
+    targets, stored = reader.shard(0).targets[row : row + 1], reader.teacher_head()
+    assert isinstance(targets, ExactTargets)
+    np.testing.assert_allclose(decode(targets, stored)[0], hidden, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stored.logits(decode(targets, stored))[0], 30 * np.tanh(raw / 30), rtol=1e-3, atol=1e-3)
