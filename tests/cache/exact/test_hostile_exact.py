@@ -178,10 +178,11 @@ def test_what_the_page_of_the_format_says_decodes_them(good: Objects) -> None:
     """A second implementation, from docs/reference/cache-format.md alone."""
     group: Any = zarr.open_group(store_of(good), mode="r")
     exact, row = group.attrs["logitcask"]["label"]["exact"], 2
-    packed, quotients, codes, place = group["hidden_codes"][row], group["hidden_quotients"][row], [], 0
+    packed, quotients, place = group["hidden_codes"][row], group["hidden_quotients"][row], 0
+    codes: list[int] = []
     for count, levels, per_byte in zip(exact["columns"], (255, 15, 6, 3), (1, 2, 3, 5), strict=True):
         for start in range(0, count, per_byte):
-            value, digits = int(packed[place]), []
+            value, digits = int(packed[place]), list[int]()
             for _ in range(min(per_byte, count - start)):
                 digits.insert(0, value % levels)
                 value //= levels
