@@ -127,7 +127,7 @@ def test_a_run_stops_early_stays_so_and_goes_on_with_more_patience(
     assert max(held_out(extended)) == end + 2
     assert json.loads((extended / "final/settings.json").read_text())["extended_at"] == [end]
     train(place / "cache", extended, **again)
-    assert f"it stopped early at step {end + 2} of 14 , final/ is saved; nothing to do" in capsys.readouterr().out
+    assert f"it stopped early at step {end + 2} of 14, final/ is saved; nothing to do" in capsys.readouterr().out
 
 
 def test_what_cannot_be_evaluated_is_refused(place: Path, tmp_path: Path) -> None:
