@@ -79,4 +79,4 @@ def test_the_table_of_layers_left_out_is_the_measured_one() -> None:
     for way in results["ways"].values():
         cells = [f"{value:,.2f}" for _, value in sorted(way["perplexity"].items(), reverse=True)]
         assert f" | {' | '.join(cells)} | " in page
-    assert f"{results['whole']:.2f} with all" in page
+    assert f"perplexity of {results['whole']:.2f} with all" in page
