@@ -227,7 +227,7 @@ def test_the_report_holds_results_settings_curves_and_answers(
     (picture,) = page.sources
     assert b"<svg" in base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,"))
     for words, line in (
-        ((*runs, "--html", file), "exists: name another file, or give --overwrite"),
+        ((*runs, "--html", file), "exists\nfix:   name another file, or give --overwrite"),
         ((*runs, "--prompt", "x"), "--prompt and --overwrite apply to --html"),
         ((*runs, "--html", tmp_path / "none" / "a.html"), "there is no folder"),
     ):
