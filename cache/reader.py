@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from zarr.abc.store import Store
 
 from logitcask.cache.errors import CacheFormatError, CacheMismatchError, IncompleteCacheError, shown
-from logitcask.cache.exact.head import GROUP, TeacherHead, chunk_keys, head_of, layouts
+from logitcask.cache.exact.head import TeacherHead, head_of, layouts, read_array
 from logitcask.cache.fidelity import FidelitySums, unsound
 from logitcask.cache.integrity import (
     commit_record,
@@ -190,7 +190,7 @@ class CacheReader:
                 "logitcask precompute-logits --preset exact"
             )
         try:
-            arrays = {name: self._head_array(name, layout) for name, layout in layouts(label, identity).items()}
+            arrays = {name: read_array(self._store, name, each) for name, each in layouts(label, identity).items()}
             return head_of(identity, arrays)
         except CacheFormatError as error:
             raise CacheFormatError(f"{self.path}: {error}; run logitcask cache verify") from error
@@ -333,20 +333,6 @@ class CacheReader:
         if data is None:
             raise CacheFormatError(f"{name}/c/0: missing")
         return decoder.decode(f"{name}/c/0", data, length)
-
-    def _head_array(self, name: str, layout: dict[str, Any]) -> NDArray[Any]:
-        """Return an array of the teacher's head, read object by object."""
-        decoder = Decoder(f"{GROUP}/{name}", layout)
-        decoder.require_document(self._store)
-        rows, length = decoder.shard_shape[0], layout["shape"][0]
-        array = np.empty(layout["shape"], layout["dtype"])
-        for index, key in enumerate(f"{GROUP}/{key}" for key in chunk_keys(name, layout)):
-            data = read_bounded(self._store, key)
-            if data is None:
-                raise CacheFormatError(f"{key}: missing")
-            part = array[index * rows : min((index + 1) * rows, length)]
-            part[:] = decoder.decode(key, data, len(part))
-        return array
 
     def _length(self, name: str) -> int:
         """Return the length of a tokenizer file from its array's metadata: the manifest does not record it."""

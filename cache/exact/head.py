@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec
 
 from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.labels import ExactTargets, FloatArray
 from logitcask.cache.manifest import HeadIdentity, LabelSettings, Manifest
+from logitcask.cache.storage.bounded import Decoder, read_bounded
 
 GROUP = "head"
 LEVEL = 3  # of zstd: weights are noise, a higher level takes longer and saves nothing
@@ -118,6 +120,21 @@ def head_objects(manifest: Manifest) -> tuple[list[str], list[str]]:
     parts = layouts(manifest.label, manifest.teacher_head)
     metadata = [f"{GROUP}/zarr.json", *(f"{GROUP}/{name}/zarr.json" for name in parts)]
     return metadata, [f"{GROUP}/{key}" for name, layout in parts.items() for key in chunk_keys(name, layout)]
+
+
+def read_array(store: Store, name: str, layout: Layout) -> NDArray[Any]:
+    """Return an array of the head from a store, read object by object. Raises CacheFormatError if it is damaged."""
+    decoder = Decoder(f"{GROUP}/{name}", layout)
+    decoder.require_document(store)
+    rows, length = decoder.shard_shape[0], layout["shape"][0]
+    array = np.empty(layout["shape"], layout["dtype"])
+    for index, key in enumerate(f"{GROUP}/{key}" for key in chunk_keys(name, layout)):
+        data = read_bounded(store, key)
+        if data is None:
+            raise CacheFormatError(f"{key}: missing")
+        part = array[index * rows : min((index + 1) * rows, length)]
+        part[:] = decoder.decode(key, data, len(part))
+    return array
 
 
 def head_of(identity: HeadIdentity, arrays: Mapping[str, NDArray[Any]]) -> TeacherHead:

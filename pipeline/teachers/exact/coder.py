@@ -14,6 +14,7 @@ from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.labels import ExactTargets, SparseTargets
 from logitcask.cache.layout import EXACT_SCALE
 from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.models.head import LMHead
 
 TOKENS = 8192  # rows of the head in float32 at a time
 FARTHEST = 2**14  # steps from the centre: a hidden state beyond is cut, which no sound one is
@@ -58,13 +59,7 @@ class HiddenCoder:
         z_NV = torch.empty(len(targets), len(head.weight), device=device)
         for first in range(0, z_NV.shape[1], TOKENS):
             rows = slice(first, first + TOKENS)
-            z_NV[:, rows] = hidden_NW @ torch.from_numpy(head.weights(rows)).to(device).t()
-        return shaped_(z_NV, head)
-
-
-def shaped_(raw_NV: Tensor, head: TeacherHead) -> Tensor:
-    """Apply a head's bias, scale and soft-cap to its product, in place."""
-    if head.bias is not None:
-        raw_NV += torch.from_numpy(head.bias).to(raw_NV.device)
-    raw_NV *= head.scale
-    return raw_NV if head.softcap is None else raw_NV.div_(head.softcap).tanh_().mul_(head.softcap)
+            weight = torch.from_numpy(head.weights(rows)).to(device)
+            bias = None if head.bias is None else torch.from_numpy(head.bias[rows]).to(device)
+            z_NV[:, rows] = LMHead(weight, bias, head.scale, head.softcap).logits(hidden_NW)
+        return z_NV

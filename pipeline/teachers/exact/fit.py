@@ -17,7 +17,7 @@ from logitcask.cache.exact.code import column_ranges, step_sizes
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.labels import FloatArray
 from logitcask.cache.manifest import ExactCode, LabelSettings
-from logitcask.pipeline.teachers.exact.coder import shaped_
+from logitcask.pipeline.models.head import LMHead
 
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
@@ -57,10 +57,11 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
 def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:
     """Return the masses outside the heads (N, J), and the mean metric (W, W), of MEASURED positions evenly spaced."""
     weights_VW = torch.from_numpy(head.weights())
+    full = LMHead(weights_VW, None if head.bias is None else torch.from_numpy(head.bias), head.scale, head.softcap)
     every = max(1, len(hidden_NW) // MEASURED)
     tails, total, spread_V, metric_WW = [], 0.0, torch.zeros(len(weights_VW)), torch.zeros(2 * hidden_NW.shape[1:])
     for first in range(0, len(hidden_NW), SLICE):
-        z_NV = shaped_(hidden_NW[first : first + SLICE] @ weights_VW.t(), head)
+        z_NV = full.logits(hidden_NW[first : first + SLICE])
         ids_NK, masses = z_NV.topk(min(label.head_size, z_NV.shape[1] - 1)).indices, []
         chosen = slice(-first % every, None, every)
         for t in label.temperatures:
