@@ -1,0 +1,102 @@
+"""What the healing study reads: functions of the standard library, English of packages, text that the teacher wrote.
+
+The held-out examples are other functions, other texts and answers to other prompts.
+"""
+
+import json
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from logitcask.pipeline.generate_data.generate import generate_data
+from logitcask.pipeline.generate_data.python_source import from_source
+from logitcask.pipeline.settings.generate_data import GenerateDataSettings
+
+PARAGRAPHS = 900  # characters of an English example, about 200 tokens
+NEW_TOKENS = 160
+
+
+class Sizes(NamedTuple):
+    """How many examples there are of each kind, held-out ones among them."""
+
+    functions: int
+    texts: int
+    answers: int
+    held_out: int  # of each kind
+
+
+def english() -> Iterator[str]:
+    """Return pieces of Python's language reference and of the descriptions that installed packages carry."""
+    texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    for file in sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/METADATA")):
+        texts.append(file.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2])
+    for text in texts:
+        piece = ""
+        for paragraph in text.split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= PARAGRAPHS:
+                yield piece[: 2 * PARAGRAPHS]
+                piece = ""
+
+
+def make(folder: Path, teacher: str, sizes: Sizes) -> None:
+    """Write train.jsonl and held-out.jsonl, the three kinds mixed in a fixed random order, unless they exist."""
+    if (folder / "train.jsonl").exists():
+        return
+    kinds = [_functions(folder, sizes.functions), _texts(sizes.texts), _answers(folder, teacher, sizes.answers)]
+    held_out = [record for records in kinds for record in records[: sizes.held_out]]
+    train = [record for records in kinds for record in records[sizes.held_out :]]
+    order = np.random.default_rng(0).permutation(len(train))
+    _write(folder / "held-out.jsonl", held_out)
+    _write(folder / "train.jsonl", [train[place] for place in order])
+
+
+def shorter(folder: Path, share: float) -> Path:
+    """Return a file of the first examples of train.jsonl, which is in random order; make it if it does not exist."""
+    records = _read(folder / "train.jsonl")
+    target = folder / f"train-{share:g}.jsonl"
+    _write(target, records[: round(share * len(records))])
+    return target
+
+
+def _functions(folder: Path, count: int) -> list[dict[str, Any]]:
+    file = folder / "functions/train.jsonl"
+    if not file.exists():
+        from_source(None, file.parent, count, seed=0)
+    return _read(file)
+
+
+def _texts(count: int) -> list[dict[str, Any]]:
+    pieces = list(dict.fromkeys(english()))
+    chosen = np.random.default_rng(0).permutation(len(pieces))[:count]
+    return [{"text": pieces[place]} for place in chosen]
+
+
+def _answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
+    how: dict[str, Any] = {
+        "provider": "local",
+        "model": teacher,
+        "prompts": "code",
+        "output_dir": folder / "answers",
+        "num_examples": count,
+        "max_new_tokens": NEW_TOKENS,
+        "temperature": 1.0,
+        "validation_fraction": 0.0,
+        "device": "cpu",
+    }
+    generate_data(GenerateDataSettings.model_validate(how))
+    return _read(folder / "answers/train.jsonl")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _write(file: Path, records: list[dict[str, Any]]) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.replace(file)
