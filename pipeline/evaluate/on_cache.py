@@ -111,7 +111,8 @@ class _Totals:
     def _add_slice(self, targets: SparseTargets, hidden_nH: Tensor, head: LMHead, gold_n: Tensor) -> Array:
         """Return the columns to sum, (n, C), of n positions."""
         temperatures = self._label.temperatures
-        labels = ((t, self._labels_at(t, targets, hidden_nH.device)) for t in self._temperatures)
+        device, of = hidden_nH.device, (self._label, self._tail, self._teacher_head)
+        labels = ((t, labels_at(t, targets, *of, device)) for t in self._temperatures)
         metrics = position_metrics(head.logits(hidden_nH), gold_n.to(hidden_nH.device), labels, self._tail)
         top, gold = metrics.top_n.cpu().numpy(), gold_n.numpy()
         self._bins += calibration_bins(metrics.confidence_n.cpu().double().numpy(), top == gold)
@@ -121,15 +122,6 @@ class _Totals:
             self._teacher_bins += calibration_bins(_teacher_confidence(targets, temperatures), first == gold)
         columns = [np.ones(len(gold)), metrics.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
         return np.concatenate([np.stack(columns, axis=1), metrics.kl_nJ.cpu().double().numpy()], axis=1)
-
-    def _labels_at(self, t: float, targets: SparseTargets, device: torch.device) -> SoftLabels[Tensor] | Tensor:
-        """Return the labels of n positions at T, or log p_T (n, V)."""
-        stored = tuple(self._label.temperatures)
-        if self._teacher_head is None or not isinstance(targets, ExactTargets):
-            return soft_labels(targets, stored, t, self._tail).map(torch.from_numpy).to(device)
-        head_size = self._label.head_size
-        labels = exact_labels([(targets, 0)], [stored], stored, t, head_size, self._teacher_head)
-        return log_probs(labels.map(torch.from_numpy).rows(device), slice(None), t)
 
     def on_cache(self, cache: str) -> OnCache:
         """Return the figures of all examples added."""
@@ -167,6 +159,22 @@ class _Totals:
             perplexity=perplexity,
             kl=[Divergence(temperature=t, kl=value, standard_error=spread) for t, value, spread in kl],
         )
+
+
+def labels_at(
+    t: float,
+    targets: SparseTargets,
+    label: LabelSettings,
+    tail: str,
+    teacher_head: TeacherHead | None,
+    device: torch.device,
+) -> SoftLabels[Tensor] | Tensor:
+    """Return the labels of n positions at T; of exact ones, which ``teacher_head`` reads, log p_T (n, V)."""
+    stored = tuple(label.temperatures)
+    if teacher_head is None or not isinstance(targets, ExactTargets):
+        return soft_labels(targets, stored, t, tail).map(torch.from_numpy).to(device)
+    labels = exact_labels([(targets, 0)], [stored], stored, t, label.head_size, teacher_head)
+    return log_probs(labels.map(torch.from_numpy).rows(device), slice(None), t)
 
 
 def _teacher_confidence(targets: SparseTargets, temperatures: Sequence[float]) -> Array:

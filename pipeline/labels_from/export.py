@@ -36,8 +36,9 @@ def export_labels(cache: str, output: Path, form: str, *, overwrite: bool = Fals
         raise LogitcaskError(f"{cache}: has no head at T=1 to export: make a cache with --head-size and temperature 1")
     if output.exists() and not overwrite:
         raise LogitcaskError(f"{output}: already exists: choose another --output or pass --overwrite")
-    if label.tail_draws or len(label.temperatures) > 1:
-        say("the head at T=1 is exported; draws and other temperatures are left out")
+    if label.tail_draws or label.exact or len(label.temperatures) > 1:
+        tail = "hidden states" if label.exact else "draws"
+        say(f"the head at T=1 is exported; {tail} and other temperatures are left out")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     j, known = label.temperatures.index(1.0), label.knows("rest")

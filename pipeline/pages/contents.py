@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from logitcask.cache.labels import Example, SparseTargets, soft_labels
+from logitcask.cache.labels import Example, SparseTargets
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.report.label_figures import entropies
-from logitcask.pipeline.evaluate.on_cache import position_metrics
+from logitcask.pipeline.batches.collate import TeacherHead
+from logitcask.pipeline.evaluate.on_cache import labels_at, position_metrics
 from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, last_hidden_states
 
 STEPS = 256  # per nat
@@ -34,7 +35,7 @@ class StudentRows:
     head: Array  # (N, K) log-probabilities of the head's tokens
     draws: Array  # (N, D) log-probabilities of the draws shown
     gold: Array  # (N,) log-probability of the next token
-    kl: Array  # (N,) KL(teacher || student) at the label's first temperature: an estimate if the tail is drawn
+    kl: Array  # (N,) KL(teacher || student) at the label's first temperature: an estimate unless labels are exact
 
 
 def shown_draws(targets: SparseTargets) -> tuple[Array, Array, Array]:
@@ -49,8 +50,13 @@ def shown_draws(targets: SparseTargets) -> tuple[Array, Array, Array]:
     return ids, logprobs, counts
 
 
-def student_rows(model: PreTrainedModel, head: LMHead, example: Example, label: LabelSettings) -> StudentRows:
-    """Return what a model, whose head was read before, says at the example's target positions."""
+def student_rows(
+    model: PreTrainedModel, head: LMHead, example: Example, label: LabelSettings, teacher: TeacherHead | None = None
+) -> StudentRows:
+    """Return what a model, whose head was read before, says at the example's target positions.
+
+    ``teacher`` reads exact labels.
+    """
     targets = example.targets
     places = np.flatnonzero(example.target_mask)
     gold = torch.from_numpy(example.input_ids[places + 1])
@@ -64,7 +70,7 @@ def student_rows(model: PreTrainedModel, head: LMHead, example: Example, label: 
         at_once = max(1, SLICE_LOGITS // len(head.weight))
         for part in (slice(i, i + at_once) for i in range(0, len(targets), at_once)):
             logits = head.logits(hidden[torch.from_numpy(places[part]).to(model.device)]).float().cpu()
-            labels = soft_labels(targets[part], label.temperatures, temperature, tail).map(torch.from_numpy)
+            labels = labels_at(temperature, targets[part], label, tail, teacher, logits.device)
             metrics = position_metrics(logits, gold[part], [(temperature, labels)], tail)
             of_ids = torch.log_softmax(logits, dim=1).gather(1, ids[part])
             rows.append(torch.cat([of_ids, -metrics.hard_n[:, None], metrics.kl_nJ], dim=1).numpy())

@@ -9,6 +9,7 @@ import torch
 
 from logitcask.cache.manifest import metadata_values
 from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.console import track
 from logitcask.pipeline.machine import choose_device, explain_out_of_memory
 from logitcask.pipeline.models.head import read_head
@@ -45,11 +46,12 @@ def _contents(reader: CacheReader, chosen: dict[int, str], student: str | None, 
         require_finite(model, student)
         require_room(model, label.vocab_size, reader.manifest.data.longest)
     head = None if model is None else read_head(model)
+    teacher_head = StoredHead(((reader.path, reader.opened),)) if label.exact else None
     values, entries, ids, draws = metadata_values(reader.manifest), [], set[int](), 0
     with track("reading", len(chosen), "examples") as advance:
         for index, why in chosen.items():
             example = reader.example(index)
-            rows = None if model is None or head is None else student_rows(model, head, example, label)
+            rows = None if model is None or head is None else student_rows(model, head, example, label, teacher_head)
             entry, used = pack(example, label, rows)
             kept = {name: values[name][code - 1] for name, code in example.metadata.items() if code}
             entries.append({"index": index, "why": why, "metadata": kept, **entry})

@@ -62,6 +62,7 @@ class StepSize:
     mixed: bool
     from_cache: bool
     trained: int | None = None  # parameters that learn, if not all do
+    teacher_bytes: int = 0  # of the head that reads exact labels
 
     def memory(self) -> float:
         """Return the estimated peak memory of a step, in bytes."""
@@ -73,7 +74,7 @@ class StepSize:
             on_cpu=self.on_cpu,
             trained=self.trained,
         )
-        return sum(parts.values())
+        return sum(parts.values()) + self.teacher_bytes
 
     def savings(self) -> list[str]:
         """Return the changes that lower the memory of a step, each with its estimated saving in GB, largest first."""

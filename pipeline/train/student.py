@@ -132,7 +132,9 @@ def _note_base(record: dict[str, Any], checkpoint: Checkpoint | None, fingerprin
         )
 
 
-def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool) -> StepSize:
+def step_size(
+    settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool, teacher_bytes: int
+) -> StepSize:
     """Return what determines the memory of a step of this student."""
     return StepSize(
         student=shape_of_model(model, "student"),
@@ -144,6 +146,7 @@ def step_size(settings: TrainSettings, model: PreTrainedModel, longest: int, on_
         checkpointing=bool(settings.use_gradient_checkpointing),
         mixed=bool(settings.use_mixed_precision),
         from_cache=settings.cache is not None,
+        teacher_bytes=teacher_bytes,
     )
 
 

@@ -131,7 +131,7 @@ def _train(
     longest = max(source.longest, evaluated.longest if evaluated else 0)
     model = student_of_run(settings, source, held, longest, arguments, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
-    step = step_size(settings, model, source.longest, arguments.device.type == "cpu")
+    step = step_size(settings, model, source.longest, arguments.device.type == "cpu", source.teacher_bytes)
     memory = list[tuple[str, str]]()
     if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):
         step = replace(step, checkpointing=True)

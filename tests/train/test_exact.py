@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,12 @@ from logitcask.cache.fidelity import divergences
 from logitcask.cache.labels import ExactTargets
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.label_figures import fidelity_of
+from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
+from logitcask.pipeline.labels_from.export import export_labels
+from logitcask.pipeline.models.head import read_head
 from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.pages.contents import student_rows
 from tests.support.runs import history, losses, train
 from tests.support.tiny import make_cache, make_teacher
 from tests.train.test_train import dense
@@ -134,3 +139,16 @@ def test_the_library(stock: Path) -> None:
         cache.collator(0.0)
     with pytest.raises(CacheMismatchError, match="sparse: has no exact labels"):
         lc.open(stock / "sparse").collator(tail="exact")
+
+
+def test_a_page_of_labels_has_the_whole_divergence_and_an_export_the_heads(stock: Path, tmp_path: Path) -> None:
+    teacher, reader = load_causal_lm(str(stock / "teacher"), dtype=torch.float32), CacheReader(stock / "cache")
+    head, label = StoredHead(((reader.path, reader.opened),)), reader.manifest.label
+    rows = student_rows(teacher, read_head(teacher), reader.example(3), label, head)
+    assert float(rows.kl.max()) < 0.01
+    other = load_causal_lm(str(make_teacher(tmp_path / "other", seed=4)), dtype=torch.float32)
+    log_p, _ = dense(stock / "teacher", stock / "cache", [3])
+    log_q, _ = dense(tmp_path / "other", stock / "cache", [3])
+    found = student_rows(other, read_head(other), reader.example(3), label, head).kl
+    np.testing.assert_allclose(found, (log_p.exp() * (log_p - log_q)).sum(1), rtol=0.02)
+    assert export_labels(str(stock / "cache"), tmp_path / "heads.jsonl", "topk-jsonl") == 24

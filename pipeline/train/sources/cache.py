@@ -44,6 +44,7 @@ def cache_source(
     cache, label, data = reader.path, reader.manifest.label, reader.manifest.data
     if soft:
         _require_labels(reader, temperature, tail, divergence, min_fidelity, f"{cache}: " if of > 1 else "")
+    exact = label.exact if soft and tail == EXACT else None
     tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
     chosen = matching(reader, where) if where else None
     starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
@@ -80,7 +81,8 @@ def cache_source(
         amount=amount,
         lengths=lambda: counts("token_count"),
         positions=lambda: counts("position_count"),
-        teacher_head=StoredHead(((cache, reader.opened),)) if soft and tail == EXACT else None,
+        teacher_head=StoredHead(((cache, reader.opened),)) if exact else None,
+        teacher_bytes=4 * label.vocab_size * exact.width if exact else 0,
     )
 
 

@@ -34,6 +34,7 @@ def mixed_source(parts: Sequence[Source], weights: Sequence[float]) -> Source:
         lengths=lambda: np.concatenate([part.lengths() for part in parts]),
         positions=lambda: np.concatenate([part.positions() for part in parts]),
         teacher_head=StoredHead(of) if of else None,
+        teacher_bytes=parts[0].teacher_bytes,
         parts=tuple(parts),
         weights=tuple(weights),
     )

@@ -62,6 +62,7 @@ class Source:
     positions: Callable[[], IntArray]  # target positions per example, likewise
     teacher: OnlineTeacher | None = None
     teacher_head: TeacherHead | None = None  # which reads exact labels, if examples have those
+    teacher_bytes: int = 0  # that it takes in memory
     parts: tuple["Source", ...] = ()
     weights: tuple[float, ...] = ()
 

@@ -1,0 +1,198 @@
+"""Students of exact labels beside those of the teacher itself: held-out divergences, paired by seed.
+
+The study's set-up with its second teacher (``study/second.py``): the same code, windows, students and rate, but fewer
+and smaller steps, 40 of 510 positions, half of them of its warm-up. Labels come from caches that ``precompute-logits``
+makes with its defaults. Predicted before it ran: over the seeds the differences of ``exact`` from ``online`` are not
+distinguishable from 0 for any divergence and temperature, and their means are below 0.01 nats, the sampled label's at
+T=2 being hundredths. Run as ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable; without RUNS it
+trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in ``second``.
+"""
+
+import itertools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from logitcask.cache.labels import IntArray
+from logitcask.cache.reader import CacheReader, is_complete
+from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
+from logitcask.pipeline.batches.teacher_head import StoredHead
+from logitcask.pipeline.models.fused_loss import fused_loss
+from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.losses import LossSettings
+from logitcask.pipeline.precompute.precompute import precompute
+from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.text.tokens.encoded import Encoded
+from logitcask.pipeline.train.loss import make_loss_forward
+from logitcask.pipeline.train.sources.source import OnlineTeacher
+from tests.benchmarks.study import second
+from tests.benchmarks.study.corpus import code_files, windows
+from tests.benchmarks.study.students import CLIP, WARMUP, new_student, write_atomically
+
+STEPS, WINDOWS, RATE, HELD_OUT = 40, 2, 2e-3, 8  # shorter than the study's; its rate; windows
+RESULTS = Path(__file__).parent / "results" / "exact_students.json"
+WAYS = ("online", "exact", "standard")
+CACHES = {"exact": {"preset": "exact"}, "standard": {"preset": "standard"}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one student learns from, and by which loss."""
+
+    way: str  # online, exact, standard
+    divergence: str
+    temperature: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of the run's file."""
+        return f"{self.way}_{self.divergence}_T{self.temperature:g}_seed{self.seed}"
+
+
+LOSSES = (("forward-kl", 2.0), ("reverse-kl", 1.0), ("jsd", 1.0), ("forward-kl", 1.0))
+
+
+def runs(seeds: int) -> list[Run]:
+    """Return all runs, pairs together."""
+    found = []
+    for seed, (divergence, t) in itertools.product(range(seeds), LOSSES):
+        ways = ("online", "exact", *(("standard",) if divergence == "forward-kl" else ()))
+        found += [Run(way, divergence, t, seed) for way in ways]
+    return found
+
+
+def make_caches(folder: Path) -> None:
+    """Make the caches of the training windows, unless they are there."""
+    if all(is_complete(folder / name) for name in CACHES):
+        return
+    _, tokenizer = second.load(folder / "second")
+    ids = windows(code_files(held_out=False), tokenizer, STEPS * WINDOWS)
+    data = folder / "train.jsonl"
+    if not data.exists():
+        data.write_text("".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in ids.tolist()))
+    for name, how in CACHES.items():
+        values = {"teacher_model": str(folder / "second" / "final"), "train_data": str(data), "device": "cpu"}
+        precompute(PrecomputeSettings.model_validate({**values, "output": folder / name, "max_seq_length": 256, **how}))
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The teacher, and the caches by name."""
+
+    teacher: OnlineTeacher
+    readers: dict[str, CacheReader]
+    held_out: IntArray  # (windows, tokens)
+
+    def batch(self, run: Run, examples: IntArray) -> Batch:
+        """Return a batch; the caches have the same examples in the same order."""
+        reader = self.readers.get(run.way, self.readers["exact"])
+        tail, stored = (
+            {"exact": "exact", "standard": "sampled"}.get(run.way, "sampled"),
+            reader.manifest.label.temperatures,
+        )
+        head = StoredHead(((reader.path, reader.opened),)) if run.way == "exact" else None
+        collator = Collator(0, tuple(stored), run.temperature, tail, teacher_head=head)
+        found = [reader.example(int(i)) for i in examples]
+        with_labels = run.way != "online"
+        return collator(
+            [TrainingExample(Encoded(e.input_ids, e.target_mask), e.targets if with_labels else None) for e in found]
+        )
+
+
+def train(run: Run, stock: Stock) -> dict[str, Any]:
+    """Train a student; return its held-out divergences from the teacher."""
+    student = new_student(second.VOCABULARY, run.seed).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
+    tail = {"exact": "exact"}.get(run.way, "sampled")
+    plain = student.forward
+    make_loss_forward(
+        student,
+        LossSettings(0.0, run.temperature, tail, run.divergence),
+        stock.teacher if run.way == "online" else None,
+    )
+    began = time.process_time()
+    for step in range(STEPS):
+        batch = stock.batch(run, order[step * WINDOWS : (step + 1) * WINDOWS])
+        torch.autograd.backward(student(**batch).total / len(batch["gold"]))
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.process_time() - began
+    student.forward = plain
+    return {**vars(run), "cpu_seconds": round(seconds, 1), "held_out": evaluate(student, stock)}
+
+
+@torch.no_grad()
+def evaluate(student: PreTrainedModel, stock: Stock) -> dict[str, float]:
+    """Return mean divergences from the teacher over the held-out positions, by name and temperature, in nats."""
+    head, sums = read_head(student.eval()), dict.fromkeys(LOSSES, 0.0)
+    for row in stock.held_out:
+        ids = torch.from_numpy(row)[None]
+        hidden, gold = last_hidden_states(student, ids)[0, :-1], ids[0, 1:]
+        target = stock.teacher({"input_ids": ids, "target_index": torch.arange(len(gold))})
+        for divergence, t in LOSSES:
+            how = LossSettings(0.0, t, "exact", divergence)
+            sums[divergence, t] += float(fused_loss(hidden, head, gold, target, how).soft) / t**2
+    count = stock.held_out.shape[0] * (stock.held_out.shape[1] - 1)
+    return {f"{divergence} at T={t:g}": value / count for (divergence, t), value in sums.items()}
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return, by loss: the divergence of online students, and how much more others have, with intervals of 95 %."""
+    ends = {(r["way"], r["divergence"], r["temperature"], r["seed"]): r["held_out"] for r in found}
+    table: dict[str, Any] = {}
+    for divergence, t in LOSSES:
+        name = f"{divergence} at T={t:g}"
+        of = {way: {k[3]: v[name] for k, v in ends.items() if k[:3] == (way, divergence, t)} for way in WAYS}
+        online, table[name] = of["online"], {}
+        if online:
+            table[name]["online"] = round(float(np.mean(list(online.values()))), 4)
+        for way in CACHES:
+            pairs = np.array([value - online[seed] for seed, value in of[way].items() if seed in online])
+            if len(pairs) > 1:
+                spread = QUANTILES[len(pairs)] * pairs.std(ddof=1) / len(pairs) ** 0.5
+                table[name][way] = {"more": round(float(pairs.mean()), 5), "±": round(float(spread), 5)}
+    return table
+
+
+QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of Student's t, 97.5 %, n - 1
+
+
+def main() -> None:
+    """Train what is missing and write the results."""
+    folder, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    make_caches(folder)
+    model, tokenizer = second.load(folder / "second")
+    held = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
+    stock = Stock(
+        OnlineTeacher(model, read_head(model), second.VOCABULARY, packs=False, fingerprint=""),
+        {name: CacheReader(folder / name) for name in CACHES},
+        held,
+    )
+    most = int(sys.argv[3]) if len(sys.argv) > 3 else len(runs(seeds))
+    missing = [run for run in runs(seeds) if not (folder / "runs" / f"{run.name}.json").exists()]
+    for run in missing[:most]:
+        path = folder / "runs" / f"{run.name}.json"
+        write_atomically(path, train(run, stock))
+        print(path.read_text(), flush=True)
+    found = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    write_atomically(
+        RESULTS if len(sys.argv) < 4 else folder / "so_far.json",
+        {"steps": STEPS, "summary": summary(found), "runs": found},
+    )
+    print(json.dumps(summary(found), indent=1))
+
+
+if __name__ == "__main__":
+    main()
