@@ -4,8 +4,8 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 and smaller steps, 40 of 510 positions, half of them of its warm-up. Labels come from caches that ``precompute-logits``
 makes with its defaults. Predicted before it ran: over the seeds the differences of ``exact`` from ``online`` are not
 distinguishable from 0 for any divergence and temperature, and their means are below 0.01 nats, the sampled label's at
-T=2 being hundredths. Run as ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable; without RUNS it
-trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in ``second``.
+T=2 being hundredths. Run as ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable; without
+RUNS it trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in ``second``.
 """
 
 import itertools
