@@ -55,6 +55,7 @@ class Sizes:
     layers: int = 20
     batch: int = 2
     rate: float = 3e-4
+    alpha: float = 0.5  # weight of the text beside the soft labels
     warmup: int = 4
     new_tokens: int = 60
     source: Path | None = None  # Python files; None: the standard library
@@ -83,7 +84,7 @@ def run_demo(folder: Path, sizes: Sizes | None = None, teacher: Path | None = No
     _label(folder / "data/test.jsonl", folder / "test-cache", sizes, teacher)
     _label(folder / "data/train.jsonl", folder / "cache", sizes, teacher)
     _title("stage 2: a student of some of the teacher's layers is healed from the cache")
-    _train(folder, HEALED, f"auto:{sizes.layers}", sizes, teacher)
+    _train(folder, HEALED, f"auto:{sizes.layers}", sizes, teacher, alpha=sizes.alpha)
     chosen = json.loads((folder / HEALED / FINAL / SETTINGS_FILE).read_text())["init_from_teacher_layers"]
     _title("the same student on the same steps, from the text alone")
     _train(folder, TEXT_ALONE, chosen, sizes, teacher, distillation_type="output")

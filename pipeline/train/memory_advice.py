@@ -198,6 +198,6 @@ def explain_memory(step: StepSize, output: Path, num_workers: int) -> Iterator[N
         checkpoint = latest_checkpoint(output)
         then = f"then resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "then run the command again"
         raise LogitcaskError(
-            f"{what}: a step needs an estimated {step.memory() / GB:.2f} GB; to lower it, largest saving first: "
+            f"{what}: a step needs an estimated {step.memory() / GB:.2f} GB; lower it, largest saving first: "
             f"{first}{'; '.join(step.savings())}; {then}"
         ) from error

@@ -143,7 +143,8 @@ def _train(
     if arguments.process_index == 0:
         loss = loss_words(settings, divergence_name(record), why_rate)
         where, free = f"{_precision(settings)} on {arguments.device}", free_memory(arguments.device)
-        lines = summary(settings, run, step, where=where, free=free, packed=packed, loss=loss)
+        chosen = settings.model_copy(update={"init_from_teacher_layers": record["init_from_teacher_layers"]})
+        lines = summary(chosen, run, step, where=where, free=free, packed=packed, loss=loss)
         for label, text in [*lines, *shares(mixture), *memory]:
             say(text, label)
     folder = None if checkpoint is None else checkpoint.folder

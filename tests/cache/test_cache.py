@@ -27,6 +27,7 @@ from logitcask.cache.layout import (
     shard_specs,
 )
 from logitcask.cache.manifest import (
+    EXACT_VERSION,
     FORMAT_VERSION,
     DataIdentity,
     LabelSettings,
@@ -272,10 +273,10 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     changed = (
         (cache / "zarr.json")
         .read_text()
-        .replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {FORMAT_VERSION + 1}, "new_field": 1')
+        .replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {EXACT_VERSION + 1}, "new_field": 1')
     )
     (cache / "zarr.json").write_text(changed)
-    with pytest.raises(CacheFormatError, match=rf"format {FORMAT_VERSION + 1} is newer .*upgrade logitcask"):
+    with pytest.raises(CacheFormatError, match=rf"format {EXACT_VERSION + 1} is newer .*upgrade logitcask"):
         CacheReader(cache)
 
 

@@ -38,7 +38,9 @@ NAMES = ["teacher, 4 layers", "3 of its layers", "healed from the cache", "train
 
 
 def small(sources: Path) -> Sizes:
-    return Sizes(examples=14, test=4, length=256, layers=3, batch=2, warmup=0, rate=1e-3, new_tokens=4, source=sources)
+    return Sizes(
+        examples=14, test=4, length=256, layers=3, batch=2, warmup=0, rate=1e-3, alpha=0.1, new_tokens=4, source=sources
+    )
 
 
 def test_the_demo_in_small(

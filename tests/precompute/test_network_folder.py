@@ -68,7 +68,5 @@ def test_two_clients_of_a_network_folder_make_the_cache_of_one(tmp_path: Path) -
         runs[0].kill()
         assert [ended(run) for run in runs] == [-signal.SIGKILL, 0]
         assert ended(part(tmp_path, one / "cache", "1/2")) == 0
-        assert verify(two / "cache").problems == []
-    assert folder_bytes(shared / "cache") == folder_bytes(
-        tmp_path / "want"
-    )  # not through a mount, whose listing may be stale
+        assert verify(one / "cache").problems == []  # the other mount's listing may be stale, for 20 seconds
+    assert folder_bytes(shared / "cache") == folder_bytes(tmp_path / "want")

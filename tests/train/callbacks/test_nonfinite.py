@@ -233,7 +233,7 @@ def test_out_of_memory_is_one_line_with_what_to_change(cache: Path, tmp_path: Pa
     """The allocator really refuses: one forward pass over all examples of a student that is 60,000 features wide."""
     ran = run_command(cache, tmp_path / "run", "--batch-size=24", limit=400 << 20, intermediate_size=60_000)
     assert ran.returncode == 2, ran.stderr
-    line = error(ran)
+    line = error(ran).splitlines()[0]
     assert "memory ran out" in line
     assert "can't allocate memory" in line
     assert "halve --batch-size from 24 and double --gradient-accumulation-steps from 1 (-" in line
