@@ -23,7 +23,6 @@ from logitcask.pipeline.generate_data.generate import generate_data
 from logitcask.pipeline.models.generate import answer_of
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.students.layers import keep_layers
-from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.report import result_line
 from logitcask.pipeline.runs.run_folder import ENDS_FILE, FINAL, SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.base import S, flag_of
@@ -36,7 +35,6 @@ from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.text.reading import Reading
 from logitcask.pipeline.text.split import split_data
 from logitcask.pipeline.text.tokenizer import load_tokenizer
-from logitcask.pipeline.train.train import run_training
 
 HEALED, TEXT_ALONE = "healed", "text-alone"
 PROMPT = '''Write a Python function that does what its docstring says.
@@ -113,6 +111,10 @@ def _write_data(folder: Path, sizes: Sizes) -> None:
 
 
 def _label(data: Path, output: Path, sizes: Sizes, teacher: Path) -> None:
+    from logitcask.pipeline.precompute.precompute import (
+        precompute,  # a stage is imported when it runs, as by its command
+    )
+
     settings = _typed(
         "precompute-logits",
         PrecomputeSettings,
@@ -125,6 +127,8 @@ def _label(data: Path, output: Path, sizes: Sizes, teacher: Path) -> None:
 
 
 def _train(folder: Path, name: str, layers: str, sizes: Sizes, teacher: Path, **others: Any) -> None:
+    from logitcask.pipeline.train.train import run_training
+
     run = folder / name
     unfinished = latest_checkpoint(run) is not None and not (run / ENDS_FILE).exists()
     settings = _typed(

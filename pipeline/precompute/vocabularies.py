@@ -14,6 +14,7 @@ from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_size
+from logitcask.pipeline.vocabulary.alignment import shared_starts
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.pairs import PairEncoder
 from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
@@ -37,7 +38,7 @@ class Tokenizers:
         """Return what the examples say of the two vocabularies."""
         if self.bridge is None:
             return None
-        return spread_counted(self.bridge, map(table.example, range(len(table))))
+        return spread_counted(self.bridge, map(shared_starts, map(table.example, range(len(table)))))
 
     def other_vocabulary(self, table: TokenTable) -> dict[str, OtherVocabulary]:
         """Return the manifest's part on the teacher's vocabulary, if it is another one."""

@@ -129,3 +129,10 @@ def unpack_companion(companion: bytes) -> tuple[Encoded, IntArray, IntArray]:
     mask = np.frombuffer(companion, dtype=np.uint8, count=size, offset=4 + 4 * size).astype(bool)
     places = np.frombuffer(companion, dtype="<u4", offset=4 + 5 * size).astype(np.int64)
     return Encoded(ids, mask), places >> OFFSET_BITS, places & ((1 << OFFSET_BITS) - 1)
+
+
+def shared_starts(example: Encoded) -> tuple[IntArray, IntArray]:
+    """Return the teacher's and the student's tokens that start at the same byte, of an example's labelled positions."""
+    teacher, tokens, offsets = unpack_companion(example.companion)
+    golds = example.input_ids[1:][example.target_mask[:-1]]
+    return teacher.input_ids[tokens][offsets == 0], golds[offsets == 0]

@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.text.tokens.encoded import Encoded
-from logitcask.pipeline.vocabulary.alignment import unpack_companion
 from logitcask.pipeline.vocabulary.bridge import NONE, Bridge
 
 COUNTED = 1 << 22  # positions at most, of the first examples
@@ -36,17 +34,15 @@ def spread_alone(bridge: Bridge) -> Spread:
     return _spread(bridge, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
-def spread_counted(bridge: Bridge, examples: Iterable[Encoded]) -> Spread:
-    """Return the same with what is counted in the labelled positions of examples, as they are staged."""
+def spread_counted(bridge: Bridge, starts: Iterable[tuple[IntArray, IntArray]]) -> Spread:
+    """Return the same with what examples say: for each, the teacher's and the student's tokens that start together."""
     size, seen, waiting = len(bridge.student), 0, list[IntArray]()
     keys, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     special = np.array([text is None for text in bridge.teacher])
-    for example in examples:
-        teacher, tokens, offsets = unpack_companion(example.companion)
-        own, golds = teacher.input_ids[tokens], example.input_ids[1:][example.target_mask[:-1]]
-        starts = (offsets == 0) & ~special[own]
-        waiting.append(own[starts] * size + golds[starts])
-        seen += int(starts.sum())
+    for tokens, firsts in starts:
+        text = ~special[tokens]
+        waiting.append(tokens[text] * size + firsts[text])
+        seen += len(waiting[-1])
         if len(waiting) >= KEPT_APART or seen >= COUNTED:
             keys, counts, waiting = *_merged(keys, counts, waiting), []
         if seen >= COUNTED:

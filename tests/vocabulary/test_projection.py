@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.pipeline.text.tokens.encoded import Encoded
-from logitcask.pipeline.vocabulary.alignment import align, pack_companion, unpack_companion
+from logitcask.pipeline.vocabulary.alignment import align, pack_companion, shared_starts, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
@@ -208,7 +208,7 @@ def test_what_the_texts_say_is_counted() -> None:
     for text in ["abc"] * 6 + ["ab b"] * 3:
         own, other = encoded(student, text), encoded(teacher, text)
         staged.append(replace(own, companion=pack_companion(other, align(own, other, bridge))))
-    alone, counted = spread_alone(bridge), spread_counted(bridge, staged)
+    alone, counted = spread_alone(bridge), spread_counted(bridge, map(shared_starts, staged))
     for spread, expected in ((alone, {short: 1.0}), (counted, {short: 0.4, long_: 0.6})):  # (3 + 1) / 10, 6 / 10
         at = np.flatnonzero(spread.tokens == ab)
         assert dict(zip(spread.firsts[at].tolist(), spread.weights[at].tolist(), strict=True)) == pytest.approx(
