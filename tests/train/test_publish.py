@@ -26,6 +26,7 @@ WEIGHTS = "model.safetensors"
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving_hub() as hub:
         reach(hub, monkeypatch)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the first endpoint that it saw
         yield hub
 
 
