@@ -125,3 +125,8 @@ def test_a_long_example_is_cut() -> None:
     probe = Probe.of([long, examples()[0]], torch.device("cpu"))
     assert probe.ids_BL.shape == (2, PROBE_TOKENS)
     assert int(probe.is_target_BL.sum()) == PROBE_TOKENS - 1 + 4
+    asked = Encoded(long.input_ids, np.arange(5000) >= 4000)  # a long prompt: what is learned counts, not it
+    probe = Probe.of([asked], torch.device("cpu"))
+    half = PROBE_TOKENS // 2
+    assert probe.is_target_BL[0].tolist() == [half <= place < PROBE_TOKENS - 1 for place in range(PROBE_TOKENS)]
+    assert int(probe.ids_BL[0, 0]) == (4000 - half) % 96

@@ -160,6 +160,13 @@ def test_exact_rows_in_float32(divergence: str) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+def test_autocast_leaves_exact_labels_alone() -> None:
+    narrow = narrowed(exact(teacher(), 2.0, 1.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = log_probs(narrow, ALL, 2.0)
+    torch.testing.assert_close(inside, log_probs(narrow, ALL, 2.0), rtol=0.0, atol=0.0)
+
+
 def skewed(logits: Tensor, labels: SoftLabels[Tensor]) -> Tensor:
     """Return KL(p || (p + 9 q) / 10) at T, from the entries of any kind of label."""
     log_q = torch.log_softmax(logits / labels.temperature, dim=1).gather(1, labels.ids)

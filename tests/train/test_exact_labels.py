@@ -85,12 +85,17 @@ def test_positions_where_the_teacher_is_least_certain(stock: Path, tmp_path: Pat
 def test_mixtures(stock: Path, tmp_path: Path) -> None:
     """Of exact labels of one teacher, whatever their heads and bits; not of two kinds or teachers."""
     other = make_cache(
-        tmp_path, stock / "teacher", **{**EXACT, "head_size": 2, "hidden_bits": 6, "temperatures": "1,3"}
+        tmp_path, stock / "teacher", **{**EXACT, "head_size": 2, "hidden_bits": 4, "temperatures": "1,3"}
     )
     mixed = [f"{stock / 'cache'}:0.5", f"{other}:0.5"]
     run = train(mixed, tmp_path / "run", temperature=4.0, divergence="jsd", **{**WHOLE, "batch_size": 48})
     one = train(stock / "cache", tmp_path / "one", temperature=4.0, divergence="jsd", **WHOLE)
     assert losses(run, "soft_loss")[0] == pytest.approx(losses(one, "soft_loss")[0], rel=2e-2)  # the same texts twice
+    cache, coarse = lc.open(stock / "cache"), lc.open(other)
+    assert coarse.reader.teacher_head().basis.shape < cache.reader.teacher_head().basis.shape
+    mix, model = lc.mix([cache, coarse], [0.5, 0.5]), load_causal_lm(str(stock / "teacher"), dtype=torch.float32)
+    ours, alone = mix.collator()([mix.dataset()[47]]), coarse.collator()([coarse.dataset()[23]])
+    torch.testing.assert_close(lc.kd_loss(model, ours), lc.kd_loss(model, alone))  # of the shorter code alone
     with pytest.raises(CacheMismatchError, match="sparse: has no exact labels: mix caches of one kind"):
         train([f"{stock / 'cache'}:0.5", f"{stock / 'sparse'}:0.5"], tmp_path / "no", **WHOLE)
     stranger = make_cache(tmp_path, make_teacher(tmp_path / "stranger", seed=5), output=tmp_path / "strange", **EXACT)

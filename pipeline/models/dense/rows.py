@@ -90,7 +90,8 @@ class ExactLabels(Generic[A]):
 class CodedHead:
     """A teacher's head as caches keep it, with the basis of each one's hidden states: h = coefficients basis + centre.
 
-    The caches are of one teacher; shorter bases are padded.
+    The caches are of one teacher; shorter bases are padded. A batch may have none of the longest one's labels, and then
+    has fewer coefficients.
     """
 
     head: LMHead
@@ -103,7 +104,7 @@ class CodedHead:
         if len(self.bases_SCW) == 1:
             return torch.addmm(self.centres_SW, values_nC, self.bases_SCW[0])
         hidden_nW = self.centres_SW[labels.source]
-        for source, basis_CW in enumerate(self.bases_SCW):
+        for source, basis_CW in enumerate(self.bases_SCW[:, : values_nC.shape[1]]):
             hidden_nW += (labels.source == source)[:, None] * (values_nC @ basis_CW)
         return hidden_nW
 
@@ -131,7 +132,8 @@ class ExactRows:
 
     def logits(self, rows: slice) -> Tensor:
         """Return the logits (n, V) that hidden states give, of which ``log_probs_`` takes the tail's shape."""
-        z = self.coded.head.logits(self.coded.hidden(self.labels[rows]))
+        with torch.autocast(self.labels.log_tail.device.type, enabled=False):  # rounding is in the labels' bits
+            z = self.coded.head.logits(self.coded.hidden(self.labels[rows]))
         return z if z.dtype == torch.float64 else z.float()
 
     def log_probs_(self, z_nV: Tensor, rows: slice, t: float, scratch_nV: Tensor) -> Tensor:

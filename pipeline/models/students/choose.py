@@ -39,14 +39,16 @@ class Probe:
 
     @staticmethod
     def of(examples: Sequence[Encoded], device: torch.device) -> "Probe":
-        """Return a probe of examples of at most ``PROBE_TOKENS`` tokens each."""
+        """Return a probe of examples of at most ``PROBE_TOKENS`` tokens each, half of them before its first target."""
         shape = (len(examples), max(min(len(example.input_ids), PROBE_TOKENS) for example in examples))
         ids, is_token = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         is_target = torch.zeros(shape, dtype=torch.bool)
         for row, example in enumerate(examples):
-            length = min(len(example.input_ids), PROBE_TOKENS)
-            ids[row, :length] = torch.from_numpy(example.input_ids[:length]).long()
-            is_target[row, : length - 1] = torch.from_numpy(example.target_mask[: length - 1])
+            first = max(0, int(example.target_mask.argmax()) - PROBE_TOKENS // 2)  # a prompt may be long
+            chosen = slice(first, first + PROBE_TOKENS)
+            length = len(example.input_ids[chosen])
+            ids[row, :length] = torch.from_numpy(example.input_ids[chosen]).long()
+            is_target[row, : length - 1] = torch.from_numpy(example.target_mask[chosen][:-1])
             is_token[row, :length] = True
         return Probe(ids.to(device), is_token.to(device), is_target.to(device))
 
