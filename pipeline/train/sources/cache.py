@@ -48,17 +48,11 @@ def cache_source(
     tokenizer = _cache_tokenizer(reader, cache, same_tokenizer)
     chosen = matching(reader, where) if where else None
     starts, amount = reader.shard_starts, Amount(data.examples, data.tokens, data.positions)
-    shards = range(reader.manifest.shards.count)
     if chosen is not None:
         starts = np.unique(np.searchsorted(chosen, starts))  # shards without such an example are left out
-        sums = [int(reader.counts(name, shards)[chosen].sum()) for name in ("token_count", "position_count")]
+        sums = [int(_counts(reader, name, chosen).sum()) for name in ("token_count", "position_count")]
         amount = Amount(len(chosen), *sums)
         say(f"{cache}: {len(chosen):,} of {data.examples:,} examples are taken")
-
-    def counts(name: str) -> IntArray:
-        numbers = reader.counts(name, shards)
-        return numbers if chosen is None else numbers[chosen]
-
     return Source(
         name=cache,
         examples=CacheExamples(
@@ -79,11 +73,17 @@ def cache_source(
         shard_starts=starts,
         identity=cache_identity(reader) + (json.dumps(dict(where)) if where else ""),
         amount=amount,
-        lengths=lambda: counts("token_count"),
-        positions=lambda: counts("position_count"),
+        lengths=lambda: _counts(reader, "token_count", chosen),
+        positions=lambda: _counts(reader, "position_count", chosen),
         teacher_head=StoredHead(((cache, reader.opened),)) if exact else None,
         teacher_bytes=4 * label.vocab_size * exact.width if exact else 0,
     )
+
+
+def _counts(reader: CacheReader, name: str, chosen: IntArray | None) -> IntArray:
+    """Return a number of each of the chosen examples, or of all: its tokens or target positions."""
+    numbers = reader.counts(name, range(reader.manifest.shards.count))
+    return numbers if chosen is None else numbers[chosen]
 
 
 def _require_labels(
