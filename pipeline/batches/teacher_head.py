@@ -29,12 +29,14 @@ class StoredHead:
 
 @functools.lru_cache(maxsize=2)
 def _coded_head(caches: Caches, device: torch.device) -> CodedHead:
-    heads = [CacheReader(path, opened=opened).teacher_head() for path, opened in caches]
-    columns, (first, *_) = max(len(head.basis) for head in heads), heads
-    bases = np.stack([np.pad(head.basis, ((0, columns - len(head.basis)), (0, 0))) for head in heads])
+    heads = (CacheReader(path, opened=opened).teacher_head() for path, opened in caches)
+    first = next(heads)
+    parts = [(first.basis, first.centre), *((head.basis, head.centre) for head in heads)]  # one head's weights at once
+    columns = max(len(basis) for basis, _ in parts)
+    bases = np.stack([np.pad(basis, ((0, columns - len(basis)), (0, 0))) for basis, _ in parts])
     bias = None if first.bias is None else torch.from_numpy(first.bias).to(device)
     return CodedHead(
         LMHead(torch.from_numpy(first.weights()).to(device), bias, first.scale, first.softcap),
         torch.from_numpy(bases).to(device),
-        torch.from_numpy(np.stack([head.centre for head in heads])).to(device),
+        torch.from_numpy(np.stack([centre for _, centre in parts])).to(device),
     )

@@ -320,9 +320,9 @@ def require_vocabulary(needed: int, size: int) -> None:
 
 
 def _require_vocabulary(batch: Batch, size: int, device: torch.device) -> None:
-    labels = with_rows(batch, device).get("soft_labels")
-    if isinstance(labels, ExactRows):
-        require_vocabulary(labels.vocab_size, size)
+    labels: SoftLabels[Tensor] | ExactLabels[Tensor] | None = batch.get("soft_labels")
+    if isinstance(labels, ExactLabels):
+        require_vocabulary(len(labels.teacher_head(device).head.weight), size)
     ids = [batch["input_ids"]] + ([labels.ids] if isinstance(labels, SoftLabels) else [])
     require_vocabulary(max(int(part.max()) + 1 if part.numel() else 0 for part in ids), size)
 
