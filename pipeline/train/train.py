@@ -266,7 +266,7 @@ def _trainer(
         collator=collator,
         tokenizer=source.tokenizer,
         nonfinite=_stop_on_nonfinite(
-            settings, int(arguments.warmup_steps), source.examples, sampler, collator, held_out
+            settings, arguments.get_warmup_steps(arguments.max_steps), source.examples, sampler, collator, held_out
         ),
         callbacks=callbacks,
         loss=LossSettings(alpha, temperature, source.tail, settings.divergence, own),

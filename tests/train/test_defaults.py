@@ -16,7 +16,7 @@ from tests.support.tiny import make_teacher
     ("student", "rate", "words"),
     [
         ({"student_config": "tiny"}, 5e-4, "a new student"),
-        ({"init_from_teacher_layers": "0", "teacher_model": "m"}, 1e-4, "layers of a teacher"),
+        ({"init_from_teacher_layers": "0, 9", "teacher_model": "m"}, 1e-4, "layers of a teacher"),
         ({"student_model": "m"}, 1e-5, "a pretrained student"),
         ({"student_model": "m", "lora_rank": 8}, 2e-4, "an adapter"),
     ],

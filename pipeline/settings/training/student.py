@@ -66,7 +66,7 @@ class StudentSettings(Settings):
     @field_validator("init_from_teacher_layers")
     @classmethod
     def _is_a_list_or_a_count(cls, layers: str | None) -> str | None:
-        if layers is not None and re.fullmatch(r"auto:[1-9][0-9]{0,5}|[0-9]+(,[0-9]+)*", layers) is None:
+        if layers is not None and re.fullmatch(r"auto:[1-9][0-9]{0,5}|[0-9]+( *, *[0-9]+)*", layers) is None:
             raise ValueError("must be layer numbers such as 0,9,19, or auto:20 for the best 20")
         return layers
 
