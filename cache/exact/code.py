@@ -2,8 +2,9 @@
 
 zstd spends at least one bit on a byte and at best the entropy of single bytes, so that columns of few different values
 share bytes: up to 5 columns of 3 values, 3 of 6, 2 of 15. A value outside its column's range is kept modulo the range;
-a second array, almost all zeros, holds the quotients. The step of a position shrinks with the mass of its tail, which
-is stored anyway: where the head has all the mass, the shape of the tail does not matter.
+a second array, almost all zeros, holds the quotients; a value more than 127 ranges away is cut. The step of a position
+shrinks with the mass of its tail, which is stored anyway: where the head has all the mass, the shape of the tail does
+not matter.
 
 Legend: N target positions, C coefficients, P bytes they are packed into, J temperatures.
 """
@@ -47,7 +48,7 @@ def pack(codes_NC: Codes, columns: Sequence[int]) -> tuple[NDArray[np.uint8], ND
     for count, levels, per_byte in zip(columns, LEVELS, PER_BYTE, strict=True):
         lowest = (levels - 1) // 2
         quotient, low = np.divmod(codes_NC[:, first : first + count].T.astype(np.int32) + lowest, levels)
-        quotients.append(quotient)
+        quotients.append(quotient.clip(-127, 127))
         for start in range(0, count, per_byte):
             joined = np.zeros(len(codes_NC), np.int32)
             for column in low[start : start + per_byte]:
