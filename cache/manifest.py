@@ -32,6 +32,7 @@ FITTED = ("teacher_head.", "label.exact.step", "label.exact.columns")  # to the 
 
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
+MAX_HEAD = 1 << 32  # weights of a teacher's head: those of the largest known one are half of that
 MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -260,6 +261,8 @@ class Manifest(_Part):
             raise ValueError(
                 f"exact labels keep 1 to {self.label.exact.width} coefficients, got {self.label.exact.kept}"
             )
+        if self.label.exact and self.label.vocab_size * self.label.exact.width > MAX_HEAD:
+            raise ValueError(f"a teacher's head must have at most {MAX_HEAD} weights")
         return self
 
     @model_validator(mode="after")

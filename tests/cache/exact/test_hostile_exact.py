@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.exact.code import LEVELS, pack, unpack
 from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
 from logitcask.cache.labels import ExactTargets
 from logitcask.cache.layout import shard_specs
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
-from logitcask.cache.writer import _constants
+from logitcask.cache.writer import _constants, create_cache
 from tests.cache.test_cache import FILES, manifest_of
-from tests.cache.test_hostile import Objects, bounded, mutate_bytes, mutate_json, store_of
+from tests.cache.test_hostile import Objects, bounded, mutate_bytes, mutate_json, on_disk, store_of
 from tests.support.exact import LABEL, exact_manifest, exact_shards, random_head, write_exact
 from tests.support.tiny import folder_bytes, sound_shards
 
@@ -121,6 +123,33 @@ def test_an_impossible_code_is_refused(good: Objects, change: dict[str, Any], ru
     group["attributes"]["logitcask"]["label"]["exact"].update(change)
     with pytest.raises(LogitcaskError, match=f"damaged manifest: .*{rule}"):
         CacheReader(store_of({**good, "zarr.json": json.dumps(group).encode()}))
+
+
+def test_a_head_that_does_not_fit_in_memory_is_refused(good: Objects) -> None:
+    group = json.loads(good["zarr.json"])
+    group["attributes"]["logitcask"]["label"]["vocab_size"] = 2**31
+    with pytest.raises(LogitcaskError, match="a teacher's head must have at most"):
+        CacheReader(store_of({**good, "zarr.json": json.dumps(group).encode()}))
+
+
+def test_a_lost_head_is_not_replaced_by_one_of_another_basis(good: Objects, tmp_path: Path) -> None:
+    folder, head = on_disk(good, tmp_path / "c"), random_head()
+    (folder / "head/basis/c/0/0").unlink()
+    other = replace(head, basis=head.basis[:-1], forward=head.forward[:, :-1])
+    wanted = MANIFEST.model_copy(update={"teacher_head": other.identity})
+    with pytest.raises(LogitcaskError, match="is missing or damaged, and this run would write another one"):
+        create_cache(folder, wanted, EXAMPLES, FILES, head=other)
+    create_cache(folder, MANIFEST, EXAMPLES, FILES, head=head)
+    assert folder_bytes(folder) == good
+
+
+def test_a_code_beyond_all_ranges_is_cut() -> None:
+    codes = np.array([[2**14, -(2**14), 2**14, -(2**14)]], np.int16)
+    for count in range(4):
+        columns = [0] * count + [4] + [0] * (3 - count)
+        read = unpack(*pack(codes, columns), columns)
+        assert (np.sign(read) == np.sign(codes)).all()
+        assert (np.abs(read) >= np.minimum(np.abs(codes), 126 * LEVELS[count])).all()
 
 
 @pytest.mark.parametrize(
