@@ -173,6 +173,8 @@ def _is_done(settings: PrecomputeSettings, tokenizer: PreTrainedTokenizerBase, s
     )
     if asked != (teacher.id, teacher.dtype, teacher.engine, teacher.revision):
         return False
+    if settings.preset == "exact" and stored.label.exact is None:
+        return False
     if set(mine) - committed_shards(open_store(settings.output, read_only=True), stored.shards.count):
         return False
     if Path(settings.teacher_model).exists():

@@ -78,9 +78,12 @@ def test_other_bits_are_another_cache(cache: Path) -> None:
         make_cache(cache.parent, cache.parent / "teacher", **{**EXACT, "hidden_bits": 4})
 
 
-def test_a_cache_of_sparse_labels_has_no_head(tmp_path: Path) -> None:
+def test_a_cache_of_sparse_labels_has_no_head_and_is_not_finished_as_one_of_exact_labels(tmp_path: Path) -> None:
+    same = {"head_size": EXACT["head_size"], "tail_draws": 0}
     with pytest.raises(LogitcaskError, match="--preset exact"):
-        CacheReader(make_cache(tmp_path)).teacher_head()
+        CacheReader(make_cache(tmp_path, **same)).teacher_head()
+    with pytest.raises(LogitcaskError, match=r"label.exact.bits: cache has None"):
+        make_cache(tmp_path, tmp_path / "teacher", preset="exact", **same)
 
 
 def test_what_info_says_of_it(cache: Path) -> None:
