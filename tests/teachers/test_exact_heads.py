@@ -1,5 +1,7 @@
 """The teacher's head for exact labels: read, measured through its logits, passed between processes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -30,5 +32,15 @@ def test_a_measured_head_gives_the_logits_of_the_one_that_is_read(
     assert again.identity == measured.identity
 
 
-def test_a_rank_without_logits_has_no_head() -> None:
-    assert measured_head(lambda hidden: None, W, V, torch.zeros(())) is None
+def test_a_rank_without_logits_has_no_head_but_gives_the_model_the_same() -> None:
+    head = LMHead(torch.randn(V, W), torch.randn(V), 1.0, None)
+    given: list[list[torch.Tensor]] = [[], []]
+
+    def logits_of(hidden: torch.Tensor, rank: int) -> torch.Tensor | None:
+        given[rank].append(hidden)
+        return None if rank else head.logits(hidden)
+
+    heads = [measured_head(partial(logits_of, rank=rank), W, V, torch.zeros(())) for rank in (0, 1)]
+    assert heads[0] is not None
+    assert heads[1] is None
+    assert all(torch.equal(one, other) for one, other in zip(*given, strict=True))

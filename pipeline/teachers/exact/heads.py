@@ -40,11 +40,13 @@ def measured_head(
     bias_V = None if nothing_1V is None else nothing_1V[0, :vocab_size].float().cpu()
     cap = _measured_cap(logits_of, width, like)
     biased = bias_V is not None and bool(bias_V.any())
-    unit = LARGE[0] if biased and cap is None else 1.0  # else a bias would round the weights away
+    large = biased and cap is None  # else a bias would round the weights away
+    unit = LARGE[0] if large else 1.0
     table_VW = torch.empty(vocab_size, width, dtype=like.dtype) if bias_V is not None else None
     for first in range(0, width, PROBES):
-        units = unit * torch.eye(width, dtype=like.dtype, device=like.device)[first : first + PROBES]
-        logits = logits_of(units)
+        units = torch.eye(width, dtype=like.dtype, device=like.device)[first : first + PROBES]
+        both = logits_of(units), logits_of(LARGE[0] * units)  # of a head in parts every rank must be given the same
+        logits = both[large]
         if logits is not None and table_VW is not None and bias_V is not None:
             columns = logits[:, :vocab_size].float().cpu() - bias_V
             table_VW[:, first : first + len(units)] = (columns / unit).t().to(like.dtype)
