@@ -3,7 +3,7 @@
 Legend: n sampled positions, V vocabulary, H hidden width, K coordinates of the sketch, z logits, T temperature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -48,11 +48,11 @@ class Probe:
         hidden_nH: Tensor,
         targets: SparseTargets,
         label: LabelSettings,
-        rebuilt: Callable[[ExactTargets, int], Tensor] | None = None,
+        rebuilt: Callable[[ExactTargets], Iterator[Tensor]] | None = None,
     ) -> FidelitySums:
         """Return sums over n positions, from full logits, hidden states and the labels made from them.
 
-        ``rebuilt`` returns the distributions (n, V) that exact labels stand for, at the j-th temperature.
+        ``rebuilt`` yields the distributions (n, V) that exact labels stand for, temperature by temperature.
         """
         stored = decode_targets(encode_targets(targets, label), label)
         z_nV, h_nH = logits_nV.float(), hidden_nH.float()
@@ -60,6 +60,7 @@ class Probe:
         hidden_nF = self._sketch_hidden(h_nH)
         table = np.zeros((len(label.temperatures), VECTORS, MOMENTS + SKETCH))
         kl_J = np.zeros(len(label.temperatures))
+        estimates = rebuilt(stored) if rebuilt is not None and isinstance(stored, ExactTargets) else None
         for j, t in enumerate(label.temperatures):
             p_nV, q_nV = (z_nV / t).softmax(1), (z_nV / (2 * t)).softmax(1)
             gradient_nV = q_nV - p_nV
@@ -70,8 +71,8 @@ class Probe:
                 else:
                     if vector == 2:
                         estimate_nV = _top_k(p_nV, label)
-                    elif rebuilt is not None and isinstance(stored, ExactTargets):
-                        estimate_nV = rebuilt(stored, j)
+                    elif estimates is not None:
+                        estimate_nV = next(estimates)
                         kl_J[j] = _divergence(p_nV, estimate_nV)
                     else:
                         estimate_nV = _estimate(stored, label, t, q_nV)

@@ -4,6 +4,8 @@ Legend: N target positions, K head tokens, J temperatures, V vocabulary, W width
 kept of them.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,20 +39,22 @@ class HiddenCoder:
         codes_NC = values_NC.round_().clamp_(-FARTHEST, FARTHEST).to(torch.int16)
         return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), steps=steps_N)
 
-    def rebuilt(self, targets: ExactTargets, j: int) -> Tensor:
-        """Return the distributions at the j-th stored temperature that labels stand for, (N, V)."""
-        z_NV, t = self._logits(targets), self._label.temperatures[j]
-        ids_NK, l_NK, log_rest_N, partition_N = (
+    def rebuilt(self, targets: ExactTargets) -> Iterator[Tensor]:
+        """Yield the distributions that labels stand for, (N, V), at each stored temperature in turn."""
+        z_NV = self._logits(targets)
+        ids_NK, l_NK, log_rest_NJ, partition_NJ = (
             torch.from_numpy(np.ascontiguousarray(array)).to(z_NV.device)
             for array in (
                 targets.head_ids.astype(np.int64),
                 targets.head_logprobs,
-                targets.log_tail_mass[:, j],
-                targets.log_partition[:, j],
+                targets.log_tail_mass,
+                targets.log_partition,
             )
         )
-        tail_NV = (z_NV / t).scatter_(1, ids_NK, -torch.inf).log_softmax(1) + log_rest_N[:, None]
-        return tail_NV.exp_().nan_to_num_(0.0).scatter_(1, ids_NK, (l_NK / t - partition_N[:, None]).exp())
+        for j, t in enumerate(self._label.temperatures):
+            tail_NV = (z_NV / t).scatter_(1, ids_NK, -torch.inf).log_softmax(1) + log_rest_NJ[:, j, None]
+            head_NK = (l_NK / t - partition_NJ[:, j, None]).exp()
+            yield tail_NV.exp_().nan_to_num_(0.0).scatter_(1, ids_NK, head_NK)
 
     def _logits(self, targets: ExactTargets) -> Tensor:
         """Return the logits of the rebuilt hidden states, (N, V), some tokens at a time."""
@@ -59,7 +63,7 @@ class HiddenCoder:
         z_NV = torch.empty(len(targets), len(head.weight), device=device)
         for first in range(0, z_NV.shape[1], TOKENS):
             rows = slice(first, first + TOKENS)
-            weight = torch.from_numpy(head.weights(rows)).to(device)
+            weight = torch.from_numpy(head.weight[rows].view(np.int16)).to(device).view(torch.bfloat16).float()
             bias = None if head.bias is None else torch.from_numpy(head.bias[rows]).to(device)
             z_NV[:, rows] = LMHead(weight, bias, head.scale, head.softcap).logits(hidden_NW)
         return z_NV
