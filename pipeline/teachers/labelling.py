@@ -84,13 +84,15 @@ def fitted_head(
 ) -> tuple[TeacherHead, ExactCode]:
     """Return the teacher's head with the basis in which its hidden states are coded, fitted to those of some batches.
 
-    As many batches are used as hold the positions that ``fit`` wants.
+    As many batches are used as hold the positions that ``fit`` wants, and of a larger one, as vLLM's are, every n-th
+    example.
     """
     head = teacher.output_head(label.vocab_size)
     wanted, held, states = calibration_positions(head.weight.shape[1]), 0, []
     for batch in batches:
         if held < wanted:
-            states.append(teacher.hidden_states(batch))
+            count = sum(int(example.target_mask.sum()) for example in batch)
+            states.append(teacher.hidden_states(batch[:: max(1, count // (wanted - held))]))
             held += len(states[-1])
     hidden_NW = np.concatenate(states)
     finite_NW = hidden_NW[np.isfinite(hidden_NW).all(1)]  # an example that has others is refused with its labels
