@@ -19,6 +19,8 @@ from logitcask.cache.report.label_figures import ExampleFigures, LabelFigures, f
 from logitcask.cache.storage.open import object_sizes, open_store
 
 LABEL_PARTS = ("head_", "tail_", "log_", "gold_", "hidden_", "fidelity")  # prefixes of the names of label arrays
+KINDS = ("aligned", "straddling", "unlabelled")  # of target positions in another vocabulary than the teacher's
+UNKNOWN = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
 
 
 class FidelityFigures(BaseModel):
@@ -151,8 +153,7 @@ def _identity(info: CacheInfo) -> Iterator[str]:
         yield f"            values given to the chat template: {data.chat_template_kwargs}"
     yield f"label       {label.entries}, temperatures {temperatures}, seed {label.seed}"
     if label.unknown:
-        names = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
-        yield f"            not known: {', '.join(names[each] for each in label.unknown)}"
+        yield f"            not known: {', '.join(UNKNOWN[each] for each in label.unknown)}"
     part = f" (shards {m.part.first:,} to {m.part.first + count:,} of {m.part.of:,})" if m.part else ""
     yield f"shards      {count:,}, {state}{part}"
 
@@ -163,7 +164,7 @@ def _other_vocabulary(info: CacheInfo) -> Iterator[str]:
     if part is None:
         return
     count = part.aligned + part.straddling + part.unlabelled
-    shares = [f"{getattr(part, kind) / count:.1%} {kind}" for kind in ("aligned", "straddling", "unlabelled")]
+    shares = [f"{getattr(part, kind) / count:.1%} {kind}" for kind in KINDS]
     yield f"            the student's; the teacher's has {part.vocab_size:,}, fingerprint {part.fingerprint[:12]}"
     yield f"            target positions: {', '.join(shares)}"
     if info.projection:

@@ -4,10 +4,7 @@ from collections.abc import Iterator
 
 from logitcask.cache.exact.head import GROUP
 from logitcask.cache.manifest import metadata_values
-from logitcask.cache.report.info import LABEL_PARTS, CacheInfo
-
-KINDS = ("aligned", "straddling", "unlabelled")
-UNKNOWN = {"rest": "the mass outside the head", "gold": "next tokens outside the head"}
+from logitcask.cache.report.info import KINDS, LABEL_PARTS, UNKNOWN, CacheInfo
 
 
 def summarize(info: CacheInfo) -> str:

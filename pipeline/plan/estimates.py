@@ -79,7 +79,8 @@ LABEL_BYTES: dict[str, dict[Preset, float]] = {
     "gold_logprobs": {"lean": 0.6, "standard": 0.6, "rich": 0.6},
 }
 MEASURED_VOCABULARY = 49_152
-# Of exact labels, measured by python -m tests.benchmarks.exact_codes; their hidden states, by bits, of 576 features.
+# Of exact labels: ids and next tokens are those of a standard one; measured by python -m tests.benchmarks.exact_codes:
+# the finer head and masses, and hidden states, by bits, of 576 features.
 EXACT_BYTES = {"head_ids": 10.9, "head_logprobs": 8.0, "log_tail_odds": 4.3, "gold_logprobs": 0.6}
 HIDDEN_BYTES, MEASURED_WIDTH = {3: 69.2, 4: 142.1, 5: 221.5, 6: 294.6}, 576
 WIDEST = 1_500  # above, sparse labels of as many bytes have the smaller error at T=1
