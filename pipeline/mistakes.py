@@ -7,9 +7,10 @@ from collections.abc import Collection
 VERBS = (
     "give use leave choose run pip add make copy start write wait name lower create correct raise take remove fix ask "
     "set finish try serve merge upgrade download rename check see did call shorten cut resume install push mount free "
-    "do log halve pass save train report stop"
+    "do log pass save train report stop mix unset evaluate"
 )
-FIX = re.compile(rf"[:;] (?=(?:then )?(?:{'|'.join(VERBS.split())}) )")  # before what to do
+FIX = re.compile(rf"[:;] (?=(?:{'|'.join(VERBS.split())}) )")  # before what to do
+INSIDE = re.compile(r"""(?<!\w)(['"]).*?\1(?!\w)|\([^()]*\)""")  # a quoted value, or what is in parentheses
 MANUAL = "docs/reference/errors.md"
 # words of messages, "…" for what differs, by the anchors of that page: tests/cli/test_mistakes.py compares them
 SECTIONS = {
@@ -119,11 +120,14 @@ def did_you_mean(options: Collection[str]) -> str:
 def error_lines(message: str, help_command: str) -> str:
     """Return what is printed of a mistake: what is wrong, how to fix it, where to read more; not all have all three.
 
-    ``help_command`` is the command whose help says more, if the manual has no section on the mistake.
+    How to fix it is the last part that begins with one of ``VERBS``: earlier ones are advice within what is wrong, such
+    as in a list of reasons. ``help_command`` is the command whose help says more, if the manual has no section on the
+    mistake.
     """
     text = " ".join(message.split())
-    parts = FIX.split(text, maxsplit=1)
-    lines = [f"error: {parts[0]}", *(f"fix:   {part}" for part in parts[1:])]
+    plain = INSIDE.sub(lambda part: "-" * len(part[0]), text)
+    cut = max((match.start() for match in FIX.finditer(plain)), default=len(text))
+    lines = [f"error: {text[:cut]}", *(f"fix:   {part}" for part in [text[cut + 2 :]] if part)]
     anchor = section_of(text)
     lines += [f"see:   {MANUAL}#{anchor}"] if anchor else [f"see:   {help_command} --help"] if help_command else []
     return "\n".join(lines) + "\n"

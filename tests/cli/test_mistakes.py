@@ -36,6 +36,20 @@ def test_every_section_of_the_page_of_errors_is_named_by_its_messages() -> None:
         ("a: no such file: give the path of one", ["error: a: no such file", "fix:   give the path of one"]),
         ("--x needs y: pip install 'y', or leave it", ["error: --x needs y", "fix:   pip install 'y', or leave it"]),
         ("a: is b; use c: it is d", ["error: a: is b", "fix:   use c: it is d"]),
+        (
+            "2 bad records: 1 x has no template: use prompt: a 1; 1 x is empty: a 2; fix them, or skip them",
+            [
+                "error: 2 bad records: 1 x has no template: use prompt: a 1; 1 x is empty: a 2",
+                "fix:   fix them, or skip them",
+            ],
+        ),
+        ("a: must be b, got 'c: use d'", ["error: a: must be b, got 'c: use d'"]),
+        ("--x 'a': use b, not 'c'", ["error: --x 'a'", "fix:   use b, not 'c'"]),
+        ("the users' file's end (x: try y): give it", ["error: the users' file's end (x: try y)", "fix:   give it"]),
+        (
+            "memory ran out; lower a: half of b; c; then run it",
+            ["error: memory ran out", "fix:   lower a: half of b; c; then run it"],
+        ),
         ("two\nlines", ["error: two lines"]),
         (
             "c: another run is writing this cache: wait for it or stop it",
