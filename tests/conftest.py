@@ -1,6 +1,7 @@
 """What holds for all tests, before any of their modules is imported.
 
 Their folders lie in memory if there is room: on a disk half of the time that a tiny cache takes is waiting for it.
+Hypothesis draws the same cases in every check, new ones each night.
 Progress bars are silenced, as the command does for itself; Ray's workers, by default the last to be given a processor,
 are not kept waiting by the tests beside them. Tests of many processes wait for each other much: they are dealt out and
 come first, so that each of the four workers of the test command begins with some and all others run beside them.
@@ -12,6 +13,12 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.support.nightly import nightly
+
+settings.register_profile("check", derandomize=not nightly())
+settings.load_profile("check")
 
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray reads it so

@@ -128,14 +128,15 @@ class PrecomputeSettings(DataSettings):
         head, tail = PRESETS.get(str(given.get("preset", "standard")), (8, 24))
         if given.get("engine") == "server":
             return {**HEAD_OF_SERVERS, **({"head_size": head} if "preset" in given else {}), **given}
-        engine = {"engine": "transformers"} if given.get("student_tokenizer") else {}
-        return {"head_size": head, "tail_draws": tail, **engine, **given}
+        if given.get("student_tokenizer") and given.get("engine", "auto") == "auto":
+            given = {**given, "engine": "transformers"}
+        return {"head_size": head, "tail_draws": tail, **given}
 
     @model_validator(mode="after")
     def _another_vocabulary_needs_the_whole_distribution(self) -> Self:
         if self.student_tokenizer is None:
             return self
-        if self.engine not in ("auto", "transformers"):
+        if self.engine != "transformers":
             raise ValueError(f"--student-tokenizer requires --engine transformers, got {self.engine}: leave it out")
         if self.preset == "exact":
             raise ValueError(

@@ -64,7 +64,6 @@ class CoverFinder:
     """Finds covers; lists that were made before are kept."""
 
     bridge: Bridge
-    _extensions: dict[bytes, IntArray] = field(default_factory=dict)
     _lists: dict[tuple[object, ...], tuple[IntArray, IntArray]] = field(default_factory=dict)
     _entries: int = 0
 
@@ -116,9 +115,7 @@ class CoverFinder:
 
         The teacher's ``own`` token is one in any case if it ``holds`` the border, and none if it ends there.
         """
-        if beginning not in self._extensions:
-            self._extensions[beginning] = self.bridge.extensions(beginning)
-        ids = self._extensions[beginning]
+        ids = self.bridge.extensions(beginning)
         if not len(ids):
             return ids, ids
         key = (beginning, tuple(between), own)
@@ -155,7 +152,7 @@ class _Reach:
         for start in range(token, max(token - MOST_BACK, 0), -1):
             if not self.mask[start - 1] or self.starts[start] == self.starts[start + 1]:
                 return
-            if byte - self.starts[start] >= longest:
+            if byte - self.starts[start] > longest:
                 return
             yield start
 

@@ -59,6 +59,7 @@ class Projector:
         begins = np.searchsorted(self._spread.firsts, np.arange(self._size))
         arrays = self._spread.tokens, begins, self._spread.weights
         self._order, self._begins, self._weights = (torch.from_numpy(each).to(device) for each in arrays)
+        self._keys = self._spread.firsts * len(self._whole) + self._spread.tokens
 
     def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> tuple[Tensor, Float64]:
         """Return log-probabilities (n, U) of a piece, and sums over it, (3,).
@@ -83,14 +84,13 @@ class Projector:
         taken_n *= np.where(starts_n, self._given(tokens_R[rows], gold_n), own_n == gold_n)
         alone_n = q_nU[at[0], at[1]].cpu().numpy() + taken_n
         nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST_ALONE, 1.0)).sum()
-        return _with_golds(q_nU, piece, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
+        return _with_golds(q_nU, at, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
 
     def _given(self, tokens_n: IntArray, firsts_n: IntArray) -> Float64:
         """Return what tokens of the teacher give to tokens of the student, (n,)."""
-        width = len(self._whole)
-        keys, wanted = self._spread.firsts * width + self._spread.tokens, firsts_n * width + tokens_n
-        at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where(keys[at] == wanted, self._spread.weights[at], 0.0).astype(np.float64)
+        wanted = firsts_n * len(self._whole) + tokens_n
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        return np.where(self._keys[at] == wanted, self._spread.weights[at], 0.0).astype(np.float64)
 
     def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64) -> Tensor:
         """Return the part of whole tokens, (n, U): those that start at a position's border, or stand for unknown ones.
@@ -125,7 +125,6 @@ def _column(values: Float64, like: Tensor) -> Tensor:
 class _Path:
     """The numbers of a piece: its B borders, each once, and their covers one after another, E entries in lists."""
 
-    positions: Sequence[Position]
     first: int
     tokens_R: IntArray
     lp_R: Float64  # log-probabilities of the teacher's own tokens
@@ -170,7 +169,6 @@ class _Path:
         log_open = before_R[row[in_list]] + np.log(np.maximum(p[open_ended], LEAST))
         np.logaddexp.at(log_unknown, border_of[in_list], log_open)
         return _Path(
-            positions=piece.positions,
             first=piece.first,
             tokens_R=tokens_R,
             lp_R=lp_R,
@@ -238,13 +236,15 @@ def _add_covers(q_nU: Tensor, path: _Path, shares: Float64, whole: NDArray[np.in
     return own_n
 
 
-def _with_golds(q_nU: Tensor, piece: Piece, log_gold: Float64) -> Tensor:
-    """Return log q with the probabilities of the text's tokens set and the others scaled to the rest."""
-    gold_n1 = torch.tensor([position.gold for position in piece.positions], device=q_nU.device)[:, None]
+def _with_golds(q_nU: Tensor, at: Tensor, log_gold: Float64) -> Tensor:
+    """Return log q with the probabilities of the text's tokens, at ``at``, set and the others scaled to the rest."""
+    gold_n1 = at[1][:, None]
     q_nU.scatter_(1, gold_n1, 0.0)
     rest_n1 = q_nU.sum(1, keepdim=True)
     rest = _column(np.log(-np.expm1(np.minimum(log_gold, -1e-12))), q_nU)
-    log_q_nU = q_nU.log_()
+    none_nU = q_nU == 0
+    log_q_nU = q_nU.clamp_min_(torch.finfo(torch.float32).tiny).log_()  # that of 0 takes a CPU ten times as long
+    log_q_nU.masked_fill_(none_nU, -torch.inf)
     log_q_nU += torch.where(rest_n1 > 0, rest - rest_n1.log(), 0.0)
     log_q_nU.scatter_(1, gold_n1, _column(log_gold, q_nU))
     return log_q_nU

@@ -127,7 +127,7 @@ def table_folder() -> Path:
 def _load(folder: Path | None, key: str, size: int) -> NDArray[np.int32] | None:
     if folder is None:
         return None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError):
         table: NDArray[np.int32] = np.load(folder / f"{key}.npy", allow_pickle=False)
         if table.shape == (size,) and table.dtype == np.int32:
             return table

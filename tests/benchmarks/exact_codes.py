@@ -3,8 +3,9 @@
 Real SmolLM2 states of Python and English; bases are fitted on one half of each text, and all figures are of the other.
 Bytes are those of the arrays of a cache, head included. The errors are the mean KL(teacher || label), and of the mean
 gradient of a half-trained linear student (q = softmax(z / 2T)) over ``MEASURED`` positions, relative to the exact one's
-norm, through the head in bfloat16. Run as ``python -m tests.benchmarks.exact_codes RESULTS.json [STATES.npz]``; states
-are kept in that file, or read from it. About three minutes on a core, as much again without states.
+norm, through the head in bfloat16; beside them that of sparse labels, root mean square over ``DRAWS``.
+Run as ``python -m tests.benchmarks.exact_codes RESULTS.json [STATES.npz]``; states are kept in that file, or read from
+it. About three minutes on a core, as much again without states.
 
 Predicted before the run: the fitted basis needs half the bytes of a rotation at the same error, 4 bits keep the
 gradient's error below 0.02 at T=1 and T=2 at 150 bytes, and 6 bits below 0.005 at 300; a width of random states costs
@@ -28,11 +29,12 @@ import zarr
 from numcodecs import Zstd
 
 from logitcask.cache.exact.head import TeacherHead, decode
-from logitcask.cache.labels import ExactTargets, FloatArray
+from logitcask.cache.labels import ExactTargets, FloatArray, soft_labels
 from logitcask.cache.layout import array_specs, decode_targets, encode_targets, stride_for, zarr_layout
 from logitcask.cache.manifest import LabelSettings, ShardPlan
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.settings.precompute import PRESETS
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
 from logitcask.pipeline.teachers.exact.fit import fitted
 from logitcask.pipeline.teachers.exact.heads import stored_head
@@ -42,6 +44,7 @@ from tests.benchmarks.capture import teacher_path
 
 WINDOWS, LENGTH, SKIPPED = {"python": 14, "english": 10}, 256, 16
 MEASURED, SLICE = 300, 64
+DRAWS = 8  # of a sparse label
 RANDOM, LOGITS = (256, 512), 3.0  # widths of random states, and the standard deviation of their logits
 TEMPERATURES = [1.0, 1.5, 2.0]
 BETWEEN = (1.25, 3.0)  # measured too: the nearest stored temperature gives the offset of the tail
@@ -144,6 +147,21 @@ def errors(targets: ExactTargets, z_NV: FloatArray, hidden: FloatArray, true: di
     return figures
 
 
+def sparse_errors(preset: str, true_NV: FloatArray, hidden: FloatArray, true: dict[float, Truth]) -> dict[str, float]:
+    """Return the error of the gradient by a preset's labels at each stored temperature, before they are stored."""
+    head, draws = PRESETS[preset]
+    z_NV, gold = torch.from_numpy(true_NV), torch.zeros(len(true_NV), dtype=torch.long)
+    squares: dict[float, list[float]] = {t: [] for t in TEMPERATURES}
+    for seed in range(DRAWS):
+        uniforms = torch.rand(len(z_NV), draws, generator=torch.Generator().manual_seed(seed))
+        targets = sparsify(z_NV, gold, uniforms, head, TEMPERATURES)
+        for t, found in squares.items():
+            label, ours = soft_labels(targets, TEMPERATURES, t, "sampled"), np.zeros_like(true_NV)
+            np.add.at(ours, (np.arange(len(ours))[:, None], label.ids), label.weights)
+            found.append((float(np.linalg.norm((true[t].p - ours).T @ hidden)) / true[t].norm) ** 2)
+    return {f"T={t:g}": float(np.mean(found) ** 0.5) for t, found in squares.items()}
+
+
 def softmax(z: FloatArray) -> FloatArray:
     """Return softmax over rows."""
     p = np.exp(z - z.max(1, keepdims=True))
@@ -208,8 +226,12 @@ def main() -> None:
         print(bits, json.dumps(rows[f"rotated, {bits} bits"]), flush=True)
     wide = {str(width): random_states(width) for width in RANDOM}
     print(json.dumps(wide), flush=True)
+    sparse = {name: sparse_errors(name, hidden @ weight.T, hidden, true) for name in ("lean", "standard", "rich")}
+    print(json.dumps(sparse), flush=True)
     about = {"fitted on": len(known), "coded": len(unknown), "measured": MEASURED, "teacher": "SmolLM2, width 576"}
-    Path(sys.argv[1]).write_text(json.dumps({**about, "codes": rows, "random states": wide}, indent=1) + "\n")
+    Path(sys.argv[1]).write_text(
+        json.dumps({**about, "codes": rows, "random states": wide, "sparse": sparse}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def test_chats_are_rendered_by_the_template_of_each_side(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_done_is_one_line(data: Path) -> None:
+    assert precompute_settings(data, student_tokenizer="gpt2", engine="auto").engine == "transformers"
     with pytest.raises(ValidationError, match="--student-tokenizer requires --engine transformers, got vllm"):
         precompute_settings(data, student_tokenizer="gpt2", engine="vllm")
     with pytest.raises(ValidationError, match="cannot be combined with --preset exact"):

@@ -43,10 +43,13 @@ def random_head(*, bias: bool = True) -> TeacherHead:
 
 
 def exact_shards(sizes: list[int]) -> list[Shard]:
-    """Return shards of examples with random codes, a few of them far outside the range of their column."""
+    """Return shards of examples with random codes, a few of them far outside the range of their column.
+
+    Their tails have from a twentieth of the mass to none.
+    """
     random, shards = np.random.default_rng(1), []
     assert LABEL.exact is not None
-    for shard in sound_shards(LABEL, sizes):
+    for shard in sound_shards(LABEL, sizes, 40.0):
         targets = shard.targets
         codes = np.rint(3 * random.standard_t(2, (len(targets), LABEL.exact.kept))).clip(-300, 300).astype(np.int16)
         steps = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), LABEL.exact.step)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.teachers.exact.fit import fitted
 from logitcask.pipeline.teachers.exact.heads import measured_head, packed_head, stored_head, unpacked_head
 
 V, W = 90, 24
@@ -44,3 +46,14 @@ def test_a_rank_without_logits_has_no_head_but_gives_the_model_the_same() -> Non
     assert heads[0] is not None
     assert heads[1] is None
     assert all(torch.equal(one, other) for one, other in zip(*given, strict=True))
+
+
+def test_directions_that_no_tail_depends_on_are_dropped() -> None:
+    """Of isotropic states, of which the head reads half: a basis of the states alone would keep them all."""
+    random = np.random.default_rng(0)
+    weight = random.normal(0.0, 0.5, (V, W)).astype(np.float32)
+    weight[:, W // 2 :] *= 1e-3
+    label = LabelSettings(vocab_size=V, head_size=4, tail_draws=0, temperatures=[1.0, 2.0], seed=0)
+    hidden = random.normal(0.0, 1.0, (600, W)).astype(np.float32)
+    _, code = fitted(stored_head(LMHead(torch.from_numpy(weight), None, 1.0, None), V), hidden, label, 6)
+    assert sum(code.columns) == W // 2

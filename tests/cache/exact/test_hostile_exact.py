@@ -16,7 +16,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.exact.code import LEVELS, pack, unpack
 from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
-from logitcask.cache.labels import ExactTargets
+from logitcask.cache.labels import ExactTargets, FloatArray
 from logitcask.cache.layout import shard_specs
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
@@ -143,6 +143,12 @@ def test_a_lost_head_is_not_replaced_by_one_of_another_basis(good: Objects, tmp_
     assert folder_bytes(folder) == good
 
 
+def test_nothing_is_left_of_an_overwritten_head(good: Objects, tmp_path: Path) -> None:
+    create_cache(on_disk(good, tmp_path / "c"), PLAIN, EXAMPLES, FILES, overwrite=True)
+    create_cache(tmp_path / "new", PLAIN, EXAMPLES, FILES)
+    assert folder_bytes(tmp_path / "c") == folder_bytes(tmp_path / "new")
+
+
 def test_a_code_beyond_all_ranges_is_cut() -> None:
     codes = np.array([[2**14, -(2**14), 2**14, -(2**14)]], np.int16)
     for count in range(4):
@@ -206,7 +212,21 @@ def test_any_codes_decode_to_finite_numbers(good: Objects) -> None:
 def test_what_the_page_of_the_format_says_decodes_them(good: Objects) -> None:
     """A second implementation, from docs/reference/cache-format.md alone."""
     group: Any = zarr.open_group(store_of(good), mode="r")
-    exact, row = group.attrs["logitcask"]["label"]["exact"], 2
+    reader, head = CacheReader(store_of(good)), group["head"]
+    targets, stored = reader.shard(0).targets, reader.teacher_head()
+    assert isinstance(targets, ExactTargets)
+    assert targets.steps.max() > 10 * targets.steps.min(), "tails of little mass and of much"
+    weight = (head["weight"][:].astype(np.uint32) << 16).view(np.float32)
+    for row in range(len(targets)):
+        hidden = _decoded(group, row)
+        raw = 0.5 * (hidden @ weight.T + head["bias"][:])
+        ours = decode(targets[row : row + 1], stored)
+        np.testing.assert_allclose(ours[0], hidden, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(stored.logits(ours)[0], 30 * np.tanh(raw / 30), rtol=1e-3, atol=1e-3)
+
+
+def _decoded(group: Any, row: int) -> FloatArray:
+    exact = group.attrs["logitcask"]["label"]["exact"]
     packed, quotients, place = group["hidden_codes"][row], group["hidden_quotients"][row], 0
     codes: list[int] = []
     for count, levels, per_byte in zip(exact["columns"], (255, 15, 6, 3), (1, 2, 3, 5), strict=True):
@@ -221,12 +241,5 @@ def test_what_the_page_of_the_format_says_decodes_them(good: Objects) -> None:
             place += 1
     odds = np.cumsum(group["log_tail_odds"][row], dtype=np.int16) / 64
     step = exact["step"] / np.sqrt(max((1 / (1 + np.exp(-odds))).mean(), 2.0**-12))
-    head = group["head"]
-    hidden = step * np.array(codes) @ head["basis"][:] + head["centre"][:]
-    weight = (head["weight"][:].astype(np.uint32) << 16).view(np.float32)
-    raw = 0.5 * (hidden @ weight.T + head["bias"][:])
-    reader = CacheReader(store_of(good))
-    targets, stored = reader.shard(0).targets[row : row + 1], reader.teacher_head()
-    assert isinstance(targets, ExactTargets)
-    np.testing.assert_allclose(decode(targets, stored)[0], hidden, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(stored.logits(decode(targets, stored))[0], 30 * np.tanh(raw / 30), rtol=1e-3, atol=1e-3)
+    hidden: FloatArray = step * np.array(codes) @ group["head/basis"][:] + group["head/centre"][:]
+    return hidden
