@@ -156,7 +156,7 @@ def main() -> None:
     done |= {name: value for name, value in written.items() if name != "machine"}
     write_atomically(results, done)  # the prediction is written before there is anything to see
     before, problems, max_steps = done["core_hours"], 2 if given.small else 164, 2 if given.small else None
-    corpus.make(given.folder, teacher_path(), corpus.Sizes(*((12, 12, 6, 4) if given.small else (1800, 900, 800, 50))))
+    corpus.make(given.folder, teacher_path(), corpus.Sizes(*((12, 12, 6, 4) if given.small else (1100, 600, 400, 50))))
     parts = {share: corpus.shorter(given.folder, share) for share in (QUARTER, 1.0)}
     judged = make_cache(given.folder, given.folder / "held-out.jsonl", "rich")
     kept = kept_layers(given.folder, parts[QUARTER])

@@ -84,6 +84,7 @@ def _answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
         "output_dir": folder / "answers",
         "num_examples": count,
         "max_new_tokens": NEW_TOKENS,
+        "batch_size": 32,
         "temperature": 1.0,
         "validation_fraction": 0.0,
         "device": "cpu",
