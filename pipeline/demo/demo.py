@@ -20,6 +20,7 @@ from logitcask.pipeline.console import duration, notices, print_line, results, s
 from logitcask.pipeline.demo.teacher import find_teacher
 from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
 from logitcask.pipeline.generate_data.generate import generate_data
+from logitcask.pipeline.gguf import parsed_once
 from logitcask.pipeline.models.generate import answer_of
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.students.layers import keep_layers
@@ -69,6 +70,7 @@ class Model:
     answer: str
 
 
+@parsed_once()
 def run_demo(folder: Path, sizes: Sizes | None = None, teacher: Path | None = None) -> list[Model]:
     """Run the demo in a folder, or what is left of it, print its results and return them.
 
