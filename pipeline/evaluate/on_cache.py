@@ -47,10 +47,11 @@ def evaluate_on_cache(
     Raises LogitcaskError if the vocabulary or the examples do not fit the model, or a temperature is not stored.
     """
     label = reader.manifest.label
-    require_room(model, label.vocab_size, reader.manifest.data.longest)
-    head, chosen_at = read_head(model), tuple(temperatures or label.temperatures)
+    chosen_at = tuple(temperatures or label.temperatures)
     for temperature in chosen_at if label.exact is None else ():
         temperature_index(label.temperatures, temperature)
+    require_room(model, label.vocab_size, reader.manifest.data.longest)
+    head = read_head(model)
     teacher_head = StoredHead(((reader.path, reader.opened),)) if label.exact else None
     totals = _Totals(label, metadata_values(reader.manifest), chosen_at, teacher_head)
     chosen = matching(reader, where or {})[:limit]

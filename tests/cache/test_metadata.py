@@ -161,6 +161,7 @@ def test_a_chosen_part_is_what_the_trainer_sees(folder: Path, tmp_path: Path) ->
     chosen = matching(reader, {"language": ["go"]})
     assert (len(source.examples), source.shard_starts[-1], source.amount.examples) == (8, 8, 8)
     lengths = [len(source.examples[n].encoded.input_ids) for n in range(8)]
+    assert source.examples.describe([0, 7]) == f"{chosen[0]}, {chosen[7]}"  # their numbers in the whole cache
     assert lengths == source.lengths().tolist() == [len(reader.example(int(n)).input_ids) for n in chosen]
     assert sum(lengths) == source.amount.tokens
     for start, stop in itertools.pairwise(source.shard_starts.tolist()):

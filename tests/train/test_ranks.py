@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, curve, read_log
 from tests.support.forked import alone, on_two_ranks
-from tests.support.runs import STUDENT, history, metrics, write_config
+from tests.support.runs import STUDENT, history, losses, metrics, write_config
 from tests.support.servers import free_port
 from tests.support.tiny import make_cache
 
@@ -180,6 +180,22 @@ def test_schedules_selection_and_the_best_step_are_the_same_on_two_ranks(
         shutil.rmtree(two / "final")
         run(folder, two.name, launcher, module=module, resume_from_checkpoint="latest", **options)
         assert_same(two, want)
+
+
+@pytest.mark.parametrize("launcher", [FORKED, pytest.param(FORKED_FSDP, marks=pytest.mark.nightly)])
+def test_exact_labels_on_two_ranks(folder: Path, launcher: tuple[str, ...]) -> None:
+    """At a temperature that is not stored, by a divergence of the whole distribution."""
+    if not (folder / "exact").exists():
+        make_cache(folder, folder / "teacher", output=folder / "exact", preset="exact", tail_draws=0)
+    options = {"cache": folder / "exact", "temperature": "3:1.2", "divergence": "jsd", "epochs": 2}
+    want = folder / "exact of one"
+    if not want.exists():
+        run(folder, want.name, ALONE, batch_size=8, **options)
+    module = "tests.support.fsdp_on_cpu" if launcher == FORKED_FSDP else "logitcask"
+    accumulated = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    two = run(folder, f"exact {module}", launcher, module=module, **accumulated, **options)
+    assert_same(two, want)
+    assert losses(two, "soft_loss") == pytest.approx(losses(want, "soft_loss"), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("launcher", [FORKED, FORKED_FSDP])
