@@ -43,6 +43,7 @@ def test_a_file_and_a_text_are_the_same(tmp_path: Path) -> None:
         assert (arguments.optim, arguments.adam_beta1, arguments.lr_scheduler_type) == ("sgd", 0.8, "cosine")
 
 
+@pytest.mark.nightly  # in small: tests/train/test_wrappers.py
 def test_compiled(cache: Path, options: dict[str, Any], tmp_path: Path) -> None:
     """By the backend that needs no compiler."""
     runs = [
