@@ -198,7 +198,8 @@ def soft_labels(
     elif m:
         ids[:, k:], log_probs[:, k:] = targets.tail_ids, _log_probs(targets, targets.tail_logprobs, temperatures, j)
         weights[:, k:] = _tail_weights(targets, temperatures, j)
-    np.copyto(log_probs, 0, where=weights == 0)
+    np.copyto(log_probs[:, k:], 0, where=weights[:, k:] == 0)
+    np.copyto(log_probs[:, :k], MASS_FLOOR, where=weights[:, :k] == 0)  # 0 would be a probability of 1
     return SoftLabels(
         ids=ids,
         weights=weights,

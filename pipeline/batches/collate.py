@@ -6,7 +6,7 @@ Legend: R rows of a batch, L tokens per row, N target positions of the batch.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,6 +37,17 @@ class TrainingExample:
     targets: SparseTargets | None
     source: int = 0  # which of several caches it is from
     temperature: float | None = None  # of its labels, if not the collator's
+
+
+@dataclass(frozen=True)
+class BothSides:
+    """The examples of a batch with what a teacher in memory reads of them in its own vocabulary; on no device."""
+
+    examples: tuple[Encoded, ...]
+
+    def to(self, *_: Any, **__: Any) -> Self:
+        """Return it as it is."""
+        return self
 
 
 class Examples(Dataset[TrainingExample]):
@@ -77,8 +88,8 @@ class Collator:
     def __call__(self, examples: Sequence[TrainingExample]) -> Batch:
         """Return a batch: input_ids (R, L), padded on the right; target_index (N,) into the flattened rows; gold (N,);
         is_token (R, L), which places are not padding; slots (2,), the number of tokens and of the places R * L;
-        soft_labels of N rows, if the examples have labels; position_ids (R, L), restarting at 0 with each example, if
-        examples share rows.
+        soft_labels of N rows, if the examples have labels; both_sides, if they have companions; position_ids (R, L),
+        restarting at 0 with each example, if examples share rows.
 
         Attention needs no padding mask: it is causal, so no real token sees the padding after it.
         """
@@ -107,6 +118,8 @@ class Collator:
         }
         if len(ids) < len(examples):
             batch["position_ids"] = torch.from_numpy(positions)
+        if examples and examples[0].encoded.companion:
+            batch["both_sides"] = BothSides(tuple(example.encoded for example in examples))
         labels = self.soft_labels(examples)
         if labels is not None:
             batch["soft_labels"] = labels.map(torch.from_numpy)

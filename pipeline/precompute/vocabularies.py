@@ -1,13 +1,11 @@
 """The vocabulary that examples and labels are in: the teacher's, or that of ``--student-tokenizer``."""
 
-import contextlib
 import datetime
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import OtherVocabulary
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.chats.template import set_template
@@ -16,7 +14,7 @@ from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import identify, load_tokenizer, tokenizer_size
 from logitcask.pipeline.vocabulary.alignment import shared_starts
 from logitcask.pipeline.vocabulary.bridge import Bridge
-from logitcask.pipeline.vocabulary.pairs import PairEncoder
+from logitcask.pipeline.vocabulary.pairs import PairEncoder, set_templates
 from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
 from logitcask.pipeline.vocabulary.spread import Spread, spread_counted
 
@@ -64,11 +62,8 @@ def load_tokenizers(settings: PrecomputeSettings) -> Tokenizers:
     if settings.student_tokenizer is None:
         set_template(teacher, settings.chat_template, settings.chat_template_kwargs)
         return Tokenizers(teacher, teacher)
-    set_template(teacher, None, settings.chat_template_kwargs)
     student = load_tokenizer(settings.student_tokenizer, **loading)
-    set_template(student, settings.chat_template, {})
-    with contextlib.suppress(LogitcaskError):  # its template need not read what the teacher's does
-        set_template(student, None, settings.chat_template_kwargs)
+    set_templates(student, teacher, settings.chat_template, settings.chat_template_kwargs)
     return Tokenizers(teacher, student)
 
 

@@ -37,6 +37,7 @@ class _Text:
     end: int | None
     cut: bool  # whether the example ends here without one: the text may be truncated
     content: bytes
+    before: bytes = b""  # the example's first token, if that is text: nothing predicts it
 
 
 def align(student: Encoded, teacher: Encoded, bridge: Bridge) -> Alignment:
@@ -57,14 +58,15 @@ def _texts(example: Encoded, texts: TokenBytes) -> Iterator[_Text]:
     first, content = None, list[bytes]()
     for index in targets:
         first = index if first is None else first
+        before = (texts[ids[0]] or b"") if first == 1 else b""
         text = texts[ids[index]]
         if text is None:
-            yield _Text(first, index, index, False, b"".join(content))
+            yield _Text(first, index, index, False, b"".join(content), before)
             first, content = None, []
             continue
         content.append(text)
         if index + 1 == len(ids) or not example.target_mask[index]:
-            yield _Text(first, index + 1, None, index + 1 == len(ids), b"".join(content))
+            yield _Text(first, index + 1, None, index + 1 == len(ids), b"".join(content), before)
             first, content = None, []
 
 
@@ -82,13 +84,14 @@ def _places(
     own: _Text, other: _Text, student: Encoded, teacher: Encoded, bridge: Bridge
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the index of each of the student's tokens that can be labelled, with its place in the teacher's tokens."""
-    head, tail = _common(own, other)
+    lead, other_lead = _leads(own, other)
+    head, tail = _common(own.content[lead:], other.content[other_lead:], own.cut or other.cut)
     starts = np.cumsum([0, *(len(bridge.teacher[t] or b"") for t in teacher.input_ids[other.first : other.stop])])
     begin, shift = 0, len(other.content) - len(own.content)
     for index in range(own.first, own.stop):
         end = begin + len(bridge.student[student.input_ids[index]] or b"")
-        if begin < end <= head or len(own.content) - tail <= begin < end:
-            place = begin if end <= head else begin + shift
+        if lead <= begin < end <= lead + head or len(own.content) - tail <= begin < end:
+            place = begin - lead + other_lead if end <= lead + head else begin + shift
             token = int(np.searchsorted(starts, place, side="right")) - 1
             yield index, other.first + token, place - int(starts[token])
         begin = end
@@ -98,14 +101,27 @@ def _places(
             yield own.end, other.end, 0
 
 
-def _common(own: _Text, other: _Text) -> tuple[int, int]:
-    """Return how many bytes two texts have in common at their beginning and, unless one may be cut, at their end."""
-    one, two = own.content, other.content
+def _leads(own: _Text, other: _Text) -> tuple[int, int]:
+    """Return how many bytes of each text come before what they have in common.
+
+    That is a blank which one side's tokenizer puts before a text, or the other's first token if nothing predicts it.
+    """
+    ways = [*((size, 0) for size in _lead(own, other)), *((0, size) for size in _lead(other, own))]
+    return max(ways, key=lambda way: _shared(own.content[way[0] :], other.content[way[1] :]))
+
+
+def _lead(text: _Text, other: _Text) -> list[int]:
+    before = other.before
+    leads = (b"", b" ", before, b" " + before, before.removeprefix(b" "))
+    return [len(lead) for lead in leads if text.content.startswith(lead)]
+
+
+def _common(one: bytes, two: bytes, cut: bool) -> tuple[int, int]:
+    """Return how many bytes two texts have in common at their beginning and, unless one is cut, at their end."""
     if one == two:
-        return len(one), 0 if own.cut or other.cut else len(one)
+        return len(one), 0 if cut else len(one)
     head = _shared(one, two)
-    tail = 0 if own.cut or other.cut else _shared(one[head:][::-1], two[head:][::-1])
-    return head, tail
+    return head, 0 if cut else _shared(one[head:][::-1], two[head:][::-1])
 
 
 def _shared(one: bytes, two: bytes) -> int:
@@ -129,6 +145,15 @@ def unpack_companion(companion: bytes) -> tuple[Encoded, IntArray, IntArray]:
     mask = np.frombuffer(companion, dtype=np.uint8, count=size, offset=4 + 4 * size).astype(bool)
     places = np.frombuffer(companion, dtype="<u4", offset=4 + 5 * size).astype(np.int64)
     return Encoded(ids, mask), places >> OFFSET_BITS, places & ((1 << OFFSET_BITS) - 1)
+
+
+def are_exchanged(student: Encoded, teacher: Encoded, bridge: Bridge) -> bool:
+    """Return whether two tokenizations of an example are the same tokens under other ids, with the same targets."""
+    return (
+        bridge.exchange is not None
+        and np.array_equal(bridge.exchange[student.input_ids], teacher.input_ids)
+        and np.array_equal(student.target_mask, teacher.target_mask)
+    )
 
 
 def shared_starts(example: Encoded) -> tuple[IntArray, IntArray]:

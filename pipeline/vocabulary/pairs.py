@@ -1,5 +1,6 @@
 """Records to examples in two vocabularies: a student's, and that of the teacher who labels them."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,11 +10,29 @@ from typing import Any, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.columns import RecordError, shape_record
 from logitcask.pipeline.text.examples import Encoder, Finished
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align, pack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
+
+
+def set_templates(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    template: Path | None,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Give a student the chat template in a file, if any, and both sides defaults of their templates' variables.
+
+    Raises LogitcaskError if the file cannot be used, or the teacher's template does not read a variable.
+    """
+    set_template(teacher, None, kwargs)
+    set_template(student, template, {})
+    with contextlib.suppress(LogitcaskError):  # its template need not read what the teacher's does
+        set_template(student, None, kwargs)
 
 
 class PairEncoder(Encoder):

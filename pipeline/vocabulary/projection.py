@@ -20,6 +20,7 @@ from logitcask.pipeline.vocabulary.covers import Border, Position
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone
 
 Float64 = NDArray[np.float64]
+COPIES = 6  # of a slice of logits, or of what becomes of it, in a CPU's memory at a time
 LEAST_ALONE = 1e-6  # by projection alone a token of the text may have none
 LEAST = 1e-45  # the mass of covers, at least: below it float32 has none
 

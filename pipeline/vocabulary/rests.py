@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.text.tokenizer import end_of_turn, fingerprint
 from logitcask.pipeline.vocabulary.bridge import NONE, Bridge, TokenBytes
-from logitcask.pipeline.vocabulary.token_bytes import token_bytes
+from logitcask.pipeline.vocabulary.token_bytes import BYTE_TOKEN, token_bytes
 
-VERSION = 1  # of the tables on disk
+VERSION = 2  # of the tables on disk
 ENCODED_AT_ONCE = 1 << 14
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -73,7 +73,7 @@ def first_tokens(texts: Sequence[bytes], tokenizer: PreTrainedTokenizerBase, kno
     Bytes that are no text, or that the tokenizer changes, give the longest token that they begin with.
     """
     unique = dict.fromkeys(texts, NONE)
-    ids = {text: index for index, text in reversed(list(enumerate(known))) if text}
+    ids = _by_text(tokenizer, known)
     longest = max(map(len, ids), default=0)
     sentinel = tokenizer.encode("\n", add_special_tokens=False)
     keeps = known[tokenizer.encode("a", add_special_tokens=False)[0]] == b"a"
@@ -91,6 +91,14 @@ def first_tokens(texts: Sequence[bytes], tokenizer: PreTrainedTokenizerBase, kno
                 cuts = (text[:size] for size in range(min(longest, len(text)), 0, -1))
                 unique[text] = next((ids[cut] for cut in cuts if cut in ids), NONE)
     return np.array([unique[text] for text in texts], dtype=np.int32)
+
+
+def _by_text(tokenizer: PreTrainedTokenizerBase, known: TokenBytes) -> dict[bytes, int]:
+    """Return the token of each text, the first one; SentencePiece's for a byte only if no other has that text."""
+    names = tokenizer.convert_ids_to_tokens(list(range(len(known))))
+    single = {index for index, name in enumerate(names) if name is not None and BYTE_TOKEN.fullmatch(name)}
+    in_order = sorted((text, index in single, index) for index, text in enumerate(known) if text)
+    return {text: index for text, _, index in reversed(in_order)}
 
 
 def _text(text: bytes) -> str:

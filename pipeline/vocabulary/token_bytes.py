@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.text.tokenizer import end_of_turn
 from logitcask.pipeline.vocabulary.bridge import TokenBytes
 
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -38,10 +39,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
     found: TokenBytes = [None] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
         if index in added:
-            found[index] = None if added[index].special else added[index].content.encode()
+            found[index] = None if added[index].special else _added(added[index].content, byte_level is None)
         else:
             found[index] = _ordinary(token, byte_level)
-    for index in tokenizer.all_special_ids:
+    for index in {*tokenizer.all_special_ids, end_of_turn(tokenizer)} - {None}:
         found[index] = None
     _require_kept(tokenizer, found, name)
     return found
@@ -56,6 +57,10 @@ def _types(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _types(item)
+
+
+def _added(text: str, marks: bool) -> bytes:
+    return (text.replace(MARK, " ") if marks else text).encode()
 
 
 def _ordinary(token: str, byte_level: dict[str, int] | None) -> bytes:

@@ -24,7 +24,7 @@ from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.models.losses import DIVERGENCES, LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.train.loss import make_loss_forward
-from logitcask.pipeline.train.sources.source import OnlineTeacher
+from logitcask.pipeline.train.sources.teacher import OnlineTeacher
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.student_step import HEAD, STUDENT, VOCAB, WIDTH, Way, labels, resident
 

@@ -31,7 +31,7 @@ from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
-from logitcask.pipeline.train.sources.source import OnlineTeacher
+from logitcask.pipeline.train.sources.teacher import OnlineTeacher
 from tests.benchmarks.study import second
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.students import CLIP, WARMUP, new_student, write_atomically

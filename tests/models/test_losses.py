@@ -25,6 +25,7 @@ from logitcask.pipeline.models.losses import (
     LossSettings,
     bucket_divergence,
     distillation_loss,
+    soft_loss,
     sparse_forward_kl,
 )
 from logitcask.pipeline.teachers.sparsify import _top, sparsify, uniform_draws
@@ -226,6 +227,19 @@ def test_bucket_is_finite_for_a_teacher_without_a_tail(divergence: str) -> None:
     labels = as_tensors(soft_labels(label(z, 2, 3), TEMPERATURES, 2.0, "bucket"))
     divergences = bucket_divergence(torch.randn(1, 20, dtype=torch.double).log_softmax(1), labels, divergence)
     assert torch.isfinite(divergences).all()
+
+
+@pytest.mark.parametrize("tail", ["bucket", "sampled", "renormalize"])
+def test_tokens_of_the_head_without_any_probability_add_nothing(tail: str) -> None:
+    """Labels in another vocabulary may have them: more tokens in the head than the projection reaches."""
+    z, log_q = np.full((1, 20), -np.inf), torch.randn(1, 20, dtype=torch.double).log_softmax(1)
+    z[0, :2] = 0.0
+    settings = LossSettings(0.0, 1.0, tail, "forward-kl")
+    few, many = (
+        soft_loss(log_q, as_tensors(soft_labels(label(z, head, 3), TEMPERATURES, 1.0, tail)), settings)
+        for head in (2, 6)
+    )
+    torch.testing.assert_close(many, few, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("t", TEMPERATURES)

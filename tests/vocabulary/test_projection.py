@@ -23,6 +23,7 @@ from logitcask.pipeline.vocabulary.covers import CoverFinder
 from logitcask.pipeline.vocabulary.projection import Projector, pieces
 from logitcask.pipeline.vocabulary.rests import make_bridge
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone, spread_counted
+from tests.vocabulary.test_rests import sentence_piece
 
 LETTERS = "ab c"
 END = "<end>"
@@ -146,14 +147,30 @@ def test_sums_to_one_and_telescopes_to_the_teachers_likelihood(case: tuple[list[
     np.testing.assert_allclose(np.exp(project(bridge, own, other, 3)), np.exp(log_q), atol=1e-6)
 
 
+@settings(deadline=None, max_examples=15)
+@given(cases(), st.booleans())
+@example(([" a"], ["a b", " ab"], "a  \u00e9\u00eab"), True)  # characters without a token of their own
+def test_a_student_with_sentence_piece_and_byte_fallback(case: tuple[list[str], list[str], str], swapped: bool) -> None:
+    ours, theirs, text = case
+    sides = tokenizer([*ours, "\u00c3\u00a9"]), sentence_piece(theirs, prefix=False)
+    teacher, student = sides[::-1] if swapped else sides
+    bridge = make_bridge(teacher, student, None)
+    own, other = encoded(student, text), encoded(teacher, text)
+    log_q = project(bridge, own, other, 100)
+    assert len(log_q) == len(own.input_ids) - 1
+    np.testing.assert_allclose(np.exp(log_q).sum(1), 1.0, atol=1e-5)
+    chain = log_q[np.arange(len(log_q)), own.input_ids[1:]].sum()
+    assert chain == pytest.approx(likelihood(other, len(bridge.teacher)), abs=1e-4)
+
+
 @settings(deadline=None, max_examples=25)
-@given(cases())
-@example(([" a", "  "], [], "  a"))  # a cover as long as the longest token
+@given(cases(), st.booleans())
+@example(([" a", "  "], [], "  a"), False)  # a cover as long as the longest token
 def test_a_student_of_characters_gets_the_teachers_distribution_of_bytes(
-    case: tuple[list[str], list[str], str],
+    case: tuple[list[str], list[str], str], in_pieces: bool
 ) -> None:
     ours, _, text = case
-    teacher, student = tokenizer(ours), tokenizer([])
+    teacher, student = tokenizer(ours), sentence_piece([], prefix=False) if in_pieces else tokenizer([])
     bridge = make_bridge(teacher, student, None)
     own, other = encoded(student, text), encoded(teacher, text)
     q = np.exp(project(bridge, own, other, 100))

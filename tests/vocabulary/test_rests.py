@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align
 from logitcask.pipeline.vocabulary.bridge import NONE
-from logitcask.pipeline.vocabulary.rests import make_bridge
+from logitcask.pipeline.vocabulary.rests import first_tokens, make_bridge
 from logitcask.pipeline.vocabulary.token_bytes import token_bytes
 from tests.support.tiny import make_tokenizer
 
@@ -62,6 +62,26 @@ def test_a_rest_is_cut_as_the_student_cuts_a_text_that_goes_on() -> None:
     assert bridge.whole[teacher.eos_token_id] == student.eos_token_id
     rests = [first for text, first in zip(bridge.teacher, bridge.whole, strict=True) if text]
     assert min(rests) > NONE
+
+
+def test_runs_of_marks_and_the_end_of_a_turn_are_known_as_gemmas_files_have_them() -> None:
+    gemma, teacher = sentence_piece(["the", " the", "  "], prefix=False), make_tokenizer(chat=True)
+    gemma.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("\u2581\u2581", "<end>")])
+    gemma.chat_template = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}<end>\n{% endfor %}"
+    run, end = gemma.convert_tokens_to_ids(["\u2581\u2581", "<end>"])
+    assert run in ids_of(gemma, "the  the")
+    texts = token_bytes(gemma)
+    assert (texts[run], texts[end]) == (b"  ", None)
+    bridge = make_bridge(teacher, gemma, None)
+    assert bridge.whole[teacher.eos_token_id] == end
+    assert bridge.ends[1] == {end, gemma.eos_token_id}
+
+
+def test_bytes_that_are_no_text_begin_with_the_token_that_is_written_not_with_its_byte() -> None:
+    student = sentence_piece(["the"], prefix=False)
+    texts = [b" \xe2\x80", b"the\xf0", b"\xe2\x80", b" "]
+    firsts = first_tokens(texts, student, token_bytes(student))
+    assert student.convert_ids_to_tokens(firsts.tolist()) == ["\u2581", "the", "<0xE2>", "\u2581"]
 
 
 def test_a_tokenizer_that_changes_texts_is_refused() -> None:
@@ -124,6 +144,31 @@ def test_answers_are_aligned_whatever_stands_before_them() -> None:
         *[(letter.encode(), b" more", 1 + at) for at, letter in enumerate("more")],
         (None, None, 0),
     ]
+
+
+@pytest.mark.parametrize("marks", ["normalizer", "pre-tokenizer", ""])
+@pytest.mark.parametrize("begins", [(True, True), (True, False), (False, True)])
+def test_raw_text_is_aligned_though_it_is_cut_whatever_stands_before_it(marks: str, begins: tuple[bool, bool]) -> None:
+    """One side's tokenizer may put a blank there, and the first token is predicted only after a begin token."""
+    teacher, student = make_tokenizer(), sentence_piece(["the", " the", " cat"], prefix=marks == "normalizer")
+    if marks == "pre-tokenizer":
+        student.backend_tokenizer.normalizer = None
+        student.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    for sides in ((student, teacher), (teacher, student)):
+        for texts in (("the cat and the", "the cat and"), ("the cat and", "the cat and the"), (" the cat", " the ca")):
+            ours, theirs = (
+                Encoded(
+                    np.array(ids := [side.eos_token_id] * begin + ids_of(side, text)),
+                    np.arange(1, 1 + len(ids)) < len(ids),
+                )
+                for side, text, begin in zip(sides, texts, begins, strict=True)
+            )
+            found = places(ours, theirs, (sides[1], sides[0]))
+            least = len(min(texts, key=len)) - len("the ")
+            assert sum(len(own or b"") for own, _, _ in found) >= least
+            assert all(
+                own and other and (other[at:].startswith(own) or own.startswith(other[at:])) for own, other, at in found
+            )
 
 
 def test_where_texts_differ_nothing_is_labelled() -> None:

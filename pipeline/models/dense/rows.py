@@ -41,6 +41,23 @@ class TeacherRows:
 
 
 @dataclass(frozen=True)
+class TranslatedRows:
+    """A teacher in memory with another vocabulary: what its distributions become in the student's."""
+
+    translate: Callable[[slice], Tensor]  # log-probabilities (n, V) at T=1 of some positions; tokens may have none
+    vocab_size: int
+
+    def logits(self, rows: slice) -> Tensor:
+        """Return log-probabilities (n, V) of some rows."""
+        return self.translate(rows)
+
+    def log_probs_(self, z_nV: Tensor, rows: slice, t: float, scratch_nV: Tensor) -> Tensor:
+        """Overwrite what ``logits`` gives for some rows with log p_T; next to no probability stands for none."""
+        z_nV.mul_(1.0 / t)
+        return z_nV.sub_(log_sum_exp(z_nV, scratch_nV)).clamp_min_(MASS_FLOOR)
+
+
+@dataclass(frozen=True)
 class ExactLabels(Generic[A]):
     """Exact labels of N positions in a batch, for any temperature T, as ``SoftLabels`` are sparse ones.
 
@@ -151,7 +168,7 @@ class ExactRows:
         return z_nV.scatter_(1, labels.ids, log_head - log_z)
 
 
-DenseRows = TeacherRows | ExactRows
+DenseRows = TeacherRows | TranslatedRows | ExactRows
 
 
 def log_probs(target: DenseRows, rows: slice, t: float) -> Tensor:

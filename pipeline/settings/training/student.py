@@ -24,7 +24,8 @@ class StudentSettings(Settings):
     )
     teacher_model: Place | None = Field(
         None,
-        description="source of layers; without a cache, also of the tokenizer and of exact soft labels made online",
+        description="source of layers; without a cache, also of exact soft labels made online, and of the tokenizer "
+        "unless the student has one",
     )
     student_revision: str | None = Field(None, description="branch, tag or commit of the --student-model on the hub")
     trust_remote_code: bool = Field(False, description="run the code that a --student-model brings")

@@ -20,13 +20,11 @@ from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import batch_draws, label_rows, slice_rows, split_rows
 from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, padded
 from logitcask.pipeline.text.tokens.encoded import Encoded
-from logitcask.pipeline.vocabulary.alignment import unpack_companion
+from logitcask.pipeline.vocabulary.alignment import are_exchanged, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
-from logitcask.pipeline.vocabulary.projection import Projector, pieces
+from logitcask.pipeline.vocabulary.projection import COPIES, Projector, pieces
 from logitcask.pipeline.vocabulary.spread import Spread
-
-COPIES = 6  # of a slice of logits, or of what becomes of it, in a CPU's memory at a time
 
 
 class Reader(Protocol):
@@ -72,29 +70,20 @@ class TranslatedTeacher:
         counts = [int(example.target_mask.sum()) for example in batch]
         with torch.inference_mode():
             hidden_RH = self._teacher.target_states(ids_BL, mask_BL)
-            if self._is_plain(batch, texts):
+            own = [Encoded(example.input_ids, example.target_mask) for example in batch]
+            if all(are_exchanged(*sides, self._bridge) for sides in zip(own, texts, strict=True)):
                 targets, fidelity = self._exchanged(hidden_RH, batch, counts, label)
                 nats = -float(targets.gold_logprobs.sum(dtype=np.float64))
                 size = sum(len(self._bridge.student[token] or b"") for token in _golds(batch).tolist())
                 projection = np.array([size, nats, nats])
             else:
                 positions, first_row = list[Position](), 0
-                for example, (teacher, tokens, offsets) in zip(batch, read, strict=True):
-                    own = Encoded(example.input_ids, example.target_mask)
-                    positions += self._finder.positions(own, teacher, tokens, offsets, first_row)
+                for student, (teacher, tokens, offsets) in zip(own, read, strict=True):
+                    positions += self._finder.positions(student, teacher, tokens, offsets, first_row)
                     first_row += int(teacher.target_mask.sum())
                 own_R = np.roll(ids_BL, -1, axis=1)[mask_BL]
                 targets, fidelity, projection = self._projected(hidden_RH, own_R, positions, batch, counts, label)
         return Labelled(split_rows(targets, counts), fidelity, projection)
-
-    def _is_plain(self, batch: Sequence[TokenizedExample], texts: Sequence[Encoded]) -> bool:
-        """Return whether every token of the student is one of the teacher: the labels are then those of the teacher."""
-        exchange = self._bridge.exchange
-        return exchange is not None and all(
-            np.array_equal(exchange[own.input_ids], other.input_ids)
-            and np.array_equal(own.target_mask, other.target_mask)
-            for own, other in zip(batch, texts, strict=True)
-        )
 
     def _exchanged(
         self, hidden_NH: Tensor, batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings

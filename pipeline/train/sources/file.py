@@ -6,30 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.examples import FileExamples
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device
-from logitcask.pipeline.models.head import keeps_apart, read_head
-from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.bad_records import BadRecords
 from logitcask.pipeline.text.chats.template import set_template
 from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.reading import Reading
+from logitcask.pipeline.text.token_table import TokenTable
 from logitcask.pipeline.text.tokenizer import (
     fingerprint,
     has_tokenizer,
     load_tokenizer,
-    require_tokenizer,
     tokenizer_size,
 )
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes, usual_workers
-from logitcask.pipeline.train.sources.source import OnlineTeacher, Source
+from logitcask.pipeline.train.sources.source import Source
+from logitcask.pipeline.train.sources.teacher import OnlineTeacher, TranslatedTeacher, load_online_teacher
+from logitcask.pipeline.vocabulary.alignment import shared_starts
+from logitcask.pipeline.vocabulary.pairs import PairEncoder, set_templates
+from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
+from logitcask.pipeline.vocabulary.spread import spread_counted
 
 
 def file_source(
@@ -50,30 +52,38 @@ def file_source(
 ) -> Source:
     """Tokenize data files as the source of a run: for output distillation or, if ``online``, with a teacher in memory.
 
-    The tokenizer is the student's if the student is a model, loaded as ``loading`` says, else the teacher's; online
-    the two must be equal. Tokens are staged in ``folder``. Raises LogitcaskError if a model or the data cannot be used.
+    The tokenizer is the student's if the student is a model, loaded as ``loading`` says, else the teacher's. If they
+    differ online, the teacher's distributions are brought to the student's vocabulary. Tokens are staged in ``folder``.
+    Raises LogitcaskError if a model or the data cannot be used.
     """
     owner = next((model for model in (student_model, teacher_model) if model and has_tokenizer(model)), None)
     if owner is None:
         raise LogitcaskError("--train-data needs a tokenizer: give --teacher-model (only its tokenizer is loaded)")
     tokenizer = load_tokenizer(owner, **((loading or {}) if owner == student_model else {}))
-    set_template(tokenizer, chat_template, chat_template_kwargs or {})
+    other = load_tokenizer(teacher_model) if online and teacher_model not in (None, owner) else tokenizer
+    options: dict[str, Any] = {"prompt_loss": False, "turns": chat_turns, "columns": columns}
+    if fingerprint(other) == fingerprint(tokenizer):
+        set_template(tokenizer, chat_template, chat_template_kwargs or {})
+        bridge, encoder = None, Encoder(tokenizer, **options)
+    else:
+        set_templates(tokenizer, other, chat_template, chat_template_kwargs or {})
+        bridge = make_bridge(other, tokenizer, table_folder())
+        encoder = PairEncoder(tokenizer, other, bridge, **options)
     teacher = None
     if online:
         assert teacher_model is not None
-        require_tokenizer(teacher_model, fingerprint(tokenizer), f"--student-model {owner}")
         say(f"teacher {teacher_model} in memory: exact soft labels, recomputed at every step")
-        teacher = load_online_teacher(teacher_model, tokenizer_size(tokenizer), choose_device(device))
-    return text_source(
-        reading,
-        folder,
-        tokenizer,
-        max_seq_length=max_seq_length,
-        chat_turns=chat_turns,
-        columns=columns,
-        bad=bad,
-        teacher=teacher,
+        teacher = load_online_teacher(teacher_model, tokenizer_size(other), choose_device(device))
+    table = _staged(reading, folder, encoder, max_seq_length, bad)
+    if teacher is None or bridge is None:
+        return _source(reading, table, tokenizer, teacher)
+    aligned, straddling, unlabelled = (f"{kind / max(1, sum(table.kinds)):.1%}" for kind in table.kinds)
+    say(
+        f"labels in the vocabulary of {owner}, another than the teacher's: positions {aligned} aligned, "
+        f"{straddling} straddling, {unlabelled} unlabelled"
     )
+    spread = spread_counted(bridge, map(shared_starts, map(table.example, range(len(table)))))
+    return _source(reading, table, tokenizer, TranslatedTeacher(teacher, bridge, spread))
 
 
 def text_source(
@@ -85,14 +95,17 @@ def text_source(
     chat_turns: str,
     columns: Mapping[str, str],
     bad: BadRecords,
-    teacher: OnlineTeacher | None = None,
 ) -> Source:
-    """Tokenize data files into ``folder`` as a source without stored labels; what a killed run did there is taken.
+    """Tokenize data files into ``folder`` as a source without labels; what a killed run did there is taken.
 
     Raises LogitcaskError if a file is bad.
     """
     encoder = Encoder(tokenizer, prompt_loss=False, turns=chat_turns, columns=columns)
-    table = stage_tokens(
+    return _source(reading, _staged(reading, folder, encoder, max_seq_length, bad), tokenizer, None)
+
+
+def _staged(reading: Reading, folder: Path, encoder: Encoder, max_seq_length: int, bad: BadRecords) -> TokenTable:
+    return stage_tokens(
         encoder,
         reading.sources,
         folder,
@@ -102,6 +115,14 @@ def text_source(
         workers=processes(max(1, usual_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))),
         resumable=True,
     )
+
+
+def _source(
+    reading: Reading,
+    table: TokenTable,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: OnlineTeacher | TranslatedTeacher | None,
+) -> Source:
     return Source(
         name=", ".join(reading.sources),
         examples=FileExamples(table),
@@ -119,9 +140,3 @@ def text_source(
         positions=lambda: table.positions.astype(np.int64),
         teacher=teacher,
     )
-
-
-def load_online_teacher(source: str, vocab_size: int, device: torch.device) -> OnlineTeacher:
-    """Load a teacher onto a device. Raises LogitcaskError if it cannot be loaded or its head cannot be separated."""
-    model = load_causal_lm(source, dtype=torch.float32).eval().requires_grad_(False).to(device)
-    return OnlineTeacher(model, read_head(model), vocab_size, keeps_apart(model), weights_fingerprint(model))

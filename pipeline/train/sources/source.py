@@ -4,38 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.batches.collate import Batch, Collator, Examples, MixedCollator, TeacherHead
+from logitcask.pipeline.batches.collate import Collator, Examples, MixedCollator, TeacherHead
 from logitcask.pipeline.batches.mixture import MixedSampler, Mixture
 from logitcask.pipeline.batches.order import BatchSampler, held_out
-from logitcask.pipeline.models.dense.rows import TeacherRows
-from logitcask.pipeline.models.head import LMHead, last_hidden_states
 from logitcask.pipeline.models.shapes import Amount
-
-
-@dataclass(frozen=True)
-class OnlineTeacher:
-    """A float32 teacher in memory beside the student; the target is its full distribution.
-
-    Meant for small teachers, and as the reference against which a cache is measured.
-    """
-
-    model: PreTrainedModel
-    head: LMHead
-    vocab_size: int  # larger ids are padding of the embedding, not tokens
-    packs: bool  # whether examples may share a row
-    fingerprint: str  # of its weights
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> TeacherRows:
-        """Return the teacher's last hidden states at the batch's N target positions, with its head."""
-        ids = batch["input_ids"]
-        with torch.autocast(ids.device.type, enabled=False):
-            hidden = last_hidden_states(self.model, ids, batch.get("position_ids"))
-        return TeacherRows(hidden.flatten(0, 1)[batch["target_index"]], self.head, self.vocab_size)
+from logitcask.pipeline.train.sources.teacher import OnlineTeacher, TranslatedTeacher
 
 
 @dataclass(frozen=True)
@@ -60,7 +36,7 @@ class Source:
     amount: Amount
     lengths: Callable[[], IntArray]  # tokens per example; of a cache it reads one object per shard
     positions: Callable[[], IntArray]  # target positions per example, likewise
-    teacher: OnlineTeacher | None = None
+    teacher: OnlineTeacher | TranslatedTeacher | None = None
     teacher_head: TeacherHead | None = None  # which reads exact labels, if examples have those
     teacher_bytes: int = 0  # that it takes in memory
     parts: tuple["Source", ...] = ()
