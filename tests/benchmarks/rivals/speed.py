@@ -1,0 +1,87 @@
+"""Capture and reading: processor time of the ways, which take turns."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from logitcask.pipeline.teachers.teacher import TokenizedExample
+from logitcask.pipeline.teachers.transformers import load_teacher
+from tests.benchmarks.rivals import ours
+from tests.benchmarks.rivals.stock import BLOCK, Sizes, Stock, the_teacher
+from tests.benchmarks.rivals.systems import System
+
+BARE = "bare forward pass, full logits"
+
+
+def turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return processor seconds of each way by round, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.process_time()
+            way()
+            if number:
+                times[name].append(time.process_time() - began)
+    return times
+
+
+def per_second(count: int, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return how many each way did per second, by its median, and the seconds."""
+    return {name: {"per_second": count / median(found), "seconds": list(found)} for name, found in times.items()}
+
+
+def read(folder: Path, systems: Iterable[System], sizes: Sizes) -> dict[str, Any]:
+    """Return target positions per second that each system brings from its files to the tensors of its loss.
+
+    Windows in a random order, as many per batch as a step of training takes; the files are opened before.
+    """
+    order = np.random.default_rng(0).permutation(sizes.windows)[: sizes.windows // sizes.per_step * sizes.per_step]
+    batches = np.sort(order.reshape(-1, sizes.per_step))
+    readers = {system.name: system.read(folder / system.name) for system in systems if system.read}
+
+    def way(name: str) -> Callable[[], object]:
+        return lambda: [readers[name](numbers) for numbers in batches]
+
+    return per_second(order.size * (sizes.length - 1), turns({name: way(name) for name in readers}, sizes.rounds))
+
+
+def capture(stock: Stock, systems: Iterable[System], sizes: Sizes) -> dict[str, Any]:
+    """Return tokens per second from text to files: the same forward pass, then each system's own code.
+
+    Ours is stage 1's engine and its writer. axolotl has no capture; what writes its rows here is not its code.
+    """
+    ids = stock.ids[:BLOCK]
+    model = the_teacher(stock.text.source)
+    engine = load_teacher(stock.text.source, revision=None, dtype="float32", device="cpu", trust_remote_code=False)
+    mask = np.arange(ids.shape[1]) < ids.shape[1] - 1
+    batch = [TokenizedExample(row, ids[row], mask, np.zeros(len(mask) - 1, dtype=bool)) for row in range(len(ids))]
+
+    def bare() -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = model(torch.from_numpy(ids), use_cache=False).logits
+        return found
+
+    def theirs(system: System) -> Callable[[], object]:
+        def way() -> None:
+            assert system.write is not None
+            with tempfile.TemporaryDirectory() as place, system.write(Path(place)) as add:
+                for window, logits in zip(ids, bare(), strict=True):
+                    add(window, logits[:-1, : stock.text.vocabulary])
+
+        return way
+
+    def stage_1() -> None:
+        with tempfile.TemporaryDirectory() as place, ours.writer(Path(place), stock.text) as writer:
+            for window, targets in zip(ids, engine.label(batch, ours.label_of(stock.text)).targets, strict=True):
+                writer.add(window, mask, targets)
+
+    ways: dict[str, Callable[[], object]] = {BARE: bare, ours.NAME: stage_1}
+    captures = [system for system in systems if system.write and system.name.startswith("DistillKit")]
+    ways |= {system.name: theirs(system) for system in captures}
+    return per_second(ids.size, turns(ways, min(sizes.rounds, 3)))

@@ -1,0 +1,118 @@
+"""A step of each system: processor seconds and peak memory, each system in a process of its own.
+
+The same student, text and shape of labels, whose values change no cost; float32, AdamW, one thread. Every process gets
+huge pages, which ``logitcask train`` turns on and the others do not. Run by ``__main__``; alone it is what it starts.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.benchmarks.rivals.stock import Sizes, the_teacher
+from tests.benchmarks.rivals.systems import System, Text, plain, windows_of
+from tests.benchmarks.student_step import HUGE_PAGES, STUDENT, resident
+
+RANDOM = 4.0  # spread of the logits whose labels are timed
+
+
+def store(folder: Path, systems: list[System], text: Text, sizes: Sizes) -> None:
+    """Write a batch of each kind of student for each system, as its own code reads it from its own files."""
+    random = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    count = max((size for _, _, size in sizes.students), default=1)
+    ids = random.integers(0, text.vocabulary, (count, sizes.step_length))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    torch.save(torch.from_numpy(ids), folder / "ids.pt")
+    for system in systems:
+        if system.write is None or system.read is None:
+            continue
+        place = folder / system.name
+        place.mkdir(parents=True)
+        with system.write(place) as add:
+            for window in ids:
+                shape = (sizes.step_length - 1, text.vocabulary)
+                add(window, RANDOM * torch.randn(shape, generator=generator))
+        read = system.read(place)
+        for name, _, size in sizes.students:
+            torch.save(read(np.arange(size)), folder / f"{system.name}, {name}.pt")
+
+
+def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Text, sizes: Sizes) -> dict[str, Any]:
+    """Return, by kind of student and system, processor seconds of steps and the peak of memory in MB."""
+    found: dict[str, Any] = {}
+    for kind, layers, size in sizes.students:
+        found[kind] = {"positions": size * (sizes.step_length - 1)}
+        for system in systems:
+            asked = {
+                "folder": str(folder),
+                "system": system.name,
+                "paths": paths,
+                "teacher": text.source,
+                "vocabulary": text.vocabulary,
+                "kind": kind,
+                "layers": layers,
+                "windows": size,
+                "repeats": sizes.step_repeats,
+            }
+            command = [sys.executable, "-m", "tests.benchmarks.rivals.steps", json.dumps(asked)]
+            done = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {HUGE_PAGES: "1"}
+            )
+            found[kind][system.name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{kind}, {system.name}: {done.stdout.splitlines()[-1]}", flush=True)
+    return found
+
+
+def student_of(layers: int, vocabulary: int) -> PreTrainedModel:
+    """Return the 100m student with so many of its layers: none leaves loss and head, with the embeddings they share."""
+    values = json.loads(STUDENT.read_text()) | {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    torch.manual_seed(0)
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(values.pop("model_type"), **values), dtype=torch.float32
+    )
+    return student.train()
+
+
+def main() -> None:
+    """Measure one system in this process and print it."""
+    from tests.benchmarks.rivals.__main__ import stores
+    from tests.benchmarks.rivals.trl import Running, load
+
+    asked = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    folder, name, text = Path(asked["folder"]), asked["system"], Text(asked["teacher"], asked["vocabulary"])
+    systems = [plain(), *stores(asked["paths"], text)]
+    stored, ids = folder / f"{name}, {asked['kind']}.pt", torch.load(folder / "ids.pt")[: asked["windows"]]
+    batch = torch.load(stored, weights_only=False) if stored.exists() else windows_of(ids.numpy())(np.arange(len(ids)))
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    if name.startswith("TRL"):
+        systems += load(Running(the_teacher(text.source)))
+    system = next(each for each in systems if each.name == name)
+    student = student_of(asked["layers"], text.vocabulary)
+    system.prepare(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+    seconds = []
+    for _ in range(asked["repeats"] + 1):
+        began = time.process_time()
+        torch.autograd.backward(system.timed.mean(student, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - began)
+    print(json.dumps({"cpu_seconds": [round(s, 3) for s in seconds[1:]], "peak_mb": round(resident("VmHWM") - before)}))
+
+
+if __name__ == "__main__":
+    main()
