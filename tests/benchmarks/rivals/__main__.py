@@ -22,7 +22,6 @@ DistillKit's zero 0.05 worse, symmetric_uniform within 0.03; axolotl's, renormal
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,29 +30,16 @@ import torch
 
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
-from tests.benchmarks.rivals import axolotl, distillkit, ours, speed, steps, table, trl
+from tests.benchmarks.rivals import speed, steps, table, trl
 from tests.benchmarks.rivals.learning import train_all
 from tests.benchmarks.rivals.stock import Sizes, label, part, prepare
-from tests.benchmarks.rivals.systems import System, Text, plain
+from tests.benchmarks.rivals.stores import GIVEN, stores
+from tests.benchmarks.rivals.systems import Text, plain
 from tests.benchmarks.study import second
 from tests.benchmarks.study.report import RESULTS, machine
 from tests.benchmarks.study.students import write_atomically
 
 SEEDS = {"SmolLM2-135M": 1, "second": 3}  # students per objective
-GIVEN = {"DistillKit": "distillkit", "axolotl": "axolotl"}  # rivals and their options
-
-
-def stores(paths: Mapping[str, str], text: Text) -> list[System]:
-    """Return ours and those rivals that store labels and whose checkouts are given."""
-    found = [ours.load(text)]
-    if "distillkit" in paths:
-        checkout = Path(paths["distillkit"])
-        small = distillkit.load(checkout, text, "DistillKit, k=50", distillkit.BUDGET)
-        alone = tuple(loss._replace(timed=False) for loss in small.losses if loss.name == "KL alone")
-        found += [distillkit.load(checkout, text), replace(small, losses=alone)]
-    if "axolotl" in paths:
-        found.append(axolotl.load(Path(paths["axolotl"]), text))
-    return found
 
 
 def compare(
@@ -97,7 +83,7 @@ def measure(folder: Path, paths: dict[str, str], source: str, sizes: Sizes) -> d
         "labels": measured("labels", measure=lambda: label(folder, stock, storing)),
         "read": measured("read", measure=lambda: speed.read(folder, storing, sizes)),
         "capture": measured("capture", measure=lambda: speed.capture(stock, storing, sizes)),
-        "steps": measured("steps", measure=timed_steps),
+        "steps": timed_steps(),
     }
 
 

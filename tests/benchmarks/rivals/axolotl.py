@@ -4,9 +4,11 @@ It captures no labels: the data set brings them. Here that is Parquet with the c
 renormalised as the loss wants it, in types half as wide as Python's. The loss compiles itself, which a CPU does, too.
 """
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,7 @@ PACKAGES = ("axolotl", "axolotl.integrations", "axolotl.integrations.kd", "axolo
 
 def load(checkout: Path, text: Text) -> System:
     """Return axolotl as it is in a checkout. Exits if liger-kernel cannot be imported."""
-    spec = importlib.util.find_spec("liger_kernel")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("axolotl: needs liger-kernel: pip install --no-deps --target FOLDER, PYTHONPATH=FOLDER")
-    liger = Path(spec.submodule_search_locations[0])
-    without_init("liger_kernel", liger)  # its __init__ wants Triton, its chunked losses do not
-    without_init("liger_kernel.chunked_loss", liger / "chunked_loss")
-    for name in PACKAGES:
-        without_init(name, checkout / "src" / Path(*name.split(".")))
+    make_importable(checkout)
     top = min(TOP, text.vocabulary)
 
     @contextmanager
@@ -61,14 +56,27 @@ def load(checkout: Path, text: Text) -> System:
         datasets.disable_progress_bars()
         stored, own = str(place / "labels.parquet"), str(place.parent / f"{place.name} as datasets has it")
         rows = datasets.Dataset.from_parquet(stored, cache_dir=own)
-        tokenizer = text.tokenizer()
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer = copy.deepcopy(text.tokenizer())
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)  # wanted, never used here
         collate = import_module("axolotl.integrations.kd.collator").DataCollatorForKD(tokenizer)
         return lambda numbers: dict(collate([rows[int(number)] for number in numbers]))
 
     version = (checkout / "VERSION").read_text().strip()
     losses = (_loss("0.1 cross-entropy + 0.9 KL", 0.1, timed=True), _loss("KL alone", 0.0))
     return System("axolotl", version, commit_of(checkout), losses, write, read)
+
+
+@cache
+def make_importable(checkout: Path) -> None:
+    """Make the modules that are needed of axolotl and liger-kernel importable, without what they do not need."""
+    spec = importlib.util.find_spec("liger_kernel")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("axolotl: needs liger-kernel: pip install --no-deps --target FOLDER, PYTHONPATH=FOLDER")
+    liger = Path(spec.submodule_search_locations[0])
+    without_init("liger_kernel", liger)  # its __init__ wants Triton, its chunked losses do not
+    without_init("liger_kernel.chunked_loss", liger / "chunked_loss")
+    for name in PACKAGES:
+        without_init(name, checkout / "src" / Path(*name.split(".")))
 
 
 def save(rows: list[dict[str, Any]], file: Path) -> None:
@@ -98,13 +106,10 @@ def _loss(name: str, hard: float, *, timed: bool = False) -> Loss:
 
     def mean(student: PreTrainedModel, batch: Batch) -> Tensor:
         ids, labels = batch["input_ids"], batch["labels"]
-        outputs = student(
-            input_ids=ids, attention_mask=batch["attention_mask"], output_hidden_states=True, logits_to_keep=1
-        )
-        head = student.get_output_embeddings().weight
+        hidden = student.base_model(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state
         total: Tensor = loss(
-            head,
-            outputs.hidden_states[-1].to(head.dtype),
+            student.get_output_embeddings().weight,
+            hidden,
             batch["target_token_ids"],
             batch["target_logprobs"],
             batch["target_mask"],

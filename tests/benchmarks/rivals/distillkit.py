@@ -36,7 +36,8 @@ BUDGET = RECOMMENDED | {"k": 50, "exact_k": 1, "polynomial_terms": [0, 1, "sqrt"
 
 def load(checkout: Path, text: Text, name: str = "DistillKit", settings: dict[str, Any] | None = None) -> System:
     """Return DistillKit from a checkout, its compressor configured as recommended unless ``settings`` are given."""
-    sys.path.insert(0, str(checkout))
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
     compression = import_module("distillkit.compression")
     chosen = dict(settings or RECOMMENDED)
     chosen["k"] = min(chosen["k"], text.vocabulary)

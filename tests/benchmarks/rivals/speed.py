@@ -14,7 +14,7 @@ from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 from tests.benchmarks.rivals import ours
 from tests.benchmarks.rivals.stock import BLOCK, Sizes, Stock, the_teacher
-from tests.benchmarks.rivals.systems import System
+from tests.benchmarks.rivals.systems import Read, System
 
 BARE = "bare forward pass, full logits"
 
@@ -39,16 +39,22 @@ def per_second(count: int, times: Mapping[str, Sequence[float]]) -> dict[str, An
 def read(folder: Path, systems: Iterable[System], sizes: Sizes) -> dict[str, Any]:
     """Return target positions per second that each system brings from its files to the tensors of its loss.
 
-    Windows in a random order, as many per batch as a step of training takes; the files are opened before.
+    Every round opens the files and reads all windows once, in a random order, as many per batch as a step takes. What
+    ``datasets`` makes of Parquet files when it sees them first, before the rounds, is not counted.
     """
     order = np.random.default_rng(0).permutation(sizes.windows)[: sizes.windows // sizes.per_step * sizes.per_step]
     batches = np.sort(order.reshape(-1, sizes.per_step))
-    readers = {system.name: system.read(folder / system.name) for system in systems if system.read}
 
-    def way(name: str) -> Callable[[], object]:
-        return lambda: [readers[name](numbers) for numbers in batches]
+    def way(name: str, open_files: Callable[[Path], Read]) -> Callable[[], object]:
+        def once() -> None:
+            read = open_files(folder / name)
+            for numbers in batches:
+                read(numbers)
 
-    return per_second(order.size * (sizes.length - 1), turns({name: way(name) for name in readers}, sizes.rounds))
+        return once
+
+    ways = {system.name: way(system.name, system.read) for system in systems if system.read}
+    return per_second(order.size * (sizes.length - 1), turns(ways, sizes.rounds))
 
 
 def capture(stock: Stock, systems: Iterable[System], sizes: Sizes) -> dict[str, Any]:

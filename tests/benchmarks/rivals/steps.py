@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.benchmarks.rivals.stock import Sizes, the_teacher
+from tests.benchmarks.rivals.stock import Sizes, part, the_teacher
+from tests.benchmarks.rivals.stores import stores
 from tests.benchmarks.rivals.systems import System, Text, plain, windows_of
 from tests.benchmarks.student_step import HUGE_PAGES, STUDENT, resident
 
@@ -31,14 +33,15 @@ def store(folder: Path, systems: list[System], text: Text, sizes: Sizes) -> None
     generator = torch.Generator().manual_seed(0)
     count = max((size for _, _, size in sizes.students), default=1)
     ids = random.integers(0, text.vocabulary, (count, sizes.step_length))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.save(torch.from_numpy(ids), folder / "ids.pt")
     for system in systems:
-        if system.write is None or system.read is None:
+        last = folder / f"{system.name}, {sizes.students[-1][0]}.pt" if sizes.students else folder
+        if system.write is None or system.read is None or last.exists():
             continue
         place = folder / system.name
-        place.mkdir(parents=True)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
         with system.write(place) as add:
             for window in ids:
                 shape = (sizes.step_length - 1, text.vocabulary)
@@ -50,13 +53,13 @@ def store(folder: Path, systems: list[System], text: Text, sizes: Sizes) -> None
 
 def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Text, sizes: Sizes) -> dict[str, Any]:
     """Return, by kind of student and system, processor seconds of steps and the peak of memory in MB."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind, layers, size in sizes.students:
-        found[kind] = {"positions": size * (sizes.step_length - 1)}
-        for system in systems:
+        results[kind] = {"positions": size * (sizes.step_length - 1)}
+        for name in [system.name for system in systems]:
             asked = {
                 "folder": str(folder),
-                "system": system.name,
+                "system": name,
                 "paths": paths,
                 "teacher": text.source,
                 "vocabulary": text.vocabulary,
@@ -65,13 +68,17 @@ def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Te
                 "windows": size,
                 "repeats": sizes.step_repeats,
             }
-            command = [sys.executable, "-m", "tests.benchmarks.rivals.steps", json.dumps(asked)]
-            done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {HUGE_PAGES: "1"}
-            )
-            found[kind][system.name] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{kind}, {system.name}: {done.stdout.splitlines()[-1]}", flush=True)
-    return found
+            results[kind][name] = part(folder, f"{kind}, {name}", [name], partial(apart, asked))
+    return results
+
+
+def apart(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``main`` prints in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.rivals.steps", json.dumps(asked)]
+    system = os.environ | {HUGE_PAGES: "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=system)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def student_of(layers: int, vocabulary: int) -> PreTrainedModel:
@@ -86,20 +93,19 @@ def student_of(layers: int, vocabulary: int) -> PreTrainedModel:
 
 def main() -> None:
     """Measure one system in this process and print it."""
-    from tests.benchmarks.rivals.__main__ import stores
-    from tests.benchmarks.rivals.trl import Running, load
-
     asked = json.loads(sys.argv[1])
+    if asked["system"].startswith("TRL"):  # before the memory is read
+        from tests.benchmarks.rivals import trl
     torch.set_num_threads(1)
     folder, name, text = Path(asked["folder"]), asked["system"], Text(asked["teacher"], asked["vocabulary"])
-    systems = [plain(), *stores(asked["paths"], text)]
+    systems = [plain(), *stores(asked["paths"], text)]  # whose code is loaded
     stored, ids = folder / f"{name}, {asked['kind']}.pt", torch.load(folder / "ids.pt")[: asked["windows"]]
     batch = torch.load(stored, weights_only=False) if stored.exists() else windows_of(ids.numpy())(np.arange(len(ids)))
     gc.collect()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     if name.startswith("TRL"):
-        systems += load(Running(the_teacher(text.source)))
+        systems += trl.load(trl.Running(the_teacher(text.source)))
     system = next(each for each in systems if each.name == name)
     student = student_of(asked["layers"], text.vocabulary)
     system.prepare(student)

@@ -29,7 +29,7 @@ class Sizes:
     """How much is measured; the defaults are for SmolLM2."""
 
     length: int = 128  # L
-    windows: int = 300  # of training
+    windows: int = 200  # of training
     held_out: int = 16
     per_step: int = 2
     steps: int = 300
