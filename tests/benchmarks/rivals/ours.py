@@ -40,6 +40,7 @@ def load(text: Text) -> System:
         write=write,
         read=read,
         prepare=prepare,
+        once=lambda place: sum(lc.open(place / "cache").info().bytes_beside.values()),  # the tokenizer
     )
 
 

@@ -113,7 +113,10 @@ def states(model: PreTrainedModel, ids: IntArray) -> NDArray[np.float32]:
 
 
 def label(folder: Path, stock: Stock, systems: Sequence[System]) -> dict[str, Any]:
-    """Let the systems without labels of these windows store them; return the bytes and positions of each."""
+    """Let the systems without labels of these windows store them; return bytes and positions of each.
+
+    ``once`` are the bytes that a larger store would not have more of.
+    """
     writing = [system for system in systems if system.write and not done(folder, system).exists()]
     with contextlib.ExitStack() as stack:
         adds = []
@@ -130,11 +133,11 @@ def label(folder: Path, stock: Stock, systems: Sequence[System]) -> dict[str, An
     for system in writing:
         done(folder, system).touch()
     positions = stock.ids.shape[0] * (stock.ids.shape[1] - 1)
-    return {
-        system.name: {"bytes": size_of(folder / system.name), "positions": positions}
-        for system in systems
-        if system.write
-    }
+    sizes = {}
+    for system in systems:
+        place = folder / system.name
+        sizes[system.name] = {"bytes": size_of(place), "once": system.once(place), "positions": positions}
+    return sizes
 
 
 def done(folder: Path, system: System) -> Path:

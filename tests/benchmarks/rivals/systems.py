@@ -44,6 +44,7 @@ class System:
     write: Callable[[Path], AbstractContextManager[Add]] | None = None
     read: Callable[[Path], Read] | None = None
     prepare: Callable[[PreTrainedModel], None] = lambda student: None  # before the first step
+    once: Callable[[Path], int] = lambda place: 0  # bytes of its files that hardly grow with the positions
 
     @property
     def timed(self) -> Loss:
