@@ -3,7 +3,11 @@
 At a border between the student's tokens each cover gives its probability to the student's first token of what is left
 of it. The token of the text gets the exact ratio C(e) / C(b) of ``covers``; the others are scaled to the rest.
 
-Legend: n labelled positions, R rows of the teacher, V its vocabulary, U the student's, E entries of covers.
+Of a large vocabulary most tokens are the beginning of no token of the teacher, and of no rest of one: they have no
+probability unless they are the text's. The others are *reached*, and the only ones that are computed.
+
+Legend: n labelled positions, R rows of the teacher, V its vocabulary, U the student's, C tokens of it that are reached,
+E entries of covers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,15 +59,15 @@ class Projector:
 
     def __init__(self, bridge: Bridge, device: torch.device, spread: Spread | None = None) -> None:
         self._spread = spread or spread_alone(bridge)
-        self._size, self._whole = len(bridge.student), bridge.whole
+        self.reached = np.unique(np.concatenate([self._spread.firsts, bridge.firsts[bridge.firsts != NONE]]))
+        self._whole = bridge.whole
         self._lengths = np.array([len(text or b"") for text in bridge.student])
-        begins = np.searchsorted(self._spread.firsts, np.arange(self._size))
-        arrays = self._spread.tokens, begins, self._spread.weights
-        self._order, self._begins, self._weights = (torch.from_numpy(each).to(device) for each in arrays)
+        arrays = self._spread.tokens, self._spread.weights
+        self._order, self._weights = (torch.from_numpy(each).to(device) for each in arrays)
         self._keys = self._spread.firsts * len(self._whole) + self._spread.tokens
 
-    def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> tuple[Tensor, Float64]:
-        """Return log-probabilities (n, U) of a piece, and sums over it, (3,).
+    def __call__(self, logits_RV: Tensor, tokens_R: IntArray, piece: Piece) -> tuple[Tensor, IntArray, Float64]:
+        """Return log-probabilities (n, C) of a piece, which tokens they are of, (C,), and sums over it, (3,).
 
         ``tokens_R`` are the teacher's tokens of the text at its rows. The sums are the bytes of the text's tokens,
         their nats, and their nats before they were set: by projection alone.
@@ -75,17 +79,18 @@ class Projector:
         p_RV = (z_RV - log_z_R1).exp_()
         path = _Path.of(piece, lp_R, tokens_R, p_RV)
         log_gold, shares = path.golds()
-        q_nU = self._full(p_RV, own_R1, path, shares)
-        own_n = _add_covers(q_nU, path, shares, self._whole)
         gold_n = _integers([position.gold for position in piece.positions])
-        at = torch.from_numpy(np.stack([np.arange(len(gold_n)), gold_n])).to(q_nU.device)
+        tokens_C = self.reached if np.isin(gold_n, self.reached).all() else np.union1d(self.reached, gold_n)
+        q_nC = self._full(p_RV, own_R1, path, shares, tokens_C)
+        own_n = _add_covers(q_nC, path, shares, self._whole, tokens_C)
+        at = torch.from_numpy(np.stack([np.arange(len(gold_n)), np.searchsorted(tokens_C, gold_n)])).to(q_nC.device)
         rows = path.rows[path.at]
         taken_n = np.exp(path.before_R[rows] + path.lp_R[rows] - path.log_c[path.at]) * shares
         starts_n = np.array([path.borders[border].starts for border in path.at])
         taken_n *= np.where(starts_n, self._given(tokens_R[rows], gold_n), own_n == gold_n)
-        alone_n = q_nU[at[0], at[1]].cpu().numpy() + taken_n
+        alone_n = q_nC[at[0], at[1]].cpu().numpy() + taken_n
         nats = -log_gold.sum(), -np.log(np.clip(alone_n, LEAST_ALONE, 1.0)).sum()
-        return _with_golds(q_nU, at, log_gold), np.array([self._lengths[gold_n].sum(), *nats])
+        return _with_golds(q_nC, at, log_gold), tokens_C, np.array([self._lengths[gold_n].sum(), *nats])
 
     def _given(self, tokens_n: IntArray, firsts_n: IntArray) -> Float64:
         """Return what tokens of the teacher give to tokens of the student, (n,)."""
@@ -93,12 +98,12 @@ class Projector:
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         return np.where(self._keys[at] == wanted, self._spread.weights[at], 0.0).astype(np.float64)
 
-    def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64) -> Tensor:
-        """Return the part of whole tokens, (n, U): those that start at a position's border, or stand for unknown ones.
+    def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64, tokens_C: IntArray) -> Tensor:
+        """Return the part of whole tokens, (n, C): those that start at a position's border, or stand for unknown ones.
 
         Their weight is their row's probability over C, or that of covers that end at the border.
         """
-        q_nU = p_RV.new_zeros(len(path.at), self._size)
+        q_nC = p_RV.new_zeros(len(path.at), len(tokens_C))
         starts = np.array([border.starts for border in path.borders])
         like = np.array([border.like - path.first for border in path.borders])
         places = np.flatnonzero((starts | (like >= 0))[path.at])
@@ -111,11 +116,20 @@ class Projector:
         p_aV.scatter_(1, own_a1, p_aV.gather(1, own_a1) * _column(kept, p_RV))
         p_aV *= _column(np.exp(log_weights), p_RV)
         # a sum over bags, since adding at indices has no fixed order on an accelerator
-        sums_Ua = torch.nn.functional.embedding_bag(
-            self._order, p_aV.T.contiguous(), self._begins, mode="sum", per_sample_weights=self._weights
+        begins = torch.from_numpy(np.searchsorted(self._spread.firsts, tokens_C)).to(p_RV.device)
+        sums_Ca = torch.nn.functional.embedding_bag(
+            self._order, p_aV.T.contiguous(), begins, mode="sum", per_sample_weights=self._weights
         )
-        q_nU[torch.from_numpy(places).to(p_RV.device)] = sums_Ua.T
-        return q_nU
+        q_nC[torch.from_numpy(places).to(p_RV.device)] = sums_Ca.T
+        return q_nC
+
+
+def whole_vocabulary(log_q_nC: Tensor, tokens_C: IntArray, size: int) -> Tensor:
+    """Return log-probabilities (n, U) of all ``size`` tokens: those that are not reached have none."""
+    if len(tokens_C) == size:
+        return log_q_nC
+    log_q_nU = log_q_nC.new_full((len(log_q_nC), size), -torch.inf)
+    return log_q_nU.index_copy_(1, torch.from_numpy(tokens_C).to(log_q_nC.device), log_q_nC)
 
 
 def _column(values: Float64, like: Tensor) -> Tensor:
@@ -214,7 +228,7 @@ def _integers(values: Sequence[int]) -> IntArray:
     return np.array(values, dtype=np.int64)
 
 
-def _add_covers(q_nU: Tensor, path: _Path, shares: Float64, whole: NDArray[np.int32]) -> IntArray:
+def _add_covers(q_nC: Tensor, path: _Path, shares: Float64, whole: NDArray[np.int32], tokens_C: IntArray) -> IntArray:
     """Add what the covers that start before each position's border give to the student's tokens.
 
     Return the student's first token of what is left of the teacher's own token, (n,).
@@ -230,22 +244,22 @@ def _add_covers(q_nU: Tensor, path: _Path, shares: Float64, whole: NDArray[np.in
     own = (path.row == path.rows[path.border])[lists] & (ids == path.tokens_R[path.row[lists]])
     weights *= np.where(own, 1.0 - shares[place], 1.0)
     own_n[place[own]] = firsts[own]
-    cells, inverse = np.unique(place * q_nU.shape[1] + firsts, return_inverse=True)
+    cells, inverse = np.unique(place * len(tokens_C) + np.searchsorted(tokens_C, firsts), return_inverse=True)
     sums = np.bincount(inverse, weights, minlength=len(cells)).astype(np.float32)
-    flat, where = q_nU.view(-1), torch.from_numpy(cells).to(q_nU.device)
-    flat[where] = flat[where] + torch.from_numpy(sums).to(q_nU)
+    flat, where = q_nC.view(-1), torch.from_numpy(cells).to(q_nC.device)
+    flat[where] = flat[where] + torch.from_numpy(sums).to(q_nC)
     return own_n
 
 
-def _with_golds(q_nU: Tensor, at: Tensor, log_gold: Float64) -> Tensor:
+def _with_golds(q_nC: Tensor, at: Tensor, log_gold: Float64) -> Tensor:
     """Return log q with the probabilities of the text's tokens, at ``at``, set and the others scaled to the rest."""
     gold_n1 = at[1][:, None]
-    q_nU.scatter_(1, gold_n1, 0.0)
-    rest_n1 = q_nU.sum(1, keepdim=True)
-    rest = _column(np.log(-np.expm1(np.minimum(log_gold, -1e-12))), q_nU)
-    none_nU = q_nU == 0
-    log_q_nU = q_nU.clamp_min_(torch.finfo(torch.float32).tiny).log_()  # that of 0 takes a CPU ten times as long
-    log_q_nU.masked_fill_(none_nU, -torch.inf)
-    log_q_nU += torch.where(rest_n1 > 0, rest - rest_n1.log(), 0.0)
-    log_q_nU.scatter_(1, gold_n1, _column(log_gold, q_nU))
-    return log_q_nU
+    q_nC.scatter_(1, gold_n1, 0.0)
+    rest_n1 = q_nC.sum(1, keepdim=True)
+    rest = _column(np.log(-np.expm1(np.minimum(log_gold, -1e-12))), q_nC)
+    none_nC = q_nC == 0
+    log_q_nC = q_nC.clamp_min_(torch.finfo(torch.float32).tiny).log_()  # that of 0 takes a CPU ten times as long
+    log_q_nC.masked_fill_(none_nC, -torch.inf)
+    log_q_nC += torch.where(rest_n1 > 0, rest - rest_n1.log(), 0.0)
+    log_q_nC.scatter_(1, gold_n1, _column(log_gold, q_nC))
+    return log_q_nC

@@ -296,7 +296,7 @@ def labels(folder: Path, how: Setting, results: dict[str, Any]) -> None:
             for piece in pieces(finder.positions(pair, own, tokens, offsets, 0), 64):
                 rows = slice(piece.first, piece.stop)
                 logits = teacher.head.logits(hidden[rows])
-                sums += np.stack([project(logits.clone(), after[rows], piece)[1] for project in ways])
+                sums += np.stack([project(logits.clone(), after[rows], piece)[2] for project in ways])
     (size, nats, alone), (_, _, counted) = sums.tolist()
     bits = {"teacher": nats, "projection alone": alone, "with counts": counted}
     results["labels"] = {name: value / np.log(2) / size for name, value in bits.items()} | {"texts": HELD_OUT}

@@ -20,7 +20,7 @@ from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import align, pack_companion, shared_starts, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder
-from logitcask.pipeline.vocabulary.projection import Projector, pieces
+from logitcask.pipeline.vocabulary.projection import Projector, pieces, whole_vocabulary
 from logitcask.pipeline.vocabulary.rests import make_bridge
 from logitcask.pipeline.vocabulary.spread import Spread, spread_alone, spread_counted
 from tests.vocabulary.test_rests import sentence_piece
@@ -67,11 +67,11 @@ def project(
 ) -> NDArray[np.float64]:
     """Return the log-probabilities of all labelled positions, (N, U)."""
     alignment = align(student, teacher, bridge)
-    again, tokens, offsets = unpack_companion(pack_companion(teacher, alignment))
+    again, places, offsets = unpack_companion(pack_companion(teacher, alignment))
     assert np.array_equal(again.input_ids, teacher.input_ids)
-    assert np.array_equal(tokens, alignment.tokens)
+    assert np.array_equal(places, alignment.tokens)
     labelled = Encoded(student.input_ids, alignment.labelled)
-    positions = CoverFinder(bridge).positions(labelled, again, tokens, offsets, 0)
+    positions = CoverFinder(bridge).positions(labelled, again, places, offsets, 0)
     ids, size = teacher.input_ids, len(bridge.teacher)
     logits = np.stack([teacher_logits(ids[: at + 1].tolist(), size) for at in np.flatnonzero(teacher.target_mask)])
     own = ids[np.flatnonzero(teacher.target_mask) + 1]
@@ -79,8 +79,8 @@ def project(
     parts = []
     for piece in pieces(positions, most):
         rows = slice(piece.first, piece.stop)
-        log_q, sums = projector(torch.from_numpy(logits[rows]), own[rows], piece)
-        parts.append(log_q.double().numpy())
+        log_q, tokens, sums = projector(torch.from_numpy(logits[rows]), own[rows], piece)
+        parts.append(whole_vocabulary(log_q, tokens, len(bridge.student)).double().numpy())
         golds = [position.gold for position in piece.positions]
         assert sums[0] == sum(len(bridge.student[gold] or b"") for gold in golds)
         assert sums[1] == pytest.approx(-parts[-1][np.arange(len(golds)), golds].sum(), abs=1e-4)

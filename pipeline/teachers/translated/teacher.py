@@ -5,6 +5,7 @@ student's vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import are_exchanged, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
-from logitcask.pipeline.vocabulary.projection import COPIES, Projector, pieces
+from logitcask.pipeline.vocabulary.projection import COPIES, Projector, pieces, whole_vocabulary
 from logitcask.pipeline.vocabulary.spread import Spread
 
 
@@ -118,8 +119,8 @@ class TranslatedTeacher:
         label: LabelSettings,
     ) -> tuple[SparseTargets, FidelitySums, NDArray[np.float64]]:
         """Return the labels by projection, and its sums."""
-        own_size, size = len(self._bridge.teacher), label.vocab_size
-        rows = slice_rows(max(own_size, size), self._device, fresh=False)
+        own_size = len(self._bridge.teacher)
+        rows = slice_rows(max(own_size, len(self._project.reached)), self._device, fresh=False)
         rows = max(1, rows // COPIES) if self._device.type == "cpu" else rows
         golds, uniforms = _golds(batch), batch_draws(batch, counts, label)
         measured, done = np.concatenate([example.measured for example in batch]), 0
@@ -127,24 +128,32 @@ class TranslatedTeacher:
         for piece in pieces(positions, rows):
             used, cut = slice(piece.first, piece.stop), slice(done, done + len(piece.positions))
             logits_RV = self._teacher.head.logits(hidden_RH[used])[:, :own_size]
-            log_q_NU, projection = self._project(logits_RV, own_R[used], piece)
+            log_q, reached, projection = self._project(logits_RV, own_R[used], piece)
             del logits_RV
+            if measured[cut].any() or len(reached) <= label.head_size:
+                log_q, reached = whole_vocabulary(log_q, reached, label.vocab_size), np.arange(label.vocab_size)
             at = torch.tensor([position.start.row for position in piece.positions], device=self._device)
             targets, sums = label_rows(
-                lambda _, log_q_NU=log_q_NU: log_q_NU,  # type: ignore[misc]
+                lambda _, log_q=log_q: log_q,  # type: ignore[misc]
                 hidden_RH[at],
-                golds[cut],
+                np.searchsorted(reached, golds[cut]),
                 uniforms[cut],
                 measured[cut],
-                label,
+                label.model_copy(update={"vocab_size": len(reached)}),
                 self._teacher.probe(label),
                 len(piece.positions),
             )
-            parts.append(targets)
+            parts.append(_under_ids(targets, reached))
             fidelity += sums
             total += projection
             done = cut.stop
         return SparseTargets.concatenate(parts), fidelity, total
+
+
+def _under_ids(targets: SparseTargets, tokens: IntArray) -> SparseTargets:
+    """Return labels whose ids are places among some tokens with the tokens in their place."""
+    tail_ids = np.where(targets.tail_counts > 0, tokens[targets.tail_ids], 0)
+    return replace(targets, head_ids=tokens[targets.head_ids], tail_ids=tail_ids)
 
 
 def _golds(batch: Sequence[TokenizedExample]) -> IntArray:

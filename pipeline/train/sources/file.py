@@ -26,8 +26,8 @@ from logitcask.pipeline.text.tokenizer import (
 )
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes, usual_workers
-from logitcask.pipeline.train.sources.source import Source
-from logitcask.pipeline.train.sources.teacher import OnlineTeacher, TranslatedTeacher, load_online_teacher
+from logitcask.pipeline.train.sources.source import Source, TeacherInMemory
+from logitcask.pipeline.train.sources.teacher import TranslatedTeacher, load_online_teacher
 from logitcask.pipeline.vocabulary.alignment import shared_starts
 from logitcask.pipeline.vocabulary.pairs import PairEncoder, set_templates
 from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
@@ -121,7 +121,7 @@ def _source(
     reading: Reading,
     table: TokenTable,
     tokenizer: PreTrainedTokenizerBase,
-    teacher: OnlineTeacher | TranslatedTeacher | None,
+    teacher: TeacherInMemory | None,
 ) -> Source:
     return Source(
         name=", ".join(reading.sources),

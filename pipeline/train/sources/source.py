@@ -2,16 +2,35 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.batches.collate import Collator, Examples, MixedCollator, TeacherHead
+from logitcask.pipeline.batches.collate import Batch, Collator, Examples, MixedCollator, TeacherHead
 from logitcask.pipeline.batches.mixture import MixedSampler, Mixture
 from logitcask.pipeline.batches.order import BatchSampler, held_out
+from logitcask.pipeline.models.dense.rows import DenseRows
 from logitcask.pipeline.models.shapes import Amount
-from logitcask.pipeline.train.sources.teacher import OnlineTeacher, TranslatedTeacher
+
+
+class TeacherInMemory(Protocol):
+    """A teacher beside the student, whose whole distributions are the target."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether the student's examples may share a row."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of its weights."""
+        ...
+
+    def __call__(self, batch: Batch) -> DenseRows:
+        """Return what gives the distributions of the batch's target positions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,7 @@ class Source:
     amount: Amount
     lengths: Callable[[], IntArray]  # tokens per example; of a cache it reads one object per shard
     positions: Callable[[], IntArray]  # target positions per example, likewise
-    teacher: OnlineTeacher | TranslatedTeacher | None = None
+    teacher: TeacherInMemory | None = None
     teacher_head: TeacherHead | None = None  # which reads exact labels, if examples have those
     teacher_bytes: int = 0  # that it takes in memory
     parts: tuple["Source", ...] = ()

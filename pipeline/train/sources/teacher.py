@@ -21,7 +21,7 @@ from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.vocabulary.alignment import are_exchanged, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
-from logitcask.pipeline.vocabulary.projection import COPIES, Projector, pieces
+from logitcask.pipeline.vocabulary.projection import COPIES, Projector, pieces, whole_vocabulary
 from logitcask.pipeline.vocabulary.spread import Spread
 
 
@@ -99,5 +99,6 @@ class TranslatedTeacher:
         size, parts = max(len(self.bridge.teacher), len(self.bridge.student)), list[Tensor]()
         for piece in pieces(positions[some], max(1, SLICE_LOGITS // size // COPIES)):
             used = slice(piece.first, piece.stop)
-            parts.append(self._project(rows.logits(used), tokens_R[used], piece)[0])
+            log_q, tokens, _ = self._project(rows.logits(used), tokens_R[used], piece)
+            parts.append(whole_vocabulary(log_q, tokens, len(self.bridge.student)))
         return torch.cat(parts)
