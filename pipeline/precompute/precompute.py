@@ -40,6 +40,7 @@ from logitcask.pipeline.text.reading import Reading, changed_files, record_files
 from logitcask.pipeline.text.tokenizer import identify, tokenizer_files, tokenizer_size
 from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes
+from logitcask.pipeline.vocabulary.alignment import kinds_line
 from logitcask.pipeline.vocabulary.spread import Spread
 
 ENGINES = {
@@ -82,6 +83,8 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
             if _is_done(settings, tokenizers.teacher, before, mine):
                 return PrecomputeReport(before, 0, len(mine), time.monotonic() - started)
         say(data_line(parts["data"]), "data")
+        if work.table.kinds:
+            say(kinds_line(work.table.kinds), "positions")
         with contextlib.closing(_executor(settings, tokenizers.spread(work.table))) as executor:
             say(teacher_line(executor.teacher), "teacher")
             check_teacher(executor.teacher, tokenizer_size(tokenizers.teacher), settings.max_seq_length)

@@ -131,6 +131,14 @@ def _shared(one: bytes, two: bytes) -> int:
     return int(differ[0]) if len(differ) else size
 
 
+def kinds_line(kinds: Sequence[int]) -> str:
+    """Return the shares of target positions: the student's token starts with one of the teacher's, inside one, or it
+    could not be aligned."""
+    total = max(1, sum(kinds))
+    aligned, straddling, unlabelled = (f"{kind / total:.1%}" for kind in kinds)
+    return f"{aligned} aligned, {straddling} straddling, {unlabelled} unlabelled"
+
+
 def pack_companion(teacher: Encoded, alignment: Alignment) -> bytes:
     """Return the teacher's tokens and where the student's start in them, as bytes."""
     places = (alignment.tokens << OFFSET_BITS | alignment.offsets).astype("<u4")

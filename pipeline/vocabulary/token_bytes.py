@@ -30,8 +30,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise LogitcaskError(
-            f"{name}: its {type(tokenizer).__name__} does not say which bytes its tokens stand for: labels in another "
-            "vocabulary need tokenizers with a tokenizer.json"
+            f"{name}: its {type(tokenizer).__name__} does not say which bytes its tokens stand for, which labels in "
+            "another vocabulary need: choose a model with a tokenizer.json"
         )
     kinds = set(_types(json.loads(backend.to_str())))
     byte_level = {character: value for value, character in bytes_to_unicode().items()} if "ByteLevel" in kinds else None
@@ -77,5 +77,6 @@ def _require_kept(tokenizer: PreTrainedTokenizerBase, found: TokenBytes, name: s
         if kept.removeprefix(b" ") != text.encode():
             raise LogitcaskError(
                 f"{name}: its tokens do not give back a text ({kept[:40].decode(errors='replace')!r} instead of "
-                f"{text[:40]!r}): labels in another vocabulary need a tokenizer that keeps texts as they are"
+                f"{text[:40]!r}), as one that lowercases or drops blanks does: labels in another vocabulary need one "
+                "that keeps texts as they are: choose a model with byte-level BPE, or SentencePiece with byte fallback"
             )

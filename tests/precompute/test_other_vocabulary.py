@@ -27,6 +27,7 @@ from tests.support.tiny import (
     precompute_settings,
     write_jsonl,
 )
+from tests.vocabulary.test_rests import sentence_piece
 
 CHATS: list[dict[str, object]] = [
     {
@@ -152,6 +153,28 @@ def test_a_cache_in_another_vocabulary_telescopes_and_resumes(data: Path) -> Non
     assert report.shards_written == 0
     with pytest.raises(CacheMismatchError, match="tokenizer"):
         precompute(precompute_settings(data, output=stopped, shard_positions=40))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_sentence_piece_with_a_blank_before_each_text_telescopes_too(data: Path, side: str) -> None:
+    words = [" are", "and", " many"]
+    llama, folder = sentence_piece(words), data / side
+    llama.save_pretrained(folder)
+    if side == "teacher":
+        student(data / "student", make_tokenizer())
+    plain, other = cache(data, "plain"), cache(data, "other", student_tokenizer=str(data / "student"))
+    part = other.manifest.teacher_tokenizer
+    assert part is not None
+    assert part.unlabelled == 0
+    sums = [
+        sorted(float(each.example(i).targets.gold_logprobs.sum()) for i in range(len(each))) for each in (plain, other)
+    ]
+    np.testing.assert_allclose(sums[0], sums[1], atol=0.0625 * 60)  # half a code per position
+    write_jsonl(data / "train.jsonl", [{"text": f"{record['prompt']}{record['response']}"} for record in RECORDS[:8]])
+    raw = cache(data, "raw", student_tokenizer=str(data / "student"), max_seq_length=24)
+    part = raw.manifest.teacher_tokenizer
+    assert part is not None
+    assert part.aligned + part.straddling >= 8 * 9  # though the texts are cut
 
 
 def test_chats_are_rendered_by_the_template_of_each_side(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from logitcask.pipeline.text.tokens.stage import stage_tokens
 from logitcask.pipeline.text.tokens.workers import processes, usual_workers
 from logitcask.pipeline.train.sources.source import Source, TeacherInMemory
 from logitcask.pipeline.train.sources.teacher import TranslatedTeacher, load_online_teacher
-from logitcask.pipeline.vocabulary.alignment import shared_starts
+from logitcask.pipeline.vocabulary.alignment import kinds_line, shared_starts
 from logitcask.pipeline.vocabulary.pairs import PairEncoder, set_templates
 from logitcask.pipeline.vocabulary.rests import make_bridge, table_folder
 from logitcask.pipeline.vocabulary.spread import spread_counted
@@ -77,11 +77,7 @@ def file_source(
     table = _staged(reading, folder, encoder, max_seq_length, bad)
     if teacher is None or bridge is None:
         return _source(reading, table, tokenizer, teacher)
-    aligned, straddling, unlabelled = (f"{kind / max(1, sum(table.kinds)):.1%}" for kind in table.kinds)
-    say(
-        f"labels in the vocabulary of {owner}, another than the teacher's: positions {aligned} aligned, "
-        f"{straddling} straddling, {unlabelled} unlabelled"
-    )
+    say(f"{kinds_line(table.kinds)}: {owner} has another vocabulary than the teacher", "positions")
     spread = spread_counted(bridge, map(shared_starts, map(table.example, range(len(table)))))
     return _source(reading, table, tokenizer, TranslatedTeacher(teacher, bridge, spread))
 
