@@ -60,7 +60,10 @@ class Projector:
     def __init__(self, bridge: Bridge, device: torch.device, spread: Spread | None = None) -> None:
         self._spread = spread or spread_alone(bridge)
         self.reached = np.unique(np.concatenate([self._spread.firsts, bridge.firsts[bridge.firsts != NONE]]))
-        self._whole = bridge.whole
+        self._whole, self._is_reached = bridge.whole, np.zeros(len(bridge.student), dtype=bool)
+        self._is_reached[self.reached] = True
+        self._place = np.cumsum(self._is_reached) - 1  # of the reached among themselves
+        self._begins = np.searchsorted(self._spread.firsts, self.reached)
         self._lengths = np.array([len(text or b"") for text in bridge.student])
         arrays = self._spread.tokens, self._spread.weights
         self._order, self._weights = (torch.from_numpy(each).to(device) for each in arrays)
@@ -73,17 +76,24 @@ class Projector:
         their nats, and their nats before they were set: by projection alone.
         """
         z_RV = logits_RV.float()
-        log_z_R1 = z_RV.logsumexp(1, keepdim=True)
-        own_R1 = torch.from_numpy(tokens_R).to(z_RV.device)[:, None]
-        lp_R = (z_RV.gather(1, own_R1) - log_z_R1).squeeze(1).cpu().numpy().astype(np.float64)
-        p_RV = (z_RV - log_z_R1).exp_()
+        own_R1, p_RV = torch.from_numpy(tokens_R).to(z_RV.device)[:, None], z_RV.softmax(1)
+        best_R1, at_R1 = z_RV.max(1, keepdim=True)
+        lp_R1 = z_RV.gather(1, own_R1) - best_R1 + p_RV.gather(1, at_R1).log_()
+        lp_R = lp_R1.squeeze(1).cpu().numpy().astype(np.float64)
         path = _Path.of(piece, lp_R, tokens_R, p_RV)
         log_gold, shares = path.golds()
         gold_n = _integers([position.gold for position in piece.positions])
-        tokens_C = self.reached if np.isin(gold_n, self.reached).all() else np.union1d(self.reached, gold_n)
-        q_nC = self._full(p_RV, own_R1, path, shares, tokens_C)
-        own_n = _add_covers(q_nC, path, shares, self._whole, tokens_C)
-        at = torch.from_numpy(np.stack([np.arange(len(gold_n)), np.searchsorted(tokens_C, gold_n)])).to(q_nC.device)
+        others = np.unique(gold_n[~self._is_reached[gold_n]])
+        tokens_C = np.insert(self.reached, np.searchsorted(self.reached, others), others)
+        begins_C = np.insert(
+            self._begins, np.searchsorted(self.reached, others), np.searchsorted(self._spread.firsts, others)
+        )
+        q_nC = self._full(p_RV, own_R1, path, shares, begins_C)
+        place_U = self._place.copy()
+        for other in others:
+            place_U[other:] += 1
+        own_n = _add_covers(q_nC, path, shares, self._whole, place_U)
+        at = torch.from_numpy(np.stack([np.arange(len(gold_n)), place_U[gold_n]])).to(q_nC.device)
         rows = path.rows[path.at]
         taken_n = np.exp(path.before_R[rows] + path.lp_R[rows] - path.log_c[path.at]) * shares
         starts_n = np.array([path.borders[border].starts for border in path.at])
@@ -98,12 +108,11 @@ class Projector:
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         return np.where(self._keys[at] == wanted, self._spread.weights[at], 0.0).astype(np.float64)
 
-    def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64, tokens_C: IntArray) -> Tensor:
+    def _full(self, p_RV: Tensor, own_R1: Tensor, path: "_Path", shares: Float64, begins_C: IntArray) -> Tensor:
         """Return the part of whole tokens, (n, C): those that start at a position's border, or stand for unknown ones.
 
         Their weight is their row's probability over C, or that of covers that end at the border.
         """
-        q_nC = p_RV.new_zeros(len(path.at), len(tokens_C))
         starts = np.array([border.starts for border in path.borders])
         like = np.array([border.like - path.first for border in path.borders])
         places = np.flatnonzero((starts | (like >= 0))[path.at])
@@ -112,16 +121,18 @@ class Projector:
         log_weights = np.where(starts, path.before_R[path.rows], path.log_unknown)[at] - path.log_c[at]
         kept = np.where(starts[at], 1.0 - shares[places], 1.0)
         rows_a = torch.from_numpy(rows).to(p_RV.device)
-        p_aV, own_a1 = p_RV[rows_a], own_R1[rows_a]
+        p_aV, own_a1 = p_RV.index_select(0, rows_a), own_R1[rows_a]
         p_aV.scatter_(1, own_a1, p_aV.gather(1, own_a1) * _column(kept, p_RV))
-        p_aV *= _column(np.exp(log_weights), p_RV)
+        p_Va = torch.mul(p_aV.T, _column(np.exp(log_weights), p_RV).T, out=p_RV.new_empty(p_aV.T.shape))
+        begins = torch.from_numpy(begins_C).to(p_RV.device)
         # a sum over bags, since adding at indices has no fixed order on an accelerator
-        begins = torch.from_numpy(np.searchsorted(self._spread.firsts, tokens_C)).to(p_RV.device)
         sums_Ca = torch.nn.functional.embedding_bag(
-            self._order, p_aV.T.contiguous(), begins, mode="sum", per_sample_weights=self._weights
+            self._order, p_Va, begins, mode="sum", per_sample_weights=self._weights
         )
-        q_nC[torch.from_numpy(places).to(p_RV.device)] = sums_Ca.T
-        return q_nC
+        if len(places) == len(path.at):
+            return sums_Ca.T.contiguous()
+        q_nC = p_RV.new_zeros(len(path.at), len(begins_C))
+        return q_nC.index_copy_(0, torch.from_numpy(places).to(p_RV.device), sums_Ca.T)
 
 
 def whole_vocabulary(log_q_nC: Tensor, tokens_C: IntArray, size: int) -> Tensor:
@@ -228,7 +239,7 @@ def _integers(values: Sequence[int]) -> IntArray:
     return np.array(values, dtype=np.int64)
 
 
-def _add_covers(q_nC: Tensor, path: _Path, shares: Float64, whole: NDArray[np.int32], tokens_C: IntArray) -> IntArray:
+def _add_covers(q_nC: Tensor, path: _Path, shares: Float64, whole: NDArray[np.int32], place_U: IntArray) -> IntArray:
     """Add what the covers that start before each position's border give to the student's tokens.
 
     Return the student's first token of what is left of the teacher's own token, (n,).
@@ -244,7 +255,7 @@ def _add_covers(q_nC: Tensor, path: _Path, shares: Float64, whole: NDArray[np.in
     own = (path.row == path.rows[path.border])[lists] & (ids == path.tokens_R[path.row[lists]])
     weights *= np.where(own, 1.0 - shares[place], 1.0)
     own_n[place[own]] = firsts[own]
-    cells, inverse = np.unique(place * len(tokens_C) + np.searchsorted(tokens_C, firsts), return_inverse=True)
+    cells, inverse = np.unique(place * q_nC.shape[1] + place_U[firsts], return_inverse=True)
     sums = np.bincount(inverse, weights, minlength=len(cells)).astype(np.float32)
     flat, where = q_nC.view(-1), torch.from_numpy(cells).to(q_nC.device)
     flat[where] = flat[where] + torch.from_numpy(sums).to(q_nC)
