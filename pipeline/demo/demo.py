@@ -48,7 +48,7 @@ def is_even(number):
 class Sizes:
     """How much a demo does."""
 
-    examples: int = 92
+    examples: int = 80
     test: int = 12
     length: int = 256  # tokens per example
     layers: int = 20

@@ -73,6 +73,15 @@ def test_the_readme_is_short_and_repeats_the_manual() -> None:
     assert not set(output.splitlines()) - set(first_run.splitlines())
 
 
+def test_the_table_of_the_demos_settings_is_the_measured_one() -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results/demo_settings.json").read_text())
+    rows = re.findall(r"^\| .* \| (.* \| .* \| .* \| .*) \|$", (DOCS / "start/first-run.md").read_text(), re.MULTILINE)
+    assert sorted(rows[1:]) == sorted(
+        f"{row['steps']} | {row['processor_seconds']:.0f} | {row['perplexity']:.2f} | {row['kl']:.3f}"
+        for row in results["students"].values()
+    )
+
+
 def test_the_table_of_layers_left_out_is_the_measured_one() -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/pruning.json").read_text())
     page = (DOCS / "guides" / "train.md").read_text()
