@@ -70,3 +70,9 @@ def test_the_judge_is_the_dense_divergence(found: tuple[Path, dict[str, Any]]) -
     log_q = functional.log_softmax(rows[:, :-1].double().flatten(0, 1), dim=1)
     wanted = functional.kl_div(log_q, functional.log_softmax(z, dim=1), reduction="batchmean", log_target=True)
     assert learning.judge(Fixed(rows), stock)["kl"] == pytest.approx(float(wanted), abs=1e-9)
+
+
+def test_the_page_has_the_recorded_figures() -> None:
+    page = Path("docs/results/rivals.md").read_text(encoding="utf-8")
+    lines = table.report(json.loads(Path("tests/benchmarks/results/rivals.json").read_text())).splitlines()
+    assert [line for line in lines if line and line not in page] == []

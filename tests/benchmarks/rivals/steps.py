@@ -31,7 +31,7 @@ def store(folder: Path, systems: list[System], text: Text, sizes: Sizes) -> None
     """Write a batch of each kind of student for each system, as its own code reads it from its own files."""
     random = np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    count = max((size for _, _, size in sizes.students), default=1)
+    count = max((size for _, _, size, _ in sizes.students), default=1)
     ids = random.integers(0, text.vocabulary, (count, sizes.step_length))
     folder.mkdir(exist_ok=True)
     torch.save(torch.from_numpy(ids), folder / "ids.pt")
@@ -47,14 +47,14 @@ def store(folder: Path, systems: list[System], text: Text, sizes: Sizes) -> None
                 shape = (sizes.step_length - 1, text.vocabulary)
                 add(window, RANDOM * torch.randn(shape, generator=generator))
         read = system.read(place)
-        for name, _, size in sizes.students:
+        for name, _, size, _ in sizes.students:
             torch.save(read(np.arange(size)), folder / f"{system.name}, {name}.pt")
 
 
 def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Text, sizes: Sizes) -> dict[str, Any]:
     """Return, by kind of student and system, processor seconds of steps and the peak of memory in MB."""
     results: dict[str, Any] = {}
-    for kind, layers, size in sizes.students:
+    for kind, layers, size, repeats in sizes.students:
         results[kind] = {"positions": size * (sizes.step_length - 1)}
         for name in [system.name for system in systems]:
             asked = {
@@ -66,7 +66,7 @@ def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Te
                 "kind": kind,
                 "layers": layers,
                 "windows": size,
-                "repeats": sizes.step_repeats,
+                "repeats": repeats,
             }
             results[kind][name] = part(folder, f"{kind}, {name}", [name], partial(apart, asked))
     return results

@@ -22,6 +22,7 @@ from tests.benchmarks.study import corpus
 from tests.benchmarks.study.students import write_atomically
 
 BLOCK = 8  # windows per forward pass of the teacher
+TOPS = (8, 50, 64, 128)  # sizes of the labels that are compared
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class Sizes:
     width: int = 64  # of the student that is trained
     rounds: int = 5  # of reading and of capture
     step_length: int = 513
-    step_repeats: int = 2  # after one to warm up
-    students: tuple[tuple[str, int, int], ...] = (("loss and head alone", 0, 4), ("the 100m student", 20, 2))  # B
+    # of the students whose steps are measured: name, layers, B, steps after one to warm up
+    students: tuple[tuple[str, int, int, int], ...] = (
+        ("loss and head alone", 0, 4, 2),
+        ("the 100m student", 20, 2, 1),
+    )
 
 
 class Stored:
@@ -71,6 +75,16 @@ class Stock:
         """Return the teacher's logits (N, V) from its hidden states (N, H)."""
         with torch.inference_mode():
             return self.head.logits(torch.from_numpy(np.asarray(hidden)))[:, : self.text.vocabulary]
+
+
+def outside(stock: Stock) -> dict[str, Any]:
+    """Return the mean mass that the teacher has outside its most probable k tokens, over the held-out positions."""
+    sums, ks = torch.zeros(len(TOPS), dtype=torch.float64), [min(k, stock.text.vocabulary) for k in TOPS]
+    for hidden in stock.held_hidden:
+        inner = stock.logits(hidden).softmax(1).topk(max(ks), dim=1).values.double().cumsum(1)
+        sums += (1 - inner[:, [k - 1 for k in ks]]).mean(0)
+    means = sums / len(stock.held_hidden)
+    return {f"top {k}": round(float(mean), 4) for k, mean in zip(TOPS, means, strict=True)}
 
 
 def the_teacher(source: str) -> PreTrainedModel:

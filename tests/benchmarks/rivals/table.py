@@ -13,6 +13,8 @@ PLAIN = "text alone"
 def report(found: Mapping[str, Any]) -> str:
     """Return all tables of what was found, and what was left out."""
     parts = [versions(found["systems"]), storage(found), *steps(found["steps"])]
+    title = ["mean mass outside the teacher's", *next(iter(found["mass outside"].values()))]
+    parts.append(rows(title, [[n, *(f"{m:.3f}" for m in each.values())] for n, each in found["mass outside"].items()]))
     parts += [students(teacher, runs) for teacher, runs in found["students"].items()]
     left_out = [f"{name}: left out: {why}" for name, why in found["left out"].items()]
     return "\n\n".join([*parts, *left_out])
