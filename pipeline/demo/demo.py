@@ -185,7 +185,7 @@ def _show(models: list[Model]) -> None:
         print_line(results(), f"{model.name:<{width}}  {model.perplexity:>10,.2f}  {model.kl:>23.2f}")
     for title, text in (("prompt", PROMPT), *((model.name, model.answer) for model in models)):
         print_line(results(), f"\n{title}")
-        for line in text.splitlines():
+        for line in (text or "(nothing)").splitlines():
             print_line(results(), f"    {line}".rstrip())
 
 

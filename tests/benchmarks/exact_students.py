@@ -1,11 +1,12 @@
 """Students of exact labels beside those of the teacher itself: held-out divergences, paired by seed.
 
-The study's set-up with its second teacher (``study/second.py``): the same code, windows, students and rate, but fewer
-and smaller steps, 40 of 510 positions, half of them of its warm-up. Labels come from caches that ``precompute-logits``
-makes with its defaults. Predicted before it ran: over the seeds the differences of ``exact`` from ``online`` are not
-distinguishable from 0 for any divergence and temperature, and their means are below 0.01 nats, the sampled label's at
-T=2 being hundredths. Run as ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable; without
-RUNS it trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in ``second``.
+The study's set-up with its second teacher (``study/second.py``): the same code, windows, students, rate, and 300 steps
+of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
+over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
+temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable, four processor minutes per student;
+without RUNS it trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in
+``second``.
 """
 
 import itertools
@@ -34,9 +35,9 @@ from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.sources.teacher import OnlineTeacher
 from tests.benchmarks.study import second
 from tests.benchmarks.study.corpus import code_files, windows
-from tests.benchmarks.study.students import CLIP, WARMUP, new_student, write_atomically
+from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_student, write_atomically
 
-STEPS, WINDOWS, RATE, HELD_OUT = 40, 2, 2e-3, 8  # shorter than the study's; its rate; windows
+STEPS, RATE, HELD_OUT = max(LENGTHS), 2e-3, 32  # the study's; windows
 RESULTS = Path(__file__).parent / "results" / "exact_students.json"
 WAYS = ("online", "exact", "standard")
 CACHES = {"exact": {"preset": "exact"}, "standard": {"preset": "standard"}}
