@@ -167,13 +167,16 @@ class SoftLabels(Generic[A]):
         return self.map(lambda tensor: tensor.pin_memory(*device))
 
 
-def temperature_index(temperatures: Sequence[float], temperature: float) -> int:
-    """Return the index of T among the stored temperatures. Raises LogitcaskError, naming them, if it is not stored."""
+def temperature_index(temperatures: Sequence[float], temperature: float, option: str = "--temperature") -> int:
+    """Return the index of T among the stored temperatures. Raises LogitcaskError, naming them, if it is not stored.
+
+    ``option`` is the one that it was given by.
+    """
     for index, stored in enumerate(temperatures):
         if abs(stored - temperature) < 1e-6:
             return index
     stored_names = ", ".join(f"{stored:g}" for stored in temperatures)
-    raise LogitcaskError(f"--temperature {temperature:g} is not stored in the cache: it holds {stored_names}")
+    raise LogitcaskError(f"{option} {temperature:g} is not stored in the cache: it holds {stored_names}")
 
 
 def soft_labels(

@@ -113,9 +113,8 @@ def _write_data(folder: Path, sizes: Sizes) -> None:
 
 
 def _label(data: Path, output: Path, sizes: Sizes, teacher: Path) -> None:
-    from logitcask.pipeline.precompute.precompute import (
-        precompute,  # a stage is imported when it runs, as by its command
-    )
+    # a stage is imported when it runs, as by its command
+    from logitcask.pipeline.precompute.precompute import precompute
 
     settings = _typed(
         "precompute-logits",

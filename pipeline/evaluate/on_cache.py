@@ -49,7 +49,7 @@ def evaluate_on_cache(
     label = reader.manifest.label
     chosen_at = tuple(temperatures or label.temperatures)
     for temperature in chosen_at if label.exact is None else ():
-        temperature_index(label.temperatures, temperature)
+        temperature_index(label.temperatures, temperature, "--temperatures")
     require_room(model, label.vocab_size, reader.manifest.data.longest)
     head = read_head(model)
     teacher_head = StoredHead(((reader.path, reader.opened),)) if label.exact else None

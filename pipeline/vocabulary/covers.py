@@ -13,7 +13,7 @@ after a cover that ends at b, and is not the text's own token there, is not know
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +66,17 @@ class CoverFinder:
     bridge: Bridge
     _lists: dict[tuple[object, ...], tuple[IntArray, IntArray]] = field(default_factory=dict)
     _entries: int = 0
+
+    def batch(self, examples: Iterable[tuple[Encoded, tuple[Encoded, IntArray, IntArray]]]) -> list[Position]:
+        """Return the labelled positions of a batch: of the student's tokens, each with what its companion unpacks to.
+
+        Rows are those of the teacher's target tokens of the batch, in order.
+        """
+        found, first_row = list[Position](), 0
+        for student, (teacher, tokens, offsets) in examples:
+            found += self.positions(student, teacher, tokens, offsets, first_row)
+            first_row += int(np.count_nonzero(teacher.target_mask))
+        return found
 
     def positions(
         self, student: Encoded, teacher: Encoded, tokens: IntArray, offsets: IntArray, first_row: int

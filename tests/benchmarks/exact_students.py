@@ -4,8 +4,8 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
-``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [RUNS]``, resumable, four processor minutes per student;
-without RUNS it trains all and keeps the results, with it at most so many students. FOLDER may hold the teacher in
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS]``, resumable, two to three processor minutes per
+student of 300 steps; with fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in
 ``second``.
 """
 
@@ -108,7 +108,7 @@ class Stock:
         )
 
 
-def train(run: Run, stock: Stock) -> dict[str, Any]:
+def train(run: Run, stock: Stock, steps: int) -> dict[str, Any]:
     """Train a student; return its held-out divergences from the teacher."""
     student = new_student(second.VOCABULARY, run.seed).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
@@ -121,7 +121,7 @@ def train(run: Run, stock: Stock) -> dict[str, Any]:
         stock.teacher if run.way == "online" else None,
     )
     began = time.process_time()
-    for step in range(STEPS):
+    for step in range(steps):
         batch = stock.batch(run, order[step * WINDOWS : (step + 1) * WINDOWS])
         torch.autograd.backward(student(**batch).total / len(batch["gold"]))
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
@@ -173,6 +173,7 @@ QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.3
 def main() -> None:
     """Train what is missing and write the results."""
     folder, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else STEPS
     make_caches(folder)
     model, tokenizer = second.load(folder / "second")
     held = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
@@ -181,17 +182,15 @@ def main() -> None:
         {name: CacheReader(folder / name) for name in CACHES},
         held,
     )
-    most = int(sys.argv[3]) if len(sys.argv) > 3 else len(runs(seeds))
-    missing = [run for run in runs(seeds) if not (folder / "runs" / f"{run.name}.json").exists()]
-    for run in missing[:most]:
-        path = folder / "runs" / f"{run.name}.json"
-        write_atomically(path, train(run, stock))
-        print(path.read_text(), flush=True)
-    found = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
-    write_atomically(
-        RESULTS if len(sys.argv) < 4 else folder / "so_far.json",
-        {"steps": STEPS, "summary": summary(found), "runs": found},
-    )
+    place = folder / f"{steps}-steps"
+    for run in runs(seeds):
+        path = place / f"{run.name}.json"
+        if not path.exists():
+            write_atomically(path, train(run, stock, steps))
+            print(path.read_text(), flush=True)
+    found = [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    write_atomically(RESULTS, {**results, f"{steps} steps": {"summary": summary(found), "runs": found}})
     print(json.dumps(summary(found), indent=1))
 
 

@@ -118,7 +118,7 @@ def test_the_teacher_on_its_own_labels_has_their_error(stock: Path) -> None:
     assert [found.temperature for found in others.kl] == [0.7, 1.2, 4.0]
     assert max(found.kl for found in others.kl) <= 3 * max(declared)
     teacher.get_input_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the model ran first"))
-    with pytest.raises(LogitcaskError, match="--temperature 4 is not stored"):
+    with pytest.raises(LogitcaskError, match="--temperatures 4 is not stored"):
         evaluate_on_cache(teacher, CacheReader(stock / "sparse"), None, 8, temperatures=(4.0,))
 
 

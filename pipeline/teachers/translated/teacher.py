@@ -78,10 +78,7 @@ class TranslatedTeacher:
                 size = sum(len(self._bridge.student[token] or b"") for token in _golds(batch).tolist())
                 projection = np.array([size, nats, nats])
             else:
-                positions, first_row = list[Position](), 0
-                for student, (teacher, tokens, offsets) in zip(own, read, strict=True):
-                    positions += self._finder.positions(student, teacher, tokens, offsets, first_row)
-                    first_row += int(teacher.target_mask.sum())
+                positions = self._finder.batch(zip(own, read, strict=True))
                 own_R = np.roll(ids_BL, -1, axis=1)[mask_BL]
                 targets, fidelity, projection = self._projected(hidden_RH, own_R, positions, batch, counts, label)
         return Labelled(split_rows(targets, counts), fidelity, projection)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -87,10 +86,7 @@ class TranslatedTeacher:
         sides = [(example, teacher) for example, (teacher, _, _) in zip(examples, read, strict=True)]
         if all(are_exchanged(*each, self.bridge) for each in sides):
             return TranslatedRows(lambda some: rows.logits(some)[:, self._order], len(self.bridge.student))
-        positions, first_row = list[Position](), 0
-        for example, (teacher, tokens, offsets) in zip(examples, read, strict=True):
-            positions += self._finder.positions(example, teacher, tokens, offsets, first_row)
-            first_row += int(np.count_nonzero(teacher.target_mask))
+        positions = self._finder.batch(zip(examples, read, strict=True))
         translate = partial(self._translated, rows, other["gold"].numpy(), positions)
         return TranslatedRows(translate, len(self.bridge.student))
 
