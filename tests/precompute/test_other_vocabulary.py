@@ -155,6 +155,23 @@ def test_a_cache_in_another_vocabulary_telescopes_and_resumes(data: Path) -> Non
         precompute(precompute_settings(data, output=stopped, shard_positions=40))
 
 
+def test_labels_are_the_same_whether_they_are_measured(data: Path) -> None:
+    """What is measured is computed for the whole vocabulary, the rest only for tokens that have any probability."""
+    other = student(data / "student", sentence_piece([" are", "and", " many"]))
+    measured, plain = (
+        cache(data, f"{count}", student_tokenizer=other, fidelity_positions=count) for count in (10_000, 0)
+    )
+    assert measured.manifest.data.positions > 100
+    for index in range(len(plain)):
+        one, two = measured.example(index).targets, plain.example(index).targets
+        some = one.head_logprobs > -50  # tokens of no probability have no order
+        assert np.array_equal(one.head_ids[some], two.head_ids[some])
+        assert np.array_equal(one.tail_counts, two.tail_counts)
+        assert np.array_equal(one.tail_ids[one.tail_counts > 0], two.tail_ids[two.tail_counts > 0])
+        for name in ("head_logprobs", "gold_logprobs", "log_tail_mass", "log_partition"):
+            np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=0.126)  # a code
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_sentence_piece_with_a_blank_before_each_text_telescopes_too(data: Path, side: str) -> None:
     words = [" are", "and", " many"]
