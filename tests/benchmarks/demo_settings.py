@@ -42,11 +42,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "alpha 0.1": {"alpha": 0.1},
     "1 per step": {"batch_size": 1},
     "4 per step": {"batch_size": 4, "examples": 80},
+    "22 layers": {"layers": 22, "examples": 72},
+    "18 layers": {"layers": 18, "examples": 86},
 }
 PREDICTED = (
     "Labels of prompts too lower the KL by a tenth. Rate 6e-4 is as good as 3e-4, 1e-3 worse in KL. Alpha 0.1 lowers "
     "the KL by 0.05 and raises the perplexity by a tenth. One example per step is better than two, four are worse, by "
-    "0.05 each."
+    "0.05 each. 22 layers end a third lower in KL, 18 a half higher."
 )
 
 

@@ -75,6 +75,9 @@ def test_the_demo_in_small(
     capsys.readouterr()
     assert run_demo(Path("demo"), small(sources), teacher) == models
     assert "steps:" not in capsys.readouterr().err
+    monkeypatch.setattr("logitcask.pipeline.demo.demo.answer_of", lambda *_, **__: "")
+    run_demo(Path("demo"), small(sources), teacher)
+    assert capsys.readouterr().out.count("\n    (nothing)\n") == len(NAMES)
 
 
 def test_without_its_teacher_the_command_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_chosen_layers_are_kept_with_the_run(
     settings = json.loads((run / "final/settings.json").read_text())
     assert settings["init_from_teacher_layers"] == shown
     assert f"--init-from-teacher-layers {shown}" in (run / "final/README.md").read_text()
-    again = train(cache, tmp_path / "again", init_from_teacher_layers=shown, **options)
+    again = train(cache, tmp_path / "again", init_from_teacher_layers=shown.replace(",", ", "), **options)
     resumed = tmp_path / "resumed"
     shutil.copytree(run / "checkpoint-2", resumed / "checkpoint-2")
     monkeypatch.setattr("logitcask.pipeline.train.student.choose_layers", None)  # not called
