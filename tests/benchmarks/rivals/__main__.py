@@ -40,7 +40,7 @@ from tests.benchmarks.study import second
 from tests.benchmarks.study.report import RESULTS, machine
 from tests.benchmarks.study.students import write_atomically
 
-SEEDS = {"second": 1}  # students per objective, by teacher
+SEEDS = {"second": 3}  # students per objective, by teacher
 
 
 def compare(

@@ -68,16 +68,18 @@ def steps(found: Mapping[str, Any]) -> list[str]:
 
 
 def students(teacher: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return held-out figures by objective, means over seeds, sorted by KL."""
+    """Return held-out figures by objective, means over seeds, sorted by KL, which stands beside for each seed."""
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         grouped.setdefault((run["system"], run["loss"]), []).append(run)
     means = {key: {n: mean(r[n] for r in found) for n in ("kl", "cross_entropy")} for key, found in grouped.items()}
+    seeds = {key: ", ".join(f"{run['kl']:.2f}" for run in found) for key, found in grouped.items()}
     least = min(each["kl"] for each in means.values())
     lines = [
-        [*key, f"{each['kl']:.3f}", f"{each['kl'] - least:+.3f}", f"{each['cross_entropy']:.3f}"]
+        [*key, f"{each['kl']:.3f}", f"{each['kl'] - least:+.3f}", seeds[key], f"{each['cross_entropy']:.3f}"]
         for key, each in sorted(means.items(), key=lambda item: item[1]["kl"])
     ]
     return rows(
-        [f"students of {teacher}", "objective", "held-out KL, nats", "more than the least", "cross-entropy"], lines
+        [f"students of {teacher}", "objective", "held-out KL, nats", "more than the least", "by seed", "cross-entropy"],
+        lines,
     )
