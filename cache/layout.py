@@ -53,7 +53,6 @@ class ArraySpec:
     dtype: str
     width: int
     meaning: str
-    block: int | None = None  # bytes that zstd compresses together; None: as Blosc chooses
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -134,7 +133,7 @@ def _hidden_specs(label: LabelSettings) -> list[ArraySpec]:
     meaning = "coefficients of the hidden state, in steps, packed: see cache/exact/code.py"
     beyond = "quotients of coefficients outside the range of their column"
     return [
-        ArraySpec("hidden_codes", "position", "uint8", packed_width(columns), meaning, label.exact.block),
+        ArraySpec("hidden_codes", "position", "uint8", packed_width(columns), meaning),
         ArraySpec("hidden_quotients", "position", "int8", sum(columns), beyond),
     ]
 
@@ -194,8 +193,7 @@ def _codecs(spec: ArraySpec) -> dict[str, Any]:
     if spec.name == "head_ids":
         return {"filters": [], "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle")}
     columns = [TransposeCodec(order=(1, 0))] if spec.width else []
-    blosc = BloscCodec(cname="zstd", clevel=9, shuffle="shuffle", blocksize=spec.block or 0)
-    return {"filters": columns, "compressors": blosc}
+    return {"filters": columns, "compressors": BloscCodec(cname="zstd", clevel=9, shuffle="shuffle")}
 
 
 def stride_for(axis: Axis, longest: int) -> int:

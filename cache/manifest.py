@@ -124,8 +124,6 @@ class DataIdentity(_Part):
 class ExactCode(_Part):
     """How the hidden state of an exact label is coded."""
 
-    absent = frozenset({"block"})
-
     bits: Annotated[int, Field(ge=1, le=12)] = Field(description="as asked for; each halves the step")
     step: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = Field(
         description="of a position that is all tail"
@@ -133,9 +131,6 @@ class ExactCode(_Part):
     width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="of the states that the teacher's head reads")
     columns: Annotated[list[Annotated[int, Field(ge=0, le=2**14)]], Field(min_length=4, max_length=4)] = Field(
         description="coefficients that are kept of them: with 255, 15, 6 and 3 values"
-    )
-    block: Annotated[int, Field(ge=1 << 14, le=1 << 22)] | None = Field(
-        default=None, description="bytes that zstd compresses together; null: as many as Blosc chooses"
     )
 
     @property

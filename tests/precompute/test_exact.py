@@ -1,6 +1,5 @@
 """Stage 1 with exact labels: what a cache of them holds, read back, resumed, cut into parts."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,6 @@ from logitcask.pipeline.plan.plan import make_plan
 from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.teachers import labelling
-from logitcask.pipeline.teachers.exact.fit import BLOCK
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 from tests.support.tiny import folder_bytes, make_cache, precompute_settings
@@ -65,26 +63,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, tmp_path: Path, mon
         shutil.rmtree(again / name)
     make_cache(again.parent, again.parent / "teacher", **EXACT)
     assert folder_bytes(again) == whole
-
-
-def test_a_cache_from_before_its_codes_had_blocks_is_finished_as_it_was_begun(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def blocks(cache: Path) -> list[int]:
-        (sharding,) = json.loads((cache / "hidden_codes/zarr.json").read_text())["codecs"]
-        inside = sharding["configuration"]["codecs"]
-        return [codec["configuration"]["blocksize"] for codec in inside if codec["name"] == "blosc"]
-
-    assert blocks(cache) == [BLOCK]
-    with monkeypatch.context() as before:
-        before.setattr("logitcask.pipeline.teachers.exact.fit.BLOCK", None)
-        old = make_cache(tmp_path, cache.parent / "teacher", **EXACT)
-    whole = folder_bytes(old)
-    assert (blocks(old), b'"block"' in whole["zarr.json"]) == ([0], False)
-    shutil.rmtree(old / "commits/c/1")
-    make_cache(tmp_path, cache.parent / "teacher", **EXACT)
-    assert folder_bytes(old) == whole
-    assert verify(old).problems == []
 
 
 def test_parts_agree(cache: Path, tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ from logitcask.pipeline.models.head import LMHead
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
 SLICE = 128  # positions at a time
-STEP = 20.5  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
-BLOCK = 1 << 17  # bytes that zstd compresses together: fewer columns share a table of code lengths than Blosc would let
+STEP = 21.0  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
 
 
@@ -52,8 +51,7 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
         basis=basis_CW[kept].float().contiguous().numpy(),
         centre=centre_W.float().numpy(),
     )
-    code = ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), block=BLOCK)
-    return fitted_head, code
+    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts))
 
 
 def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:
