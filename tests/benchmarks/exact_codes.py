@@ -1,7 +1,7 @@
 """Codes of hidden states for exact labels: bytes per position, and the error of what they stand for.
 
 Real states of Python and English. The basis is fitted to as many positions as stage 1 takes; bytes are those of the
-arrays of a cache, head included, of all other positions in one chunk. The errors are the mean KL(teacher || label),
+arrays of a cache, head included, of a shard of other positions. The errors are the mean KL(teacher || label),
 and of the mean gradient of a half-trained linear student (q = softmax(z / 2T)) over ``MEASURED`` positions, relative
 to the exact one's norm, through the head in bfloat16, root mean square over ``SETS``; beside them that of the gradient
 over all these positions together, and those of sparse labels, over ``DRAWS``.
@@ -44,8 +44,8 @@ from logitcask.pipeline.teachers.sparsify import sparsify
 from logitcask.pipeline.text.tokenizer import load_tokenizer
 from tests.benchmarks.capture import teacher_path
 
-WINDOWS, LENGTH, SKIPPED = {"python": 30, "english": 22}, 256, 16
-MEASURED, SETS, SLICE = 300, 4, 64
+WINDOWS, LENGTH, SKIPPED = {"python": 60, "english": 44}, 256, 16
+CODED, MEASURED, SETS, SLICE = 16384, 300, 4, 64  # CODED: positions of a shard
 SPARSE = ((8, 24), (32, 64), (64, 128), (128, 256), (256, 512))  # head, draws
 DRAWS, SIZED = 2, 512  # of a sparse label; positions of which its bytes are measured
 TEMPERATURES = [1.0, 1.5, 2.0]
@@ -242,7 +242,7 @@ def measure(
     """Measure a teacher; ``keep`` gets the figures so far."""
     weight = found.pop("weight")
     known, rest = parts(found, calibration_positions(weight.shape[1]))
-    unknown = rest[np.random.default_rng(0).permutation(len(rest))]
+    unknown = rest[np.random.default_rng(0).permutation(len(rest))[:CODED]]
     hidden = unknown[: MEASURED * sets]
     sparse = sparse_labels(weight, unknown, 8, 0)
     truth, everywhere = (Truth(weight, hidden, each) for each in (TEMPERATURES, (*TEMPERATURES, *BETWEEN)))
