@@ -4,14 +4,15 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
-``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS]``, resumable, two to three processor minutes per
-student of 300 steps; with fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in
-``second``.
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2]``, resumable, two to three processor
+minutes per student of 300 steps; with fewer STEPS students are those of so many, on the same way. FOLDER may hold the
+teacher in ``second``. With --smollm2 the teacher is SmolLM2, the study's first, and the windows are as many as the
+steps take: its forward pass takes 4 seconds per step.
 """
 
+import argparse
 import itertools
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
 from logitcask.cache.reader import CacheReader, is_complete
@@ -27,12 +28,15 @@ from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.batches.teacher_head import StoredHead
 from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
+from logitcask.pipeline.text.tokenizer import load_tokenizer
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.sources.teacher import OnlineTeacher
+from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study import second
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_student, write_atomically
@@ -70,18 +74,18 @@ def runs(seeds: int) -> list[Run]:
     return found
 
 
-def make_caches(folder: Path) -> None:
-    """Make the caches of the training windows, unless they are there."""
+def make_caches(folder: Path, teacher: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
+    """Make the caches of so many training windows, unless they are there."""
     if all(is_complete(folder / name) for name in CACHES):
         return
-    _, tokenizer = second.load(folder / "second")
-    ids = windows(code_files(held_out=False), tokenizer, STEPS * WINDOWS)
+    folder.mkdir(exist_ok=True)
+    ids = windows(code_files(held_out=False), tokenizer, count)
     data = folder / "train.jsonl"
     if not data.exists():
         data.write_text("".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in ids.tolist()))
     for name, how in CACHES.items():
-        values = {"teacher_model": str(folder / "second" / "final"), "train_data": str(data), "device": "cpu"}
-        precompute(PrecomputeSettings.model_validate({**values, "output": folder / name, "max_seq_length": 256, **how}))
+        values = {"teacher_model": str(teacher), "train_data": str(data), "device": "cpu", "max_seq_length": 256}
+        precompute(PrecomputeSettings.model_validate({**values, "output": folder / name, **how}))
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Stock:
 
 def train(run: Run, stock: Stock, steps: int) -> dict[str, Any]:
     """Train a student; return its held-out divergences from the teacher."""
-    student = new_student(second.VOCABULARY, run.seed).train()
+    student = new_student(stock.teacher.vocab_size, run.seed).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
     tail = {"exact": "exact"}.get(run.way, "sampled")
@@ -172,25 +176,35 @@ QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.3
 
 def main() -> None:
     """Train what is missing and write the results."""
-    folder, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else STEPS
-    make_caches(folder)
-    model, tokenizer = second.load(folder / "second")
-    held = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seeds", type=int, nargs="?", default=3)
+    parser.add_argument("steps", type=int, nargs="?", default=STEPS)
+    parser.add_argument("--smollm2", action="store_true")
+    given = parser.parse_args()
+    if given.smollm2:
+        teacher, caches = Path(teacher_path()), given.folder / f"smollm2-{given.steps}"
+        model, tokenizer = load_causal_lm(str(teacher), dtype=torch.float32).eval(), load_tokenizer(str(teacher))
+    else:
+        teacher, caches = given.folder / "second" / "final", given.folder
+        model, tokenizer = second.load(given.folder / "second")
+    make_caches(caches, teacher, tokenizer, WINDOWS * (given.steps if given.smollm2 else STEPS))
+    head = read_head(model)
     stock = Stock(
-        OnlineTeacher(model, read_head(model), second.VOCABULARY, packs=False, fingerprint=""),
-        {name: CacheReader(folder / name) for name in CACHES},
-        held,
+        OnlineTeacher(model, head, len(head.weight), packs=False, fingerprint=""),
+        {name: CacheReader(caches / name) for name in CACHES},
+        windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8],
     )
-    place = folder / f"{steps}-steps"
-    for run in runs(seeds):
+    name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps"
+    place = caches / f"{given.steps}-steps"
+    for run in runs(given.seeds):
         path = place / f"{run.name}.json"
         if not path.exists():
-            write_atomically(path, train(run, stock, steps))
+            write_atomically(path, train(run, stock, given.steps))
             print(path.read_text(), flush=True)
     found = [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    write_atomically(RESULTS, {**results, f"{steps} steps": {"summary": summary(found), "runs": found}})
+    write_atomically(RESULTS, {**results, name: {"summary": summary(found), "runs": found}})
     print(json.dumps(summary(found), indent=1))
 
 
