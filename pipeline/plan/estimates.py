@@ -81,8 +81,8 @@ LABEL_BYTES: dict[str, dict[Preset, float]] = {
 MEASURED_VOCABULARY = 49_152
 # Of exact labels: ids and next tokens are those of a standard one; measured by python -m tests.benchmarks.exact_codes:
 # the finer head and masses, and hidden states, by bits, of 576 features.
-EXACT_BYTES = {"head_ids": 10.9, "head_logprobs": 6.9, "log_tail_odds": 3.4, "gold_logprobs": 0.6}
-HIDDEN_BYTES, MEASURED_WIDTH = {3: 76.9, 4: 144.1, 5: 214.8, 6: 282.5}, 576
+EXACT_BYTES = {"head_ids": 10.9, "head_logprobs": 6.8, "log_tail_odds": 3.3, "gold_logprobs": 0.6}
+HIDDEN_BYTES, MEASURED_WIDTH = {3: 75.4, 4: 138.4, 5: 207.7, 6: 276.6}, 576
 WIDEST = 1_400  # above, sparse labels of as many bytes have the smaller error at T=1: tests.benchmarks.exact_widths
 RANDOM = 1.3, 1.6  # times as many bytes per feature of random states, falling off as 1 / i and isotropic
 HEAD_SHARE = 0.75  # of the head's bfloat16 numbers, compressed

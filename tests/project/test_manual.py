@@ -89,3 +89,19 @@ def test_the_table_of_layers_left_out_is_the_measured_one() -> None:
         cells = [f"{value:,.2f}" for _, value in sorted(way["perplexity"].items(), reverse=True)]
         assert f" | {' | '.join(cells)} | " in page
     assert f"perplexity of {results['whole']:.2f} with all" in page
+
+
+def test_the_codes_of_exact_labels_are_those_recorded() -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results/exact_codes.json").read_text())
+    page = (DOCS / "results/benchmarks.md").read_text()
+    names = {"3 bits": "fitted, 3 bits", "4 bits": "fitted, 4 bits", "5 bits": "fitted, 5 bits", "6 bits": "fitted, 6 bits",
+             "6 bits, the teacher's head in bfloat16": "fitted, 6 bits, a head in bfloat16",
+             "a rotation, 4 bits": "rotated, 4 bits"}  # fmt: skip
+    for row, name in names.items():
+        found = results["SmolLM2-135M-Instruct.Q4_1"]["codes"][name]
+        each, whole = ([found[t][of] for t in ("T=1", "T=2")] for of in ("gradient", "over 1,200 positions"))
+        assert f"| {row} | {found['bytes']:.0f} | {' | '.join(f'{value:.4f}' for value in (*each, *whole))} |" in page
+    for bits in (4, 6):
+        found = results["gemma-3-270m-q4_k_m"]["codes"][f"fitted, {bits} bits"]
+        figures = " | ".join(f"{found[t]['gradient']:.4f}" for t in ("T=1", "T=2"))
+        assert f"| Gemma 3 270M, {bits} bits | {found['bytes']:.0f} | {figures} | | |" in page

@@ -1,8 +1,9 @@
 """The teacher's part of the study: its hidden states and every sparse label of the same positions, on disk.
 
-Hidden states are kept so that exact distillation needs no second pass of the teacher; labels come from the product's
-``sparsify`` and go through the codes of its cache (labelling.py). One row a target position; blocks of windows are done
-in any order, by any number of processes, each once; a label that is new is made of the states that are kept.
+Hidden states are kept so that exact distillation needs no second pass of the teacher: in float32 and not as exact
+labels, since what labels are judged by must be free of their errors. Labels come from the product's ``sparsify`` and go
+through the codes of its cache (labelling.py). One row a target position; blocks of windows are done in any order, by
+any number of processes, each once; a label that is new is made of the states that are kept.
 """
 
 from dataclasses import dataclass, fields
