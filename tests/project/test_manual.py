@@ -94,9 +94,11 @@ def test_the_table_of_layers_left_out_is_the_measured_one() -> None:
 def test_the_codes_of_exact_labels_are_those_recorded() -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/exact_codes.json").read_text())
     page = (DOCS / "results/benchmarks.md").read_text()
-    names = {"3 bits": "fitted, 3 bits", "4 bits": "fitted, 4 bits", "5 bits": "fitted, 5 bits", "6 bits": "fitted, 6 bits",
-             "6 bits, the teacher's head in bfloat16": "fitted, 6 bits, a head in bfloat16",
-             "a rotation, 4 bits": "rotated, 4 bits"}  # fmt: skip
+    names = {
+        **{f"{bits} bits": f"fitted, {bits} bits" for bits in (3, 4, 5, 6)},
+        "6 bits, the teacher's head in bfloat16": "fitted, 6 bits, a head in bfloat16",
+        "a rotation, 4 bits": "rotated, 4 bits",
+    }
     for row, name in names.items():
         found = results["SmolLM2-135M-Instruct.Q4_1"]["codes"][name]
         each, whole = ([found[t][of] for t in ("T=1", "T=2")] for of in ("gradient", "over 1,200 positions"))
