@@ -67,7 +67,7 @@ docs:
 
 # the tests alone
 pytest *args:
-    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 6 --dist worksteal --durations=10 "$@"
+    OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 {{bin}}/python -m pytest -n 4 --dist worksteal --durations=10 "$@"
 
 # all tests, also those that are too long for every check
 nightly *args:
