@@ -209,7 +209,7 @@ def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine
         ending.callback(run.kill)
         while run.poll() is None:
             networks |= {network for pid in labellers(address) if (network := network_of(pid))}
-            time.sleep(0.02)
+            time.sleep(0.1)
         assert run.stderr
         assert run.returncode == 0, run.stderr.read().decode() + (tmp_path / "ray.log").read_text()
     assert networks >= {machine.network() for machine in machines}
