@@ -14,19 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from logitcask.cache.reader import CacheReader, is_complete
+from logitcask.cache.reader import is_complete
 from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.models.generate import answer
-from logitcask.pipeline.models.load import load_causal_lm
-from logitcask.pipeline.models.students.choose import choose_layers
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.runs.run_folder import ENDS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.settings.train import TrainSettings
-from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.train import run_training
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.healing import corpus
@@ -34,9 +29,10 @@ from tests.benchmarks.study.report import machine
 from tests.benchmarks.study.students import write_atomically
 
 RESULTS = Path("tests/benchmarks/results/healing.json")
+PRUNING = Path("tests/benchmarks/results/pruning.json")
 LENGTH = 320
 QUARTER = 0.25  # of the data: what most runs read
-LAYERS, CHOSEN_BY = (24, 20, 15), 32  # left of the teacher's 30; examples by which they are chosen
+LAYERS = (24, 20, 16)  # left of the teacher's 30
 LABELS: dict[str, dict[str, Any]] = {
     "standard": {"preset": "standard"},
     "exact labels": {"preset": "exact"},
@@ -58,7 +54,7 @@ PREDICTED = (
     "At T=1 and 100k positions, held-out KL: exact online 0.80, exact labels within 0.01 of it at T=1 and T=2, rich "
     "and standard within 0.02, lean 0.03 worse, draws alone 0.06 worse, top-64 renormalised within 0.02 and worse "
     "calibrated, cross-entropy 1.3. At T=2 exact is 0.03 behind its T=1 on KL at T=1, standard another 0.1 behind, "
-    "top-64 0.3. At 400k: exact 0.5, standard within 0.01 of it, cross-entropy 1.1. 24 layers 0.35, 15 layers 1.4 at "
+    "top-64 0.3. At 400k: exact 0.5, standard within 0.01 of it, cross-entropy 1.1. 24 layers 0.35, 16 layers 1.3 at "
     "100k. HumanEval: the teacher 4 %, every student within the error of zero to 3 %."
 )
 
@@ -86,7 +82,7 @@ def arms() -> Iterator[Arm]:
         yield from (Arm(objective, 2.0, seed) for objective in AT_TWO)
         if seed == 0:
             yield from (Arm(objective, share=1.0) for objective in ("cross-entropy", "standard", "exact"))
-    yield from (Arm(objective, layers=layers) for layers in (24, 15) for objective in ("exact", "standard"))
+    yield from (Arm(objective, layers=layers) for layers in (24, 16) for objective in ("exact", "standard"))
     yield Arm("top-64 renormalised", share=1.0)
 
 
@@ -118,17 +114,10 @@ def train(folder: Path, data: Path, arm: Arm, kept: str, max_steps: int | None) 
     return run
 
 
-def kept_layers(folder: Path, data: Path) -> dict[int, str]:
-    """Return the layers that are left, by their number, as ``--init-from-teacher-layers auto`` chooses them."""
-    place = folder / "layers.json"
-    if not place.exists():
-        reader = CacheReader(make_cache(folder, data, "standard"))
-        examples = [reader.example(number) for number in range(min(CHOSEN_BY, len(reader)))]
-        encoded = [Encoded(example.input_ids, example.target_mask) for example in examples]
-        teacher = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
-        chosen = {count: choose_layers(teacher, encoded, count) for count in LAYERS}
-        write_atomically(place, {count: ",".join(map(str, layers)) for count, layers in chosen.items()})
-    return {int(count): layers for count, layers in json.loads(place.read_text()).items()}
+def kept_layers() -> dict[int, str]:
+    """Return the layers that are left, by their number, if others are removed as tests/benchmarks/pruning.py did."""
+    order = json.loads(PRUNING.read_text())["ways"]["loss, shortlist of 4"]["order"]
+    return {count: ",".join(str(layer) for layer in range(30) if layer not in order[: 30 - count]) for count in LAYERS}
 
 
 def core_hours() -> float:
@@ -162,8 +151,7 @@ def main() -> None:
     corpus.make(given.folder, teacher_path(), corpus.Sizes(*((12, 12, 6, 4) if given.small else (1100, 600, 400, 50))))
     parts = {share: corpus.shorter(given.folder, share) for share in (QUARTER, 1.0)}
     judged = make_cache(given.folder, given.folder / "held-out.jsonl", "rich")
-    kept = kept_layers(given.folder, parts[QUARTER])
-    done["teacher"] = done["teacher"] or held_out(teacher_path(), judged, problems)
+    kept = kept_layers()
     for arm in arms():
         if arm.name in done["runs"]:
             continue
@@ -171,12 +159,13 @@ def main() -> None:
         write_atomically(results, done)
         if done["core_hours"] >= given.hours:
             print(f"{done['core_hours']:.1f} core-hours are used: {arm.name} and what follows are left out")
-            return
+            break
         run = train(given.folder, parts[arm.share], arm, kept[arm.layers], max_steps)
         shown = problems if arm.share == 1.0 else 0
         figures = held_out(str(run / "final"), judged, shown)
         done["runs"][arm.name] = {"arm": arm._asdict(), "core_hours": done["core_hours"], **figures}
         print(arm.name, figures["on_cache"]["perplexity"], figures["on_cache"]["kl"], flush=True)
+    done["teacher"] = done["teacher"] or held_out(teacher_path(), judged, problems)
     done["core_hours"] = round(before + core_hours(), 3)
     write_atomically(results, done)
 
