@@ -144,6 +144,7 @@ def _head_and_code(
     if stored is not None and stored.label.exact is not None:
         with contextlib.suppress(CacheFormatError):
             return CacheReader(settings.output, partial=True).teacher_head(), stored.label.exact
+    say("fitting the code of hidden states to this teacher: seconds, minutes if it is wider than 4,000", "basis")
     return executor.fitted_head(work.calibration(), work.label, settings.hidden_bits)
 
 

@@ -54,7 +54,9 @@ def test_the_logits_of_a_label_are_the_teachers(cache: Path) -> None:
     assert np.abs(head.logits(hidden) - logits).max() < 0.03 * np.abs(logits).max()
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(LocalExecutor, "fitted_head", None)  # the basis of the cache is kept
     whole = folder_bytes(cache)
     again = tmp_path / "again" / "cache"
@@ -62,6 +64,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(cache: Path, tmp_path: Path, mon
     for name in ("commits/c/1", "hidden_codes/c/1", "commits/c/3"):
         shutil.rmtree(again / name)
     make_cache(again.parent, again.parent / "teacher", **EXACT)
+    assert "\nbasis " not in capsys.readouterr().err
     assert folder_bytes(again) == whole
 
 
@@ -102,6 +105,11 @@ def test_a_copied_part_keeps_the_head(cache: Path, tmp_path: Path) -> None:
     part, whole = CacheReader(tmp_path / "part.zip"), CacheReader(cache)
     assert part.teacher_head().identity == whole.teacher_head().identity
     assert np.array_equal(part.shard(0).targets.codes, whole.shard(1).targets.codes)  # type: ignore[attr-defined]
+
+
+def test_a_wait_of_minutes_is_announced(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_cache(tmp_path, cache.parent / "teacher", **EXACT)
+    assert "\nbasis     fitting the code of hidden states to this teacher: " in capsys.readouterr().err
 
 
 def test_other_bits_are_another_cache(cache: Path) -> None:
