@@ -107,3 +107,25 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
         found = results["gemma-3-270m-q4_k_m"]["codes"][f"fitted, {bits} bits"]
         figures = " | ".join(f"{found[t]['gradient']:.4f}" for t in ("T=1", "T=2"))
         assert f"| Gemma 3 270M, {bits} bits | {found['bytes']:.0f} | {figures} | | |" in page
+
+
+def test_the_students_of_exact_labels_are_those_recorded() -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results/exact_students.json").read_text())
+    page = (DOCS / "guides/train.md").read_text()
+
+    def more(found: dict[str, float]) -> str:
+        return f"{round(found['more'], 4) + 0:.4f} ± {found['±']:.4f}"
+
+    for loss, found in results["40 steps"]["summary"].items():
+        name = loss.replace("forward-kl", "forward KL").replace("reverse-kl", "reverse KL").replace("jsd", "JSD")
+        standard = more(found["standard"]) if "standard" in found else ""
+        assert f"| {name} | {found['online']:.4f} | {more(found['exact'])} | {standard} |" in page
+    pairs: dict[tuple[str, str], list[str]] = {}
+    for run in results["300 steps"]["runs"]:
+        loss = f"{run['divergence']} at T={run['temperature']:g}"
+        pairs.setdefault((loss, run["way"]), []).append(f"{run['held_out'][loss]:.3f}")
+    ends = []
+    for run in results["SmolLM2, 40 steps"]["runs"]:
+        loss = f"{run['divergence']} at T={run['temperature']:g}"
+        ends.append(f"{run['held_out'][loss]:.4f}")
+    assert [text for text in (*map(", ".join, pairs.values()), *ends) if text not in page] == []
