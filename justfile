@@ -11,14 +11,18 @@ logitcask := bin / "logitcask"
 lowest_tools := "flask flask-cors hypothesis matplotlib 'moto[s3]' peft pytest s3fs sentencepiece tensorstore trl zarrs"
 
 # everything CI runs: format check, lint, types, import layers, the manual, tests
-check: lint-and-compile pytest
+check: docs-and-compile lint-and-pytest
 
 # set everything up and run the whole check
-test: setup lint-and-compile pytest
+test: setup docs-and-compile lint-and-pytest
 
-# beside the linters, one process imports what the tests import: each of their workers would compile it anew
+# beside the manual, one process imports what the tests import: each of their workers would compile it anew
 [parallel]
-lint-and-compile: lint docs compile
+docs-and-compile: docs compile
+
+# tests wait for processes and servers: what they leave of two cores is enough for the linters
+[parallel]
+lint-and-pytest: lint pytest
 
 [private]
 compile:

@@ -67,16 +67,12 @@ def test_exact_labels_are_those_of_one_process(folder: Path, cluster: str) -> No
     assert folder_bytes(folder / "two") == folder_bytes(folder / "one")
 
 
-def test_two_workers_on_two_nodes_make_the_cache_of_one(folder: Path, cluster: str, tmp_path: Path) -> None:
-    report = precompute(settings(folder, tmp_path / "cache", cluster))
-    assert report.shards_written == report.manifest.shards.count > 4
-    assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
-
-
-def test_tokens_made_in_tasks_and_categories_are_those_of_one_process(
+def test_two_workers_on_two_nodes_make_the_cache_of_one_process(
     folder: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chosen by ``--where`` too, which drops records, in a chunk that is no whole one; figures are per category."""
+    """Labels, tokens made in tasks, and categories; records are chosen by ``--where``, some in a chunk that is no whole
+    one, and figures are per category.
+    """
     rows = [
         {**record, "category": f"c{n % 3}", "language": ("en", "fr")[n % 5 == 0]} for n, record in enumerate(RECORDS)
     ]
@@ -93,7 +89,8 @@ def test_tokens_made_in_tasks_and_categories_are_those_of_one_process(
         return submit(self, message)
 
     monkeypatch.setattr(_Tasks, "submit", counted)
-    precompute(one.model_copy(update={"output": tmp_path / "ray", "ray": cluster, "workers": 2}))
+    report = precompute(one.model_copy(update={"output": tmp_path / "ray", "ray": cluster, "workers": 2}))
+    assert report.shards_written == report.manifest.shards.count > 4
     assert len(submitted) == 5
     assert folder_bytes(tmp_path / "ray") == folder_bytes(tmp_path / "one")
     settings = EvaluateSettings.model_validate(
@@ -249,7 +246,7 @@ def test_a_workers_error_is_one_line(folder: Path, cluster: str, tmp_path: Path)
     """This process reads the tokenizer, the workers the weights."""
     shutil.copytree(folder / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
     wrong = settings(folder, tmp_path / "cache", cluster).model_copy(
-        update={"teacher_model": str(tmp_path / "teacher")}
+        update={"teacher_model": str(tmp_path / "teacher"), "workers": 1}
     )
     for _ in range(2):  # a run that failed has left the cluster
         with pytest.raises(LogitcaskError) as refused:
