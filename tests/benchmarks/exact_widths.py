@@ -5,7 +5,8 @@ those of trained models fall off; the head's weights are random, of ``VOCABULARY
 deviation of ``LOGITS``. Bytes are those of the arrays of hidden states at 4 bits, of ``CODED`` positions; errors those
 of ``exact_codes`` over 300 positions, and beside them those of sparse labels with their bytes.
 Run as ``python -m tests.benchmarks.exact_widths RESULTS.json WIDTH...``, each width into the same file. On a core
-1024 takes half a minute and 4096 four, of which most goes into the basis, with the cube of the width.
+1024 takes half a minute, 4096 four and 8192 half an hour, of which most goes into the basis, with the cube of the
+width.
 
 Predicted before the run: isotropic states take 3.5 bits per feature at any width, the others about 2.5 and less with
 the width, and the gradient's error at 4 bits is about the same at every width.
