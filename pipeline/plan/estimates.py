@@ -84,7 +84,7 @@ MEASURED_VOCABULARY = 49_152
 EXACT_BYTES = {"head_ids": 10.9, "head_logprobs": 6.8, "log_tail_odds": 3.3, "gold_logprobs": 0.6}
 HIDDEN_BYTES, MEASURED_WIDTH = {3: 75.4, 4: 138.4, 5: 207.7, 6: 276.6}, 576
 WIDEST = 1_400  # above, sparse labels of as many bytes have the smaller error at T=1: tests.benchmarks.exact_widths
-RANDOM = 1.0, 1.7  # times as many bytes per feature of random states, falling off as 1 / i and isotropic
+RANDOM = 1.0, 1.7  # times as many bytes per feature of random states: at 8,192, as 1 / i; at 512, isotropic
 HEAD_SHARE = 0.75  # of the head's bfloat16 numbers, compressed
 # These were measured on 8,519 tokens of the demo's data, with logitcask cache info.
 TOKEN_BYTES = {"input_ids": 0.89, "target_mask": 0.023}  # per token

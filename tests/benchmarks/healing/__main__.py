@@ -44,7 +44,7 @@ LABELS: dict[str, dict[str, Any]] = {
 AT_TWO = ("exact", "standard", "exact labels", "top-64 renormalised")  # the objectives that are trained at T=2, too
 SMOLLM2 = {"teacher_model": teacher_path(), "device": "cpu"}
 TRAINING = {"learning_rate": 3e-4, "warmup_steps": 10, "batch_size": 4, "logging_steps": 20, "save_steps": 50}
-PRECISION = {"use_mixed_precision": True}  # bfloat16: 0.58 of float32's processor time per step of the layers
+PRECISION = {"use_mixed_precision": True}  # bfloat16, for all runs alike: less time per step on CPUs that have it
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number.",
     "What is the capital of France? Answer in one sentence.",
