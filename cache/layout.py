@@ -20,6 +20,7 @@ from zarr.codecs import BloscCodec, TransposeCodec
 from logitcask.cache.errors import CacheFormatError
 from logitcask.cache.exact.code import pack, packed_width, step_sizes, unpack
 from logitcask.cache.exact.odds import beyond, log_tail_of, odds_codes, odds_of
+from logitcask.cache.exact.trellis import codes_of, values_of
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.labels import ExactTargets, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, ShardPlan, label_entries
@@ -247,7 +248,8 @@ def _packed(targets: SparseTargets, label: LabelSettings | None) -> dict[str, ND
         return {}
     assert label is not None, "exact labels need their settings"
     assert label.exact is not None, "exact labels need their code"
-    codes, quotients = pack(targets.codes, label.exact.columns)
+    codes = codes_of(targets.codes) if label.exact.trellis else targets.codes
+    codes, quotients = pack(codes, label.exact.columns)
     return {"hidden_codes": codes, "hidden_quotients": quotients}
 
 
@@ -308,6 +310,7 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
     if label.exact is None:
         return sparse
     codes = unpack(arrays["hidden_codes"], arrays["hidden_quotients"], label.exact.columns)
+    codes = values_of(codes) if label.exact.trellis else codes
     return ExactTargets(**vars(sparse), codes=codes, steps=step_sizes(log_tail_mass, label.exact.step))
 
 

@@ -28,7 +28,8 @@ EXACT_VERSION = 6  # of caches of exact labels; those of sparse labels are writt
 READABLE_FORMATS = (4, FORMAT_VERSION, EXACT_VERSION)
 # recorded, but not part of what a cache is: a run may resume it whatever these are
 REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
-FITTED = ("teacher_head.", "label.exact.step", "label.exact.columns")  # to the data; a run takes those of the cache
+# fitted to the data, or chosen when a cache was begun: a run that resumes it takes those of the cache
+FITTED = ("teacher_head.", "label.exact.step", "label.exact.columns", "label.exact.trellis")
 
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
@@ -124,13 +125,18 @@ class DataIdentity(_Part):
 class ExactCode(_Part):
     """How the hidden state of an exact label is coded."""
 
-    bits: Annotated[int, Field(ge=1, le=12)] = Field(description="as asked for; each halves the step")
+    absent = frozenset({"trellis"})
+
+    bits: Annotated[int, Field(ge=1, le=12)] = Field(description="as asked for; each halves the error")
     step: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = Field(
         description="of a position that is all tail"
     )
     width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="of the states that the teacher's head reads")
     columns: Annotated[list[Annotated[int, Field(ge=0, le=2**14)]], Field(min_length=4, max_length=4)] = Field(
         description="coefficients that are kept of them: with 255, 15, 6 and 3 values"
+    )
+    trellis: Literal[4] | None = Field(
+        default=None, description="states of the trellis that codes are read along; none: each stands for itself"
     )
 
     @property

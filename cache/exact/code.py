@@ -17,10 +17,16 @@ from numpy.typing import NDArray
 
 LEVELS = (255, 15, 6, 3)  # values of a column, columns sorted by falling range
 PER_BYTE = (1, 2, 3, 5)
+LARGEST_QUOTIENT = 127
 RARE, MARGIN = 1 / 256, 1.2  # a column's range is that of all but so many of its values, and a bit more
 LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
 
 Codes = NDArray[np.integer[Any]]
+
+
+def largest_codes(columns: Sequence[int]) -> NDArray[np.int32]:
+    """Return the largest code of each column that ``pack`` keeps, (C,)."""
+    return np.repeat(np.array([LARGEST_QUOTIENT * levels for levels in LEVELS], np.int32), columns)
 
 
 def packed_width(columns: Sequence[int]) -> int:
@@ -48,7 +54,7 @@ def pack(codes_NC: Codes, columns: Sequence[int]) -> tuple[NDArray[np.uint8], ND
     for count, levels, per_byte in zip(columns, LEVELS, PER_BYTE, strict=True):
         lowest = (levels - 1) // 2
         quotient, low = np.divmod(codes_NC[:, first : first + count].T.astype(np.int32) + lowest, levels)
-        quotients.append(quotient.clip(-127, 127))
+        quotients.append(quotient.clip(-LARGEST_QUOTIENT, LARGEST_QUOTIENT))
         for start in range(0, count, per_byte):
             joined = np.zeros(len(codes_NC), np.int32)
             for column in low[start : start + per_byte]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.cache.exact.code import step_sizes
+from logitcask.cache.exact.code import Codes, step_sizes
 from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.exact.odds import stored_tail_mass
+from logitcask.cache.exact.trellis import values_of
 from logitcask.cache.labels import ExactTargets, Shard
 from logitcask.cache.layout import EXACT_SCALE
 from logitcask.cache.manifest import EXACT_VERSION, ExactCode, LabelSettings, Manifest
@@ -24,6 +25,8 @@ LABEL = LabelSettings(
     seed=0,
     exact=ExactCode(bits=4, step=0.1, width=WIDTH, columns=COLUMNS),
 )
+TRELLIS = ExactCode(bits=6, step=0.1, width=WIDTH, columns=COLUMNS, trellis=4)
+ON_A_TRELLIS = LABEL.model_copy(update={"exact": TRELLIS})
 
 
 def random_head(*, bias: bool = True) -> TeacherHead:
@@ -42,25 +45,26 @@ def random_head(*, bias: bool = True) -> TeacherHead:
     )
 
 
-def exact_shards(sizes: list[int]) -> list[Shard]:
+def exact_shards(sizes: list[int], label: LabelSettings = LABEL) -> list[Shard]:
     """Return shards of examples with random codes, a few of them far outside the range of their column.
 
     Their tails have from a twentieth of the mass to none.
     """
     random, shards = np.random.default_rng(1), []
-    assert LABEL.exact is not None
-    for shard in sound_shards(LABEL, sizes, 40.0):
+    assert label.exact is not None
+    for shard in sound_shards(label, sizes, 40.0):
         targets = shard.targets
-        codes = np.rint(3 * random.standard_t(2, (len(targets), LABEL.exact.kept))).clip(-300, 300).astype(np.int16)
-        steps = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), LABEL.exact.step)
+        codes: Codes = np.rint(3 * random.standard_t(2, (len(targets), label.exact.kept))).clip(-300, 300)
+        codes = values_of(codes.astype(np.int16)) if label.exact.trellis else codes.astype(np.int16)
+        steps = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), label.exact.step)
         shards.append(replace(shard, targets=ExactTargets(**vars(targets), codes=codes, steps=steps)))
     return shards
 
 
-def exact_manifest(manifest: Manifest) -> Manifest:
-    """Return a manifest of sparse labels as that of ``LABEL``."""
+def exact_manifest(manifest: Manifest, label: LabelSettings = LABEL) -> Manifest:
+    """Return a manifest of sparse labels as that of exact ones."""
     parts: dict[str, Any] = {
-        **dict(manifest), "format_version": EXACT_VERSION, "label": LABEL, "teacher_head": random_head().identity
+        **dict(manifest), "format_version": EXACT_VERSION, "label": label, "teacher_head": random_head().identity
     }  # fmt: skip
     return Manifest.model_validate(parts)
 

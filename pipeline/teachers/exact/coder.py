@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.cache.exact.code import step_sizes
+from logitcask.cache.exact.code import largest_codes, step_sizes
 from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.labels import ExactTargets, SparseTargets
 from logitcask.cache.layout import EXACT_SCALE
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.teachers.exact.viterbi import nearest
 
 TOKENS = 8192  # rows of the head in float32 at a time
 FARTHEST = 2**14  # steps from the centre: a hidden state beyond is cut, which no sound one is
@@ -27,17 +28,23 @@ class HiddenCoder:
 
     def __init__(self, head: TeacherHead, label: LabelSettings, device: torch.device) -> None:
         assert label.exact is not None
-        self._head, self._label, self._step = head, label, label.exact.step
+        self._head, self._label, self._code = head, label, label.exact
         self._centre = torch.from_numpy(head.centre).to(device)
         self._forward = torch.from_numpy(head.forward).to(device)  # (W, C)
 
     def encode(self, hidden_NW: Tensor, targets: SparseTargets) -> ExactTargets:
         """Return the labels with the coded hidden states of their positions."""
-        steps_N = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._step)
+        steps_N = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._code.step)
         values_NC = (hidden_NW.float() - self._centre) @ self._forward
         values_NC /= torch.from_numpy(steps_N).to(values_NC.device)[:, None]
-        codes_NC = values_NC.round_().clamp_(-FARTHEST, FARTHEST).to(torch.int16)
+        codes_NC = nearest(self._within(values_NC)) if self._code.trellis else values_NC.round_()
+        codes_NC = codes_NC.clamp_(-FARTHEST, FARTHEST).to(torch.int16)
         return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), steps=steps_N)
+
+    def _within(self, values_NC: Tensor) -> Tensor:
+        """Return values that are cut where their column ends: codes cut later would be read on another ruler."""
+        most_C = torch.from_numpy(2.0 * largest_codes(self._code.columns) - 4).clamp_max(FARTHEST - 4).to(values_NC)
+        return values_NC.clamp(-most_C, most_C)
 
     def rebuilt(self, targets: ExactTargets) -> Iterator[Tensor]:
         """Yield the distributions that labels stand for, (N, V), at each stored temperature in turn."""

@@ -9,12 +9,14 @@ Legend: N positions of calibration, V vocabulary, W width, C coefficients kept, 
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from logitcask.cache.exact.code import column_ranges, step_sizes
 from logitcask.cache.exact.head import TeacherHead
+from logitcask.cache.exact.trellis import STATES
 from logitcask.cache.labels import FloatArray
 from logitcask.cache.manifest import ExactCode, LabelSettings
 from logitcask.pipeline.models.head import LMHead
@@ -24,6 +26,8 @@ MEASURED = 512  # of them, on which the metric is measured
 SLICE = 128  # positions at a time
 STEP = 21.0  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
+TRELLIS_FROM = 5  # bits: with fewer, most columns have too few values for a trellis to save anything
+TRELLIS_STEP = 0.56  # of the step without a trellis, for about the same error
 
 
 def calibration_positions(width: int) -> int:
@@ -34,6 +38,8 @@ def calibration_positions(width: int) -> int:
 def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits: int) -> tuple[TeacherHead, ExactCode]:
     """Return the head with the basis fitted to these hidden states, and how many of its columns are kept."""
     hidden, step = torch.from_numpy(hidden_NW), STEP * 2.0**-bits / math.sqrt(hidden_NW.shape[1])
+    trellis: Literal[4] | None = STATES if bits >= TRELLIS_FROM else None
+    step *= TRELLIS_STEP if trellis else 1.0
     tails_NJ, metric_WW = _tails(head, hidden, label)
     steps_N = torch.from_numpy(step_sizes(tails_NJ.log().numpy(), step)).double()
     weights_N = (step / steps_N) ** 2
@@ -43,7 +49,7 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
     values, vectors = torch.linalg.eigh(root @ _floored(scaled_NW.t() @ scaled_NW / len(hidden)) @ root)
     order = values.argsort(descending=True)
     forward_WC, basis_CW = root @ vectors[:, order], vectors[:, order].t() @ inverse
-    columns, counts = column_ranges((scaled_NW @ forward_WC / step).numpy())
+    columns, counts = column_ranges((scaled_NW @ forward_WC / (2 * step if trellis else step)).numpy())
     kept = torch.from_numpy(columns)
     fitted_head = replace(
         head,
@@ -51,7 +57,7 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
         basis=basis_CW[kept].float().contiguous().numpy(),
         centre=centre_W.float().numpy(),
     )
-    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts))
+    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), trellis=trellis)
 
 
 def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:

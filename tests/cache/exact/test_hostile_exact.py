@@ -16,21 +16,29 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.exact.code import LEVELS, pack, unpack
 from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.integrity import commit_key, constant_objects, shard_keys
-from logitcask.cache.labels import ExactTargets, FloatArray
+from logitcask.cache.labels import ExactTargets, FloatArray, Shard
 from logitcask.cache.layout import shard_specs
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.verify import verify
 from logitcask.cache.writer import _constants, create_cache
 from tests.cache.test_cache import FILES, manifest_of
 from tests.cache.test_hostile import Objects, bounded, mutate_bytes, mutate_json, on_disk, store_of
-from tests.support.exact import LABEL, exact_manifest, exact_shards, random_head, write_exact
+from tests.support.exact import LABEL, ON_A_TRELLIS, exact_manifest, exact_shards, random_head, write_exact
 from tests.support.tiny import folder_bytes, sound_shards
 
-SHARDS = exact_shards([2, 1])
+SHARDS, TRELLIS_SHARDS = exact_shards([2, 1]), exact_shards([2, 1], ON_A_TRELLIS)
 SPARSE = LABEL.model_copy(update={"exact": None})
 PLAIN, EXAMPLES = manifest_of(SPARSE, sound_shards(SPARSE, [2, 1]))
 MANIFEST = exact_manifest(PLAIN)
 SPECS = shard_specs(MANIFEST)
+
+
+@pytest.fixture(scope="module")
+def trellis(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    folder = tmp_path_factory.mktemp("trellis") / "c"
+    write_exact(folder, exact_manifest(PLAIN, ON_A_TRELLIS), EXAMPLES, FILES, TRELLIS_SHARDS)
+    assert verify(folder).problems == []
+    return folder_bytes(folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +86,10 @@ def read_all(objects: Objects) -> None:
         reader.shard(index)
 
 
-def test_codes_and_head_come_back(good: Objects) -> None:
-    reader, head = CacheReader(store_of(good)), random_head()
-    for index, shard in enumerate(SHARDS):
+@pytest.mark.parametrize(("objects", "shards"), [("good", SHARDS), ("trellis", TRELLIS_SHARDS)])
+def test_codes_and_head_come_back(objects: str, shards: list[Shard], request: pytest.FixtureRequest) -> None:
+    reader, head = CacheReader(store_of(request.getfixturevalue(objects))), random_head()
+    for index, shard in enumerate(shards):
         read = reader.shard(index).targets
         assert isinstance(read, ExactTargets)
         assert isinstance(shard.targets, ExactTargets)
@@ -116,6 +125,7 @@ def test_damage_is_found_and_refused_in_one_line(good: Objects, name: str, damag
         ({"columns": [0, 0, 0, 0]}, "1 to 12 coefficients"),
         ({"columns": [10, 2, 1, 4]}, "1 to 12 coefficients"),
         ({"width": 2**40}, "less than or equal"),
+        ({"trellis": 8}, "Input should be 4"),
     ],
 )
 def test_an_impossible_code_is_refused(good: Objects, change: dict[str, Any], rule: str) -> None:
@@ -209,10 +219,12 @@ def test_any_codes_decode_to_finite_numbers(good: Objects) -> None:
     assert verify(store_of(objects)).shards == 2
 
 
-def test_what_the_page_of_the_format_says_decodes_them(good: Objects) -> None:
+@pytest.mark.parametrize("objects", ["good", "trellis"])
+def test_what_the_page_of_the_format_says_decodes_them(objects: str, request: pytest.FixtureRequest) -> None:
     """A second implementation, from docs/reference/cache-format.md alone."""
-    group: Any = zarr.open_group(store_of(good), mode="r")
-    reader, head = CacheReader(store_of(good)), group["head"]
+    store = store_of(request.getfixturevalue(objects))
+    group: Any = zarr.open_group(store, mode="r")
+    reader, head = CacheReader(store), group["head"]
     targets, stored = reader.shard(0).targets, reader.teacher_head()
     assert isinstance(targets, ExactTargets)
     assert targets.steps.max() > 10 * targets.steps.min(), "tails of little mass and of much"
@@ -239,7 +251,13 @@ def _decoded(group: Any, row: int) -> FloatArray:
                 digit - (levels - 1) // 2 + levels * int(quotients[len(codes) + i]) for i, digit in enumerate(digits)
             ]
             place += 1
+    if "trellis" in exact:
+        codes = [2 * code - int(np.sign(code)) * _ruler(codes, i) for i, code in enumerate(codes)]
     odds = np.cumsum(group["log_tail_odds"][row], dtype=np.int16) / 64
     step = exact["step"] / np.sqrt(max((1 / (1 + np.exp(-odds))).mean(), 2.0**-12))
     hidden: FloatArray = step * np.array(codes) @ group["head/basis"][:] + group["head/centre"][:]
     return hidden
+
+
+def _ruler(codes: list[int], i: int) -> int:
+    return sum(codes[j] for j in range(i - 1, i - i % 64 - 1, -2)) % 2
