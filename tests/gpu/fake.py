@@ -26,7 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.labels import SoftLabels
+from logitcask.cache.manifest import ExactCode
 from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import LMHead
@@ -200,17 +202,31 @@ def training_waits(cache: Path, folder: Path, steps: int) -> Counter[str]:
     return waits.counts
 
 
-def labelling_waits() -> Counter[str]:
-    """Return the waits of a batch of stage 1."""
+def labelling_waits(*, exact: bool = False) -> Counter[str]:
+    """Return the waits of a batch of stage 1, of sparse labels or of exact ones."""
     from tests.gpu.stages import as_teacher, label_settings, random_batch
 
     with fake_gpu() as waits:
         with torch.device(GPU):
             model = loader.student_from_config(Path("tiny"), 49_152)
         teacher = as_teacher(model, GPU, torch.float32)
+        label = label_settings(49_152)
+        if exact:
+            teacher.use_head(random_basis(model.config.hidden_size, 49_152))
+            code = ExactCode(bits=6, step=0.1, width=model.config.hidden_size, columns=[32, 0, 0, 0], trellis=4)
+            label = label.model_copy(update={"exact": code})  # with draws: a fake tensor of none asks the driver
         waits.counts.clear()
-        teacher.label(random_batch(2, 128, 49_152), label_settings(49_152))
+        teacher.label(random_batch(2, 128, 49_152), label)
     return waits.counts
+
+
+def random_basis(width: int, vocabulary: int) -> TeacherHead:
+    """Return a head with a basis of 32 coefficients, of random numbers."""
+    chance = np.random.default_rng(0)
+    weight, forward = (chance.normal(size=shape).astype(np.float32) for shape in ((vocabulary, width), (width, 32)))
+    return TeacherHead(
+        as_bfloat16(weight), None, 1.0, None, np.ascontiguousarray(forward.T), forward, np.zeros(width, np.float32)
+    )
 
 
 def main() -> None:
@@ -224,6 +240,7 @@ def main() -> None:
             "an optimizer step of the Trainer": per_step,
             "the rest of a run": once - Counter({line: round(STEPS * n) for line, n in per_step.items()}),
             "a batch of stage 1, 254 positions": labelling_waits(),
+            "the same of exact labels": labelling_waits(exact=True),
         }.items():
             print(f"{title}: {sum(counts.values()):g} waits of the host for the GPU")
             for line, count in counts.most_common():

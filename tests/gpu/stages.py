@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from logitcask.cache.labels import SparseTargets
+from logitcask.cache.exact.head import decode
+from logitcask.cache.labels import ExactTargets, FloatArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.models.load import load_causal_lm, student_from_config
 from logitcask.pipeline.precompute.precompute import precompute
-from logitcask.pipeline.teachers.labelling import require_possible
+from logitcask.pipeline.teachers.labelling import fitted_head, require_possible
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher
 from logitcask.pipeline.train.train import run_training
@@ -30,11 +31,12 @@ VOCABULARY = 49_152
 NATS = {"float32": 1e-3, "bfloat16": 0.25}  # of the labels of a model run in that dtype, against float32 on a CPU
 LOSSES = 1e-3  # relative, of training in float32 against a CPU's
 HALF = 0.05  # the same in bf16
+WIDE = 2048  # of hidden states: a basis takes a CPU a while from here on
 SAME = 1e-6  # relative, of a resumed run: the order in which a GPU adds up may change the last bit
 
 
 def both_stages(place: Place) -> Iterator[Row]:
-    """A tiny teacher's cache, and students trained from it: in float32, in bf16 with checkpointing, and resumed."""
+    """A tiny teacher's caches, and students: in float32, in bf16 with checkpointing, of exact labels, resumed."""
     device = str(place.device)
     make_teacher(place.folder / "teacher")
     write_jsonl(place.folder / "train.jsonl", RECORDS)
@@ -45,25 +47,35 @@ def both_stages(place: Place) -> Iterator[Row]:
         reader = CacheReader(output)
         labels[name] = SparseTargets.concatenate([reader.example(index).targets for index in range(len(reader))])
     yield label_row("stage 1, the command's cache", labels["cpu"], labels[device], NATS["float32"])
-    cache = place.folder / f"cache-{device}"
+    cache, exact = place.folder / f"cache-{device}", place.folder / "cache-exact"
+    precompute(
+        precompute_settings(place.folder, output=exact, device=device, preset="exact", tail_draws=0, hidden_bits=6)
+    )
+    plain: dict[str, object] = {"use_mixed_precision": False}
+    half: dict[str, object] = {"use_mixed_precision": True, "use_gradient_checkpointing": True}
+    whole: dict[str, object] = {**plain, "distillation_type": "logit", "temperature": 3.0, "divergence": "jsd"}
     runs = {
-        "float32": (device, {"use_mixed_precision": False}),
-        "bf16, checkpointing": (device, {"use_mixed_precision": True, "use_gradient_checkpointing": True}),
-        "cpu": ("cpu", {"use_mixed_precision": False}),
+        "cpu": (cache, "cpu", plain),
+        "float32": (cache, device, plain),
+        "bf16, checkpointing": (cache, device, half),
+        "JSD of exact labels, cpu": (exact, "cpu", whole),
+        "JSD of exact labels": (exact, device, whole),
     }
     found: dict[str, list[float]] = {}
-    for name, (where, options) in runs.items():
+    for name, (source, where, options) in runs.items():
         output = place.folder / name
-        run_training(train_settings(cache, output, max_steps=4, save_steps=2, device=where, **options))
+        run_training(train_settings(source, output, max_steps=4, save_steps=2, device=where, **options))
         found[name] = losses_of(output)
-    for name, limit in (("float32", LOSSES), ("bf16, checkpointing", HALF)):
-        error = max(abs(a / b - 1) for a, b in zip(found[name], found["cpu"], strict=True))
+    compared = {"float32": ("cpu", LOSSES), "bf16, checkpointing": ("cpu", HALF)}
+    compared["JSD of exact labels"] = "JSD of exact labels, cpu", LOSSES
+    for name, (host, limit) in compared.items():
+        error = max(abs(a / b - 1) for a, b in zip(found[name], found[host], strict=True))
         before, after = (metrics(place.folder / name)[when]["eval_total_loss"] for when in ("before", "after"))
         figures = {"error of the losses": error, "held out, before": before, "after": after}
         yield Row(f"train, {name}", figures, error < limit and after < before)
-    run, (where, options) = place.folder / "float32", runs["float32"]
-    resumed: dict[str, object] = {**options, "resume_from_checkpoint": str(run / "checkpoint-2")}
-    run_training(train_settings(cache, run, max_steps=4, save_steps=2, device=where, **resumed))
+    run = place.folder / "float32"
+    resumed: dict[str, object] = {**plain, "resume_from_checkpoint": str(run / "checkpoint-2")}
+    run_training(train_settings(cache, run, max_steps=4, save_steps=2, device=device, **resumed))
     error = max(abs(a / b - 1) for a, b in zip(losses_of(run), found["float32"], strict=True))
     yield Row("train, resumed in the middle", {"error of the losses": error}, error < SAME)
 
@@ -128,7 +140,9 @@ def teachers(place: Place) -> Iterator[Row]:
         model = make()
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         batch = random_batch(2, 32, vocabulary)
-        host = targets(as_teacher(model, cpu, torch.float32), batch, vocabulary)
+        on_cpu = as_teacher(model, cpu, torch.float32)
+        host = targets(on_cpu, batch, vocabulary)
+        exact = exact_rows(on_cpu, batch, vocabulary) if model.config.hidden_size < WIDE else None
         for dtype in (torch.float32, torch.bfloat16):
             teacher = as_teacher(model, place.device, dtype)
             own = targets(teacher, batch, vocabulary)
@@ -139,3 +153,30 @@ def teachers(place: Place) -> Iterator[Row]:
             kind = str(dtype).removeprefix("torch.")
             row = label_row(f"{name}, {kind}", host, own, NATS[kind])
             yield Row(row.name, {**row.figures, "ms for 64 tokens": milliseconds}, row.passed)
+            if exact is not None and dtype == torch.float32:
+                yield exact(f"{name}, exact labels", teacher)
+
+
+def exact_rows(
+    teacher: TransformersTeacher, batch: Sequence[TokenizedExample], vocabulary: int
+) -> Callable[[str, TransformersTeacher], Row]:
+    """Return what compares the exact labels of another device with those of this teacher, in the same basis."""
+    label = label_settings(vocabulary).model_copy(update={"tail_draws": 0, "fidelity_positions": 64})
+    head, code = fitted_head(teacher, [batch], label, 6)
+    label = label.model_copy(update={"exact": code})
+
+    def hidden(of: TransformersTeacher) -> FloatArray:
+        of.use_head(head)
+        found = SparseTargets.concatenate(of.label(batch, label).targets)
+        assert isinstance(found, ExactTargets)
+        return decode(found, head)
+
+    host = hidden(teacher)
+
+    def row(name: str, other: TransformersTeacher) -> Row:
+        own = hidden(other)
+        error = float(np.abs(own - host).max() / np.abs(host).max())
+        mean = float(np.linalg.norm(own - host) / np.linalg.norm(host))
+        return Row(name, {"largest error, relative": error, "mean, relative": mean}, error < 0.1 and mean < 0.01)
+
+    return row

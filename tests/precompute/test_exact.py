@@ -24,6 +24,7 @@ from logitcask.pipeline.plan.plan import make_plan
 from logitcask.pipeline.precompute.local import LocalExecutor
 from logitcask.pipeline.settings.plan import PlanSettings
 from logitcask.pipeline.teachers import labelling
+from logitcask.pipeline.teachers.exact import fit
 from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import load_teacher
 from tests.support.tiny import folder_bytes, make_cache, precompute_settings
@@ -46,7 +47,9 @@ def test_the_logits_of_a_label_are_the_teachers(cache: Path) -> None:
     reader, model = CacheReader(cache), load_causal_lm(str(cache.parent / "teacher"), dtype=torch.float32)
     head, example = reader.teacher_head(), reader.example(3)
     assert isinstance(example.targets, ExactTargets)
-    hidden = decode(example.targets, head)
+    code, hidden = reader.manifest.label.exact, decode(example.targets, head)
+    assert code is not None
+    assert code.trellis == 4
     with torch.inference_mode():
         true = last_hidden_states(model, torch.from_numpy(example.input_ids)[None])[0].numpy()[example.target_mask]
         logits = model(torch.from_numpy(example.input_ids)[None]).logits[0].numpy()[example.target_mask]
@@ -66,6 +69,19 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     make_cache(again.parent, again.parent / "teacher", **EXACT)
     assert "\nbasis " not in capsys.readouterr().err
     assert folder_bytes(again) == whole
+
+
+def test_a_cache_begun_without_a_trellis_is_finished_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "TRELLIS_FROM", 9)  # as before there was one
+    cache = make_cache(tmp_path, **EXACT)
+    whole, code = folder_bytes(cache), CacheReader(cache).manifest.label.exact
+    assert code is not None
+    assert code.trellis is None
+    monkeypatch.undo()
+    for name in ("commits/c/1", "hidden_codes/c/1"):
+        shutil.rmtree(cache / name)
+    make_cache(tmp_path, tmp_path / "teacher", **EXACT)
+    assert folder_bytes(cache) == whole
 
 
 def test_parts_agree(cache: Path, tmp_path: Path) -> None:
