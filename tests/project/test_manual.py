@@ -97,6 +97,8 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
     names = {
         **{f"{bits} bits": f"fitted, {bits} bits" for bits in (3, 4, 5, 6)},
         "6 bits, the teacher's head in bfloat16": "fitted, 6 bits, a head in bfloat16",
+        "6 bits, without a trellis": "fitted, 6 bits, without a trellis",
+        "4 bits, with a trellis": "fitted, 4 bits, with a trellis",
         "a rotation, 4 bits": "rotated, 4 bits",
     }
     for row, name in names.items():
