@@ -41,6 +41,7 @@ LABELS: dict[str, dict[str, Any]] = {
     "lean": {"preset": "lean"},
     "draws alone, as RS-KD": {"head_size": 0, "tail_draws": 50, "temperatures": "1"},
 }
+FIGURES = ("perplexity", "kl", "top1_agreement", "calibration_error")
 AT_TWO = ("exact", "standard", "exact labels", "top-64 renormalised")  # the objectives that are trained at T=2, too
 SMOLLM2 = {"teacher_model": teacher_path(), "device": "cpu"}
 TRAINING = {"learning_rate": 3e-4, "warmup_steps": 10, "batch_size": 4, "logging_steps": 20, "save_steps": 50}
@@ -131,7 +132,8 @@ def held_out(model: str, cache: Path, problems: int) -> dict[str, Any]:
     shown: dict[str, Any] = {"model": model, "cache": str(cache), "device": "cpu"}
     if problems:
         shown |= {"humaneval": True, "allow_code_execution": True, "problems": problems, "max_new_tokens": 256}
-    figures: dict[str, Any] = json.loads(evaluate(EvaluateSettings.model_validate(shown)).model_dump_json())
+    found: dict[str, Any] = json.loads(evaluate(EvaluateSettings.model_validate(shown)).model_dump_json())
+    figures = {name: found["on_cache"][name] for name in FIGURES} | {"humaneval": found["humaneval"]}
     return figures | ({"answers": {prompt: answer(Path(model), prompt) for prompt in PROMPTS}} if problems else {})
 
 
@@ -164,7 +166,7 @@ def main() -> None:
         shown = problems if arm.share == 1.0 else 0
         figures = held_out(str(run / "final"), judged, shown)
         done["runs"][arm.name] = {"arm": arm._asdict(), "core_hours": done["core_hours"], **figures}
-        print(arm.name, figures["on_cache"]["perplexity"], figures["on_cache"]["kl"], flush=True)
+        print(arm.name, figures["perplexity"], figures["kl"], flush=True)
     done["teacher"] = done["teacher"] or held_out(teacher_path(), judged, problems)
     done["core_hours"] = round(before + core_hours(), 3)
     write_atomically(results, done)
