@@ -215,6 +215,6 @@ def test_stage_1_runs_on_the_server(served: Served, tmp_path: Path) -> None:
               "shard_positions": 64}  # fmt: skip
     words = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "logitcask", "precompute-logits", *words]
-    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    assert done[-1] == "labels are the server's: only the head at T=1, no draws, no other temperature"
+    reported = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+    assert "labels    the server's: only the head at T=1, no draws, no other temperature" in reported
     assert verify(tmp_path / "cache").problems == []
