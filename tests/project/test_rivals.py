@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.benchmarks.rivals import learning, table
 from tests.benchmarks.rivals.__main__ import compare
+from tests.benchmarks.rivals.ours import larger
 from tests.benchmarks.rivals.stock import Sizes, prepare
 from tests.benchmarks.rivals.systems import Text
 from tests.support.tiny import make_teacher
@@ -43,6 +44,15 @@ def test_it_prints_its_tables_with_rivals_absent(found: tuple[Path, dict[str, An
     assert "| Logitcask, standard |" in printed
     assert "| TRL, GKDTrainer | JSD, beta 0.5 |" in printed
     assert printed.endswith("DistillKit: left out: no --distillkit\n\naxolotl: left out: no --axolotl")
+
+
+@pytest.mark.parametrize("name", ["Logitcask, rich", "Logitcask, exact"])
+def test_the_windows_of_larger_labels_are_those_asked_for(found: tuple[Path, dict[str, Any]], name: str) -> None:
+    folder, text = found[0] / "out" / "tiny", Text(str(found[0] / "teacher"), 300)
+    stock, (system,) = prepare(folder, text, TINY), [each for each in larger(text) if each.name == name]
+    assert system.read is not None
+    read, numbers = system.read(folder / name), np.array([1, 4])
+    np.testing.assert_array_equal(read(numbers)["input_ids"].numpy(), stock.ids[numbers])
 
 
 def test_bytes_and_steps_are_counted(found: tuple[Path, dict[str, Any]]) -> None:
