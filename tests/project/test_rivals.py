@@ -43,7 +43,9 @@ def test_it_prints_its_tables_with_rivals_absent(found: tuple[Path, dict[str, An
     printed = table.report(json.loads(json.dumps(found[1])))
     assert "| Logitcask, standard |" in printed
     assert "| TRL, GKDTrainer | JSD, beta 0.5 |" in printed
-    assert printed.endswith("DistillKit: left out: no --distillkit\n\naxolotl: left out: no --axolotl")
+    assert printed.endswith(
+        "DistillKit: left out: no --distillkit\n\naxolotl: left out: no --axolotl\n\nMaxText: left out: no --maxtext"
+    )
 
 
 @pytest.mark.parametrize("name", ["Logitcask, rich", "Logitcask, exact"])

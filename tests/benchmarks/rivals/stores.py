@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tests.benchmarks.rivals import axolotl, distillkit, ours
+from tests.benchmarks.rivals import axolotl, distillkit, maxtext, ours
 from tests.benchmarks.rivals.systems import System, Text
 
-GIVEN = {"DistillKit": "distillkit", "axolotl": "axolotl"}  # rivals and their options
+GIVEN = {"DistillKit": "distillkit", "axolotl": "axolotl", "MaxText": "maxtext"}  # rivals and their options
 
 
 def stores(paths: Mapping[str, str], text: Text) -> list[System]:
@@ -21,3 +21,8 @@ def stores(paths: Mapping[str, str], text: Text) -> list[System]:
     if "axolotl" in paths:
         found.append(axolotl.load(Path(paths["axolotl"]), text))
     return found
+
+
+def learned_only(paths: Mapping[str, str], text: Text) -> list[System]:
+    """Return the systems of which only the students are compared: ours with larger labels, MaxText if it is given."""
+    return [*ours.larger(text), *([maxtext.load(Path(paths["maxtext"]), text)] if "maxtext" in paths else [])]
