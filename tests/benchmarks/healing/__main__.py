@@ -137,6 +137,22 @@ def held_out(model: str, cache: Path, problems: int) -> dict[str, Any]:
     return figures | ({"answers": {prompt: answer(Path(model), prompt) for prompt in PROMPTS}} if problems else {})
 
 
+def table(done: dict[str, Any]) -> str:
+    """Return the runs as a Markdown table, in their order: held-out figures, KL with its standard error."""
+    lines = ["| objective | T | data | layers | seed | perplexity | KL, T=1 | T=2 | agreement | calibration error |"]
+    lines.append("|---" * 10 + "|")
+    for run in done["runs"].values():
+        arm, kl = Arm(**run["arm"]), {each["temperature"]: each for each in run["kl"]}
+        cells = [arm.objective, f"{arm.temperature:g}", f"{arm.share:g}", str(arm.layers), str(arm.seed)]
+        cells += [
+            f"{run['perplexity']:.2f}",
+            *(f"{kl[t]['kl']:.3f} ± {kl[t]['standard_error']:.3f}" for t in (1.0, 2.0)),
+        ]
+        cells += [f"{run['top1_agreement']:.3f}", f"{run['calibration_error']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Make what is missing until the budget is used up."""
     parser = argparse.ArgumentParser()
@@ -170,6 +186,7 @@ def main() -> None:
     done["teacher"] = done["teacher"] or held_out(teacher_path(), judged, problems)
     done["core_hours"] = round(before + core_hours(), 3)
     write_atomically(results, done)
+    print(table(done))
 
 
 if __name__ == "__main__":
