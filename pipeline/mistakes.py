@@ -41,6 +41,7 @@ SECTIONS = {
     "the-bucket-or-host-cannot-be-reached": ": no connection after … tries: ",
     "the-loss-became-nan-or-infinite": "step …: non-finite: loss ",
     "the-runs-folder-is-in-use": ": not an empty folder: choose another, or resume ",
+    "two-runs-in-one-folder": ": another run is training in it: ",
     "nothing-to-resume-from": " holds no complete checkpoint: ",
     "caches-of-two-kinds-of-labels-are-mixed": ": has no exact labels: mix caches of one kind, ",
     "resuming-is-refused": ": is a checkpoint of another run: ",

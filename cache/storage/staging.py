@@ -16,8 +16,8 @@ from logitcask.cache.errors import LogitcaskError
 LEDGER = "ledger"  # in a folder that is to be resumed: what of it is whole
 
 
-def lock_file(file: IO[Any], *, shared: bool = False, wait: bool = False) -> None:
-    """Lock an open file until it is closed.
+def lock_file(file: IO[Any] | int, *, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file, or its descriptor, until it is closed.
 
     The file must be open for reading and writing: where locks are emulated, as on NFS, a shared lock needs the one and
     an exclusive lock the other. Raises BlockingIOError if another process holds it, unless ``wait``, OSError if the

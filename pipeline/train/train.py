@@ -18,6 +18,7 @@ The events of an optimizer step, in order, and the file that owns each (1 to 3 m
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +60,7 @@ from logitcask.pipeline.train.memory_advice import (
 from logitcask.pipeline.train.publish import push, require_repository
 from logitcask.pipeline.train.resume.choose import Checkpoint, choose_checkpoint, finished_student
 from logitcask.pipeline.train.resume.extend import extension
-from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, make_output
+from logitcask.pipeline.train.resume.saving import CompleteCheckpoint, sole_run
 from logitcask.pipeline.train.selection import Selection
 from logitcask.pipeline.train.sources.open import open_held_out, open_source
 from logitcask.pipeline.train.sources.source import Source
@@ -89,7 +90,8 @@ def run_training(settings: TrainSettings) -> dict[str, float]:
             fsdp=fsdp_requested(),
             extend=settings.extend,
         )
-        after = _train(settings, arguments, source, evaluated, record, checkpoint, why_rate)
+        with sole_run(settings.output_dir) if arguments.process_index == 0 else nullcontext():
+            after = _train(settings, arguments, source, evaluated, record, checkpoint, why_rate)
     if settings.push_to_hub is not None and arguments.process_index == 0:
         push(settings.push_to_hub, settings.output_dir, arguments)
     return after
@@ -148,7 +150,6 @@ def _train(
         for label, text in [*lines, *shares(mixture), *memory]:
             say(text, label)
     folder = None if checkpoint is None else checkpoint.folder
-    make_output(settings.output_dir)
     with explain_memory(step, settings.output_dir, settings.num_workers):
         interrupt, complete = SaveOnInterrupt(), CompleteCheckpoint(record)
         best = BestSoFar(settings.early_stopping_patience, extended=bool(longer)) if settings.watches_best else None

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from logitcask.pipeline.cli import app
+from tests.benchmarks.healing import __main__ as healing
 from tests.project.reference import MODELS, ROOT, commands, pages
 
 README = ROOT / "README.md"
@@ -110,6 +111,13 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
         found = results["gemma-3-270m-q4_k_m"]["codes"][f"fitted, {bits} bits"]
         figures = " | ".join(f"{found[t]['gradient']:.4f}" for t in ("T=1", "T=2"))
         assert f"| Gemma 3 270M, {bits} bits | {found['bytes']:.0f} | {figures} | | |" in page
+
+
+def test_the_table_of_healed_students_is_the_recorded_one() -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results/healing.json").read_text())
+    page = (DOCS / "results/healing.md").read_text()
+    assert healing.table(results) in page
+    assert "/" not in json.dumps(results["runs"]), "no path of a machine"
 
 
 def test_the_students_of_exact_labels_are_those_recorded() -> None:

@@ -1,7 +1,9 @@
 """Saving and loading checkpoints: what makes one complete, and errors on the way."""
 
 import contextlib
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
 
 from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.cache.storage.staging import lock_file
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from logitcask.pipeline.models.adapters import has_adapter, load_adapter_weights
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint, write_json
 from logitcask.pipeline.train.resume.intact import WEIGHTS_FILE, damaged, instead_of
+
+PATIENCE = 15.0  # seconds to wait for the lock of a run's folder
 
 
 def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
@@ -46,12 +51,47 @@ def load_weights(checkpoint: Path, model: PreTrainedModel) -> None:
     model.load_state_dict(loaded.state_dict())
 
 
-def make_output(folder: Path) -> None:
-    """Create the folder of a run. Raises LogitcaskError if that fails."""
+@contextlib.contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Create the folder of a run and own it; remove it if it stays empty.
+
+    Raises LogitcaskError if that fails, or if another run trains in the folder. The lock is on the folder itself; where
+    the system or the disk has none, there is none.
+    """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LogitcaskError(f"--output-dir {folder}: cannot be created: {error.strerror}: choose another") from error
+    with contextlib.ExitStack() as stack:
+        if made:
+            stack.callback(_remove_if_empty, folder)
+        with contextlib.suppress(OSError):
+            number = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, number)
+            _lock(folder, number)
+        yield
+
+
+def _lock(folder: Path, number: int) -> None:
+    """Lock an open folder. A killed run's processes that read batches hold its lock for some seconds more."""
+    latest = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return lock_file(number)
+        except BlockingIOError as error:
+            if time.monotonic() > latest:
+                raise LogitcaskError(
+                    f"--output-dir {folder}: another run is training in it: wait for it or choose another"
+                ) from error
+        except LogitcaskError:  # the system has no locks
+            return None
+        time.sleep(0.2)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
