@@ -195,6 +195,7 @@ def cluster_of(machines: list[Machine], log: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.nightly  # two nodes in one network are tested in every check
 def test_two_machines_make_the_cache_of_one(folder: Path, machines: list[Machine], tmp_path: Path) -> None:
     """A worker in each network, and none in this one."""
     networks: set[int] = set()

@@ -198,7 +198,7 @@ def test_exact_labels_on_two_ranks(folder: Path, launcher: tuple[str, ...]) -> N
     assert losses(two, "soft_loss") == pytest.approx(losses(want, "soft_loss"), rel=ROUNDING)
 
 
-@pytest.mark.parametrize("launcher", [FORKED, FORKED_FSDP])
+@pytest.mark.parametrize("launcher", [pytest.param(FORKED, marks=pytest.mark.nightly), FORKED_FSDP])
 def test_an_adapter_on_two_ranks(folder: Path, launcher: tuple[str, ...]) -> None:
     """Replicated and sharded, and the latter resumed: final/ holds the adapter of one rank."""
     lora = {"student_config": None, "student_model": folder / "teacher", "lora_rank": 4, "learning_rate": 1e-2}

@@ -179,8 +179,15 @@ def mount(tmp_path: Path) -> Iterator[Path]:
             subprocess.run(["umount", "-l", mounted], check=True)
 
 
-@pytest.mark.parametrize("loading", [True, False], ids=["while the teacher is loaded", "between shards"])
-@pytest.mark.parametrize("below", [True, False], ids=["cache below the mountpoint", "cache at the mountpoint"])
+@pytest.mark.parametrize(
+    ("loading", "below"),
+    [
+        pytest.param(True, True, id="while the teacher is loaded, cache below the mountpoint"),
+        pytest.param(False, False, id="between shards, cache at the mountpoint"),
+        pytest.param(True, False, id="while the teacher is loaded, at the mountpoint", marks=pytest.mark.nightly),
+        pytest.param(False, True, id="between shards, below the mountpoint", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_disk_unmounted_in_the_middle_is_one_line(tmp_path: Path, mount: Path, loading: bool, below: bool) -> None:
     """Nothing is started in the bare folder, nothing is lost."""
     write_jsonl(tmp_path / "train.jsonl", RECORDS * 6)
