@@ -26,9 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.labels import SoftLabels
-from logitcask.cache.manifest import ExactCode
 from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import LMHead
@@ -37,6 +35,7 @@ from logitcask.pipeline.teachers import transformers as engine
 from logitcask.pipeline.train import loss as stage_2
 from tests.benchmarks import loader as its_loader
 from tests.gpu.correctness import TAILS, TEMPERATURES
+from tests.support.exact import TRELLIS, random_head
 from tests.support.tiny import make_cache
 
 GPU = torch.device("cuda", 0)
@@ -212,21 +211,13 @@ def labelling_waits(*, exact: bool = False) -> Counter[str]:
         teacher = as_teacher(model, GPU, torch.float32)
         label = label_settings(49_152)
         if exact:
-            teacher.use_head(random_basis(model.config.hidden_size, 49_152))
-            code = ExactCode(bits=6, step=0.1, width=model.config.hidden_size, columns=[32, 0, 0, 0], trellis=4)
+            width = model.config.hidden_size
+            teacher.use_head(random_head(vocabulary=49_152, width=width))
+            code = TRELLIS.model_copy(update={"width": width})
             label = label.model_copy(update={"exact": code})  # with draws: a fake tensor of none asks the driver
         waits.counts.clear()
         teacher.label(random_batch(2, 128, 49_152), label)
     return waits.counts
-
-
-def random_basis(width: int, vocabulary: int) -> TeacherHead:
-    """Return a head with a basis of 32 coefficients, of random numbers."""
-    chance = np.random.default_rng(0)
-    weight, forward = (chance.normal(size=shape).astype(np.float32) for shape in ((vocabulary, width), (width, 32)))
-    return TeacherHead(
-        as_bfloat16(weight), None, 1.0, None, np.ascontiguousarray(forward.T), forward, np.zeros(width, np.float32)
-    )
 
 
 def main() -> None:

@@ -29,19 +29,19 @@ TRELLIS = ExactCode(bits=6, step=0.1, width=WIDTH, columns=COLUMNS, trellis=4)
 ON_A_TRELLIS = LABEL.model_copy(update={"exact": TRELLIS})
 
 
-def random_head(*, bias: bool = True) -> TeacherHead:
-    """Return a head of random numbers for ``LABEL``."""
+def random_head(*, bias: bool = True, vocabulary: int = 300, width: int = WIDTH) -> TeacherHead:
+    """Return a head of random numbers for ``LABEL``, or for one of another vocabulary and width."""
     random = np.random.default_rng(0)
-    weights = random.normal(0.0, 1.0, (300, WIDTH)).astype(np.float32)
-    forward, _ = np.linalg.qr(random.normal(0.0, 1.0, (WIDTH, sum(COLUMNS))))
+    weights = random.normal(0.0, 1.0, (vocabulary, width)).astype(np.float32)
+    forward, _ = np.linalg.qr(random.normal(0.0, 1.0, (width, sum(COLUMNS))))
     return TeacherHead(
         weight=as_bfloat16(weights),
-        bias=random.normal(0.0, 1.0, 300).astype(np.float32) if bias else None,
+        bias=random.normal(0.0, 1.0, vocabulary).astype(np.float32) if bias else None,
         scale=0.5,
         softcap=30.0,
         basis=np.ascontiguousarray(forward.T).astype(np.float32),
         forward=forward.astype(np.float32),
-        centre=random.normal(0.0, 1.0, WIDTH).astype(np.float32),
+        centre=random.normal(0.0, 1.0, width).astype(np.float32),
     )
 
 

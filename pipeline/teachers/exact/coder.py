@@ -31,20 +31,18 @@ class HiddenCoder:
         self._head, self._label, self._code = head, label, label.exact
         self._centre = torch.from_numpy(head.centre).to(device)
         self._forward = torch.from_numpy(head.forward).to(device)  # (W, C)
+        most_C = torch.from_numpy(2.0 * largest_codes(self._code.columns) - 4).clamp_max(FARTHEST - 4)
+        self._most = most_C.float().to(device)  # on a trellis
 
     def encode(self, hidden_NW: Tensor, targets: SparseTargets) -> ExactTargets:
         """Return the labels with the coded hidden states of their positions."""
         steps_N = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._code.step)
         values_NC = (hidden_NW.float() - self._centre) @ self._forward
         values_NC /= torch.from_numpy(steps_N).to(values_NC.device)[:, None]
-        codes_NC = nearest(self._within(values_NC)) if self._code.trellis else values_NC.round_()
+        # cut where their column ends: codes cut when they are packed would put those after them on another ruler
+        codes_NC = nearest(values_NC.clamp(-self._most, self._most)) if self._code.trellis else values_NC.round_()
         codes_NC = codes_NC.clamp_(-FARTHEST, FARTHEST).to(torch.int16)
         return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), steps=steps_N)
-
-    def _within(self, values_NC: Tensor) -> Tensor:
-        """Return values that are cut where their column ends: codes cut later would be read on another ruler."""
-        most_C = torch.from_numpy(2.0 * largest_codes(self._code.columns) - 4).clamp_max(FARTHEST - 4).to(values_NC)
-        return values_NC.clamp(-most_C, most_C)
 
     def rebuilt(self, targets: ExactTargets) -> Iterator[Tensor]:
         """Yield the distributions that labels stand for, (N, V), at each stored temperature in turn."""

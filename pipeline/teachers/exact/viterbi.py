@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from logitcask.cache.exact.trellis import CHAIN
 
-AT_ONCE = 2**21  # values: 100 MB or so of what is computed on the way
+AT_ONCE = 2**21  # values, which bounds what is in memory on the way
 
 
 def nearest(values_NC: Tensor) -> Tensor:
