@@ -82,6 +82,10 @@ def test_a_cache_begun_without_a_trellis_is_finished_without(tmp_path: Path, mon
         shutil.rmtree(cache / name)
     make_cache(tmp_path, tmp_path / "teacher", **EXACT)
     assert folder_bytes(cache) == whole
+    (cache / "head/basis/c/0/0").unlink()
+    shutil.rmtree(cache / "commits/c/1")
+    with pytest.raises(LogitcaskError, match="is missing or damaged, and this run would write another one"):
+        make_cache(tmp_path, tmp_path / "teacher", **EXACT)
 
 
 def test_parts_agree(cache: Path, tmp_path: Path) -> None:
