@@ -285,7 +285,7 @@ def main() -> None:
         others = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps({**others, Path(teacher).stem: found}, indent=1) + "\n")
 
-    measure(states(Path(sys.argv[2]), teacher), 1 if large else SETS, (4, 6) if large else (6, 4, 5, 3), keep)
+    measure(states(Path(sys.argv[2]), teacher), 1 if large else SETS, (4, 6) if large else (6, 4, 5, 3, 8), keep)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
-``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2]``, resumable, two to three processor
-minutes per student of 300 steps; with fewer STEPS students are those of so many, on the same way. FOLDER may hold the
-teacher in ``second``. With --smollm2 the teacher is SmolLM2, the study's first, and the windows are as many as the
-steps take: its forward pass takes 4 seconds per step.
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2]``, resumable, by as many processes as
+are started with the same arguments once the first has made the caches; two processor minutes per student of 300 steps.
+With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in ``second``. With
+--smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and students of 300
+steps take four to nine minutes. The teacher in memory is its last hidden states of all windows in float32, from one
+pass before: what it would give at every step, for less time.
 """
 
 import argparse
@@ -26,8 +28,9 @@ from logitcask.cache.labels import IntArray
 from logitcask.cache.reader import CacheReader, is_complete
 from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.batches.teacher_head import StoredHead
+from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import fused_loss
-from logitcask.pipeline.models.head import last_hidden_states, read_head
+from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.precompute.precompute import precompute
@@ -35,9 +38,10 @@ from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
-from logitcask.pipeline.train.sources.teacher import OnlineTeacher
 from tests.benchmarks.capture import teacher_path
+from tests.benchmarks.rivals.stock import states
 from tests.benchmarks.study import second
+from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_student, write_atomically
 
@@ -88,11 +92,30 @@ def make_caches(folder: Path, teacher: Path, tokenizer: PreTrainedTokenizerBase,
         precompute(PrecomputeSettings.model_validate({**values, "output": folder / name, **how}))
 
 
+class Teacher:
+    """The last hidden states of some windows (windows, N, W), with the head that reads them."""
+
+    def __init__(self, model: PreTrainedModel, ids: IntArray, file: Path) -> None:
+        if not file.exists():
+            partial = file.with_suffix(".partial.npy")
+            np.save(partial, states(model, ids))
+            partial.replace(file)
+        self.head: LMHead = read_head(model)
+        self.vocab_size = len(self.head.weight)
+        self._hidden = np.load(file, mmap_mode="r")
+        self._places = {row.tobytes(): place for place, row in enumerate(ids)}
+
+    def __call__(self, batch: Batch) -> TeacherRows:
+        """Return the hidden states of a batch's windows, each of which is a row."""
+        places = [self._places[row.tobytes()] for row in batch["input_ids"].numpy()]
+        return TeacherRows(torch.from_numpy(self._hidden[places]).flatten(0, 1), self.head, self.vocab_size)
+
+
 @dataclass(frozen=True)
 class Stock:
     """The teacher, and the caches by name."""
 
-    teacher: OnlineTeacher
+    teacher: Teacher
     readers: dict[str, CacheReader]
     held_out: IntArray  # (windows, tokens)
 
@@ -189,19 +212,21 @@ def main() -> None:
         teacher, caches = given.folder / "second" / "final", given.folder
         model, tokenizer = second.load(given.folder / "second")
     make_caches(caches, teacher, tokenizer, WINDOWS * (given.steps if given.smollm2 else STEPS))
-    head = read_head(model)
-    stock = Stock(
-        OnlineTeacher(model, head, len(head.weight), packs=False, fingerprint=""),
-        {name: CacheReader(caches / name) for name in CACHES},
-        windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8],
-    )
+    readers = {name: CacheReader(caches / name, kept_bytes=2 << 30) for name in CACHES}
+    for reader in readers.values():
+        reader.keep(reader.manifest.shards.count)  # batches are of examples from anywhere
+    cached = np.stack([readers["exact"].example(place).input_ids for place in range(len(readers["exact"]))])
+    held_out = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
+    shown = np.concatenate([cached.astype(np.int64), held_out])
+    stock = Stock(Teacher(model, shown, caches / "states.npy"), readers, held_out)
     name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps"
     place = caches / f"{given.steps}-steps"
     for run in runs(given.seeds):
         path = place / f"{run.name}.json"
-        if not path.exists():
-            write_atomically(path, train(run, stock, given.steps))
-            print(path.read_text(), flush=True)
+        with claim(path) as free:
+            if free:
+                write_atomically(path, train(run, stock, given.steps))
+                print(path.read_text(), flush=True)
     found = [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     write_atomically(RESULTS, {**results, name: {"summary": summary(found), "runs": found}})

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/exact_codes.json").read_text())
     page = (DOCS / "results/benchmarks.md").read_text()
     names = {
-        **{f"{bits} bits": f"fitted, {bits} bits" for bits in (3, 4, 5, 6)},
+        **{f"{bits} bits": f"fitted, {bits} bits" for bits in (3, 4, 5, 6, 8)},
         "6 bits, the teacher's head in bfloat16": "fitted, 6 bits, a head in bfloat16",
         "6 bits, without a trellis": "fitted, 6 bits, without a trellis",
         "4 bits, with a trellis": "fitted, 4 bits, with a trellis",
@@ -107,6 +108,13 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
         found = results["SmolLM2-135M-Instruct.Q4_1"]["codes"][name]
         each, whole = ([found[t][of] for t in ("T=1", "T=2")] for of in ("gradient", "over 1,200 positions"))
         assert f"| {row} | {found['bytes']:.0f} | {' | '.join(f'{value:.4f}' for value in (*each, *whole))} |" in page
+    finest = results["SmolLM2-135M-Instruct.Q4_1"]["codes"]["fitted, 8 bits"]
+    errors = [finest[t]["gradient"] for t in ("T=1", "T=2")]
+    degrees = " and ".join(f"{math.degrees(error):.2f}" for error in errors)
+    study = (DOCS / "results/study.md").read_text().replace("\n", " ")
+    assert f"{finest['bytes']:.0f} bytes per position, whose error in a gradient" in study
+    assert f"is {errors[0]:.4f} at T=1 and {errors[1]:.4f} at T=2, or {degrees} degrees" in study
+    assert f"whose KL from the teacher is {finest['T=1']['kl']:.4f} nats" in study
     for bits in (4, 6):
         found = results["gemma-3-270m-q4_k_m"]["codes"][f"fitted, {bits} bits"]
         figures = " | ".join(f"{found[t]['gradient']:.4f}" for t in ("T=1", "T=2"))

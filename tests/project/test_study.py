@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from logitcask.pipeline.models.dense.rows import log_probs
+from logitcask.pipeline.models.load import load_causal_lm
 from tests.benchmarks import rounds
 from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
 from tests.benchmarks.study.__main__ import claim
+from tests.benchmarks.study.corpus import LENGTH, POSITIONS
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
-from tests.benchmarks.study.labels import LARGER, POSITIONS, STORED, TeacherFolder, entries
+from tests.benchmarks.study.labels import LARGER, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
-from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, batches, new_student
+from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, Teacher, batches, new_student, train
+from tests.support.tiny import make_teacher
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 PAGES = (Path("docs/results/study.md"), Path("docs/results/study-in-full.md"))
@@ -27,7 +31,7 @@ PAGES = (Path("docs/results/study.md"), Path("docs/results/study-in-full.md"))
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, torch.Tensor]:
     """Label two windows whose rows all have one distribution; also return its logits."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, POSITIONS + 1))
-    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, 4, STORED | LARGER | ideas.STORED)
+    where = TeacherFolder(tmp_path_factory.mktemp("study"), ids, STORED | LARGER | ideas.STORED)
     logits = 3 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(1))
     for window in range(2):
         rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
@@ -123,36 +127,87 @@ def test_the_usual_tempering_treats_the_tail_as_one_token(labelled: tuple[Teache
 
 
 def test_unlabelled_blocks_are_not_used_as_labels(tmp_path: Path) -> None:
-    where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), 4, {})
+    where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), {"lean": STORED["lean"]})
     with pytest.raises(SystemExit, match="train: 0 of 1 blocks are labelled: `just study labels` does the rest"):
         where.labelled()
-    where.done["hidden"][:] = True
+    where.done["lean"][:] = True
     assert where.labelled() is where
 
 
-def test_a_new_label_is_computed_from_stored_hidden_states_and_the_others_stay(tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(config).eval().requires_grad_(False)
-    ids = np.random.default_rng(0).integers(0, VOCAB, (9, POSITIONS + 1))
-    names = ("standard", "rich")
-    at_once = TeacherFolder(tmp_path / "at once", ids, 16, {name: (STORED | LARGER)[name] for name in names})
-    label_windows(at_once, teacher, VOCAB, (0, 1))
-    label_windows(TeacherFolder(tmp_path / "later", ids, 16, {"standard": STORED["standard"]}), teacher, VOCAB, (0, 1))
-    later = TeacherFolder(tmp_path / "later", ids, 16, at_once.stored)
+@pytest.fixture(scope="module")
+def with_exact(tmp_path_factory: pytest.TempPathFactory) -> tuple[TeacherFolder, Path]:
+    """Return nine windows with exact labels, and their teacher."""
+    folder = tmp_path_factory.mktemp("exact")
+    teacher = make_teacher(folder / "teacher", max_length=LENGTH)
+    ids = np.random.default_rng(0).integers(3, VOCAB, (9, LENGTH))
+    where = TeacherFolder(folder / "windows", ids, {name: (STORED | LARGER)[name] for name in ("standard", "rich")})
+    where.run(str(teacher))
+    return where, teacher
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_exact_distributions_of_any_rows_are_the_teachers(
+    with_exact: tuple[TeacherFolder, Path], temperature: float
+) -> None:
+    where, source = with_exact
+    rows = np.concatenate([np.arange(40, 300), np.arange(4 * POSITIONS + 7, 4 * POSITIONS + 9)])
+    teacher = load_causal_lm(str(source), dtype=torch.float64).eval()
+    with torch.no_grad():
+        logits = teacher(torch.from_numpy(where.ids)).logits[:, :-1].flatten(0, 1)[torch.from_numpy(rows)]
+    wanted = (logits / temperature).log_softmax(1)
+    found = where.exact.log_probs(rows, temperature)
+    kl = (wanted.exp() * (wanted - found)).sum(1)
+    assert float(kl.mean()) < 5e-4
+    assert float((found.double().logsumexp(1)).abs().max()) < 1e-5
+    precise = log_probs(where.exact.rows(rows, temperature, torch.float64), slice(None), temperature)
+    assert precise.dtype == torch.float64
+    assert float((precise - found).abs().max()) < 1e-4
+    other = (logits[1:] / temperature).log_softmax(1)
+    assert float((other.exp() * (other - found[:-1])).sum(1).mean()) > 0.1  # of the next row
+
+
+def test_a_new_label_is_computed_from_exact_ones_and_the_others_stay(
+    with_exact: tuple[TeacherFolder, Path], tmp_path: Path
+) -> None:
+    at_once, _ = with_exact
+    label_windows(at_once, VOCAB, (0, 1))
+    shutil.copytree(at_once.folder / "exact", tmp_path / "later/exact")
+    label_windows(TeacherFolder(tmp_path / "later", at_once.ids, {"standard": STORED["standard"]}), VOCAB, (0, 1))
+    later = TeacherFolder(tmp_path / "later", at_once.ids, at_once.stored)
     with pytest.raises(SystemExit, match="later: 0 of 2 blocks are labelled"):
         later.labelled()
     later.put("standard", slice(0, 1), later.targets("standard", slice(1, 2)))
-    with torch.no_grad():
-        teacher.model.layers[0].mlp.down_proj.weight.zero_()  # the hidden states would differ if it ran again
-    label_windows(later, teacher, VOCAB, (0, 1))
-    for name in names:
+    later.run("a teacher that is not needed again")
+    label_windows(later, VOCAB, (0, 1))
+    for name in at_once.stored:
         written, wanted = (where.labelled().targets(name, slice(1, None)) for where in (later, at_once))
         for field in ("head_ids", "tail_ids", "tail_counts", "tail_logprobs"):
             assert (getattr(written, field) == getattr(wanted, field)).all()
     first, second = (later.targets("standard", slice(row, row + 1)) for row in (0, 1))
     assert (first.tail_ids == second.tail_ids).all()
+
+
+def test_a_student_of_exact_labels_is_judged_by_its_divergence_from_the_teacher(
+    with_exact: tuple[TeacherFolder, Path], tmp_path: Path
+) -> None:
+    where, source = with_exact
+    setting = Setting("exact", 1.0, 0.0, 0, 2e-3)
+    found = train(setting, Teacher(VOCAB, where, where), (1, 2), tmp_path)["lengths"]
+    assert found[1]["kl_at_1"] < found[0]["kl_at_1"]
+    student = new_student(VOCAB, 0)
+    student.load_state_dict(torch.load(tmp_path / f"{setting.name}_2.pt", weights_only=True)["student"])
+    teacher, ids = load_causal_lm(str(source), dtype=torch.float64).eval(), torch.from_numpy(where.ids)
+    with torch.no_grad():
+        z, z_teacher = (model(ids).logits[:, :-1].double().flatten(0, 1) for model in (student.eval(), teacher))
+    for t, name in ((1.0, "kl_at_1"), (2.0, "kl_at_2")):
+        log_p, log_q = (z_teacher / t).log_softmax(1), (z / t).log_softmax(1)
+        assert found[1][name] == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(1).mean()), rel=1e-3)
+
+
+def test_designs_are_compared_over_exact_distributions(with_exact: tuple[TeacherFolder, Path]) -> None:
+    compared = designs.compare(with_exact[0])["temperatures"]["2"]["designs"]
+    assert compared[designs.STORED]["squared_error"] == pytest.approx(1.0)
+    assert compared["drawn for this T alone"]["squared_error"] < 1 < compared["head 0 + tail 32"]["squared_error"]
 
 
 def run(way: str, seed: int, kl: float) -> dict[str, Any]:

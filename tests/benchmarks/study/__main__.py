@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from logitcask.pipeline.models.head import read_head
-from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.text.tokenizer import load_tokenizer, tokenizer_size
 from tests.benchmarks.capture import teacher_path
 from tests.benchmarks.study import fidelity, figures, second
@@ -37,7 +35,6 @@ DESIGNS = FOLDER / "designs.json"
 SECOND = FOLDER / "second"
 STAGES_OF_WORK = ("labels", "designs", "tune", "students", "gradients", "second", "second-students", "second-gradients")
 STAGES = {"early": LENGTHS[0], "late": LENGTHS[-1]}  # of a student's training, steps
-WIDTH = 576  # of the teacher
 HELD_OUT = 16  # windows
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
@@ -56,30 +53,35 @@ def folders() -> tuple[TeacherFolder, TeacherFolder, int]:
     train_ids = windows(code_files(held_out=False), tokenizer, LENGTHS[-1] * WINDOWS)
     held_ids = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]  # from several files
     return (
-        TeacherFolder(FOLDER / "train", train_ids, WIDTH, STORED),
-        TeacherFolder(FOLDER / "held_out", held_ids, WIDTH, {}),
+        TeacherFolder(FOLDER / "train", train_ids, STORED),
+        TeacherFolder(FOLDER / "held_out", held_ids, {}),
         tokenizer_size(tokenizer),
     )
 
 
 def the_teacher() -> Teacher:
-    """Return what training needs of the teacher: only its head stays in memory."""
+    """Return what training needs of the teacher."""
     kept, held_out, vocabulary = folders()
-    head = read_head(load_causal_lm(teacher_path(), dtype=torch.float32).eval().requires_grad_(False))
-    return Teacher(head, vocabulary, kept.labelled(), held_out.labelled())
+    return Teacher(vocabulary, kept.labelled(), held_out.labelled())
+
+
+def run_teacher() -> None:
+    """Run the teacher over all windows, before several processes open their folders."""
+    kept, held_out, _ = folders()
+    for where in (held_out, kept, *texts().values()):
+        where.run(teacher_path())
 
 
 def label_part(part: tuple[int, int]) -> None:
-    """Run stage 1 of the study: label the windows."""
+    """Make the sparse labels of the windows."""
     kept, held_out, vocabulary = folders()
-    model = load_causal_lm(teacher_path(), dtype=torch.float32).eval()
     for where in (held_out, kept, *texts().values()):
-        label_windows(where, model, vocabulary, part)
+        label_windows(where, vocabulary, part)
 
 
 def compare_designs(path: Path, teacher: Teacher) -> None:
     """Run the part on ways to draw, in closed form."""
-    write_atomically(path, compare(teacher.train, teacher.head, teacher.vocabulary))
+    write_atomically(path, compare(teacher.train))
 
 
 def texts() -> dict[str, TeacherFolder]:
@@ -87,7 +89,7 @@ def texts() -> dict[str, TeacherFolder]:
     tokenizer, count = load_tokenizer(teacher_path()), max(fidelity.BATCHES)
     sources = {"code": code_files(held_out=True), "english": english()}
     return {
-        name: TeacherFolder(FOLDER / name, windows(source, tokenizer, count), WIDTH, fidelity.STORED)
+        name: TeacherFolder(FOLDER / name, windows(source, tokenizer, count), fidelity.STORED)
         for name, source in sources.items()
     }
 
@@ -101,7 +103,7 @@ def compare_gradients(part: tuple[int, int], until: float) -> None:
         where = text.labelled()
         if part[0] == 0:
             write_atomically(FOLDER / "fidelity" / f"sizes_{name}.json", fidelity.sizes(where, teacher.vocabulary))
-        fidelity.measure(stages, name, where, teacher.head, FOLDER / "fidelity", part, until)
+        fidelity.measure(stages, name, where, FOLDER / "fidelity", part, until)
 
 
 def saved_students(folder: Path) -> dict[str, Path]:
@@ -231,9 +233,9 @@ def work(stage: str, part: tuple[int, int], until: float) -> None:
         case "gradients":
             compare_gradients(part, until)
         case "second" if part[0] == 0:
-            compare_designs(SECOND / "designs.json", second.prepare(SECOND)[0])
+            compare_designs(SECOND / "designs.json", second.prepare(SECOND))
         case "second-students":
-            run_all(SECOND, second.prepare(SECOND)[0], second_grid(tuned()), until)
+            run_all(SECOND, second.prepare(SECOND), second_grid(tuned()), until)
         case "second-gradients":
             second.measure(SECOND, FOLDER / "fidelity", saved_students(SECOND), part, until)
 
@@ -250,7 +252,7 @@ def main() -> None:
     if given.part is None:
         for stage in STAGES_OF_WORK if given.stage is None else [given.stage]:
             if stage == "labels":
-                folders(), texts()  # once, before several processes open them
+                run_teacher()
             if stage != "report":
                 processes(stage, given.processes, given.minutes)
         if given.stage in (None, "report"):

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from logitcask.cache.labels import IntArray
 
-LENGTH = 256  # tokens per window: LENGTH - 1 target positions
+LENGTH = 256  # tokens per window
+POSITIONS = LENGTH - 1  # target positions per window
 
 
 def code_files(held_out: bool) -> Iterator[str]:

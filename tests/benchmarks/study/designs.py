@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.pipeline.models.head import LMHead
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.study.ideas import sizes_by_need
 from tests.benchmarks.study.labels import DEFAULT, TeacherFolder
@@ -114,19 +113,18 @@ def errors(logits_NV: Tensor, t: float) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def compare(where: TeacherFolder, head: LMHead, vocabulary: int) -> dict[str, Any]:
+def compare(where: TeacherFolder) -> dict[str, Any]:
     """Return the mean squared error by design and temperature over positions of a folder, relative to stored labels.
 
     The last design shares as many draws out in proportion to the root of each position's variance at T, which is
     optimal for the mean (Neyman, 1934); its number of entries is taken for today's.
     """
-    rows = np.linspace(0, len(where.hidden) - 1, POSITIONS).astype(np.int64)
+    rows = np.linspace(0, where.rows - 1, POSITIONS).astype(np.int64)
     found: dict[str, Any] = {"positions": len(rows), "temperatures": {}}
     for t in DEFAULT:
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for first in range(0, len(rows), ROWS):
-            hidden = torch.from_numpy(np.asarray(where.hidden[rows[first : first + ROWS]]))
-            for name, pair in errors(head.logits(hidden)[:, :vocabulary], t).items():
+            for name, pair in errors(where.exact.log_probs(rows[first : first + ROWS], 1.0), t).items():
                 parts.setdefault(name, []).append(pair)
         means = {name: torch.stack([torch.cat(one) for one in zip(*p, strict=True)]) for name, p in parts.items()}
         base_N = means[STORED][0]

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.labels import IntArray, SoftLabels, temperature_index
-from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import Target, fused_loss
-from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
+from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.settings.precompute import PRESETS
 from tests.benchmarks.fidelity import degrees, stored
-from tests.benchmarks.study.labels import POSITIONS, Stored, TeacherFolder, Way, entries, shorter
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.labels import Stored, TeacherFolder, Way, entries, shorter
 from tests.benchmarks.study.students import CLIP, new_student, write_atomically
 
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
@@ -79,17 +79,16 @@ def one_token_tail(where: TeacherFolder, rows: IntArray, temperature: float) -> 
     return SoftLabels(torch.from_numpy(targets.head_ids), log_p[:, :-1].exp(), log_p[:, :-1], log_p[:, -1], how.head)
 
 
-def target_of(way: str, where: TeacherFolder, head: LMHead, rows: IntArray, temperature: float) -> Target:
-    """Return the target of the loss of some rows; exact: in the dtype of ``head``."""
+def target_of(way: str, where: TeacherFolder, rows: IntArray, temperature: float) -> Target:
+    """Return the target of the loss of some rows; exact: in float64."""
     if way == "exact":
-        hidden = torch.from_numpy(np.asarray(where.hidden[rows])).to(head.weight.dtype)
-        return TeacherRows(hidden, head, len(head.weight))
+        return where.exact.rows(rows, temperature, torch.float64)
     if way == USUAL:
         return one_token_tail(where, rows, temperature)
     return entries(where, WAYS[way], rows, temperature)
 
 
-def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, head: LMHead, t: float) -> list[Tensor]:
+def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, t: float) -> list[Tensor]:
     """Return the mean gradients (P,) of the soft loss over the first k windows, for each k in BATCHES, in float64."""
     dtype = torch.float64 if way == "exact" else torch.float32
     student = copy.deepcopy(student).to(dtype).eval()
@@ -99,7 +98,7 @@ def gradients(student: PreTrainedModel, where: TeacherFolder, way: str, head: LM
         ids = torch.from_numpy(where.ids[window])[: USED + 1]
         rows = window * POSITIONS + np.arange(USED)
         hidden = last_hidden_states(student, ids[None])[0, :-1]
-        sums = fused_loss(hidden, own, ids[1:], target_of(way, where, head, rows, t), how)
+        sums = fused_loss(hidden, own, ids[1:], target_of(way, where, rows, t), how)
         torch.autograd.backward(sums.total)
         if window + 1 in BATCHES:
             whole = torch.cat([p.grad.reshape(-1).double() for p in student.parameters() if p.grad is not None])
@@ -127,13 +126,12 @@ def sizes(where: TeacherFolder, vocabulary: int) -> dict[str, float]:
     return found
 
 
-def cell(at: Stage, where: TeacherFolder, head: LMHead, temperature: float) -> dict[str, Any]:
+def cell(at: Stage, where: TeacherFolder, temperature: float) -> dict[str, Any]:
     """Return angles and lengths of every way at one stage and temperature, by batch."""
-    precise = LMHead(head.weight.detach().double(), None, head.scale, head.softcap)
-    exact = gradients(at.student, where, "exact", precise, temperature)
+    exact = gradients(at.student, where, "exact", temperature)
     found: dict[str, Any] = {}
     for way in WAYS:
-        own = gradients(at.student, where, way, head, temperature)
+        own = gradients(at.student, where, way, temperature)
         pairs = list(zip(own, exact, strict=True))
         found[way] = {
             "angle": [round(degrees(a, b), 3) for a, b in pairs],
@@ -147,7 +145,6 @@ def measure(
     stages: list[Stage],
     text: str,
     where: TeacherFolder,
-    head: LMHead,
     folder: Path,
     part: tuple[int, int],
     until: float,
@@ -158,7 +155,7 @@ def measure(
         path = folder / f"{text}_{at.name}_T{t:g}.json"
         if path.exists() or time.time() > until:
             continue
-        found = cell(at, where, head, t)
+        found = cell(at, where, t)
         about = {"text": text, "stage": at.name, "steps": at.steps, "temperature": t, "batches": BATCHES}
         write_atomically(path, {**about, "ways": found})
         print(f"{path.stem}: {json.dumps({way: values['angle'][-1] for way, values in found.items()})}", flush=True)

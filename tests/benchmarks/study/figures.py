@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.benchmarks.study.labels import MIDDLE, POSITIONS
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.labels import MIDDLE
 from tests.benchmarks.study.report import RESULTS, STAGES, Key, Run, against_exact, by_key
 from tests.benchmarks.study.students import LENGTHS, WINDOWS
 

@@ -1,4 +1,4 @@
-"""The teacher's pass of the study: hidden states and all labels of some windows, by Logitcask's own functions."""
+"""The sparse labels of the study, made of exact ones by Logitcask's own functions."""
 
 from collections.abc import Sequence
 
@@ -6,38 +6,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from logitcask.cache.labels import IntArray, SparseTargets
 from logitcask.cache.layout import array_specs, decode_targets, encode_targets
 from logitcask.cache.manifest import LabelSettings
-from logitcask.pipeline.models.head import last_hidden_states, read_head
 from logitcask.pipeline.teachers.labelling import label_rows
 from logitcask.pipeline.teachers.sparsify import uniform_draws
 from tests.benchmarks.study import ideas
-from tests.benchmarks.study.labels import BLOCK, HIDDEN, POSITIONS, Stored, TeacherFolder
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.labels import BLOCK, Stored, TeacherFolder
 
-ROWS = 255  # target positions at a time
+ROWS = POSITIONS  # at a time
 
 
-def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int, part: tuple[int, int]) -> None:
-    """Run the teacher over the windows of part i of n that have no hidden states yet, and make missing labels."""
-    head = read_head(model)
+def label_windows(where: TeacherFolder, vocabulary: int, part: tuple[int, int]) -> None:
+    """Make the labels that windows of part i of n lack."""
     for block in range(part[0], where.blocks, part[1]):
         missing = where.missing(block)
         if not missing:
             continue
         windows = slice(block * BLOCK, min((block + 1) * BLOCK, len(where.ids)))
-        rows = slice(windows.start * POSITIONS, windows.stop * POSITIONS)
-        ids = torch.from_numpy(where.ids[windows])
         with torch.inference_mode():
-            if HIDDEN in missing:
-                where.hidden[rows] = last_hidden_states(model, ids)[:, :-1].reshape(-1, where.hidden.shape[1]).numpy()
-            hidden = torch.from_numpy(np.array(where.hidden[rows], dtype=np.float32))
-            for first in range(rows.start, rows.stop, ROWS):
-                here = slice(first, min(first + ROWS, rows.stop))
-                logits = head.logits(hidden[here.start - rows.start : here.stop - rows.start])
-                label_rows_of(where, logits, vocabulary, here, missing)
+            for first in range(windows.start * POSITIONS, windows.stop * POSITIONS, ROWS):
+                logits = where.exact.log_probs(np.arange(first, first + ROWS), 1.0)
+                label_rows_of(where, logits, vocabulary, slice(first, first + ROWS), missing)
         for name in missing:
             where.done[name][block] = True
         print(f"{where.folder.name}: block {block} of {where.blocks} labelled", flush=True)
@@ -46,7 +38,7 @@ def label_windows(where: TeacherFolder, model: PreTrainedModel, vocabulary: int,
 def label_rows_of(where: TeacherFolder, logits_NV: Tensor, vocabulary: int, rows: slice, names: Sequence[str]) -> None:
     """Write the labels ``names`` of some rows from the teacher's logits."""
     gold_N = where.ids[:, 1:].reshape(-1)[rows]
-    redrawn = rows.start < len(where.hidden) // ideas.SETS  # windows of the runs with several epochs
+    redrawn = rows.start < where.rows // ideas.SETS  # windows of the runs with several epochs
     for name, how in where.stored.items():
         if name not in names or (how.seed and not redrawn):
             continue

@@ -1,12 +1,12 @@
-"""The teacher's part of the study: its hidden states and every sparse label of the same positions, on disk.
+"""The labels of the study: exact ones in a cache (exact.py), and every sparse label of the same positions, on disk.
 
-Hidden states are kept so that exact distillation needs no second pass of the teacher: in float32 and not as exact
-labels, since what labels are judged by must be free of their errors. Labels come from the product's ``sparsify`` and go
-through the codes of its cache (labelling.py). One row a target position; blocks of windows are done in any order, by
-any number of processes, each once; a label that is new is made of the states that are kept.
+Sparse labels are made of the exact ones by the product's ``sparsify`` and go through the codes of its cache
+(labelling.py). One row a target position; blocks of windows are done in any order, by any number of processes, each
+once; a label that is new needs no second pass of the teacher.
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +18,10 @@ from torch import Tensor
 from logitcask.cache.labels import IntArray, SoftLabels, SparseTargets, soft_labels
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.settings.precompute import PRESETS
-from tests.benchmarks.study.corpus import LENGTH
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.exact import ExactTeacher, make
 
-POSITIONS = LENGTH - 1  # per window
 BLOCK = 8  # windows at a time
-HIDDEN = "hidden"
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,13 @@ WAYS = {
 
 
 class TeacherFolder:
-    """Hidden states (rows, width), labels and tokens of some windows, memory-mapped in a folder."""
+    """Labels and tokens of some windows in a folder: exact labels in a cache, sparse ones memory-mapped."""
 
-    def __init__(self, folder: Path, ids: IntArray, width: int, stored: dict[str, Stored]) -> None:
+    def __init__(self, folder: Path, ids: IntArray, stored: dict[str, Stored]) -> None:
         self.ids, self.folder, self.stored = ids, folder, stored
-        rows = len(ids) * POSITIONS
-        self.hidden = self._array(HIDDEN, (rows, width), np.float32)
-        blocks = (-(-len(ids) // BLOCK),)
-        self.done = {name: self._array(f"{name}.done", blocks, np.bool_) for name in (HIDDEN, *stored)}
+        rows = self.rows = len(ids) * POSITIONS
+        self.blocks = -(-len(ids) // BLOCK)
+        self.done = {name: self._array(f"{name}.done", (self.blocks,), np.bool_) for name in stored}
         self._fields = {
             name: {
                 field.name: self._array(f"{name}.{field.name}", *_shape(field.name, how, rows))
@@ -107,13 +105,17 @@ class TeacherFolder:
         assert found.shape == shape, f"{path} is of another study: remove {self.folder}"
         return found
 
-    @property
-    def blocks(self) -> int:
-        """Return the number of windows."""
-        return len(self.done[HIDDEN])
+    def run(self, teacher: str) -> None:
+        """Make the exact labels, unless they are there."""
+        make(self.folder / "exact", teacher, self.ids)
+
+    @cached_property
+    def exact(self) -> ExactTeacher:
+        """The teacher, from the exact labels."""
+        return ExactTeacher(self.folder / "exact", self.ids)
 
     def missing(self, block: int) -> list[str]:
-        """Return what a block lacks: hidden states, labels."""
+        """Return the sparse labels that a block lacks."""
         return [name for name, done in self.done.items() if not done[block]]
 
     def labelled(self) -> Self:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.study.labels import POSITIONS
+from tests.benchmarks.study.corpus import POSITIONS
 from tests.benchmarks.study.students import CONFIG, LENGTHS, WINDOWS, new_student, write_atomically
 
 RESULTS = Path("tests/benchmarks/results")

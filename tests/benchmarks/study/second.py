@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from logitcask.pipeline.models.head import read_head
 from tests.benchmarks.study import fidelity, ideas
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.labelling import label_windows
@@ -79,23 +78,24 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(final)
 
 
-def prepare(folder: Path) -> tuple[Teacher, TeacherFolder]:
-    """Return what training needs of the teacher, and the held-out windows on which gradients are compared."""
-    model, tokenizer = load(folder)
+def prepare(folder: Path) -> Teacher:
+    """Return what training needs of the teacher; gradients are compared on its held-out windows."""
+    _, tokenizer = load(folder)
     ids = windows(code_files(held_out=False), tokenizer, max(LENGTHS) * WINDOWS)
     held = windows(code_files(held_out=True), tokenizer, max(fidelity.BATCHES))
-    kept = TeacherFolder(folder / "train", ids, WIDTH, STORED | LARGER | ideas.STORED)
-    where = TeacherFolder(folder / "code", held, WIDTH, fidelity.STORED)
+    kept = TeacherFolder(folder / "train", ids, STORED | LARGER | ideas.STORED)
+    where = TeacherFolder(folder / "code", held, fidelity.STORED)
     for one in (kept, where):
-        label_windows(one, model, VOCABULARY, (0, 1))
-    return Teacher(read_head(model), VOCABULARY, kept, where), where
+        one.run(str(folder / "final"))
+        label_windows(one, VOCABULARY, (0, 1))
+    return Teacher(VOCABULARY, kept, where)
 
 
 def measure(folder: Path, cells: Path, stages: dict[str, Path], part: tuple[int, int], until: float) -> None:
     """Compute angles and sizes of every way, for a new student and the saved ones."""
-    teacher, where = prepare(folder)
+    where = prepare(folder).held_out
     students = [fidelity.stage("fresh", VOCABULARY, None)]
     students += [fidelity.stage(name, VOCABULARY, path) for name, path in stages.items()]
     if part[0] == 0:
         write_atomically(cells / f"sizes_{NAME}.json", fidelity.sizes(where, VOCABULARY))
-    fidelity.measure(students, NAME, where, teacher.head, cells, part, until)
+    fidelity.measure(students, NAME, where, cells, part, until)

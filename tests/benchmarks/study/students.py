@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.evaluate.on_cache import calibration_bins, calibration_error
-from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import Target, fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.losses import LossSettings
 from tests.benchmarks.study import ideas
-from tests.benchmarks.study.labels import POSITIONS, WAYS, TeacherFolder, entries
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.labels import WAYS, TeacherFolder, entries
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -114,9 +114,8 @@ MIXES = {"standard, half bucket": {"standard": 0.5, "standard bucket": 0.5}}  # 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's head, and its stored outputs on the training and held-out windows."""
+    """The teacher's labels of the training and held-out windows."""
 
-    head: LMHead
     vocabulary: int
     train: TeacherFolder
     held_out: TeacherFolder
@@ -141,8 +140,7 @@ def target_of(way: str, temperature: float, teacher: Teacher, rows: IntArray) ->
     if way == "output":
         return None
     if way == "exact":
-        hidden = torch.from_numpy(np.asarray(teacher.train.hidden[rows], dtype=np.float32))
-        return TeacherRows(hidden, teacher.head, teacher.vocabulary)
+        return teacher.train.exact.rows(rows, temperature)
     return entries(teacher.train, EVERY_WAY[way], rows, temperature)
 
 
@@ -226,17 +224,16 @@ def evaluate(student: PreTrainedModel, teacher: Teacher) -> dict[str, float]:
     for window in range(len(where.ids)):
         ids = torch.from_numpy(where.ids[window])
         hidden = last_hidden_states(student, ids[None])[0, :-1]
-        rows = slice(window * POSITIONS, (window + 1) * POSITIONS)
+        rows = np.arange(window * POSITIONS, (window + 1) * POSITIONS)
         z = head.logits(hidden)[:, : teacher.vocabulary]
-        z_teacher = teacher.head.logits(torch.from_numpy(np.asarray(where.hidden[rows], dtype=np.float32)))
-        z_teacher = z_teacher[:, : teacher.vocabulary]
+        log_p = {t: where.exact.log_probs(rows, t) for t in (1.0, 2.0)}
         gold = ids[1:]
         log_q = functional.log_softmax(z, dim=1)
         confidence, best = log_q.max(1)
         sums += [
             float(functional.nll_loss(log_q, gold, reduction="sum")),
-            *(_kl(z_teacher, z, t) for t in (1.0, 2.0)),
-            float((best == z_teacher.argmax(1)).sum()),
+            *(_kl(log_p[t], z, t) for t in (1.0, 2.0)),
+            float((best == log_p[1.0].argmax(1)).sum()),
         ]
         bins += calibration_bins(confidence.exp().double().numpy(), (best == gold).numpy())
     student.train()
@@ -246,8 +243,8 @@ def evaluate(student: PreTrainedModel, teacher: Teacher) -> dict[str, float]:
     return {**means, "calibration_error": calibration_error(bins, count)}
 
 
-def _kl(z_teacher: Tensor, z: Tensor, t: float) -> float:
-    log_p, log_q = functional.log_softmax(z_teacher / t, dim=1), functional.log_softmax(z / t, dim=1)
+def _kl(log_p: Tensor, z: Tensor, t: float) -> float:
+    log_q = functional.log_softmax(z / t, dim=1)
     return float((log_p.exp() * (log_p - log_q)).sum())
 
 

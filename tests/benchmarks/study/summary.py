@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tests.benchmarks.study.labels import MIDDLE, POSITIONS, WAYS
+from tests.benchmarks.study.corpus import POSITIONS
+from tests.benchmarks.study.labels import MIDDLE, WAYS
 from tests.benchmarks.study.report import (
     RESULTS,
     Key,
