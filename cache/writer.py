@@ -337,7 +337,7 @@ def _constants(
             group, parts = root.create_group(GROUP), head.arrays()
             for name, layout in layouts(manifest.label, manifest.teacher_head).items():
                 part: zarr.Array[Any] = group.create_array(name, **layout)
-                fits = parts[name].shape == part.shape  # or it was fitted anew and is another, as its digest tells
+                fits = parts[name].shape == part.shape  # or it was fitted anew and is another, as its digest shows
                 part[:] = parts[name] if fits else np.resize(parts[name], part.shape)
         objects = constant_objects(manifest, names)
         write_seal(root, objects)

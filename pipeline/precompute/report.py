@@ -54,8 +54,7 @@ def result_line(settings: PrecomputeSettings, report: PrecomputeReport) -> tuple
     """Return the label and the text of a run's result."""
     part = f" of part {settings.shards}" if settings.shards else ""
     if not report.shards_written:
-        found = counted(report.shards_found, "shard")
-        return "complete", f"{settings.output} has all {found}{part}; nothing to do"
+        return "complete", f"{settings.output} has all {counted(report.shards_found, 'shard')}{part}; nothing to do"
     shards = report.shards_written + report.shards_found
     text = f"{settings.output}: {counted(shards, 'shard')}{part}"
     if not settings.shards:

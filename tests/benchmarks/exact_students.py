@@ -7,9 +7,9 @@ temperature, and their means are below 0.01 nats, the sampled label's at T=2 bei
 ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2]``, resumable, by as many processes as
 are started with the same arguments once the first has made the caches; two processor minutes per student of 300 steps.
 With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in ``second``. With
---smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and students of 300
-steps take four to nine minutes. The teacher in memory is its last hidden states of all windows in float32, from one
-pass before: what it would give at every step, for less time.
+--smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and students of 150
+steps take two to eight processor minutes. The teacher in memory is its last hidden states of all windows in float32,
+from one pass before: what it would give at every step, for less time.
 """
 
 import argparse
@@ -33,8 +33,6 @@ from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm
 from logitcask.pipeline.models.losses import LossSettings
-from logitcask.pipeline.precompute.precompute import precompute
-from logitcask.pipeline.settings.precompute import PrecomputeSettings
 from logitcask.pipeline.text.tokenizer import load_tokenizer
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.train.loss import make_loss_forward
@@ -43,6 +41,7 @@ from tests.benchmarks.rivals.stock import states
 from tests.benchmarks.study import second
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.corpus import code_files, windows
+from tests.benchmarks.study.exact import make
 from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_student, write_atomically
 
 STEPS, RATE, HELD_OUT = max(LENGTHS), 2e-3, 32  # the study's; windows
@@ -82,14 +81,9 @@ def make_caches(folder: Path, teacher: Path, tokenizer: PreTrainedTokenizerBase,
     """Make the caches of so many training windows, unless they are there."""
     if all(is_complete(folder / name) for name in CACHES):
         return
-    folder.mkdir(exist_ok=True)
     ids = windows(code_files(held_out=False), tokenizer, count)
-    data = folder / "train.jsonl"
-    if not data.exists():
-        data.write_text("".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in ids.tolist()))
     for name, how in CACHES.items():
-        values = {"teacher_model": str(teacher), "train_data": str(data), "device": "cpu", "max_seq_length": 256}
-        precompute(PrecomputeSettings.model_validate({**values, "output": folder / name, **how}))
+        make(folder / name, str(teacher), ids, how)
 
 
 class Teacher:

@@ -17,6 +17,7 @@ from tests.benchmarks import rounds
 from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.corpus import LENGTH, POSITIONS
+from tests.benchmarks.study.exact import ExactTeacher
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
 from tests.benchmarks.study.labels import LARGER, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
@@ -127,11 +128,9 @@ def test_the_usual_tempering_treats_the_tail_as_one_token(labelled: tuple[Teache
 
 
 def test_unlabelled_blocks_are_not_used_as_labels(tmp_path: Path) -> None:
-    where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), {"lean": STORED["lean"]})
+    where = TeacherFolder(tmp_path / "train", np.zeros((2, POSITIONS + 1), dtype=np.int64), {})
     with pytest.raises(SystemExit, match="train: 0 of 1 blocks are labelled: `just study labels` does the rest"):
-        where.labelled()
-    where.done["lean"][:] = True
-    assert where.labelled() is where
+        where.labelled()  # it has no exact ones
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +178,8 @@ def test_a_new_label_is_computed_from_exact_ones_and_the_others_stay(
     later.put("standard", slice(0, 1), later.targets("standard", slice(1, 2)))
     later.run("a teacher that is not needed again")
     label_windows(later, VOCAB, (0, 1))
+    with pytest.raises(AssertionError, match="exact is of another study: remove it"):
+        ExactTeacher(later.folder / "exact", later.ids + 1)
     for name in at_once.stored:
         written, wanted = (where.labelled().targets(name, slice(1, None)) for where in (later, at_once))
         for field in ("head_ids", "tail_ids", "tail_counts", "tail_logprobs"):
@@ -191,9 +192,9 @@ def test_a_student_of_exact_labels_is_judged_by_its_divergence_from_the_teacher(
     with_exact: tuple[TeacherFolder, Path], tmp_path: Path
 ) -> None:
     where, source = with_exact
-    setting = Setting("exact", 1.0, 0.0, 0, 2e-3)
+    setting = Setting("exact", 2.0, 0.0, 0, 2e-3)
     found = train(setting, Teacher(VOCAB, where, where), (1, 2), tmp_path)["lengths"]
-    assert found[1]["kl_at_1"] < found[0]["kl_at_1"]
+    assert found[1]["kl_at_2"] < found[0]["kl_at_2"]
     student = new_student(VOCAB, 0)
     student.load_state_dict(torch.load(tmp_path / f"{setting.name}_2.pt", weights_only=True)["student"])
     teacher, ids = load_causal_lm(str(source), dtype=torch.float64).eval(), torch.from_numpy(where.ids)
@@ -205,9 +206,14 @@ def test_a_student_of_exact_labels_is_judged_by_its_divergence_from_the_teacher(
 
 
 def test_designs_are_compared_over_exact_distributions(with_exact: tuple[TeacherFolder, Path]) -> None:
-    compared = designs.compare(with_exact[0])["temperatures"]["2"]["designs"]
-    assert compared[designs.STORED]["squared_error"] == pytest.approx(1.0)
-    assert compared["drawn for this T alone"]["squared_error"] < 1 < compared["head 0 + tail 32"]["squared_error"]
+    where, source = with_exact
+    teacher = load_causal_lm(str(source), dtype=torch.float64).eval()
+    with torch.no_grad():
+        logits = teacher(torch.from_numpy(where.ids)).logits[:, :-1].flatten(0, 1)
+    compared = designs.compare(where)["temperatures"]
+    for t in (1.0, 2.0):
+        wanted = float(designs.errors(logits, t)[designs.STORED][0].mean())
+        assert compared[f"{t:g}"]["squared_error_as_stored"] == pytest.approx(wanted, rel=0.03)
 
 
 def run(way: str, seed: int, kl: float) -> dict[str, Any]:

@@ -5,8 +5,10 @@ in the finest code there is. What that code is off by, its certificate says; doc
 """
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +29,8 @@ KEPT_BYTES = 2 << 30  # of decoded labels: batches are of windows from anywhere
 CPU = torch.device("cpu")
 
 
-def make(place: Path, teacher: str, ids: IntArray) -> None:
-    """Label windows (windows, L), or resume that."""
+def make(place: Path, teacher: str, ids: IntArray, how: Mapping[str, Any] = FINEST) -> None:
+    """Label windows (windows, L), or resume that, by some settings of stage 1."""
     if is_complete(place):
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +39,7 @@ def make(place: Path, teacher: str, ids: IntArray) -> None:
         partial = data.with_suffix(".part")
         partial.write_text("".join(json.dumps({"input_ids": row, "labels": row}) + "\n" for row in ids.tolist()))
         partial.replace(data)
-    values = {"teacher_model": teacher, "train_data": str(data), "device": "cpu", "max_seq_length": LENGTH, **FINEST}
+    values = {"teacher_model": teacher, "train_data": str(data), "device": "cpu", "max_seq_length": LENGTH, **how}
     precompute(PrecomputeSettings.model_validate({**values, "output": place}))
 
 
@@ -52,6 +54,7 @@ class ExactTeacher:
         self._reader.keep(self._reader.manifest.shards.count)
         self._head = StoredHead(((self._reader.path, self._reader.opened),))
         cached = {self._reader.example(i).input_ids.tobytes(): i for i in range(len(self._reader))}
+        assert {row.tobytes() for row in ids} <= {*cached}, f"{place} is of another study: remove it"
         self._examples = [cached[row.tobytes()] for row in ids]
 
     def rows(self, rows: IntArray, temperature: float, dtype: torch.dtype = torch.float32) -> ExactRows:
@@ -76,6 +79,7 @@ class ExactTeacher:
     @cached_property
     def _precise_head(self) -> CodedHead:
         coded = self._head(CPU)
+        assert coded.head.bias is None, "the study's teachers have none"
         head = LMHead(coded.head.weight.double(), None, coded.head.scale, coded.head.softcap)
         return CodedHead(head, coded.bases_SCW.double(), coded.centres_SW.double())
 
