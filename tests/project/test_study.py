@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from logitcask.pipeline.models.dense.rows import log_probs
+from logitcask.pipeline.models.dense.rows import ExactRows, log_probs
 from logitcask.pipeline.models.load import load_causal_lm
 from tests.benchmarks import rounds
 from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
@@ -21,7 +21,16 @@ from tests.benchmarks.study.exact import ExactTeacher
 from tests.benchmarks.study.labelling import label_rows_of, label_windows
 from tests.benchmarks.study.labels import LARGER, STORED, TeacherFolder, entries
 from tests.benchmarks.study.report import Key, against_exact, by_key, interval
-from tests.benchmarks.study.students import EVERY_WAY, TRAININGS, Setting, Teacher, batches, new_student, train
+from tests.benchmarks.study.students import (
+    EVERY_WAY,
+    TRAININGS,
+    Setting,
+    Teacher,
+    batches,
+    new_student,
+    target_of,
+    train,
+)
 from tests.support.tiny import make_teacher
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
@@ -193,7 +202,11 @@ def test_a_student_of_exact_labels_is_judged_by_its_divergence_from_the_teacher(
 ) -> None:
     where, source = with_exact
     setting = Setting("exact", 2.0, 0.0, 0, 2e-3)
-    found = train(setting, Teacher(VOCAB, where, where), (1, 2), tmp_path)["lengths"]
+    judge, rows = Teacher(VOCAB, where, where), np.arange(200, 300)
+    target = target_of("exact", 2.0, judge, rows)
+    assert isinstance(target, ExactRows)
+    assert (log_probs(target, slice(None), 2.0) == where.exact.log_probs(rows, 2.0)).all()
+    found = train(setting, judge, (1, 2), tmp_path)["lengths"]
     assert found[1]["kl_at_2"] < found[0]["kl_at_2"]
     student = new_student(VOCAB, 0)
     student.load_state_dict(torch.load(tmp_path / f"{setting.name}_2.pt", weights_only=True)["student"])
