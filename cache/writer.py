@@ -53,7 +53,7 @@ from logitcask.cache.storage.open import (
     remove_objects,
     write_objects,
 )
-from logitcask.cache.storage.ownership import explain_write_errors, setting_up, watch_folder
+from logitcask.cache.storage.ownership import explain_write_errors, in_turn, watch_folder
 
 OWN_KEYS = re.compile(
     rf"zarr\.json|(commits|seal|shard_examples|tokenizer|head|{'|'.join(ARRAYS)})/zarr\.json"
@@ -137,18 +137,18 @@ def create_cache(
     """Create a cache, or resume one that is the same but for what a manifest only reports; return its writer.
 
     The writer's manifest is that of the cache, and so is the teacher's ``head``, which exact labels need: a cache that
-    is resumed keeps its own. ``shards`` limits the writer to some shards while other processes write
-    the rest, each under ``sole_writer`` of its part. Raises CacheMismatchError, listing every difference, if another
-    cache is there, and CacheFormatError if anything else is, or a damaged cache that this run cannot complete.
+    is resumed keeps its own. ``shards`` limits the writer to some shards while other processes write the rest, each
+    under ``sole_writer`` of its part. Raises CacheMismatchError, listing every difference, if another cache is there,
+    and CacheFormatError if anything else is, or a damaged cache that this run cannot complete.
     """
     alone = shards is None
-    with explain_write_errors(path), contextlib.nullcontext() if alone else setting_up(path):
+
+    def create() -> CacheWriter:
         stored = stored_manifest(path, overwrite=overwrite)
         if stored and not overwrite:
             require_same(path, stored, dict(manifest))
         store = open_store(path, read_only=False)
-        mine, shared = set(shards or ()), {"commits", *ARRAYS}
-        drop_partial_objects(store, lambda key: not alone and _belongs_to_others(key, mine, shared))
+        drop_partial_objects(store, lambda key: not alone and _belongs_to_others(key, shards or ()))
         if overwrite:
             _clear(store)
             stored = None
@@ -156,8 +156,10 @@ def create_cache(
             store.root.mkdir(parents=True, exist_ok=True)
             flush_names_above(store.root)
         made = functools.partial(_constants, shard_examples=shard_examples, tokenizer_files=tokenizer_files, head=head)
-        manifest = _settle_constants(store, str(path), stored, manifest, made)
-        return CacheWriter(path, manifest, shards=shards)
+        return CacheWriter(path, _settle_constants(store, str(path), stored, manifest, made), shards=shards)
+
+    with explain_write_errors(path):
+        return create() if alone else in_turn(path, create)
 
 
 def replace_constants(
@@ -232,10 +234,10 @@ def _attributes(store: Store) -> Collection[str]:
     return ()
 
 
-def _belongs_to_others(key: str, mine: Collection[int], shared: Collection[str]) -> bool:
+def _belongs_to_others(key: str, mine: Collection[int]) -> bool:
     """Return whether a partial object belongs to a shard that another process may be writing now."""
     name, *rest = key.split("/")
-    return rest[:1] == ["c"] and name in shared and int(rest[1].split(".")[0]) not in mine
+    return rest[:1] == ["c"] and name in {"commits", *ARRAYS} and int(rest[1].split(".")[0]) not in mine
 
 
 def _clear(store: Store) -> None:
@@ -260,10 +262,8 @@ def _settle_constants(
     than those that are lost.
     """
     same_files = stored is not None and _made_files(stored) == _made_files(wanted)
-    if stored:
-        objects = constant_objects(stored)
-        if not constant_damage(store, objects):
-            return stored
+    if stored and not constant_damage(store, constant_objects(stored)):
+        return stored
     if not (committed_shards(store, stored.shards.count) if stored else list_objects(store, "commits/c/")):
         if not stored:
             _clear(store)  # it may be of another cache

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
+import random
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -28,7 +29,9 @@ from logitcask.cache.storage.open import OWN, delete_objects, is_url, write_obje
 from logitcask.cache.storage.remote import RemoteStore, split_url
 from logitcask.cache.storage.staging import begin_staging, end_staging, is_resumable, lock_file, temporary_folder
 
+T = TypeVar("T")
 Part = tuple[int, int]  # part i of n, from 1
+SETUP_PATIENCE = 30.0  # seconds: clients of a network folder may see for 20 what another machine changed
 LOCK_PATIENCE = 1.0  # seconds: the last of several parts holds the lock exclusively for a moment while it cleans up
 RENEW_EVERY, EXPIRE_AFTER = 10.0, 30.0  # seconds between renewals of a lease; seconds without one until it expires
 ALL_SHARDS = "all"  # in the name of a lease, in place of a part
@@ -74,6 +77,23 @@ def setting_up(path: str | Path) -> Iterator[None]:
     with (_staging(_stem(path)) / "setup.lock").open("a+") as lock:
         lock_file(lock, wait=True)
         yield
+
+
+def in_turn(path: str | Path, create: Callable[[], T]) -> T:
+    """Return what ``create`` does for the run of a part, in its turn.
+
+    Where the locks of another machine are not visible, as on some network folders, that machine may take what is being
+    created for what a killed run left, and remove it: then it is created again.
+    """
+    deadline = time.monotonic() + SETUP_PATIENCE
+    while True:
+        try:
+            with setting_up(path):
+                return create()
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.1, 1.0))  # so that two machines do not meet again
 
 
 @contextlib.contextmanager

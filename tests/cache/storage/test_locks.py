@@ -1,5 +1,6 @@
 """Lock files of a cache in a folder: on NFS's rule, on a volume, beside and inside, and where a system has none."""
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -15,14 +16,17 @@ from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe
+from logitcask.cache.storage import ownership
 from logitcask.cache.storage.ownership import Part, sole_writer
 from logitcask.cache.storage.staging import lock_file
 from logitcask.cache.verify import repair, verify
+from logitcask.cache.writer import create_cache
 from logitcask.pipeline.generate_data.journal import Journal
 from logitcask.pipeline.precompute.precompute import precompute
 from tests.cache.storage.test_disk import nobody
+from tests.cache.test_cache import FILES, label_settings, manifest_of
 from tests.support.needed import as_root, lacking
-from tests.support.tiny import RECORDS, folder_bytes, make_cache, precompute_settings
+from tests.support.tiny import RECORDS, folder_bytes, make_cache, precompute_settings, sound_shards
 
 FLOCK = fcntl.flock
 
@@ -207,3 +211,25 @@ def test_the_working_directory_is_a_place(tmp_path: Path, monkeypatch: pytest.Mo
         "want",
         "want.files.json",
     ]
+
+
+def test_what_another_machine_removes_while_it_is_created_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines begin a cache in a network folder without locks: one takes for left what the other writes."""
+    monkeypatch.setattr(ownership, "setting_up", lambda _: contextlib.nullcontext())
+    label = label_settings(300, 2, 0, 1)
+    manifest, examples = manifest_of(label, sound_shards(label, [1, 1]))
+    place, replace, others = tmp_path / "cache", Path.replace, list[list[int]]()
+
+    def meanwhile(self: Path, target: Path) -> Path:
+        if not others and self.parent.name == "head_ids":
+            others.append([])
+            others[0] += create_cache(place, manifest, examples, FILES, shards={1}).missing_shards()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    assert create_cache(place, manifest, examples, FILES, shards={0}).missing_shards() == [0]
+    assert others == [[1]]
+    create_cache(tmp_path / "alone", manifest, examples, FILES)
+    assert folder_bytes(place) == folder_bytes(tmp_path / "alone")
