@@ -4,12 +4,12 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
-``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2]``, resumable, by as many processes as
-are started with the same arguments once the first has made the caches; two processor minutes per student of 300 steps.
-With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in ``second``. With
---smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and students of 150
-steps take two to eight processor minutes. The teacher in memory is its last hidden states of all windows in float32,
-from one pass before: what it would give at every step, for less time.
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2] [--ways …] [--divergences …]``,
+resumable, by as many processes as are started once the first has made the caches; two processor minutes per student
+of 300 steps. With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in
+``second``. With --smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and
+students of 150 steps take two to eight processor minutes. The teacher in memory is its last hidden states of all
+windows in float32, from one pass before: what it would give at every step, for less time.
 """
 
 import argparse
@@ -46,15 +46,19 @@ from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_
 
 STEPS, RATE, HELD_OUT = max(LENGTHS), 2e-3, 32  # the study's; windows
 RESULTS = Path(__file__).parent / "results" / "exact_students.json"
-WAYS = ("online", "exact", "standard")
-CACHES = {"exact": {"preset": "exact"}, "standard": {"preset": "standard"}}
+CACHES: dict[str, dict[str, Any]] = {
+    "exact": {"preset": "exact"},
+    "exact-6": {"preset": "exact", "hidden_bits": 6},
+    "standard": {"preset": "standard"},
+}
+WAYS = ("online", "exact", "standard")  # unless others are asked for
 
 
 @dataclass(frozen=True)
 class Run:
     """What one student learns from, and by which loss."""
 
-    way: str  # online, exact, standard
+    way: str  # online, or the cache's name
     divergence: str
     temperature: float
     seed: int
@@ -64,26 +68,36 @@ class Run:
         """The name of the run's file."""
         return f"{self.way}_{self.divergence}_T{self.temperature:g}_seed{self.seed}"
 
+    @property
+    def tail(self) -> str:
+        """How the loss takes what its label has outside the head."""
+        return "exact" if self.way.startswith("exact") else "sampled"
+
 
 LOSSES = (("forward-kl", 2.0), ("reverse-kl", 1.0), ("jsd", 1.0), ("forward-kl", 1.0))
 
 
-def runs(seeds: int) -> list[Run]:
-    """Return all runs, pairs together."""
-    found = []
-    for seed, (divergence, t) in itertools.product(range(seeds), LOSSES):
-        ways = ("online", "exact", *(("standard",) if divergence == "forward-kl" else ()))
-        found += [Run(way, divergence, t, seed) for way in ways]
-    return found
+def runs(seeds: int, ways: list[str], divergences: list[str]) -> list[Run]:
+    """Return all runs, pairs together; a sparse label has no divergence but forward KL."""
+    return [
+        Run(way, divergence, t, seed)
+        for seed, (divergence, t), way in itertools.product(range(seeds), LOSSES, ways)
+        if divergence in divergences and (way != "standard" or divergence == "forward-kl")
+    ]
 
 
-def make_caches(folder: Path, teacher: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> None:
-    """Make the caches of so many training windows, unless they are there."""
-    if all(is_complete(folder / name) for name in CACHES):
-        return
-    ids = windows(code_files(held_out=False), tokenizer, count)
-    for name, how in CACHES.items():
-        make(folder / name, str(teacher), ids, how)
+def make_caches(
+    folder: Path, teacher: Path, tokenizer: PreTrainedTokenizerBase, count: int, names: list[str]
+) -> dict[str, CacheReader]:
+    """Make those caches of so many training windows that are not there; return all, open."""
+    if not all(is_complete(folder / name) for name in names):
+        ids = windows(code_files(held_out=False), tokenizer, count)
+        for name in names:
+            make(folder / name, str(teacher), ids, CACHES[name])
+    readers = {name: CacheReader(folder / name, kept_bytes=2 << 30) for name in names}
+    for reader in readers.values():
+        reader.keep(reader.manifest.shards.count)  # batches are of examples from anywhere
+    return readers
 
 
 class Teacher:
@@ -116,12 +130,9 @@ class Stock:
     def batch(self, run: Run, examples: IntArray) -> Batch:
         """Return a batch; the caches have the same examples in the same order."""
         reader = self.readers.get(run.way, self.readers["exact"])
-        tail, stored = (
-            {"exact": "exact", "standard": "sampled"}.get(run.way, "sampled"),
-            reader.manifest.label.temperatures,
-        )
-        head = StoredHead(((reader.path, reader.opened),)) if run.way == "exact" else None
-        collator = Collator(0, tuple(stored), run.temperature, tail, teacher_head=head)
+        stored = tuple(reader.manifest.label.temperatures)
+        head = StoredHead(((reader.path, reader.opened),)) if run.tail == "exact" else None
+        collator = Collator(0, stored, run.temperature, run.tail, teacher_head=head)
         found = [reader.example(int(i)) for i in examples]
         with_labels = run.way != "online"
         return collator(
@@ -134,11 +145,10 @@ def train(run: Run, stock: Stock, steps: int) -> dict[str, Any]:
     student = new_student(stock.teacher.vocab_size, run.seed).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
-    tail = {"exact": "exact"}.get(run.way, "sampled")
     plain = student.forward
     make_loss_forward(
         student,
-        LossSettings(0.0, run.temperature, tail, run.divergence),
+        LossSettings(0.0, run.temperature, run.tail, run.divergence),
         stock.teacher if run.way == "online" else None,
     )
     began = time.process_time()
@@ -176,7 +186,10 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for divergence, t in LOSSES:
         name = f"{divergence} at T={t:g}"
-        of = {way: {k[3]: v[name] for k, v in ends.items() if k[:3] == (way, divergence, t)} for way in WAYS}
+        of = {
+            way: {k[3]: v[name] for k, v in ends.items() if k[:3] == (way, divergence, t)}
+            for way in ("online", *CACHES)
+        }
         online, table[name] = of["online"], {}
         if online:
             table[name]["online"] = round(float(np.mean(list(online.values()))), 4)
@@ -198,6 +211,10 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="?", default=3)
     parser.add_argument("steps", type=int, nargs="?", default=STEPS)
     parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=["online", *CACHES], default=[*WAYS])
+    parser.add_argument(
+        "--divergences", nargs="+", choices=[name for name, _ in LOSSES], default=[n for n, _ in LOSSES]
+    )
     given = parser.parse_args()
     if given.smollm2:
         teacher, caches = Path(teacher_path()), given.folder / f"smollm2-{given.steps}"
@@ -205,17 +222,15 @@ def main() -> None:
     else:
         teacher, caches = given.folder / "second" / "final", given.folder
         model, tokenizer = second.load(given.folder / "second")
-    make_caches(caches, teacher, tokenizer, WINDOWS * (given.steps if given.smollm2 else STEPS))
-    readers = {name: CacheReader(caches / name, kept_bytes=2 << 30) for name in CACHES}
-    for reader in readers.values():
-        reader.keep(reader.manifest.shards.count)  # batches are of examples from anywhere
+    names = [name for name in CACHES if name == "exact" or name in given.ways]  # that one gives the windows' order
+    readers = make_caches(caches, teacher, tokenizer, WINDOWS * (given.steps if given.smollm2 else STEPS), names)
     cached = np.stack([readers["exact"].example(place).input_ids for place in range(len(readers["exact"]))])
     held_out = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
     shown = np.concatenate([cached.astype(np.int64), held_out])
     stock = Stock(Teacher(model, shown, caches / "states.npy"), readers, held_out)
     name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps"
     place = caches / f"{given.steps}-steps"
-    for run in runs(given.seeds):
+    for run in runs(given.seeds, given.ways, given.divergences):
         path = place / f"{run.name}.json"
         with claim(path) as free:
             if free:
