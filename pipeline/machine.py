@@ -2,9 +2,15 @@
 
 import contextlib
 import ctypes
+import multiprocessing
+import os
 import platform
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -58,9 +64,33 @@ def free_memory(device: torch.device, group: Path = Path("/sys/fs/cgroup")) -> i
     return min(free, max(0, limit - used))
 
 
-def ignore_interrupts(_: int) -> None:
-    """Ignore SIGINT in a DataLoader worker: Ctrl-C in a terminal reaches it too, but the step still needs it."""
+def worker_processes(count: int) -> BaseContext | None:
+    """Return how a DataLoader starts its workers, none if it has none.
+
+    They are not forks of this process: zarr's threads would not survive that. On Linux they are forks of one that has
+    done nothing but their imports, so that these take time and memory once, however many workers there are.
+    """
+    if not count:
+        return None
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["logitcask.pipeline.batches.loader"])
+    return context
+
+
+def prepare_worker(_: int) -> None:
+    """Make a DataLoader worker ignore SIGINT and end with the process that it works for, however that ends.
+
+    Ctrl-C in a terminal reaches it too, but the step still needs it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def free_large_blocks() -> None:

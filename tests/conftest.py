@@ -10,11 +10,13 @@ come first, so that each of the four workers of the test command begins with som
 import gc
 import os
 from collections.abc import Generator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.support.forked import forks
 from tests.support.nightly import nightly
 
 settings.register_profile("check", derandomize=not nightly())
@@ -51,9 +53,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what is imported by now from garbage collection: a Trainer collects at its end, half a second each."""
+    """Exempt what is imported by now from garbage collection: a Trainer collects at its end, half a second each.
+
+    A worker of the test command starts the process that others are forked from, before a loader starts it with less.
+    """
     gc.collect()
     gc.freeze()
+    forks()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        forkserver.ensure_running()
 
 
 @pytest.hookimpl(wrapper=True)

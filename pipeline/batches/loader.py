@@ -12,7 +12,7 @@ from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differenc
 from logitcask.cache.labels import IntArray
 from logitcask.pipeline.batches.collate import Batch, Collator
 from logitcask.pipeline.batches.dataset import CacheDataset
-from logitcask.pipeline.machine import ignore_interrupts
+from logitcask.pipeline.machine import prepare_worker, worker_processes
 
 
 class Loader:
@@ -51,8 +51,8 @@ class Loader:
             batch_sampler=self._plan,
             collate_fn=collator,
             num_workers=num_workers,
-            multiprocessing_context="spawn" if num_workers else None,  # zarr does not survive a fork
-            worker_init_fn=ignore_interrupts,
+            multiprocessing_context=worker_processes(num_workers),
+            worker_init_fn=prepare_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, TrainingExample
-from logitcask.pipeline.machine import ignore_interrupts
+from logitcask.pipeline.machine import prepare_worker, worker_processes
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
 from logitcask.pipeline.settings.training.schedule import Ramp
@@ -121,8 +121,8 @@ class DistillationMixin(Trainer):
             batch_sampler=self._batches(),
             collate_fn=self.data_collator,
             num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # zarr does not survive a fork
-            worker_init_fn=ignore_interrupts,
+            multiprocessing_context=worker_processes(workers),
+            worker_init_fn=prepare_worker,
             persistent_workers=workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )

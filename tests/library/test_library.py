@@ -1,9 +1,13 @@
 """The public interface on caches: reading, writing, mixing, loading, and bad use in one line."""
 
 import itertools
+import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import logitcask as lc
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import main
 from tests.support.distilled import mixed_lengths
+from tests.support.forked import forks
 from tests.support.runs import train
 from tests.support.tiny import make_cache, make_teacher
 
@@ -201,6 +206,29 @@ def test_the_loader_resumes_within_an_epoch(place: Path) -> None:
         assert golds == [sorted(batch["gold"].tolist()) for batch in loader][2:]
         with pytest.raises(lc.LogitcaskError, match="seed"):
             lc.loader(source, 4, seed=3).load_state_dict(state)
+
+
+def read_forever(place: str, report: Connection) -> None:
+    batches = iter(lc.loader(lc.open(place), 2, num_workers=2))
+    next(batches)
+    report.send([worker.pid for worker in multiprocessing.active_children()])
+    signal.pause()
+
+
+def test_a_loaders_workers_end_with_the_process_that_was_killed(place: Path) -> None:
+    """Also where it is itself a fork of the process that they are forks of, which lives on."""
+    ours, theirs = multiprocessing.Pipe()
+    reader = forks().Process(target=read_forever, args=(str(place / "cache"), theirs))
+    reader.start()
+    assert ours.poll(60)
+    workers = [Path(f"/proc/{worker}") for worker in ours.recv()]
+    assert [worker.exists() for worker in workers] == [True, True]
+    reader.kill()
+    reader.join()
+    ends = time.monotonic() + 20
+    while any(worker.exists() for worker in workers) and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert [worker.exists() for worker in workers] == [False, False]
 
 
 def test_only_a_foreign_random_order_is_warned_of(cache: lc.Cache) -> None:

@@ -70,7 +70,7 @@ def test_the_wheel_has_every_file_of_the_checkout(wheel: Path) -> None:
 
 
 def test_it_runs_where_files_have_our_names(environment: Path, hostile: Path) -> None:
-    """The console script, -m, torchrun, a spawned DataLoader worker, at night Ray; configs by name."""
+    """The console script, -m, torchrun, a DataLoader's worker, at night Ray; configs by name."""
 
     def run(*words: object) -> str:
         done = subprocess.run([*map(str, words)], cwd=hostile, env=clean, text=True, capture_output=True, check=False)
