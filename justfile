@@ -11,18 +11,14 @@ logitcask := bin / "logitcask"
 lowest_tools := "flask flask-cors hypothesis matplotlib 'moto[s3]' peft pytest s3fs sentencepiece tensorstore trl zarrs"
 
 # everything CI runs: format check, lint, types, import layers, the manual, tests
-check: docs-and-compile lint-and-pytest
+check: docs-lint-and-compile pytest
 
 # set everything up and run the whole check
-test: setup docs-and-compile lint-and-pytest
+test: setup check
 
-# beside the manual, one process imports what the tests import: each of their workers would compile it anew
+# beside the rest, one process imports what the tests import: each of their workers would compile it anew
 [parallel]
-docs-and-compile: docs compile
-
-# tests wait for processes and servers: what they leave of two cores is enough for the linters
-[parallel]
-lint-and-pytest: lint pytest
+docs-lint-and-compile: docs lint compile
 
 [private]
 compile:

@@ -110,10 +110,14 @@ def test_the_messages_of_the_page_of_errors_are_the_programs() -> None:
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    script = (README.parent / ".ci" / "run").read_text()
-    for step in ("-m venv .venv", ".venv/bin/pip install", "rust-just", ".venv/bin/just test"):
+    """In its two halves, between which it waits for what it installs beside them."""
+    script, recipes = ((README.parent / name).read_text() for name in (".ci/run", "justfile"))
+    for step in ("-m venv .venv", ".venv/bin/pip install", "rust-just", ".venv/bin/just"):
         assert step in script
         assert step in README.read_text()
+    assert ".venv/bin/just test" in README.read_text()
+    assert "\ntest: setup check\n" in recipes
+    assert script.endswith(".venv/bin/just setup\nwait\n.venv/bin/just check\n")
 
 
 def test_the_recipes_parse() -> None:

@@ -2,8 +2,6 @@
 
 import datetime
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from logitcask.pipeline.text.examples import Encoder
 from logitcask.pipeline.text.records import Raw
 from logitcask.pipeline.text.tokens import log, stage
 from logitcask.pipeline.text.tokens.stage import stage_tokens
+from tests.support.forked import ran
 from tests.support.tiny import RECORDS, folder_bytes, make_teacher, make_tokenizer, precompute_settings, write_jsonl
 
 DATED = "{{ strftime_now('%d') }}"
@@ -197,7 +196,8 @@ def test_train_on_text_goes_on_after_a_kill(tmp_path: Path) -> None:
     make_teacher(tmp_path / "teacher")
     write_jsonl(tmp_path / "train.jsonl", RECORDS)
     program = (
-        "import os, signal, sys; from logitcask.pipeline.text.tokens import log, stage\n"
+        "import os, signal, sys, tempfile; from logitcask.pipeline.text.tokens import log, stage\n"
+        "tempfile.tempdir = None  # a fork has that of the process it is one of\n"
         "stage.RECORDS, log.COMMIT_CHUNKS, commit, encode = 4, 2, log.TokenLog._commit, stage.ChunkEncoder.encode\n"
         "def encoded(self, records):\n"
         "    print(len(records), file=sys.stderr)\n"
@@ -209,14 +209,14 @@ def test_train_on_text_goes_on_after_a_kill(tmp_path: Path) -> None:
         "if sys.argv.pop(1) == 'kill': log.TokenLog._commit = committed\n"
         "from logitcask.pipeline.cli import main; main()\n"
     )
-    options = ["train", "--train-data", "train.jsonl", "--distillation-type", "output", "--student-model", "teacher",
-               "--device", "cpu", "--max-steps", "1", "--batch-size", "2", "--output-dir", "out"]  # fmt: skip
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "program.py").write_text(program)
+    options = ["train", "--train-data", tmp_path / "train.jsonl", "--distillation-type", "output", "--student-model",
+               tmp_path / "teacher", "--device", "cpu", "--max-steps", 1, "--batch-size", 2,
+               "--output-dir", tmp_path / "out"]  # fmt: skip
     (tmp_path / "tmp").mkdir()
     counts = []
     for mode in ("kill", "run"):
-        command = [sys.executable, "-c", program, mode, *options]
-        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        run = ran(tmp_path, [mode, *options], [{"TMPDIR": str(tmp_path / "tmp")}], module=f"{tmp_path}/program.py")
         assert run.returncode == (-9 if mode == "kill" else 0), run.stderr
         counts.append(run.stderr.splitlines().count("4"))
         assert bool(list((tmp_path / "tmp").rglob("ledger"))) == (mode == "kill")
