@@ -17,6 +17,7 @@ import itertools
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "exact-6": {"preset": "exact", "hidden_bits": 6},
     "standard": {"preset": "standard"},
 }
+IN_MEMORY = ("online", "rounded")  # as it is, and with its states in bfloat16: pairs that part for no other reason
 WAYS = ("online", "exact", "standard")  # unless others are asked for
 
 
@@ -58,7 +60,7 @@ WAYS = ("online", "exact", "standard")  # unless others are asked for
 class Run:
     """What one student learns from, and by which loss."""
 
-    way: str  # online, or the cache's name
+    way: str  # one of IN_MEMORY, or the cache's name
     divergence: str
     temperature: float
     seed: int
@@ -113,10 +115,11 @@ class Teacher:
         self._hidden = np.load(file, mmap_mode="r")
         self._places = {row.tobytes(): place for place, row in enumerate(ids)}
 
-    def __call__(self, batch: Batch) -> TeacherRows:
-        """Return the hidden states of a batch's windows, each of which is a row."""
+    def __call__(self, batch: Batch, dtype: torch.dtype = torch.float32) -> TeacherRows:
+        """Return the hidden states of a batch's windows, each of which is a row, rounded to a dtype."""
         places = [self._places[row.tobytes()] for row in batch["input_ids"].numpy()]
-        return TeacherRows(torch.from_numpy(self._hidden[places]).flatten(0, 1), self.head, self.vocab_size)
+        hidden = torch.from_numpy(self._hidden[places]).flatten(0, 1).to(dtype).float()
+        return TeacherRows(hidden, self.head, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Stock:
         head = StoredHead(((reader.path, reader.opened),)) if run.tail == "exact" else None
         collator = Collator(0, stored, run.temperature, run.tail, teacher_head=head)
         found = [reader.example(int(i)) for i in examples]
-        with_labels = run.way != "online"
+        with_labels = run.way not in IN_MEMORY
         return collator(
             [TrainingExample(Encoded(e.input_ids, e.target_mask), e.targets if with_labels else None) for e in found]
         )
@@ -146,11 +149,8 @@ def train(run: Run, stock: Stock, steps: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
     order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
     plain = student.forward
-    make_loss_forward(
-        student,
-        LossSettings(0.0, run.temperature, run.tail, run.divergence),
-        stock.teacher if run.way == "online" else None,
-    )
+    teacher = {"online": stock.teacher, "rounded": partial(stock.teacher, dtype=torch.bfloat16)}.get(run.way)
+    make_loss_forward(student, LossSettings(0.0, run.temperature, run.tail, run.divergence), teacher)
     began = time.process_time()
     for step in range(steps):
         batch = stock.batch(run, order[step * WINDOWS : (step + 1) * WINDOWS])
@@ -188,12 +188,12 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         name = f"{divergence} at T={t:g}"
         of = {
             way: {k[3]: v[name] for k, v in ends.items() if k[:3] == (way, divergence, t)}
-            for way in ("online", *CACHES)
+            for way in (*IN_MEMORY, *CACHES)
         }
         online, table[name] = of["online"], {}
         if online:
             table[name]["online"] = round(float(np.mean(list(online.values()))), 4)
-        for way in CACHES:
+        for way in ("rounded", *CACHES):
             pairs = np.array([value - online[seed] for seed, value in of[way].items() if seed in online])
             if len(pairs) > 1:
                 spread = QUANTILES[len(pairs)] * pairs.std(ddof=1) / len(pairs) ** 0.5
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("seeds", type=int, nargs="?", default=3)
     parser.add_argument("steps", type=int, nargs="?", default=STEPS)
     parser.add_argument("--smollm2", action="store_true")
-    parser.add_argument("--ways", nargs="+", choices=["online", *CACHES], default=[*WAYS])
+    parser.add_argument("--ways", nargs="+", choices=[*IN_MEMORY, *CACHES], default=[*WAYS])
     parser.add_argument(
         "--divergences", nargs="+", choices=[name for name, _ in LOSSES], default=[n for n, _ in LOSSES]
     )
