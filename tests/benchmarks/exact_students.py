@@ -16,6 +16,8 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,26 +145,46 @@ class Stock:
         )
 
 
+@contextmanager
+def learning(student: PreTrainedModel, run: Run, stock: Stock) -> Iterator[None]:
+    """Let a student's forward pass return the loss of a run's batches."""
+    plain, teacher = student.forward, None
+    if run.way in IN_MEMORY:
+        teacher = partial(stock.teacher, dtype=torch.bfloat16 if run.way == "rounded" else torch.float32)
+    make_loss_forward(student, LossSettings(0.0, run.temperature, run.tail, run.divergence), teacher)
+    yield
+    student.forward = plain
+
+
+class Student:
+    """A new student of a run's seed, its optimizer and the order of its windows."""
+
+    def __init__(self, run: Run, stock: Stock) -> None:
+        self.run, self.stock = run, stock
+        self.model = new_student(stock.teacher.vocab_size, run.seed).train()
+        self.order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+
+    def take(self, steps: range) -> None:
+        """Take some steps of the run."""
+        with learning(self.model, self.run, self.stock):
+            for step in steps:
+                batch = self.stock.batch(self.run, self.order[step * WINDOWS : (step + 1) * WINDOWS])
+                torch.autograd.backward(self.model(**batch).total / len(batch["gold"]))
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+
+
 def train(run: Run, stock: Stock, steps: int) -> dict[str, Any]:
     """Train a student; return its held-out divergences from the teacher."""
-    student = new_student(stock.teacher.vocab_size, run.seed).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
-    order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
-    plain = student.forward
-    teacher = {"online": stock.teacher, "rounded": partial(stock.teacher, dtype=torch.bfloat16)}.get(run.way)
-    make_loss_forward(student, LossSettings(0.0, run.temperature, run.tail, run.divergence), teacher)
+    student = Student(run, stock)
     began = time.process_time()
-    for step in range(steps):
-        batch = stock.batch(run, order[step * WINDOWS : (step + 1) * WINDOWS])
-        torch.autograd.backward(student(**batch).total / len(batch["gold"]))
-        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
-        optimizer.step()
-        optimizer.zero_grad()
+    student.take(range(steps))
     seconds = time.process_time() - began
-    student.forward = plain
-    return {**vars(run), "cpu_seconds": round(seconds, 1), "held_out": evaluate(student, stock)}
+    return {**vars(run), "cpu_seconds": round(seconds, 1), "held_out": evaluate(student.model, stock)}
 
 
 @torch.no_grad()
@@ -204,6 +226,22 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of Student's t, 97.5 %, n - 1
 
 
+def open_stock(folder: Path, steps: int, ways: Sequence[str], *, smollm2: bool) -> Stock:
+    """Make what is missing of a teacher's states and the caches of some ways; return them."""
+    if smollm2:
+        teacher = Path(teacher_path())
+        model, tokenizer = load_causal_lm(str(teacher), dtype=torch.float32).eval(), load_tokenizer(str(teacher))
+    else:
+        teacher = folder / "second" / "final"
+        model, tokenizer = second.load(folder / "second")
+    names = [name for name in CACHES if name == "exact" or name in ways]  # that one gives the windows' order
+    readers = make_caches(folder, teacher, tokenizer, WINDOWS * (steps if smollm2 else STEPS), names)
+    cached = np.stack([readers["exact"].example(place).input_ids for place in range(len(readers["exact"]))])
+    held_out = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
+    shown = np.concatenate([cached.astype(np.int64), held_out])
+    return Stock(Teacher(model, shown, folder / "states.npy"), readers, held_out)
+
+
 def main() -> None:
     """Train what is missing and write the results."""
     parser = argparse.ArgumentParser()
@@ -212,25 +250,13 @@ def main() -> None:
     parser.add_argument("steps", type=int, nargs="?", default=STEPS)
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--ways", nargs="+", choices=[*IN_MEMORY, *CACHES], default=[*WAYS])
-    parser.add_argument(
-        "--divergences", nargs="+", choices=[name for name, _ in LOSSES], default=[n for n, _ in LOSSES]
-    )
+    parser.add_argument("--divergences", nargs="+", choices=["forward-kl", "reverse-kl", "jsd"])
     given = parser.parse_args()
-    if given.smollm2:
-        teacher, caches = Path(teacher_path()), given.folder / f"smollm2-{given.steps}"
-        model, tokenizer = load_causal_lm(str(teacher), dtype=torch.float32).eval(), load_tokenizer(str(teacher))
-    else:
-        teacher, caches = given.folder / "second" / "final", given.folder
-        model, tokenizer = second.load(given.folder / "second")
-    names = [name for name in CACHES if name == "exact" or name in given.ways]  # that one gives the windows' order
-    readers = make_caches(caches, teacher, tokenizer, WINDOWS * (given.steps if given.smollm2 else STEPS), names)
-    cached = np.stack([readers["exact"].example(place).input_ids for place in range(len(readers["exact"]))])
-    held_out = windows(code_files(held_out=True), tokenizer, HELD_OUT * 8)[::8]
-    shown = np.concatenate([cached.astype(np.int64), held_out])
-    stock = Stock(Teacher(model, shown, caches / "states.npy"), readers, held_out)
+    folder = given.folder / f"smollm2-{given.steps}" if given.smollm2 else given.folder
+    stock = open_stock(folder, given.steps, given.ways, smollm2=given.smollm2)
     name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps"
-    place = caches / f"{given.steps}-steps"
-    for run in runs(given.seeds, given.ways, given.divergences):
+    place = folder / f"{given.steps}-steps"
+    for run in runs(given.seeds, given.ways, given.divergences or [divergence for divergence, _ in LOSSES]):
         path = place / f"{run.name}.json"
         with claim(path) as free:
             if free:
