@@ -1,7 +1,6 @@
 """Copying a cache: folders, .zip files, S3's protocol over HTTP, OpenSSH. Killed, cut off or damaged, then finished."""
 
 import hashlib
-import multiprocessing
 import random
 import shutil
 import signal
@@ -25,6 +24,7 @@ from logitcask.cache.storage import remote
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.verify import repair, verify
 from logitcask.pipeline.mistakes import error_lines
+from tests.support.forked import calling
 from tests.support.killed import copy_and_die, copy_and_die_packing
 from tests.support.malformed import attempt
 from tests.support.needed import lacking
@@ -121,11 +121,10 @@ def test_a_student_learns_from_a_part(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_copy_is_finished_by_the_same_command(cache: Path, place: str, tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
     objects = len(folder_bytes(cache))
     chance = random.Random(place)
     for _ in range(KILLS // 4):
-        child = spawn.Process(target=copy_and_die, args=(str(cache), place, chance.randrange(objects // 3)))
+        child = calling(copy_and_die, str(cache), place, chance.randrange(objects // 3))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -144,9 +143,7 @@ def test_a_killed_copy_is_finished_by_the_same_command(cache: Path, place: str, 
 def test_a_copy_killed_while_it_packs_a_zip_is_finished(cache: Path, moment: str, tmp_path: Path) -> None:
     place, objects = tmp_path / "cache.zip", len(folder_bytes(cache))
     steps = {"among the objects": objects // 2, "before it is renamed": objects, "after it was renamed": objects + 1}
-    child = multiprocessing.get_context("spawn").Process(
-        target=copy_and_die_packing, args=(str(cache), str(place), steps[moment])
-    )
+    child = calling(copy_and_die_packing, str(cache), str(place), steps[moment])
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -8,10 +8,11 @@ import resource
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.support.servers import free_port
 
@@ -30,6 +31,11 @@ def forks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
+
+
+def calling(function: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """Return a process, not started, that calls a function with this process's environment."""
+    return forks().Process(target=_call, args=(dict(os.environ), function, arguments))
 
 
 def start(words: Sequence[object], said: Path | None = None, errors: Path | None = None) -> BaseProcess:
@@ -91,6 +97,12 @@ def ran(
     return subprocess.CompletedProcess(
         text, code, "".join(file.read_text() for file in said), "".join(file.read_text() for file in errors)
     )
+
+
+def _call(environment: Mapping[str, str], function: Callable[..., object], arguments: Sequence[Any]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def _command(

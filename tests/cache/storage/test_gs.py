@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import signal
 import threading
@@ -20,6 +19,7 @@ from logitcask.cache.report.info import describe
 from logitcask.cache.storage.open import list_objects
 from logitcask.cache.storage.remote import RemoteStore
 from logitcask.cache.verify import verify
+from tests.support.forked import calling
 from tests.support.killed import copy_and_die
 from tests.support.runs import losses, train
 from tests.support.servers import Wire, gs_environment, gs_server
@@ -51,7 +51,7 @@ def reach(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_killed_copy_is_finished_there_and_back(cache: Path, url: str, tmp_path: Path) -> None:
     count, whole = CacheReader(cache).manifest.shards.count, folder_bytes(cache)
-    child = multiprocessing.get_context("spawn").Process(target=copy_and_die, args=(str(cache), url, len(whole) // 2))
+    child = calling(copy_and_die, str(cache), url, len(whole) // 2)
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL

@@ -1,6 +1,5 @@
 """Ownership of a cache where there are no file locks: S3, Google Cloud Storage and SFTP, each on a local server."""
 
-import multiprocessing
 import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -15,6 +14,7 @@ from logitcask.cache.storage.open import list_objects
 from logitcask.cache.storage.ownership import Part, sole_writer
 from logitcask.cache.storage.remote import RemoteStore, filesystem
 from logitcask.pipeline.precompute.precompute import precompute
+from tests.support.forked import calling, forks
 from tests.support.killed import QUICK, hold
 from tests.support.servers import gs_environment, gs_server, s3_environment, s3_server, ssh_server
 from tests.support.tiny import folder_bytes, make_cache, precompute_settings
@@ -55,9 +55,8 @@ def beside(url: str) -> set[str]:
 
 def another(url: str) -> BaseProcess:
     """Start another process that writes the cache until it is killed."""
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    process = context.Process(target=hold, args=(url, started))
+    started = forks().Event()
+    process = calling(hold, url, started)
     process.start()
     assert started.wait(120)
     return process
