@@ -1,6 +1,5 @@
 """The manual: generated pages are up to date, commands have the options they are shown with, the README repeats it."""
 
-import itertools
 import json
 import math
 import re
@@ -135,14 +134,26 @@ def test_the_students_of_exact_labels_are_those_recorded() -> None:
     def more(found: dict[str, float]) -> str:
         return f"{round(found['more'], 4) + 0:.4f} ± {found['±']:.4f}"
 
-    names = ("300 steps", "40 steps", "SmolLM2, 150 steps")
-    tables = (results[name]["summary"].items() for name in names)
-    for loss, found in itertools.chain(*tables):
-        name = loss.replace("forward-kl", "forward KL").replace("reverse-kl", "reverse KL").replace("jsd", "JSD")
-        standard = more(found["standard"]) if "standard" in found else ""
-        assert f"| {name} | {found['online']:.4f} | {more(found['exact'])} | {standard} |" in page
+    ways = {"SmolLM2, 150 steps": ("exact", "exact-6", "standard", "rounded")}
+    for name, (loss, found) in (
+        (n, row) for n in (*ways, "300 steps", "40 steps") for row in results[n]["summary"].items()
+    ):
+        shown = loss.replace("forward-kl", "forward KL").replace("reverse-kl", "reverse KL").replace("jsd", "JSD")
+        columns = ways.get(name, ("exact", "standard"))
+        cells = " | ".join(more(found[way]) if way in found else "" for way in columns)
+        assert f"| {shown} | {found['online']:.4f} | {cells} |" in page
     ends = []
     for run in results["SmolLM2, 40 steps"]["runs"]:
         loss = f"{run['divergence']} at T={run['temperature']:g}"
         ends.append(f"{run['held_out'][loss]:.4f}")
     assert [text for text in ends if text not in page] == []
+    gradients = json.loads((ROOT / "tests/benchmarks/results/exact_gradients.json").read_text())["rows"]
+    online, coarse, fine = gradients[0]["loss"], gradients[0]["exact"]["loss"], gradients[0]["exact-6"]["loss"]
+    text = f"is {online:.2f} with the teacher in memory, {coarse:.2f} by labels of 4 bits and {fine:.2f} by 6"
+    assert text in page.replace("\n", " ")
+    for row in gradients:
+        name = {"reverse-kl": "reverse KL", "jsd": "JSD"}[row["divergence"]]
+        errors = " | ".join(
+            f"{row[way][of]:.4f}" for way in ("exact", "exact-6") for of in ("one batch", "mean", "along")
+        )
+        assert f"| {name} | {row['steps']} | {row['spread of batches']:.2f} | {errors} |" in page
