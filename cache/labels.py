@@ -72,6 +72,7 @@ class ExactTargets(SparseTargets):
 
     codes: NDArray[np.integer[Any]]  # (N, C) coefficients of the hidden state in the basis of the cache, in steps
     steps: FloatArray  # (N,)
+    tail_bias: FloatArray  # (N, J) of log p outside the head: how far it is above the teacher's, on average, in nats
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from zarr.codecs import BloscCodec, TransposeCodec
 
 from logitcask.cache.errors import CacheFormatError
-from logitcask.cache.exact.code import pack, packed_width, step_sizes, unpack
+from logitcask.cache.exact.code import pack, packed_width, step_kinds, step_sizes, unpack
 from logitcask.cache.exact.odds import beyond, log_tail_of, odds_codes, odds_of
 from logitcask.cache.exact.trellis import codes_of, values_of
 from logitcask.cache.fidelity import row_width
-from logitcask.cache.labels import ExactTargets, SparseTargets
+from logitcask.cache.labels import ExactTargets, FloatArray, SparseTargets
 from logitcask.cache.manifest import LabelSettings, MadeBy, Manifest, ShardPlan, label_entries
 
 Axis = Literal["example", "token", "position", "shard"]
@@ -311,7 +311,17 @@ def _decode(arrays: dict[str, NDArray[Any]], label: LabelSettings) -> SparseTarg
         return sparse
     codes = unpack(arrays["hidden_codes"], arrays["hidden_quotients"], label.exact.columns)
     codes = values_of(codes) if label.exact.trellis else codes
-    return ExactTargets(**vars(sparse), codes=codes, steps=step_sizes(log_tail_mass, label.exact.step))
+    return ExactTargets(**vars(sparse), codes=codes, **position_steps(log_tail_mass, label))
+
+
+def position_steps(log_tail_mass: FloatArray, label: LabelSettings) -> dict[str, Any]:
+    """Return the steps (N,) of exact labels, and the bias of their tails that goes with them, (N, J)."""
+    assert label.exact is not None
+    steps = step_sizes(log_tail_mass, label.exact.step)
+    if label.exact.tail_bias is None:
+        return {"steps": steps, "tail_bias": np.zeros_like(log_tail_mass)}
+    table = np.array(label.exact.tail_bias, dtype=np.float32)
+    return {"steps": steps, "tail_bias": table[step_kinds(steps, label.exact.step)]}
 
 
 def _sums(differences: NDArray[Any]) -> NDArray[Any]:

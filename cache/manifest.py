@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from logitcask.cache.errors import CacheFormatError, shown
+from logitcask.cache.exact.code import STEP_KINDS
 
 FORMAT_VERSION = 5
 EXACT_VERSION = 6  # of caches of exact labels; those of sparse labels are written in FORMAT_VERSION
@@ -29,13 +30,14 @@ READABLE_FORMATS = (4, FORMAT_VERSION, EXACT_VERSION)
 # recorded, but not part of what a cache is: a run may resume it whatever these are
 REPORTED = ("format_version", "teacher.id", "teacher.revision", "teacher.versions", "tokenizer.files")
 # fitted to the data, or chosen when a cache was begun: a run that resumes it takes those of the cache
-FITTED = ("teacher_head.", "label.exact.step", "label.exact.columns", "label.exact.trellis")
+FITTED = ("teacher_head.", *(f"label.exact.{name}" for name in ("step", "columns", "trellis", "tail_bias")))
 
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
 MAX_HEAD = 1 << 32  # weights of a teacher's head: those of the largest known one are half of that
 MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
 
+Biases = Annotated[list[Annotated[float, Field(ge=-64, le=64)]], Field(min_length=1, max_length=64)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
@@ -81,9 +83,7 @@ class TokenizerIdentity(_Part):
 
     fingerprint: Digest
     chat_template: Digest | None
-    files: dict[FileName, Digest] = Field(
-        description="digests of the tokenizer files stored in the cache, by name", max_length=8
-    )
+    files: dict[FileName, Digest] = Field(description="digests of the files in the cache, by name", max_length=8)
 
 
 def _day(text: str) -> str:
@@ -125,18 +125,17 @@ class DataIdentity(_Part):
 class ExactCode(_Part):
     """How the hidden state of an exact label is coded."""
 
-    absent = frozenset({"trellis"})
+    absent = frozenset({"trellis", "tail_bias"})
 
     bits: Annotated[int, Field(ge=1, le=12)] = Field(description="as asked for; each halves the error")
-    step: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = Field(
-        description="of a position that is all tail"
-    )
+    step: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = Field(description="of a position of tail only")
     width: Annotated[int, Field(ge=1, le=2**14)] = Field(description="of the states that the teacher's head reads")
     columns: Annotated[list[Annotated[int, Field(ge=0, le=2**14)]], Field(min_length=4, max_length=4)] = Field(
         description="coefficients that are kept of them: with 255, 15, 6 and 3 values"
     )
-    trellis: Literal[4] | None = Field(
-        default=None, description="states of the trellis that codes are read along; none: each stands for itself"
+    trellis: Literal[4] | None = Field(default=None, description="states of the trellis that codes are read along")
+    tail_bias: Annotated[list[Biases], Field(min_length=STEP_KINDS, max_length=STEP_KINDS)] | None = Field(
+        default=None, description="of log p outside the head, in nats, by half octaves of steps, at each temperature"
     )
 
     @property
@@ -263,11 +262,12 @@ class Manifest(_Part):
             raise ValueError(f"exact labels need a teacher_head and format {EXACT_VERSION}, and no others have them")
         if self.label.exact and (self.label.tail_draws or not self.label.head_size):
             raise ValueError("exact labels have a head and no draws")
-        if self.label.exact and not 1 <= self.label.exact.kept <= self.label.exact.width:
-            raise ValueError(
-                f"exact labels keep 1 to {self.label.exact.width} coefficients, got {self.label.exact.kept}"
-            )
-        if self.label.exact and self.label.vocab_size * self.label.exact.width > MAX_HEAD:
+        code = self.label.exact
+        if code and not 1 <= code.kept <= code.width:
+            raise ValueError(f"exact labels keep 1 to {code.width} coefficients, got {code.kept}")
+        if code and any(len(biases) != len(self.label.temperatures) for biases in code.tail_bias or ()):
+            raise ValueError("exact labels have one tail_bias per temperature")
+        if code and self.label.vocab_size * code.width > MAX_HEAD:
             raise ValueError(f"a teacher's head must have at most {MAX_HEAD} weights")
         return self
 
@@ -291,7 +291,8 @@ def shard_bytes(label: LabelSettings, plan: ShardPlan) -> int:
     """Return the bytes that a full shard takes in memory while it is read: its codes and what they stand for."""
     drawn = 10 if label.tail_draws < 256 else 13
     position = 10 * label.head_size + drawn * label.tail_draws + 12 * len(label.temperatures) + 10
-    position += 4 * label.exact.kept + 4 if label.exact else 0  # in 16 bits, packed, and what does not fit
+    # in 16 bits, packed, and what does not fit
+    position += 4 * (label.exact.kept + len(label.temperatures) + 1) if label.exact else 0
     return plan.positions * position + plan.tokens * 6 + plan.examples * 32
 
 

@@ -20,6 +20,7 @@ PER_BYTE = (1, 2, 3, 5)
 LARGEST_QUOTIENT = 127
 RARE, MARGIN = 1 / 256, 1.2  # a column's range is that of all but so many of its values, and a bit more
 LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
+STEP_KINDS = 5  # of steps, by half octaves above the least; the last has all larger ones
 
 Codes = NDArray[np.integer[Any]]
 
@@ -87,3 +88,9 @@ def step_sizes(log_tail_mass_NJ: NDArray[np.float32], step: float) -> NDArray[np
     weight_N = np.exp(log_tail_mass_NJ.astype(np.float64)).mean(1)
     steps: NDArray[np.float32] = (step / np.sqrt(np.maximum(weight_N, LEAST_WEIGHT))).astype(np.float32)
     return steps
+
+
+def step_kinds(steps_N: NDArray[np.float32], step: float) -> NDArray[np.int64]:
+    """Return the kind of each position's step, (N,): how many times the square root of 2 it is above ``step``."""
+    kinds: NDArray[np.int64] = (2 * np.log2(steps_N / step) + 1e-3).astype(np.int64).clip(0, STEP_KINDS - 1)
+    return kinds

@@ -239,10 +239,12 @@ def exact_labels(
     anchor = min(common, key=lambda t: abs(math.log(t / temperature)))
     columns = max(targets.codes.shape[1] for targets, _ in parts)
     tails = [_log_tail(targets, stored[source], anchor, head_size) for targets, source in parts]
+    biases = [targets.tail_bias[:, temperature_index(stored[source], anchor)] for targets, source in parts]
     return ExactLabels(
         ids=np.concatenate([targets.head_ids[:, :head_size] for targets, _ in parts]).astype(np.int64),
         log_probs=np.concatenate([targets.head_logprobs[:, :head_size] for targets, _ in parts]).astype(np.float32),
         log_tail=np.concatenate(tails),
+        tail_bias=np.concatenate(biases),
         codes=np.concatenate(
             [np.pad(targets.codes, ((0, 0), (0, columns - targets.codes.shape[1]))) for targets, _ in parts]
         ),

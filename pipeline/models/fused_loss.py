@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.models.dense.loss import BUFFERS, dense_loss_and_grad_
-from logitcask.pipeline.models.dense.rows import DenseRows, log_probs
+from logitcask.pipeline.models.dense.rows import DenseRows, for_divergence, log_probs
 from logitcask.pipeline.models.head import CACHED_LOGITS, SLICE_LOGITS, LMHead
 from logitcask.pipeline.models.losses import (
     LossSettings,
@@ -45,6 +45,7 @@ def fused_loss(hidden_NH: Tensor, head: LMHead, gold_N: Tensor, target: Target, 
     """
     hidden_NH, weight, bias = _autocast(hidden_NH, head)
     device = hidden_NH.device.type
+    target = for_divergence(target, settings.divergence)
     loss_inputs = _LossInputs(head.scale, head.softcap, gold_N, target, settings, torch.is_grad_enabled())
     with torch.autocast(device, enabled=False):
         total, parts = _FusedLoss.apply(hidden_NH, weight, bias, loss_inputs)  # type: ignore[no-untyped-call]
@@ -60,6 +61,7 @@ def fused_position_losses(
     than ``fused_loss``.
     """
     hidden_NH, weight, bias = _autocast(hidden_NH, head)
+    target = for_divergence(target, settings.divergence)
 
     def losses_of(part: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = _upcast(LMHead(weight, bias, head.scale, head.softcap).logits(hidden))

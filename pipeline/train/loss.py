@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
-from logitcask.pipeline.models.dense.rows import EXACT, DenseRows, ExactLabels, ExactRows, log_probs
+from logitcask.pipeline.models.dense.rows import EXACT, DenseRows, ExactLabels, ExactRows, for_divergence, log_probs
 from logitcask.pipeline.models.fused_loss import fused_loss, fused_position_losses
 from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
 from logitcask.pipeline.models.losses import DIVERGENCES, LossSettings, OwnLoss, RouterLoss, position_losses
@@ -294,7 +294,7 @@ def kd_loss_from_logits(
     wide = selected if selected.dtype == torch.float64 else selected.float()
     labels = with_rows(moved, logits.device).get("soft_labels")
     if isinstance(labels, ExactRows):
-        labels = log_probs(labels, slice(None), labels.temperature)
+        labels = log_probs(for_divergence(labels, divergence), slice(None), labels.temperature)
     losses = position_losses(wide, moved["gold"], labels, settings)[0]
     if per_position:
         return losses

@@ -2,7 +2,7 @@
 
 Run as ``python -m tests.benchmarks.exact_gradients FOLDER`` after ``exact_students FOLDER SEEDS 150 --smollm2`` has
 made its caches there; some twenty processor minutes. Students learn from the teacher in memory by each divergence at
-T=1; after 0, 20 and 60 steps, gradients of the next batches are taken with it and with the labels. Errors are norms
+T=1; after 0, 20, 60 and 150 steps, gradients of some batches are taken with it and with the labels. Errors are norms
 of differences, relative to the norm; what noise of the labels is left in the mean falls with the batches, what is
 left along the teacher's gradient would make steps longer or shorter. The batches' own spread, relative to their
 mean, is what training lives with.
@@ -21,7 +21,7 @@ from tests.benchmarks.exact_students import Run, Stock, Student, learning, open_
 from tests.benchmarks.study.students import WINDOWS, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "exact_gradients.json"
-STEPS, BATCHES = (0, 20, 60), 12
+STEPS, BATCHES = (0, 20, 60, 150), 12
 LABELS = ("exact", "exact-6")
 
 

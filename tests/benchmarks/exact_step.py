@@ -41,6 +41,7 @@ def exact_labels(n: int) -> ExactLabels[Tensor]:
         ids=torch.stack([torch.randperm(VOCAB)[:HEAD] for _ in range(16)]).repeat(-(-n // 16), 1)[:n],
         log_probs=torch.full((n, HEAD), -3.0),
         log_tail=torch.full((n,), 0.5),
+        tail_bias=torch.zeros(n),
         codes=torch.randint(-7, 8, (n, WIDTH), dtype=torch.int16),
         steps=torch.ones(n),
         source=torch.zeros(n, dtype=torch.long),

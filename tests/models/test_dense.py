@@ -3,6 +3,8 @@
 Legend: N positions, W the teacher's width, H the student's, V vocabulary, K tokens of an exact head.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,7 +62,8 @@ def exact(rows: TeacherRows, t: float, anchor: float, k: int = K, error: float =
     assert bias is not None
     head_read = LMHead(weight, bias[: rows.vocab_size], rows.head.scale, rows.head.softcap)
     coded = CodedHead(head_read, bases, centres)
-    labels = ExactLabels(head.indices, head.values, tail, codes, steps, source, t, anchor, lambda device: coded)
+    arrays = (head.indices, head.values, tail, torch.zeros_like(tail), codes, steps, source)
+    labels = ExactLabels(*arrays, t, anchor, lambda device: coded)
     return labels.rows(torch.device("cpu"))
 
 
@@ -140,6 +143,27 @@ def test_coarse_hidden_states_shape_the_tail_alone() -> None:
     for t in TEMPERATURES:
         total = log_probs(exact(teacher(), t, 2.0, error=0.5), ALL, t).exp().sum(1)
         torch.testing.assert_close(total, torch.ones(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("t", TEMPERATURES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_reverse_kl_alone_is_taken_without_the_bias_of_tails(t: float, divergence: str) -> None:
+    """Of labels whose tails are too high or too low, and that say by how much, it is that of the teacher."""
+    (tensors, head), how, bias = student(), LossSettings(0.2, t, "exact", divergence), random(10, N)
+    right = exact(teacher(), t, t)
+    labels = replace(right.labels, log_tail=right.labels.log_tail + bias)
+    as_it_is, known = replace(right, labels=labels), replace(right, labels=replace(labels, tail_bias=bias))
+    expected = fused_loss(tensors[0], head, gold(), right if divergence == "reverse-kl" else as_it_is, how).total
+    mine = fused_loss(tensors[0], head, gold(), known, how).total
+    apart = fused_position_losses(tensors[0], head, gold(), known, how).sum()
+    for total in (mine, apart):
+        torch.testing.assert_close(total, expected)
+        for one, other in zip(
+            *(torch.autograd.grad(x, tensors, retain_graph=True) for x in (total, expected)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    other_way = fused_loss(tensors[0], head, gold(), as_it_is if divergence == "reverse-kl" else right, how).total
+    assert abs(float((other_way - mine).detach())) > 1e-3
 
 
 def test_a_tail_of_next_to_no_mass_stays_finite() -> None:

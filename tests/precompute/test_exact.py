@@ -71,12 +71,15 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert folder_bytes(again) == whole
 
 
-def test_a_cache_begun_without_a_trellis_is_finished_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_begun_without_a_trellis_and_the_bias_of_tails_is_finished_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fit, "TRELLIS_FROM", 9)  # as before there was one
+    monkeypatch.setattr(fit, "tail_bias", lambda *_: None)  # nor was that measured
     cache = make_cache(tmp_path, **EXACT)
     whole, code = folder_bytes(cache), CacheReader(cache).manifest.label.exact
     assert code is not None
-    assert code.trellis is None
+    assert (code.trellis, code.tail_bias) == (None, None)
     monkeypatch.undo()
     for name in ("commits/c/1", "hidden_codes/c/1"):
         shutil.rmtree(cache / name)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.cache.exact.code import Codes, step_sizes
+from logitcask.cache.exact.code import STEP_KINDS, Codes
 from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.exact.trellis import values_of
 from logitcask.cache.labels import ExactTargets, Shard
-from logitcask.cache.layout import EXACT_SCALE
+from logitcask.cache.layout import EXACT_SCALE, position_steps
 from logitcask.cache.manifest import EXACT_VERSION, ExactCode, LabelSettings, Manifest
 from logitcask.cache.writer import create_cache
 from tests.support.tiny import sound_shards
@@ -25,7 +25,8 @@ LABEL = LabelSettings(
     seed=0,
     exact=ExactCode(bits=4, step=0.1, width=WIDTH, columns=COLUMNS),
 )
-TRELLIS = ExactCode(bits=6, step=0.1, width=WIDTH, columns=COLUMNS, trellis=4)
+BIASES = [[-0.1 * kind, 0.05 * kind] for kind in range(STEP_KINDS)]
+TRELLIS = ExactCode(bits=6, step=0.1, width=WIDTH, columns=COLUMNS, trellis=4, tail_bias=BIASES)
 ON_A_TRELLIS = LABEL.model_copy(update={"exact": TRELLIS})
 
 
@@ -56,8 +57,8 @@ def exact_shards(sizes: list[int], label: LabelSettings = LABEL) -> list[Shard]:
         targets = shard.targets
         codes: Codes = np.rint(3 * random.standard_t(2, (len(targets), label.exact.kept))).clip(-300, 300)
         codes = values_of(codes.astype(np.int16)) if label.exact.trellis else codes.astype(np.int16)
-        steps = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), label.exact.step)
-        shards.append(replace(shard, targets=ExactTargets(**vars(targets), codes=codes, steps=steps)))
+        of_steps = position_steps(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), label)
+        shards.append(replace(shard, targets=ExactTargets(**vars(targets), codes=codes, **of_steps)))
     return shards
 
 

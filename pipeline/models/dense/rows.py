@@ -6,7 +6,7 @@ underscore at the end of a name means that the function overwrites its first arg
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -68,6 +68,7 @@ class ExactLabels(Generic[A]):
     ids: A  # (N, K) the most probable tokens
     log_probs: A  # (N, K) their log-probabilities at T=1, in nats
     log_tail: A  # (N,) log of the sum of p(v)^(1 / anchor) over all other tokens
+    tail_bias: A  # (N,) how far their log-probabilities are above the teacher's, on average, at the anchor, in nats
     codes: A  # (N, C) coefficients of the hidden states, in steps
     steps: A  # (N,)
     source: A  # (N,) which of the caches each position is from
@@ -81,10 +82,17 @@ class ExactLabels(Generic[A]):
 
     def map(self, function: Callable[[Any], B]) -> "ExactLabels[B]":
         """Apply a function to each of the arrays."""
-        arrays = (self.ids, self.log_probs, self.log_tail, self.codes, self.steps, self.source)
-        ids, log_probs, log_tail, codes, steps, source = map(function, arrays)
         return ExactLabels(
-            ids, log_probs, log_tail, codes, steps, source, self.temperature, self.anchor, self.teacher_head
+            ids=function(self.ids),
+            log_probs=function(self.log_probs),
+            log_tail=function(self.log_tail),
+            tail_bias=function(self.tail_bias),
+            codes=function(self.codes),
+            steps=function(self.steps),
+            source=function(self.source),
+            temperature=self.temperature,
+            anchor=self.anchor,
+            teacher_head=self.teacher_head,
         )
 
     def __getitem__(self, rows: slice) -> "ExactLabels[A]":
@@ -169,6 +177,18 @@ class ExactRows:
 
 
 DenseRows = TeacherRows | TranslatedRows | ExactRows
+
+
+def for_divergence(target: B, divergence: str) -> B:
+    """Return what a divergence is taken from: exact labels lose the bias of their tails' log p for reverse KL.
+
+    Its slope is linear in log p, so that errors without a bias cancel over positions. The others take the tail with the
+    mass that it has.
+    """
+    if divergence != "reverse-kl" or not isinstance(target, ExactRows):
+        return target
+    labels = target.labels
+    return replace(target, labels=replace(labels, log_tail=labels.log_tail - labels.tail_bias))
 
 
 def log_probs(target: DenseRows, rows: slice, t: float) -> Tensor:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcask.cache.exact.code import largest_codes, step_sizes
+from logitcask.cache.exact.code import largest_codes
 from logitcask.cache.exact.head import TeacherHead, decode
 from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.labels import ExactTargets, SparseTargets
-from logitcask.cache.layout import EXACT_SCALE
+from logitcask.cache.layout import EXACT_SCALE, position_steps
 from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import LMHead
 from logitcask.pipeline.teachers.exact.viterbi import nearest
@@ -36,13 +36,13 @@ class HiddenCoder:
 
     def encode(self, hidden_NW: Tensor, targets: SparseTargets) -> ExactTargets:
         """Return the labels with the coded hidden states of their positions."""
-        steps_N = step_sizes(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._code.step)
+        of_steps = position_steps(stored_tail_mass(targets.log_tail_mass, EXACT_SCALE), self._label)
         values_NC = (hidden_NW.float() - self._centre) @ self._forward
-        values_NC /= torch.from_numpy(steps_N).to(values_NC.device)[:, None]
+        values_NC /= torch.from_numpy(of_steps["steps"]).to(values_NC.device)[:, None]
         # cut where their column ends: codes cut when they are packed would put those after them on another ruler
         codes_NC = nearest(values_NC.clamp(-self._most, self._most)) if self._code.trellis else values_NC.round_()
         codes_NC = codes_NC.clamp_(-FARTHEST, FARTHEST).to(torch.int16)
-        return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), steps=steps_N)
+        return ExactTargets(**vars(targets), codes=codes_NC.cpu().numpy(), **of_steps)
 
     def rebuilt(self, targets: ExactTargets) -> Iterator[Tensor]:
         """Yield the distributions that labels stand for, (N, V), at each stored temperature in turn."""

@@ -4,7 +4,7 @@ A change d of a hidden state at a position changes the tail's shape by d' G d, G
 the distribution of the tail (Fisher's metric). Coefficients in the basis that diagonalizes both the mean of G and the
 covariance of hidden states are uncorrelated, and the same step costs the same for all of them.
 
-Legend: N positions of calibration, V vocabulary, W width, C coefficients kept, J temperatures.
+Legend: N positions of calibration, n of them, V vocabulary, W width, C coefficients kept, J temperatures, K head tokens.
 """
 
 import math
@@ -14,15 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from logitcask.cache.exact.code import column_ranges, step_sizes
+from logitcask.cache.exact.code import STEP_KINDS, column_ranges, step_kinds, step_sizes
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.exact.trellis import STATES
 from logitcask.cache.labels import FloatArray
 from logitcask.cache.manifest import ExactCode, LabelSettings
 from logitcask.pipeline.models.head import LMHead
+from logitcask.pipeline.teachers.exact.viterbi import nearest
 
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
+BIASED = 1024  # of them, on which the bias of the tails is measured
+FEWEST = 32  # of them with steps of a kind
 SLICE = 128  # positions at a time
 STEP = 21.0  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
@@ -57,13 +60,51 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
         basis=basis_CW[kept].float().contiguous().numpy(),
         centre=centre_W.float().numpy(),
     )
-    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), trellis=trellis)
+    code = ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), trellis=trellis)
+    every = max(1, len(hidden) // BIASED)
+    biases = tail_bias(fitted_head, hidden[::every], steps_N[::every].float(), code, label)
+    return fitted_head, code.model_copy(update={"tail_bias": biases})
+
+
+def tail_bias(
+    head: TeacherHead, hidden_NW: Tensor, steps_N: Tensor, code: ExactCode, label: LabelSettings
+) -> list[list[float]]:
+    """Return how far log p of tokens outside the head is above the teacher's, on average, by kind of step, (kinds, J).
+
+    In logits of a rebuilt state, noise adds to what is there: their log-sum-exp is above the teacher's, and what has the
+    same mass is lower. Kinds of fewer than ``FEWEST`` positions take the value of the kind before.
+    """
+    full, sums = _logits_of(head), torch.zeros(STEP_KINDS, len(label.temperatures), dtype=torch.float64)
+    kinds_N, centre_W = torch.from_numpy(step_kinds(steps_N.numpy(), code.step)), torch.from_numpy(head.centre)
+    forward_WC, basis_CW = torch.from_numpy(head.forward), torch.from_numpy(head.basis)
+    for first in range(0, len(hidden_NW), SLICE):
+        h_nW, steps_n1 = hidden_NW[first : first + SLICE], steps_N[first : first + SLICE, None]
+        values_nC = (h_nW - centre_W) @ forward_WC / steps_n1
+        codes_nC = nearest(values_nC).float() if code.trellis else values_nC.round()
+        z_nV, rebuilt_nV = full.logits(h_nW), full.logits(codes_nC * steps_n1 @ basis_CW + centre_W)
+        ids_nK = z_nV.topk(min(label.head_size, z_nV.shape[1] - 1)).indices
+        error_n = (rebuilt_nV - z_nV).scatter_(1, ids_nK, 0.0).sum(1) / (z_nV.shape[1] - ids_nK.shape[1])
+        for logits_nV in (z_nV, rebuilt_nV):
+            logits_nV.scatter_(1, ids_nK, -torch.inf)
+        for j, t in enumerate(label.temperatures):
+            excess_n = (rebuilt_nV / t).logsumexp(1) - (z_nV / t).logsumexp(1)
+            sums[:, j].index_add_(0, kinds_N[first : first + SLICE], (error_n / t - excess_n).double())
+    counts = torch.bincount(kinds_N, minlength=STEP_KINDS)
+    rows = [[0.0] * sums.shape[1]]
+    for count, total_J in zip(counts.tolist(), sums, strict=True):
+        rows.append((total_J / count).tolist() if count >= FEWEST else rows[-1])
+    return rows[1:]
+
+
+def _logits_of(head: TeacherHead) -> LMHead:
+    bias = None if head.bias is None else torch.from_numpy(head.bias)
+    return LMHead(torch.from_numpy(head.weights()), bias, head.scale, head.softcap)
 
 
 def _tails(head: TeacherHead, hidden_NW: Tensor, label: LabelSettings) -> tuple[Tensor, Tensor]:
     """Return the masses outside the heads (N, J), and the mean metric (W, W), of MEASURED positions evenly spaced."""
-    weights_VW = torch.from_numpy(head.weights())
-    full = LMHead(weights_VW, None if head.bias is None else torch.from_numpy(head.bias), head.scale, head.softcap)
+    full = _logits_of(head)
+    weights_VW = full.weight
     every = max(1, len(hidden_NW) // MEASURED)
     tails, total, spread_V, metric_WW = [], 0.0, torch.zeros(len(weights_VW)), torch.zeros(2 * hidden_NW.shape[1:])
     for first in range(0, len(hidden_NW), SLICE):

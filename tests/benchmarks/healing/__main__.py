@@ -42,7 +42,7 @@ LABELS: dict[str, dict[str, Any]] = {
     "draws alone, as RS-KD": {"head_size": 0, "tail_draws": 50, "temperatures": "1"},
 }
 FIGURES = ("perplexity", "kl", "top1_agreement", "calibration_error")
-AT_TWO = ("exact", "standard", "exact labels", "top-64 renormalised")  # the objectives that are trained at T=2, too
+AT_TWO = ("exact", "standard", "exact labels", "top-64 renormalised")  # the objectives of both temperatures
 SMOLLM2 = {"teacher_model": teacher_path(), "device": "cpu"}
 TRAINING = {"learning_rate": 3e-4, "warmup_steps": 10, "batch_size": 4, "logging_steps": 20, "save_steps": 50}
 PRECISION = {"use_mixed_precision": True}  # bfloat16, for all runs alike: less time per step on CPUs that have it
@@ -77,10 +77,9 @@ class Arm(NamedTuple):
 
 def arms() -> Iterator[Arm]:
     """Yield the runs in the order of what they decide: a budget that ends early leaves the least important ones out."""
-    objectives = ["cross-entropy", "exact", *LABELS]
     for seed in range(3):
-        yield from (Arm(objective, seed=seed) for objective in objectives)
-        yield from (Arm(objective, 2.0, seed) for objective in AT_TWO)
+        yield from (Arm(objective, t, seed) for t in (2.0, 1.0) for objective in AT_TWO)
+        yield from (Arm(objective, seed=seed) for objective in ("cross-entropy", *LABELS) if objective not in AT_TWO)
         if seed == 0:
             yield from (Arm(objective, share=1.0) for objective in ("cross-entropy", "standard", "exact"))
     yield from (Arm(objective, layers=layers) for layers in (24, 16) for objective in ("exact", "standard"))
@@ -164,9 +163,14 @@ def main() -> None:
     written: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     done: dict[str, Any] = {"machine": machine(), "predicted": PREDICTED, "core_hours": 0.0, "teacher": {}, "runs": {}}
     done |= {name: value for name, value in written.items() if name != "machine"}
-    write_atomically(results, done)  # the prediction is written before there is anything to see
+    if not done["runs"]:
+        write_atomically(results, done)  # the prediction is written before there is anything to see
     before, problems, max_steps = done["core_hours"], 2 if given.small else 164, 2 if given.small else None
     corpus.make(given.folder, teacher_path(), corpus.Sizes(*((12, 12, 6, 4) if given.small else (1100, 600, 400, 50))))
+    data = corpus.digest(given.folder)
+    if done["runs"] and done.setdefault("data", "of an earlier text") != data:
+        raise SystemExit(f"{results} has runs on other data: move it away, and predict again")
+    done["data"] = data
     parts = {share: corpus.shorter(given.folder, share) for share in (QUARTER, 1.0)}
     judged = make_cache(given.folder, given.folder / "held-out.jsonl", "rich")
     kept = kept_layers()

@@ -1,8 +1,11 @@
-"""What the healing study reads: functions of the standard library, English of packages, text that the teacher wrote.
+"""What the healing study reads: functions of the standard library, English about it, text that the teacher wrote.
 
-The held-out examples are other functions, other texts and answers to other prompts.
+The held-out examples are other functions, other texts and answers to other prompts. All but the answers depends on
+the version of Python alone.
 """
 
+import ast
+import hashlib
 import json
 import pydoc_data.topics
 import sysconfig
@@ -18,6 +21,7 @@ from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
 PARAGRAPHS = 900  # characters of an English example, about 200 tokens
 NEW_TOKENS = 160
+FILES = ("train.jsonl", "held-out.jsonl")
 
 
 class Sizes(NamedTuple):
@@ -30,10 +34,11 @@ class Sizes(NamedTuple):
 
 
 def english() -> Iterator[str]:
-    """Return pieces of Python's language reference and of the descriptions that installed packages carry."""
+    """Return pieces of Python's language reference and of what its modules and classes say: of Python alone."""
     texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    for file in sorted(Path(sysconfig.get_path("purelib")).glob("*.dist-info/METADATA")):
-        texts.append(file.read_text(encoding="utf-8", errors="replace").partition("\n\n")[2])
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        if "site-packages" not in file.parts and "test" not in file.parts:
+            texts.append(_docstrings(file.read_text(encoding="utf-8", errors="replace")))
     for text in texts:
         piece = ""
         for paragraph in text.split("\n\n"):
@@ -41,6 +46,16 @@ def english() -> Iterator[str]:
             if len(piece) >= PARAGRAPHS:
                 yield piece[: 2 * PARAGRAPHS]
                 piece = ""
+
+
+def _docstrings(source: str) -> str:
+    try:
+        module = ast.parse(source)
+    except SyntaxError:  # a few files of the library are templates
+        return ""
+    explained: list[ast.Module | ast.ClassDef] = [module]
+    explained += (part for part in module.body if isinstance(part, ast.ClassDef))
+    return "\n\n".join(text for part in explained if (text := ast.get_docstring(part)))
 
 
 def make(folder: Path, teacher: str, sizes: Sizes) -> None:
@@ -53,6 +68,11 @@ def make(folder: Path, teacher: str, sizes: Sizes) -> None:
     order = np.random.default_rng(0).permutation(len(train))
     _write(folder / "held-out.jsonl", held_out)
     _write(folder / "train.jsonl", [train[place] for place in order])
+
+
+def digest(folder: Path) -> str:
+    """Return what identifies the data: runs on other data do not belong in one table."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES)).hexdigest()
 
 
 def shorter(folder: Path, share: float) -> Path:

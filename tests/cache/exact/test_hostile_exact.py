@@ -1,6 +1,7 @@
 """Untrusted caches of exact labels: as ``test_hostile``, with what only they hold."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,7 @@ def test_codes_and_head_come_back(objects: str, shards: list[Shard], request: py
         assert isinstance(shard.targets, ExactTargets)
         np.testing.assert_array_equal(read.codes, shard.targets.codes)
         np.testing.assert_allclose(read.steps, shard.targets.steps, rtol=1e-6)
+        np.testing.assert_array_equal(read.tail_bias, shard.targets.tail_bias)
     stored = reader.teacher_head()
     for name, array in head.arrays().items():
         np.testing.assert_array_equal(stored.arrays()[name], array)
@@ -126,6 +128,9 @@ def test_damage_is_found_and_refused_in_one_line(good: Objects, name: str, damag
         ({"columns": [10, 2, 1, 4]}, "1 to 12 coefficients"),
         ({"width": 2**40}, "less than or equal"),
         ({"trellis": 8}, "Input should be 4"),
+        ({"tail_bias": [[0.0]] * 5}, "one tail_bias per temperature"),
+        ({"tail_bias": [[0.0, 0.0]] * 4}, "at least 5"),
+        ({"tail_bias": [[0.0, 1e3]] * 5}, "less than or equal"),
     ],
 )
 def test_an_impossible_code_is_refused(good: Objects, change: dict[str, Any], rule: str) -> None:
@@ -230,14 +235,15 @@ def test_what_the_page_of_the_format_says_decodes_them(objects: str, request: py
     assert targets.steps.max() > 10 * targets.steps.min(), "tails of little mass and of much"
     weight = (head["weight"][:].astype(np.uint32) << 16).view(np.float32)
     for row in range(len(targets)):
-        hidden = _decoded(group, row)
+        hidden, bias = _decoded(group, row)
+        np.testing.assert_allclose(targets.tail_bias[row], bias, rtol=1e-6)
         raw = 0.5 * (hidden @ weight.T + head["bias"][:])
         ours = decode(targets[row : row + 1], stored)
         np.testing.assert_allclose(ours[0], hidden, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(stored.logits(ours)[0], 30 * np.tanh(raw / 30), rtol=1e-3, atol=1e-3)
 
 
-def _decoded(group: Any, row: int) -> FloatArray:
+def _decoded(group: Any, row: int) -> tuple[FloatArray, list[float]]:
     exact = group.attrs["logitcask"]["label"]["exact"]
     packed, quotients, place = group["hidden_codes"][row], group["hidden_quotients"][row], 0
     codes: list[int] = []
@@ -256,7 +262,8 @@ def _decoded(group: Any, row: int) -> FloatArray:
     odds = np.cumsum(group["log_tail_odds"][row], dtype=np.int16) / 64
     step = exact["step"] / np.sqrt(max((1 / (1 + np.exp(-odds))).mean(), 2.0**-12))
     hidden: FloatArray = step * np.array(codes) @ group["head/basis"][:] + group["head/centre"][:]
-    return hidden
+    kind = min(4, math.floor(2 * math.log2(step / exact["step"]) + 1e-3))
+    return hidden, exact["tail_bias"][kind] if "tail_bias" in exact else [0.0, 0.0]
 
 
 def _ruler(codes: list[int], i: int) -> int:
