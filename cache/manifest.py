@@ -22,7 +22,6 @@ from pydantic import (
 )
 
 from logitcask.cache.errors import CacheFormatError, shown
-from logitcask.cache.exact.code import STEP_KINDS
 
 FORMAT_VERSION = 5
 EXACT_VERSION = 6  # of caches of exact labels; those of sparse labels are written in FORMAT_VERSION
@@ -34,6 +33,7 @@ FITTED = ("teacher_head.", *(f"label.exact.{name}" for name in ("step", "columns
 
 ATTRIBUTE = "logitcask"
 MAX_SHARD_ENTRIES = 1 << 26  # label entries per shard
+STEP_KINDS = 5  # of steps of exact labels, by half octaves above the least; the last has all larger ones
 MAX_HEAD = 1 << 32  # weights of a teacher's head: those of the largest known one are half of that
 MAX_SHARD_BYTES = 832 << 20  # of a shard while it is read, so that reading or verifying one takes less than 1 GiB
 

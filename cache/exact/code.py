@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcask.cache.manifest import STEP_KINDS
+
 LEVELS = (255, 15, 6, 3)  # values of a column, columns sorted by falling range
 PER_BYTE = (1, 2, 3, 5)
 LARGEST_QUOTIENT = 127
 RARE, MARGIN = 1 / 256, 1.2  # a column's range is that of all but so many of its values, and a bit more
 LEAST_WEIGHT = 2.0**-12  # of a position: its step is at most 64 times that of a position that is all tail
-STEP_KINDS = 5  # of steps, by half octaves above the least; the last has all larger ones
 
 Codes = NDArray[np.integer[Any]]
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.generate_data.client import Reply
 from logitcask.pipeline.generate_data.prompts import Prompt
-from logitcask.pipeline.machine import choose_device
+from logitcask.pipeline.console import say
+from logitcask.pipeline.machine import choose_device, why_slow
 from logitcask.pipeline.models.load import load_causal_lm, max_positions, sampling
 from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer
 
@@ -37,6 +38,8 @@ def answer_locally(
     tokenizer, place = load_tokenizer(source), choose_device(device)
     tokenizer.padding_side = "left"
     kind = DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if slow := why_slow(kind, place):
+        say(slow)
     texts = [as_chat(tokenizer, prompt.text) for prompt in prompts]
     model = load_causal_lm(source, dtype=kind).to(place).eval()
     if not (ends := _ends(model, tokenizer)):

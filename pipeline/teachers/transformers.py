@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.labels import FloatArray, IntArray
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
-from logitcask.pipeline.machine import choose_device, device_name
+from logitcask.pipeline.console import say
+from logitcask.pipeline.machine import choose_device, device_name, why_slow
 from logitcask.pipeline.models.head import LMHead, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
@@ -121,6 +122,8 @@ def load_teacher(
     torch_dtype = (
         DTYPES[dtype] if dtype != "auto" else (torch.bfloat16 if torch_device.type == "cuda" else torch.float32)
     )
+    if slow := why_slow(torch_dtype, torch_device):
+        say(slow)
     model = load_causal_lm(source, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code)
     identity = TeacherIdentity(
         id=teacher_id(source),

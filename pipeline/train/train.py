@@ -34,7 +34,7 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.console import announce, notices, say
-from logitcask.pipeline.machine import free_large_blocks, free_memory
+from logitcask.pipeline.machine import free_large_blocks, free_memory, why_slow
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSettings, load_loss, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
@@ -134,7 +134,8 @@ def _train(
     model = student_of_run(settings, source, held, longest, arguments, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu", source.teacher_bytes)
-    memory = list[tuple[str, str]]()
+    slow = why_slow(torch.bfloat16, arguments.device) if "bf" in _precision(settings) else None
+    memory = [("note", slow)] if slow else []
     if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):
         step = replace(step, checkpointing=True)
         setattr(arguments, CHECKPOINTING, True)

@@ -52,6 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "exact_students.json"
 CACHES: dict[str, dict[str, Any]] = {
     "exact": {"preset": "exact"},
     "exact-6": {"preset": "exact", "hidden_bits": 6},
+    "exact-8": {"preset": "exact", "hidden_bits": 8},
     "standard": {"preset": "standard"},
 }
 IN_MEMORY = ("online", "rounded")  # as it is, and with its states in bfloat16: pairs that part for no other reason

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.cache.exact.code import STEP_KINDS, Codes
+from logitcask.cache.exact.code import Codes
 from logitcask.cache.exact.head import TeacherHead, as_bfloat16
 from logitcask.cache.exact.odds import stored_tail_mass
 from logitcask.cache.exact.trellis import values_of
 from logitcask.cache.labels import ExactTargets, Shard
 from logitcask.cache.layout import EXACT_SCALE, position_steps
-from logitcask.cache.manifest import EXACT_VERSION, ExactCode, LabelSettings, Manifest
+from logitcask.cache.manifest import EXACT_VERSION, STEP_KINDS, ExactCode, LabelSettings, Manifest
 from logitcask.cache.writer import create_cache
 from tests.support.tiny import sound_shards
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from logitcask.pipeline.train.arguments import with_defaults
 from tests.support.runs import losses, train, train_settings
-from tests.support.tiny import make_teacher
+from tests.support.tiny import make_cache, make_teacher
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,20 @@ def test_the_rate_follows_the_student(tmp_path: Path, student: dict[str, Any], r
     given, reason = with_defaults(train_settings("c", tmp_path / "run", **student, learning_rate=1e-3))
     assert given.learning_rate == 1e-3
     assert reason == ""
+
+
+def test_a_dtype_that_a_cpu_has_no_instructions_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = {"architecture": "x86_64", "avx512_bw": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    cache = make_cache(tmp_path, dtype="bfloat16")
+    train(cache, tmp_path / "half", max_steps=1, use_mixed_precision=True)
+    assert capfd.readouterr().err.count("this CPU has no instructions for bfloat16") == 2
+    train(cache, tmp_path / "plain", max_steps=1)
+    known["avx512_bw"] = True
+    train(cache, tmp_path / "new", max_steps=1, use_mixed_precision=True)
+    assert "no instructions" not in capfd.readouterr().err
 
 
 def test_a_resumed_run_keeps_what_it_began_with(cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from logitcask.cache.exact.code import STEP_KINDS, column_ranges, step_kinds, step_sizes
+from logitcask.cache.exact.code import column_ranges, step_kinds, step_sizes
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.exact.trellis import STATES
 from logitcask.cache.labels import FloatArray
-from logitcask.cache.manifest import ExactCode, LabelSettings
+from logitcask.cache.manifest import STEP_KINDS, ExactCode, LabelSettings
 from logitcask.pipeline.models.head import LMHead
 from logitcask.pipeline.teachers.exact.viterbi import nearest
 
