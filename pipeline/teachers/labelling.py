@@ -18,7 +18,7 @@ from logitcask.cache.labels import Example, IntArray, Shard, SparseTargets
 from logitcask.cache.manifest import ExactCode, LabelSettings
 from logitcask.pipeline.models.head import non_finite_remedy
 from logitcask.pipeline.teachers.exact.coder import HiddenCoder
-from logitcask.pipeline.teachers.exact.fit import calibration_positions, fitted
+from logitcask.pipeline.teachers.exact.fit import BIASED, calibration_positions, fitted, tail_bias
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.sparsify import sparsify, uniform_draws
 from logitcask.pipeline.teachers.teacher import ExactTeacher, Teacher, TokenizedExample
@@ -85,10 +85,11 @@ def fitted_head(
     """Return the teacher's head with the basis in which its hidden states are coded, fitted to those of some batches.
 
     As many batches are used as hold the positions that ``fit`` wants, and of a larger one, as vLLM's are, every n-th
-    example.
+    example. Those after the ones that the basis is fitted to show what labels are off by; if they are few, all do.
     """
     head = teacher.output_head(label.vocab_size)
-    wanted, held, states = calibration_positions(head.weight.shape[1]), 0, []
+    fitted_to, held, states = calibration_positions(head.weight.shape[1]), 0, []
+    wanted = fitted_to + BIASED
     for batch in batches:
         if held < wanted:
             count = sum(int(example.target_mask.sum()) for example in batch)
@@ -99,7 +100,10 @@ def fitted_head(
     if not len(finite_NW):
         dtype = teacher.facts.identity.dtype
         raise LogitcaskError(f"the teacher's hidden states are not finite in {dtype}: {non_finite_remedy(dtype)}")
-    return fitted(head, finite_NW, label, bits)
+    known_NW, others_NW = finite_NW[:fitted_to], finite_NW[fitted_to:]
+    head, code = fitted(head, known_NW, label, bits)
+    biases = tail_bias(head, others_NW if len(others_NW) >= BIASED // 8 else known_NW, code, label)
+    return head, code.model_copy(update={"tail_bias": biases})
 
 
 def batch_draws(batch: Sequence[TokenizedExample], counts: Sequence[int], label: LabelSettings) -> NDArray[np.float64]:

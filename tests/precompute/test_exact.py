@@ -75,7 +75,7 @@ def test_a_cache_begun_without_a_trellis_and_the_bias_of_tails_is_finished_witho
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "TRELLIS_FROM", 9)  # as before there was one
-    monkeypatch.setattr(fit, "tail_bias", lambda *_: None)  # nor was that measured
+    monkeypatch.setattr(labelling, "tail_bias", lambda *_: None)  # nor was that measured
     cache = make_cache(tmp_path, **EXACT)
     whole, code = folder_bytes(cache), CacheReader(cache).manifest.label.exact
     assert code is not None
@@ -116,7 +116,8 @@ def test_of_a_large_batch_about_as_many_positions_are_read_as_are_wanted(
         return found
 
     monkeypatch.setattr(teacher, "hidden_states", states)
-    monkeypatch.setattr(labelling, "calibration_positions", lambda width: 60)
+    monkeypatch.setattr(labelling, "calibration_positions", lambda width: 40)
+    monkeypatch.setattr(labelling, "BIASED", 20)
     label = reader.manifest.label.model_copy(update={"exact": None})
     labelling.fitted_head(teacher, [batch, batch], label, 8)
     assert 60 <= sum(read) <= 120 < reader.manifest.data.positions

@@ -24,8 +24,9 @@ from logitcask.pipeline.teachers.exact.viterbi import nearest
 
 CALIBRATED = 4096  # positions, or twice the width if that is more
 MEASURED = 512  # of them, on which the metric is measured
-BIASED = 1024  # of them, on which the bias of the tails is measured
+BIASED = 2048  # other positions, on which the bias of tails is measured
 FEWEST = 32  # of them with steps of a kind
+MOST_BIAS = 64.0  # nats, of a position: only logits that overflow have more
 SLICE = 128  # positions at a time
 STEP = 21.0  # of a position that is all tail, at 0 bits and a width of 1; so the error is the same at any width
 FLOOR = 1e-6  # of the mean eigenvalue, added to each
@@ -60,36 +61,39 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
         basis=basis_CW[kept].float().contiguous().numpy(),
         centre=centre_W.float().numpy(),
     )
-    code = ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), trellis=trellis)
-    every = max(1, len(hidden) // BIASED)
-    biases = tail_bias(fitted_head, hidden[::every], steps_N[::every].float(), code, label)
-    return fitted_head, code.model_copy(update={"tail_bias": biases})
+    return fitted_head, ExactCode(bits=bits, step=step, width=hidden.shape[1], columns=list(counts), trellis=trellis)
 
 
-def tail_bias(
-    head: TeacherHead, hidden_NW: Tensor, steps_N: Tensor, code: ExactCode, label: LabelSettings
-) -> list[list[float]]:
+def tail_bias(head: TeacherHead, hidden: FloatArray, code: ExactCode, label: LabelSettings) -> list[list[float]]:
     """Return how far log p of tokens outside the head is above the teacher's, on average, by kind of step, (kinds, J).
 
     In logits of a rebuilt state, noise adds to what is there: their log-sum-exp is above the teacher's, and what has the
-    same mass is lower. Kinds of fewer than ``FEWEST`` positions take the value of the kind before.
+    same mass is lower. ``hidden`` (N, W): not those that the basis was fitted to, which it codes better than others.
+    Kinds of fewer than ``FEWEST`` positions take the value of the kind before.
     """
-    full, sums = _logits_of(head), torch.zeros(STEP_KINDS, len(label.temperatures), dtype=torch.float64)
-    kinds_N, centre_W = torch.from_numpy(step_kinds(steps_N.numpy(), code.step)), torch.from_numpy(head.centre)
-    forward_WC, basis_CW = torch.from_numpy(head.forward), torch.from_numpy(head.basis)
-    for first in range(0, len(hidden_NW), SLICE):
-        h_nW, steps_n1 = hidden_NW[first : first + SLICE], steps_N[first : first + SLICE, None]
+    full, temperatures_J = _logits_of(head), torch.tensor(label.temperatures)
+
+    def log_sums(z_nV: Tensor) -> Tensor:
+        return torch.stack([(z_nV / t).logsumexp(1) for t in label.temperatures], 1)
+
+    centre_W, forward_WC, basis_CW = (torch.from_numpy(each) for each in (head.centre, head.forward, head.basis))
+    sums, counts = torch.zeros(STEP_KINDS, len(label.temperatures)), torch.zeros(STEP_KINDS)
+    for first in range(0, len(hidden), SLICE):
+        h_nW = torch.from_numpy(hidden[first : first + SLICE])
+        z_nV = full.logits(h_nW)
+        ids_nK = z_nV.topk(min(label.head_size, z_nV.shape[1] - 1)).indices
+        log_tail_nJ = log_sums(z_nV.scatter(1, ids_nK, -torch.inf))
+        steps_n = step_sizes((log_tail_nJ - log_sums(z_nV)).numpy(), code.step)
+        steps_n1 = torch.from_numpy(steps_n)[:, None]
         values_nC = (h_nW - centre_W) @ forward_WC / steps_n1
         codes_nC = nearest(values_nC).float() if code.trellis else values_nC.round()
-        z_nV, rebuilt_nV = full.logits(h_nW), full.logits(codes_nC * steps_n1 @ basis_CW + centre_W)
-        ids_nK = z_nV.topk(min(label.head_size, z_nV.shape[1] - 1)).indices
+        rebuilt_nV = full.logits(codes_nC * steps_n1 @ basis_CW + centre_W)
         error_n = (rebuilt_nV - z_nV).scatter_(1, ids_nK, 0.0).sum(1) / (z_nV.shape[1] - ids_nK.shape[1])
-        for logits_nV in (z_nV, rebuilt_nV):
-            logits_nV.scatter_(1, ids_nK, -torch.inf)
-        for j, t in enumerate(label.temperatures):
-            excess_n = (rebuilt_nV / t).logsumexp(1) - (z_nV / t).logsumexp(1)
-            sums[:, j].index_add_(0, kinds_N[first : first + SLICE], (error_n / t - excess_n).double())
-    counts = torch.bincount(kinds_N, minlength=STEP_KINDS)
+        rebuilt_nV.scatter_(1, ids_nK, -torch.inf)
+        bias_nJ = error_n[:, None] / temperatures_J - (log_sums(rebuilt_nV) - log_tail_nJ)
+        kinds_n = torch.from_numpy(step_kinds(steps_n, code.step))
+        sums.index_add_(0, kinds_n, bias_nJ.nan_to_num().clamp(-MOST_BIAS, MOST_BIAS))
+        counts += torch.bincount(kinds_n, minlength=STEP_KINDS)
     rows = [[0.0] * sums.shape[1]]
     for count, total_J in zip(counts.tolist(), sums, strict=True):
         rows.append((total_J / count).tolist() if count >= FEWEST else rows[-1])
