@@ -22,8 +22,6 @@ from logitcask.pipeline.models.shapes import Amount
 from logitcask.pipeline.text.tokenizer import fingerprint, has_tokenizer, require_tokenizer, tokenizer_from_files
 from logitcask.pipeline.train.sources.source import Source
 
-BITS_FOR_REVERSE_KL = 6  # docs/guides/train.md has what fewer cost
-
 
 def cache_source(
     reader: CacheReader,
@@ -96,11 +94,6 @@ def _require_labels(
     if tail == EXACT:
         if label.exact is None:
             raise LogitcaskError(f"{reader.path}: has sparse labels, and the run trains on exact ones")
-        if divergence == "reverse-kl" and label.exact.bits < BITS_FOR_REVERSE_KL:
-            say(
-                f"{reader.path}: a new student may learn reverse KL more slowly from labels of {label.exact.bits} bits "
-                f"than from {BITS_FOR_REVERSE_KL} or more (precompute-logits --hidden-bits)"
-            )
         if min_fidelity is not None:
             require_fidelity(reader, temperature_index(label.temperatures, temperature), min_fidelity)
         return
