@@ -47,7 +47,7 @@ def device_name(device: torch.device) -> str:
 def why_slow(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return a notice if a dtype makes this CPU slow, None if it does not, or if nothing is known of it.
 
-    Where x86 has no AVX-512, products in 16 bits take dozens of times as long as in float32.
+    Where x86 has no AVX-512, products in 16 bits take far longer than in float32.
     """
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
     if device.type != "cpu" or dtype.itemsize > 2 or known.get("avx512_bw", known.get("architecture") != "x86_64"):

@@ -1,11 +1,11 @@
 """How far gradients from exact labels are from the teacher's own: per batch, on average, and along it.
 
-Run as ``python -m tests.benchmarks.exact_gradients FOLDER`` after ``exact_students FOLDER SEEDS 150 --smollm2`` has
-made its caches there; some twenty processor minutes. Students learn from the teacher in memory by each divergence at
-T=1; after 0, 20, 60 and 150 steps, gradients of some batches are taken with it and with the labels. Errors are norms
-of differences, relative to the norm; what noise of the labels is left in the mean falls with the batches, what is
-left along the teacher's gradient would make steps longer or shorter. The batches' own spread, relative to their
-mean, is what training lives with.
+Run as ``python -m tests.benchmarks.exact_gradients FOLDER [--divergences …]`` after ``exact_students FOLDER SEEDS 150
+--smollm2`` has made its caches there; some twenty processor minutes. Students learn from the teacher in memory by each
+divergence at T=1; after 0, 20, 60 and 150 steps, gradients of some batches are taken with it and with the labels.
+Errors are norms of differences, relative to the norm; what noise of the labels is left in the mean falls with the
+batches, what is left along the teacher's gradient would make steps longer or shorter. The batches' own spread, relative
+to their mean, is what training lives with.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tests.benchmarks.study.students import WINDOWS, write_atomically
 RESULTS = Path(__file__).parent / "results" / "exact_gradients.json"
 STEPS, BATCHES = (0, 20, 60, 150), 12
 LABELS = ("exact", "exact-6")
+DIVERGENCES = ("reverse-kl", "jsd")
 
 
 def gradients(student: Student, way: str, batches: list[IntArray]) -> tuple[Tensor, float]:
@@ -74,9 +75,13 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    stock = open_stock(parser.parse_args().folder / "smollm2-150", 150, LABELS, smollm2=True)
-    found = [row for divergence in ("reverse-kl", "jsd") for row in measure(stock, divergence)]
-    write_atomically(RESULTS, {"batches": BATCHES, "rows": found})
+    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=[*DIVERGENCES])
+    given = parser.parse_args()
+    stock = open_stock(given.folder / "smollm2-150", 150, LABELS, smollm2=True)
+    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {divergence: [row for row in known if row["divergence"] == divergence] for divergence in DIVERGENCES}
+    rows |= {divergence: measure(stock, divergence) for divergence in given.divergences}
+    write_atomically(RESULTS, {"batches": BATCHES, "rows": [row for found in rows.values() for row in found]})
 
 
 if __name__ == "__main__":
