@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=[*DIVERGENCES])
     given = parser.parse_args()
     stock = open_stock(given.folder / "smollm2-150", 150, LABELS, smollm2=True)
-    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = {divergence: [row for row in known if row["divergence"] == divergence] for divergence in DIVERGENCES}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    rows = {name: [row for row in known["rows"] if row["divergence"] == name] for name in DIVERGENCES}
     rows |= {divergence: measure(stock, divergence) for divergence in given.divergences}
-    write_atomically(RESULTS, {"batches": BATCHES, "rows": [row for found in rows.values() for row in found]})
+    write_atomically(RESULTS, {**known, "batches": BATCHES, "rows": [row for found in rows.values() for row in found]})
 
 
 if __name__ == "__main__":
