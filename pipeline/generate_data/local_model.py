@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.console import say
 from logitcask.pipeline.generate_data.client import Reply
 from logitcask.pipeline.generate_data.prompts import Prompt
-from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device, why_slow
 from logitcask.pipeline.models.load import load_causal_lm, max_positions, sampling
 from logitcask.pipeline.text.tokenizer import as_chat, load_tokenizer

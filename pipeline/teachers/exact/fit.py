@@ -4,7 +4,8 @@ A change d of a hidden state at a position changes the tail's shape by d' G d, G
 the distribution of the tail (Fisher's metric). Coefficients in the basis that diagonalizes both the mean of G and the
 covariance of hidden states are uncorrelated, and the same step costs the same for all of them.
 
-Legend: N positions of calibration, n of them, V vocabulary, W width, C coefficients kept, J temperatures, K head tokens.
+Legend: N positions of calibration, n of them, V vocabulary, W width, C coefficients kept, J temperatures, K tokens of
+the head.
 """
 
 import math
@@ -67,8 +68,8 @@ def fitted(head: TeacherHead, hidden_NW: FloatArray, label: LabelSettings, bits:
 def tail_bias(head: TeacherHead, hidden: FloatArray, code: ExactCode, label: LabelSettings) -> list[list[float]]:
     """Return how far log p of tokens outside the head is above the teacher's, on average, by kind of step, (kinds, J).
 
-    In logits of a rebuilt state, noise adds to what is there: their log-sum-exp is above the teacher's, and what has the
-    same mass is lower. ``hidden`` (N, W): not those that the basis was fitted to, which it codes better than others.
+    In logits of a rebuilt state, noise adds to what is there: their log-sum-exp is above the teacher's, and what has
+    the same mass is lower. ``hidden`` (N, W): not those that the basis was fitted to, which it codes better than others.
     Kinds of fewer than ``FEWEST`` positions take the value of the kind before.
     """
     full, temperatures_J = _logits_of(head), torch.tensor(label.temperatures)
