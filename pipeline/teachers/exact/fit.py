@@ -69,7 +69,7 @@ def tail_bias(head: TeacherHead, hidden: FloatArray, code: ExactCode, label: Lab
     """Return how far log p of tokens outside the head is above the teacher's, on average, by kind of step, (kinds, J).
 
     In logits of a rebuilt state, noise adds to what is there: their log-sum-exp is above the teacher's, and what has
-    the same mass is lower. ``hidden`` (N, W): not those that the basis was fitted to, which it codes better than others.
+    the same mass is lower. ``hidden`` (N, W): not those that the basis was fitted to, which it codes better.
     Kinds of fewer than ``FEWEST`` positions take the value of the kind before.
     """
     full, temperatures_J = _logits_of(head), torch.tensor(label.temperatures)
