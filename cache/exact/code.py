@@ -93,5 +93,6 @@ def step_sizes(log_tail_mass_NJ: NDArray[np.float32], step: float) -> NDArray[np
 
 def step_kinds(steps_N: NDArray[np.float32], step: float) -> NDArray[np.int64]:
     """Return the kind of each position's step, (N,): how many times the square root of 2 it is above ``step``."""
-    kinds: NDArray[np.int64] = (2 * np.log2(steps_N / step) + 1e-3).astype(np.int64).clip(0, STEP_KINDS - 1)
+    rounding = 1e-3  # of float32 and of stored masses, so that the least step is of kind 0
+    kinds: NDArray[np.int64] = (2 * np.log2(steps_N / step) + rounding).astype(np.int64).clip(0, STEP_KINDS - 1)
     return kinds

@@ -134,8 +134,8 @@ def _train(
     model = student_of_run(settings, source, held, longest, arguments, record, checkpoint)
     packed = keeps_apart(model) and (source.teacher is None or source.teacher.packs)
     step = step_size(settings, model, source.longest, arguments.device.type == "cpu", source.teacher_bytes)
-    slow = why_slow(torch.bfloat16, arguments.device) if "bf" in _precision(settings) else None
-    memory = [("note", slow)] if slow else []
+    half = settings.use_mixed_precision or settings.student_dtype == "bfloat16"
+    memory = [("note", slow)] if half and (slow := why_slow(torch.bfloat16, arguments.device)) else []
     if settings.use_gradient_checkpointing is None and (reason := _why_checkpoint(step, model, arguments)):
         step = replace(step, checkpointing=True)
         setattr(arguments, CHECKPOINTING, True)

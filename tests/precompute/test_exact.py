@@ -119,7 +119,10 @@ def test_of_a_large_batch_about_as_many_positions_are_read_as_are_wanted(
     monkeypatch.setattr(labelling, "calibration_positions", lambda width: 40)
     monkeypatch.setattr(labelling, "BIASED", 20)
     label = reader.manifest.label.model_copy(update={"exact": None})
+    others = list[FloatArray]()
+    monkeypatch.setattr(labelling, "tail_bias", lambda head, hidden, code, label: others.append(hidden))
     labelling.fitted_head(teacher, [batch, batch], label, 8)
+    assert len(others[0]) == sum(read) - 40, "what the basis was not fitted to"
     assert 60 <= sum(read) <= 120 < reader.manifest.data.positions
 
 

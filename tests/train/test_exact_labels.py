@@ -130,6 +130,9 @@ def test_the_library(stock: Path) -> None:
     model = load_causal_lm(str(make_teacher(stock / "student", seed=3, width=16)), dtype=torch.float32)
     (batch,) = list(lc.loader(cache, 24, 2.5, num_workers=1))
     labels = batch["soft_labels"]
+    stored = np.concatenate([vars(cache[i].targets)["tail_bias"] for i in range(len(cache))])
+    assert sorted(labels.tail_bias.tolist()) == sorted(stored[:, 2].tolist())  # of T=2, the nearest to 2.5
+    assert len({*stored.sum(0).tolist()}) == 3
     batch["soft_labels"] = replace(labels, tail_bias=labels.tail_bias + 0.5)  # of 8 bits it is too small to be seen
     for divergence in ("forward-kl", "reverse-kl"):
         fused = lc.kd_loss(model, batch, alpha=0.2, divergence=divergence)
