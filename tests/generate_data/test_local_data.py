@@ -65,6 +65,16 @@ def test_sampling_depends_on_the_seed(tmp_path: Path) -> None:
     assert one != replies(model)
 
 
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+    model = make_teacher(tmp_path / "teacher")
+    for dtype, named in (("auto", 0), ("bfloat16", 1)):
+        assert replies(model, dtype=dtype)
+        assert capsys.readouterr().err.count("no instructions for bfloat16") == named
+
+
 def test_a_reply_that_ends_is_distinguished_from_one_that_is_cut(tmp_path: Path) -> None:
     """A model that memorised one answer gives it and stops, while its longer neighbour in the batch continues."""
     data = tmp_path / "one.jsonl"
