@@ -224,7 +224,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
-QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # of Student's t, 97.5 %, n - 1
+# 97.5 % of Student's t by the count of pairs
+QUANTILES = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201), start=2))
 
 
 def open_stock(folder: Path, steps: int, ways: Sequence[str], *, smollm2: bool) -> Stock:
