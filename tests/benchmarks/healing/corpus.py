@@ -1,10 +1,12 @@
 """What the healing study reads: functions of the standard library, English about it, text that the teacher wrote.
 
-The held-out examples are other functions, other texts and answers to other prompts. All but the answers depends on
-the version of Python alone.
+The held-out examples are other functions, other texts and answers to other prompts. Functions and texts depend on the
+version of Python alone. What a teacher answers depends on the processor's arithmetic too, so the answers of the study
+are kept beside this file; a smaller study generates its own.
 """
 
 import ast
+import gzip
 import hashlib
 import json
 import pydoc_data.topics
@@ -21,6 +23,7 @@ from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
 PARAGRAPHS = 900  # characters of an English example, about 200 tokens
 NEW_TOKENS = 160
+KEPT = Path(__file__).parent / "answers.jsonl.gz"
 FILES = ("train.jsonl", "held-out.jsonl")
 
 
@@ -31,6 +34,9 @@ class Sizes(NamedTuple):
     texts: int
     answers: int
     held_out: int  # of each kind
+
+
+WHOLE, SMALL = Sizes(1100, 800, 400, 50), Sizes(12, 12, 6, 4)
 
 
 def english() -> Iterator[str]:
@@ -62,7 +68,7 @@ def make(folder: Path, teacher: str, sizes: Sizes) -> None:
     """Write train.jsonl and held-out.jsonl, the three kinds mixed in a fixed random order, unless they exist."""
     if (folder / "train.jsonl").exists():
         return
-    kinds = [_functions(folder, sizes.functions), _texts(sizes.texts), _answers(folder, teacher, sizes.answers)]
+    kinds = [_functions(folder, sizes.functions), _texts(sizes.texts), answers(folder, teacher, sizes.answers)]
     held_out = [record for records in kinds for record in records[: sizes.held_out]]
     train = [record for records in kinds for record in records[sizes.held_out :]]
     order = np.random.default_rng(0).permutation(len(train))
@@ -96,12 +102,28 @@ def _texts(count: int) -> list[dict[str, Any]]:
     return [{"text": pieces[place]} for place in chosen]
 
 
-def _answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
-    how: dict[str, Any] = {
+def answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
+    """Return answers to so many prompts; one that was cut at its limit is text, which need not end."""
+    if count == WHOLE.answers:
+        written = gzip.decompress(KEPT.read_bytes()).decode()
+    else:
+        generate_data(GenerateDataSettings.model_validate(settings(folder / "answers", teacher, count)))
+        written = (folder / "answers/answers.jsonl").read_text()
+    found = [json.loads(line) for line in written.splitlines()]
+    cut = [row.get("finish") == "length" for row in found]
+    return [
+        {"text": f"{row['prompt']}\n\n{row['response']}"} if short else {k: row[k] for k in ("prompt", "response")}
+        for row, short in zip(found, cut, strict=True)
+    ]
+
+
+def settings(output: Path, teacher: str, count: int) -> dict[str, Any]:
+    """Return how answers are generated."""
+    return {
         "provider": "local",
         "model": teacher,
         "prompts": "code",
-        "output_dir": folder / "answers",
+        "output_dir": output,
         "num_examples": count,
         "max_new_tokens": NEW_TOKENS,
         "batch_size": 32,
@@ -109,8 +131,6 @@ def _answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
         "validation_fraction": 0.0,
         "device": "cpu",
     }
-    generate_data(GenerateDataSettings.model_validate(how))
-    return _read(folder / "answers/train.jsonl")
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
