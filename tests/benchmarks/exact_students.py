@@ -4,11 +4,12 @@ The study's set-up with its second teacher (``study/second.py``): the same code,
 of 1,020 positions. Labels come from caches that ``precompute-logits`` makes with its defaults. Predicted before it ran:
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
-``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2] [--ways …] [--divergences …]``,
-resumable, by as many processes as are started once the first has made the caches; two processor minutes per student
+``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2] [--ways …] [--divergences …]
+[--rate …]``, resumable, by as many processes as are started once the first has made the caches; two processor minutes per student
 of 300 steps. With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in
 ``second``. With --smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and
-students of 150 steps take two to eight processor minutes. The teacher in memory is its last hidden states of all
+students of 150 steps take two to eight processor minutes. At the study's rate two runs part, whatever their label;
+with a smaller --rate they do so less. The teacher in memory is its last hidden states of all
 windows in float32, from one pass before: what it would give at every step, for less time.
 """
 
@@ -67,6 +68,7 @@ class Run:
     divergence: str
     temperature: float
     seed: int
+    rate: float = RATE
 
     @property
     def name(self) -> str:
@@ -82,10 +84,10 @@ class Run:
 LOSSES = (("forward-kl", 2.0), ("reverse-kl", 1.0), ("jsd", 1.0), ("forward-kl", 1.0))
 
 
-def runs(seeds: int, ways: list[str], divergences: list[str]) -> list[Run]:
+def runs(seeds: int, ways: list[str], divergences: list[str], rate: float) -> list[Run]:
     """Return all runs, pairs together; a sparse label has no divergence but forward KL."""
     return [
-        Run(way, divergence, t, seed)
+        Run(way, divergence, t, seed, rate)
         for seed, (divergence, t), way in itertools.product(range(seeds), LOSSES, ways)
         if divergence in divergences and (way != "standard" or divergence == "forward-kl")
     ]
@@ -164,7 +166,7 @@ class Student:
         self.run, self.stock = run, stock
         self.model = new_student(stock.teacher.vocab_size, run.seed).train()
         self.order = np.random.default_rng(run.seed).permutation(len(stock.readers["exact"]))
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.rate, weight_decay=0.0)
 
     def take(self, steps: range) -> None:
         """Take some steps of the run."""
@@ -174,7 +176,7 @@ class Student:
                 torch.autograd.backward(self.model(**batch).total / len(batch["gold"]))
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
                 for group in self._optimizer.param_groups:
-                    group["lr"] = RATE * min(1.0, (step + 1) / WARMUP)
+                    group["lr"] = self.run.rate * min(1.0, (step + 1) / WARMUP)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
 
@@ -253,12 +255,15 @@ def main() -> None:
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--ways", nargs="+", choices=[*IN_MEMORY, *CACHES], default=[*WAYS])
     parser.add_argument("--divergences", nargs="+", choices=["forward-kl", "reverse-kl", "jsd"])
+    parser.add_argument("--rate", type=float, default=RATE)
     given = parser.parse_args()
     folder = given.folder / f"smollm2-{given.steps}" if given.smollm2 else given.folder
     stock = open_stock(folder, given.steps, given.ways, smollm2=given.smollm2)
-    name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps"
-    place = folder / f"{given.steps}-steps"
-    for run in runs(given.seeds, given.ways, given.divergences or [divergence for divergence, _ in LOSSES]):
+    rate = "" if given.rate == RATE else f"at a rate of {given.rate:g}"
+    name = f"{'SmolLM2, ' if given.smollm2 else ''}{given.steps} steps {rate}".strip()
+    place = folder / f"{given.steps}-steps {rate}".strip().replace(" ", "-")
+    divergences = given.divergences or [divergence for divergence, _ in LOSSES]
+    for run in runs(given.seeds, given.ways, divergences, given.rate):
         path = place / f"{run.name}.json"
         with claim(path) as free:
             if free:
