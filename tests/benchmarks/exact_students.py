@@ -5,12 +5,12 @@ of 1,020 positions. Labels come from caches that ``precompute-logits`` makes wit
 over the seeds the differences of ``exact`` from ``online`` are not distinguishable from 0 for any divergence and
 temperature, and their means are below 0.01 nats, the sampled label's at T=2 being hundredths. Run as
 ``python -m tests.benchmarks.exact_students FOLDER [SEEDS] [STEPS] [--smollm2] [--ways …] [--divergences …]
-[--rate …]``, resumable, by as many processes as are started once the first has made the caches; two processor minutes per student
-of 300 steps. With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher in
-``second``. With --smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and
+[--rate …]``, resumable, by as many processes as are started once the first has made the caches; two processor minutes
+per student of 300 steps. With fewer STEPS students are those of so many, on the same way. FOLDER may hold the teacher
+in ``second``. With --smollm2 the teacher is SmolLM2, the study's first, the windows are as many as the steps take, and
 students of 150 steps take two to eight processor minutes. At the study's rate two runs part, whatever their label;
-with a smaller --rate they do so less. The teacher in memory is its last hidden states of all
-windows in float32, from one pass before: what it would give at every step, for less time.
+with a smaller --rate less so. The teacher in memory is its last hidden states of all windows in float32, from one pass
+before: what it would give at every step, for less time.
 """
 
 import argparse
