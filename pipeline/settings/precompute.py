@@ -53,8 +53,7 @@ class PrecomputeSettings(DataSettings):
     )
     hidden_bits: Annotated[int, Field(ge=3, le=8)] = Field(
         4,
-        description="with --preset exact: how fine the hidden state is; each bit up to 6 halves the error; take 6 for "
-        "reverse KL",
+        description="with --preset exact: how fine the hidden state is; each bit up to 6 halves the error",
     )
     head_size: Annotated[int, Field(ge=0, le=65536)] = Field(
         8, description="K, the number of most probable tokens that are kept; overrides the preset"

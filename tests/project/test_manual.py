@@ -127,13 +127,13 @@ def test_the_table_of_healed_students_is_the_recorded_one() -> None:
     assert "/" not in json.dumps(results["runs"]), "no path of a machine"
 
 
+def more(found: dict[str, float]) -> str:
+    return f"{round(found['more'], 4) + 0:.4f} ± {found['±']:.4f}"
+
+
 def test_the_students_of_exact_labels_are_those_recorded() -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/exact_students.json").read_text())
     page = (DOCS / "guides/train.md").read_text()
-
-    def more(found: dict[str, float]) -> str:
-        return f"{round(found['more'], 4) + 0:.4f} ± {found['±']:.4f}"
-
     ways = {"SmolLM2, 150 steps": ("exact", "exact-6", "standard", "rounded")}
     for name, (loss, found) in (
         (n, row) for n in (*ways, "300 steps", "40 steps") for row in results[n]["summary"].items()
@@ -142,22 +142,35 @@ def test_the_students_of_exact_labels_are_those_recorded() -> None:
         columns = ways.get(name, ("exact", "standard"))
         cells = " | ".join(more(found[way]) if way in found else "" for way in columns)
         assert f"| {shown} | {found['online']:.4f} | {cells} |" in page
+    text = page.replace("\n", " ")
+    ends = {
+        (run["way"], run["seed"]): run["held_out"]["reverse-kl at T=1"]
+        for run in results["SmolLM2, 150 steps"]["runs"]
+        if run["divergence"] == "reverse-kl"
+    }
+    apart = [ends["exact", seed] - ends["online", seed] for seed in range(12)]
+    assert f"the twelve differ by {min(apart):.2f} to +{max(apart):.2f}" in text
+    slower = results["SmolLM2, 150 steps at a rate of 0.0005"]["summary"]["reverse-kl at T=1"]
+    assert f"{slower['online']:.4f} in memory, and {more(slower['exact'])} more from exact labels" in text
+    earlier = results["SmolLM2, 150 steps, before tail_bias"]["summary"]["reverse-kl at T=1"]
+    assert f"six pairs were {more(earlier['exact'])} behind by them, and {more(earlier['exact-6'])} by those" in text
     early = results["SmolLM2, 40 steps"]
     pairs = early["summary"]["reverse-kl at T=1"]
-    assert f"reverse KL, six pairs, {pairs['online']:.4f} in memory and {more(pairs['exact'])} more" in page.replace(
-        "\n", " "
-    )
-    ends = []
-    for run in early["runs"] + [run for run in results["SmolLM2, 150 steps"]["runs"] if run["way"] == "exact-8"]:
+    assert f"reverse KL, six pairs, {pairs['online']:.4f} in memory and {more(pairs['exact'])} more" in text
+    single = [f"{ends[way, 0]:.4f}" for way in ("exact-8", "online")]
+    for run in early["runs"]:
         loss = f"{run['divergence']} at T={run['temperature']:g}"
-        ends += [f"{run['held_out'][loss]:.4f}"] if run["divergence"] != "reverse-kl" or run["way"] == "exact-8" else []
-    assert [text for text in ends if text not in page] == []
+        single += [f"{run['held_out'][loss]:.4f}"] if run["divergence"] != "reverse-kl" else []
+    assert [figure for figure in single if figure not in page] == []
+
+
+def test_the_gradients_of_exact_labels_are_those_recorded() -> None:
     recorded = json.loads((ROOT / "tests/benchmarks/results/exact_gradients.json").read_text())
+    page = (DOCS / "guides/train.md").read_text()
     gradients, before = recorded["rows"], recorded["before tail_bias"][0]["exact"]["loss"]
     online, coarse, fine = gradients[0]["loss"], gradients[0]["exact"]["loss"], gradients[0]["exact-6"]["loss"]
-    text = f"is {online:.2f} with the teacher in memory, {coarse:.2f} by labels of 4 bits and {fine:.2f} by 6"
-    text += f" (4 bits before: {before:.2f})"
-    assert text in page.replace("\n", " ")
+    losses = f"is {online:.2f} with the teacher in memory, {coarse:.2f} by labels of 4 bits and {fine:.2f} by 6"
+    assert f"{losses} (4 bits before: {before:.2f})" in page.replace("\n", " ")
     for row in gradients:
         name = {"reverse-kl": "reverse KL", "jsd": "JSD"}[row["divergence"]]
         errors = " | ".join(
