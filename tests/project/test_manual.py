@@ -120,10 +120,11 @@ def test_the_codes_of_exact_labels_are_those_recorded() -> None:
         assert f"| Gemma 3 270M, {bits} bits | {found['bytes']:.0f} | {figures} | | |" in page
 
 
-def test_the_table_of_healed_students_is_the_recorded_one() -> None:
-    results = json.loads((ROOT / "tests/benchmarks/results/healing.json").read_text())
-    page = (DOCS / "results/healing.md").read_text()
-    assert healing.table(results) in page
+@pytest.mark.parametrize("name", ["healing_first.json", "healing.json"])
+def test_the_tables_of_healed_students_are_those_recorded(name: str) -> None:
+    results = json.loads((ROOT / "tests/benchmarks/results" / name).read_text())
+    assert results["runs"]
+    assert healing.table(results) in (DOCS / "results/healing.md").read_text()
     assert "/" not in json.dumps(results["runs"]), "no path of a machine"
 
 
