@@ -88,11 +88,15 @@ def arms() -> Iterator[Arm]:
 
 
 def make_cache(folder: Path, data: Path, name: str) -> Path:
-    """Make the cache of a label on a data file, or finish it, and return it."""
+    """Make the cache of a label on a data file, or finish it, and return it.
+
+    It has the file's order, and one shard, as the file itself has: seeds then give the same batches from both.
+    """
     place = folder / "caches" / f"{name} {data.stem}".replace(" ", "-").replace(",", "")
     if not is_complete(place):
-        how = {"max_seq_length": LENGTH, "shard_positions": 8192, "prompt_loss": False, **LABELS[name]}
-        precompute(PrecomputeSettings.model_validate({**SMOLLM2, "train_data": str(data), "output": place, **how}))
+        how = {"max_seq_length": LENGTH, "shard_positions": 1 << 20, "prompt_loss": False, **LABELS[name]}
+        how |= {"train_data": str(corpus.in_cache_order(data)), "output": place}
+        precompute(PrecomputeSettings.model_validate({**SMOLLM2, **how}))
     return place
 
 

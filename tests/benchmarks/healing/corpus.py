@@ -19,6 +19,7 @@ import numpy as np
 
 from logitcask.pipeline.generate_data.generate import generate_data
 from logitcask.pipeline.generate_data.python_source import from_source
+from logitcask.pipeline.precompute.sharding import shuffled
 from logitcask.pipeline.settings.generate_data import GenerateDataSettings
 
 PARAGRAPHS = 900  # characters of an English example, about 200 tokens
@@ -100,6 +101,17 @@ def _texts(count: int) -> list[dict[str, Any]]:
     pieces = list(dict.fromkeys(english()))
     chosen = np.random.default_rng(0).permutation(len(pieces))[:count]
     return [{"text": pieces[place]} for place in chosen]
+
+
+def in_cache_order(data: Path) -> Path:
+    """Write a file's examples so that a cache, which shuffles them, has them in the order of the file; return it."""
+    records = _read(data)
+    placed = list(records)
+    for place, record in zip(shuffled(len(records), 0), records, strict=True):
+        placed[place] = record
+    target = data.with_name(f"{data.stem}-shuffled.jsonl")
+    _write(target, placed)
+    return target
 
 
 def answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
