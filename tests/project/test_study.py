@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.models.dense.rows import ExactRows, log_probs
 from logitcask.pipeline.models.load import load_causal_lm
 from tests.benchmarks import rounds
+from tests.benchmarks.healing.corpus import in_cache_order
 from tests.benchmarks.study import designs, fidelity, figures, ideas, summary
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.corpus import LENGTH, POSITIONS
@@ -31,7 +33,7 @@ from tests.benchmarks.study.students import (
     target_of,
     train,
 )
-from tests.support.tiny import make_teacher
+from tests.support.tiny import make_cache, make_teacher, write_jsonl
 
 VOCAB, ROWS = 300, slice(0, 2 * POSITIONS)
 PAGES = (Path("docs/results/study.md"), Path("docs/results/study-in-full.md"))
@@ -400,3 +402,11 @@ def test_what_is_mixed_in_is_compared_with_the_first_cache_of_its_loss() -> None
     ]
     measured = json.loads(rounds.RESULTS.read_text())["runs"]
     assert "\n".join(["", *rounds.table(measured), ""]) in PAGES[0].read_text()
+
+
+def test_a_cache_of_the_healing_study_has_the_order_of_its_file(tmp_path: Path) -> None:
+    """So that students of labels see the batches of those with the teacher in memory."""
+    rows = [[5, n + 10, 6] for n in range(9)]
+    data = write_jsonl(tmp_path / "whole.jsonl", [{"input_ids": row, "labels": row} for row in rows])
+    cache = CacheReader(make_cache(tmp_path, train_data=str(in_cache_order(data)), shard_positions=1 << 20))
+    assert [cache.example(place).input_ids.tolist() for place in range(len(cache))] == rows
