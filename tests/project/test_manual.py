@@ -128,6 +128,18 @@ def test_the_tables_of_healed_students_are_those_recorded(name: str) -> None:
     assert "/" not in json.dumps(results["runs"]), "no path of a machine"
 
 
+def test_what_healed_students_of_t_2_were_predicted_to_be_is_beside_what_was_seen() -> None:
+    runs = json.loads((ROOT / "tests/benchmarks/results/healing.json").read_text())["runs"]
+    exact, standard = (
+        {each["temperature"]: each["kl"] for each in runs[f"{objective}_T2_0.25_20_seed0"]["kl"]}
+        for objective in ("exact", "standard")
+    )
+    page = (DOCS / "results/healing.md").read_text()
+    assert f"KL at T=1 | 0.73 | {exact[1.0]:.3f} |" in page
+    behind = ", ".join(f"+{standard[t] - exact[t]:.3f}" for t in (1.0, 2.0))
+    assert f"KL at T=1, at T=2 | +0.05, +0.02 | {behind} |" in page
+
+
 def more(found: dict[str, float]) -> str:
     return f"{round(found['more'], 4) + 0:.4f} ± {found['±']:.4f}"
 

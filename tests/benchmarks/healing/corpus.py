@@ -69,7 +69,7 @@ def make(folder: Path, teacher: str, sizes: Sizes) -> None:
     """Write train.jsonl and held-out.jsonl, the three kinds mixed in a fixed random order, unless they exist."""
     if (folder / "train.jsonl").exists():
         return
-    kinds = [_functions(folder, sizes.functions), _texts(sizes.texts), answers(folder, teacher, sizes.answers)]
+    kinds = [_functions(folder, sizes.functions), _texts(sizes.texts), _answers(folder, teacher, sizes.answers)]
     held_out = [record for records in kinds for record in records[: sizes.held_out]]
     train = [record for records in kinds for record in records[sizes.held_out :]]
     order = np.random.default_rng(0).permutation(len(train))
@@ -90,6 +90,17 @@ def shorter(folder: Path, share: float) -> Path:
     return target
 
 
+def in_cache_order(data: Path) -> Path:
+    """Write a file's examples so that a cache, which shuffles them, has them in the order of the file; return it."""
+    records = _read(data)
+    placed = list(records)
+    for place, record in zip(shuffled(len(records), 0), records, strict=True):
+        placed[place] = record
+    target = data.with_name(f"{data.stem}-shuffled.jsonl")
+    _write(target, placed)
+    return target
+
+
 def _functions(folder: Path, count: int) -> list[dict[str, Any]]:
     file = folder / "functions/train.jsonl"
     if not file.exists():
@@ -103,39 +114,13 @@ def _texts(count: int) -> list[dict[str, Any]]:
     return [{"text": pieces[place]} for place in chosen]
 
 
-def in_cache_order(data: Path) -> Path:
-    """Write a file's examples so that a cache, which shuffles them, has them in the order of the file; return it."""
-    records = _read(data)
-    placed = list(records)
-    for place, record in zip(shuffled(len(records), 0), records, strict=True):
-        placed[place] = record
-    target = data.with_name(f"{data.stem}-shuffled.jsonl")
-    _write(target, placed)
-    return target
-
-
-def answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
+def _answers(folder: Path, teacher: str, count: int) -> list[dict[str, Any]]:
     """Return answers to so many prompts; one that was cut at its limit is text, which need not end."""
-    if count == WHOLE.answers:
-        written = gzip.decompress(KEPT.read_bytes()).decode()
-    else:
-        generate_data(GenerateDataSettings.model_validate(settings(folder / "answers", teacher, count)))
-        written = (folder / "answers/answers.jsonl").read_text()
-    found = [json.loads(line) for line in written.splitlines()]
-    cut = [row.get("finish") == "length" for row in found]
-    return [
-        {"text": f"{row['prompt']}\n\n{row['response']}"} if short else {k: row[k] for k in ("prompt", "response")}
-        for row, short in zip(found, cut, strict=True)
-    ]
-
-
-def settings(output: Path, teacher: str, count: int) -> dict[str, Any]:
-    """Return how answers are generated."""
-    return {
+    how: dict[str, Any] = {
         "provider": "local",
         "model": teacher,
         "prompts": "code",
-        "output_dir": output,
+        "output_dir": folder / "answers",
         "num_examples": count,
         "max_new_tokens": NEW_TOKENS,
         "batch_size": 32,
@@ -143,6 +128,18 @@ def settings(output: Path, teacher: str, count: int) -> dict[str, Any]:
         "validation_fraction": 0.0,
         "device": "cpu",
     }
+    if count == WHOLE.answers:
+        written = gzip.decompress(KEPT.read_bytes()).decode()
+    else:
+        generate_data(GenerateDataSettings.model_validate(how))
+        written = (folder / "answers/answers.jsonl").read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    return [
+        {"text": f"{row['prompt']}\n\n{row['response']}"}
+        if row.get("finish") == "length"
+        else {name: row[name] for name in ("prompt", "response")}
+        for row in rows
+    ]
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
