@@ -46,6 +46,7 @@ from tests.benchmarks.study import second
 from tests.benchmarks.study.__main__ import claim
 from tests.benchmarks.study.corpus import code_files, windows
 from tests.benchmarks.study.exact import make
+from tests.benchmarks.study.report import interval
 from tests.benchmarks.study.students import CLIP, LENGTHS, WARMUP, WINDOWS, new_student, write_atomically
 
 STEPS, RATE, HELD_OUT = max(LENGTHS), 2e-3, 32  # the study's; windows
@@ -219,15 +220,11 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
         if online:
             table[name]["online"] = round(float(np.mean(list(online.values()))), 4)
         for way in ("rounded", *CACHES):
-            pairs = np.array([value - online[seed] for seed, value in of[way].items() if seed in online])
-            if len(pairs) > 1:
-                spread = QUANTILES[len(pairs)] * pairs.std(ddof=1) / len(pairs) ** 0.5
-                table[name][way] = {"more": round(float(pairs.mean()), 5), "±": round(float(spread), 5)}
+            pairs = [value - online[seed] for seed, value in of[way].items() if seed in online]
+            mean, half = interval(pairs) if pairs else (0.0, None)
+            if half is not None:
+                table[name][way] = {"more": round(mean, 5), "±": round(half, 5)}
     return table
-
-
-# 97.5 % of Student's t by the count of pairs
-QUANTILES = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201), start=2))
 
 
 def open_stock(folder: Path, steps: int, ways: Sequence[str], *, smollm2: bool) -> Stock:

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from logitcask.pipeline.cli import app
+from tests.benchmarks import exact_students
 from tests.benchmarks.healing import __main__ as healing
 from tests.project.reference import MODELS, ROOT, commands, pages
 
@@ -146,6 +147,9 @@ def more(found: dict[str, float]) -> str:
 
 def test_the_students_of_exact_labels_are_those_recorded() -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/exact_students.json").read_text())
+    for table in results.values():
+        of = {loss: found for loss, found in exact_students.summary(table["runs"]).items() if found}
+        assert of == table["summary"]
     page = (DOCS / "guides/train.md").read_text()
     ways = {"SmolLM2, 150 steps": ("exact", "exact-6", "standard", "rounded")}
     for name, (loss, found) in (
