@@ -13,7 +13,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from logitcask.cache.storage.ownership import watch_folder
 from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
+from logitcask.pipeline.train.resume.saving import explain_save_errors
 
 
 class MetricsLog(TrainerCallback):
@@ -23,7 +25,8 @@ class MetricsLog(TrainerCallback):
     and ``peak_memory_mb`` (10^6 bytes, since the process started: of the CUDA device if there is one, else of the
     process). Lines of training also have ``tokens`` since the previous such line, and ``tokens_per_second`` excluding
     evaluations and saves. A resumed run drops the lines past its checkpoint; each checkpoint's step has a line, so no
-    tokens are lost or counted twice. ``report`` receives each line, too.
+    tokens are lost or counted twice. ``report`` receives each line, too. Raises LogitcaskError if a line cannot be
+    written, or if the folder was moved, removed or unmounted: what follows would begin another there.
     """
 
     def __init__(self, output: Path, report: Callable[[Line], None] = lambda line: None) -> None:
@@ -31,6 +34,7 @@ class MetricsLog(TrainerCallback):
         self._started = self._last = time.monotonic()
         self._training = 0.0  # seconds of training since the last training line
         self._opened = False
+        self._require_folder: Callable[[], None] = lambda: None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop the lines past the checkpoint, and start the clock."""
@@ -71,8 +75,10 @@ class MetricsLog(TrainerCallback):
             self._tick()
             line["tokens_per_second"] = logs["tokens"] / max(self._training, 1e-9)
             self._training = 0.0
-        with (self._output / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(_to_json(line))
+        with explain_save_errors(self._output):
+            self._require_folder()  # also before each checkpoint, which would be saved into a bare folder
+            with (self._output / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(_to_json(line))
         self._report(line)
 
     def _open_log(self, state: TrainerState) -> None:
@@ -89,6 +95,7 @@ class MetricsLog(TrainerCallback):
         new = file.with_name(f"{LOG_FILE}.new") if earlier else file
         new.write_text("".join(map(_to_json, earlier)), encoding="utf-8")
         os.replace(new, file)
+        self._require_folder = watch_folder(self._output)
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -96,9 +96,15 @@ def _remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_save_errors(output: Path) -> Iterator[None]:
-    """Turn a failed write of weights or training state into a LogitcaskError that says how to resume."""
+    """Turn a failed write into the run's folder into a LogitcaskError that says how to resume."""
     try:
         yield
+    except FileNotFoundError as error:  # as of watch_folder
+        reason = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+        raise LogitcaskError(
+            f"{output}: cannot save: {reason}: mount or move the folder back, then resume with "
+            "--resume-from-checkpoint latest, or start over without it if there is no checkpoint yet"
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # raised by torch.save
             raise

@@ -8,9 +8,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import Shard
@@ -18,6 +20,7 @@ from logitcask.cache.storage.ownership import sole_writer, watch_folder
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import explain_limits, plan_strides
+from logitcask.pipeline.train.trainer import DistillationTrainer
 from tests.support.forked import start
 from tests.support.mistakes import said
 from tests.support.needed import as_root, lacking
@@ -161,6 +164,35 @@ def test_a_target_that_vanishes_is_one_line(tmp_path: Path, monkeypatch: pytest.
     want = precompute_settings(tmp_path, output=tmp_path / "want", shard_positions=32)
     precompute(want)
     assert folder_bytes(Path(settings.output)) == folder_bytes(Path(want.output))
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["is gone", "is another, as the one under an unmounted disk"])
+def test_a_runs_folder_that_vanishes_is_one_line_and_the_run_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bare: bool
+) -> None:
+    cache, run = make_cache(tmp_path), tmp_path / "run"
+    write_config(tmp_path / "student.json", STUDENT)
+    changes = {"student_config": tmp_path / "student.json", "max_steps": 5, "save_steps": 2, "logging_steps": 100}
+    step = DistillationTrainer.training_step
+
+    def vanishing(trainer: DistillationTrainer, *given: Any, **named: Any) -> Tensor:
+        if trainer.state.global_step == 2:
+            run.rename(tmp_path / "elsewhere")
+            if bare:
+                run.mkdir()
+        return step(trainer, *given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistillationTrainer, "training_step", vanishing)
+        with pytest.raises(
+            LogitcaskError, match=r"cannot save: its folder was moved, .*: mount or move the folder back"
+        ):
+            train(cache, run, **changes)
+    assert not list(run.glob("*")), "something was begun in the bare folder"
+    (tmp_path / "elsewhere").rename(run)
+    train(cache, run, **changes, resume_from_checkpoint="latest")
+    train(cache, tmp_path / "whole", **changes)
+    assert (run / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
 
 
 @pytest.fixture
