@@ -2,12 +2,14 @@
 
 Run as ``python -m tests.benchmarks.healing [FOLDER] [--hours 14] [--small]``. The student is SmolLM2-135M-Instruct
 without a third of its layers, the same ones for every objective; the caches are made once. Every run is a run of
-``logitcask train``, resumes where it stopped, and counts in core-hours; no run is begun once the budget is used up.
+``logitcask train``, resumes where it stopped, and counts in core-hours; no run is begun once the budget is used up. It
+may be started several times beside itself: with OMP_NUM_THREADS=1 and a process per core nobody waits for a thread.
 Results stand in ``tests/benchmarks/results/healing.json``, beside what was predicted before the first run. ``--small``
 tries the whole on a few examples, in minutes, and writes its results into the folder.
 """
 
 import argparse
+import contextlib
 import json
 import resource
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from logitcask.cache.reader import is_complete
+from logitcask.cache.storage.staging import lock_file
 from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.models.generate import answer
 from logitcask.pipeline.precompute.precompute import precompute
@@ -94,10 +97,11 @@ def make_cache(folder: Path, data: Path, name: str) -> Path:
     It has the file's order, and one shard, as the file itself has: seeds then give the same batches from both.
     """
     place = folder / "caches" / f"{name} {data.stem}".replace(" ", "-").replace(",", "")
-    if not is_complete(place):
-        how = {"max_seq_length": LENGTH, "shard_positions": 1 << 20, "prompt_loss": False, **LABELS[name]}
-        how |= {"train_data": str(corpus.in_cache_order(data)), "output": place}
-        precompute(PrecomputeSettings.model_validate({**SMOLLM2, **how}))
+    with claimed(folder / "claims" / place.name, wait=True):
+        if not is_complete(place):
+            how = {"max_seq_length": LENGTH, "shard_positions": 1 << 20, "prompt_loss": False, **LABELS[name]}
+            how |= {"train_data": str(corpus.in_cache_order(data)), "output": place}
+            precompute(PrecomputeSettings.model_validate({**SMOLLM2, **how}))
     return place
 
 
@@ -126,10 +130,38 @@ def kept_layers() -> dict[int, str]:
     return {count: ",".join(str(layer) for layer in range(30) if layer not in order[: 30 - count]) for count in LAYERS}
 
 
-def core_hours() -> float:
-    """Return what this process and its children have computed."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used) / 3600
+def spent() -> Iterator[float]:
+    """Yield the core-hours that this process and its children have computed since the value before."""
+    before = 0.0
+    while True:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        now = sum(each.ru_utime + each.ru_stime for each in used) / 3600
+        yield now - before
+        before = now
+
+
+@contextlib.contextmanager
+def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a file, and say whether it is ours: what another process makes is left to it, or waited for."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as lock:
+        ours = True
+        try:
+            lock_file(lock, wait=wait)
+        except BlockingIOError:
+            ours = False
+        yield ours
+
+
+@contextlib.contextmanager
+def written(results: Path, folder: Path, hours: Iterator[float]) -> Iterator[dict[str, Any]]:
+    """Lend the results, to one process at a time; add what it has computed to them, and write them."""
+    with claimed(folder / "claims/results", wait=True):
+        done = json.loads(results.read_text())
+        done["core_hours"] = round(done["core_hours"] + next(hours), 3)
+        yield done
+        done["runs"] = {arm.name: done["runs"][arm.name] for arm in arms() if arm.name in done["runs"]}
+        write_atomically(results, done)
 
 
 def held_out(model: str, cache: Path, problems: int) -> dict[str, Any]:
@@ -158,6 +190,15 @@ def table(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def begin(results: Path, data: str) -> None:
+    """Write the prediction before there is anything to see. Raises SystemExit if there are runs on other data."""
+    done: dict[str, Any] = {"predicted": PREDICTED, "core_hours": 0.0, "teacher": {}, "runs": {}, "data": data}
+    done |= json.loads(results.read_text()) if results.exists() else {}
+    if done["runs"] and done["data"] != data:
+        raise SystemExit(f"{results} has runs on other data: move it away, and predict again")
+    write_atomically(results, {**done, "machine": machine(), "data": data})
+
+
 def main() -> None:
     """Make what is missing until the budget is used up."""
     parser = argparse.ArgumentParser()
@@ -166,37 +207,36 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     results = given.folder / "healing.json" if given.small else RESULTS
-    written: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    done: dict[str, Any] = {"machine": machine(), "predicted": PREDICTED, "core_hours": 0.0, "teacher": {}, "runs": {}}
-    done |= {name: value for name, value in written.items() if name != "machine"}
-    if not done["runs"]:
-        write_atomically(results, done)  # the prediction is written before there is anything to see
-    before, problems, max_steps = done["core_hours"], 2 if given.small else 164, 2 if given.small else None
-    corpus.make(given.folder, teacher_path(), corpus.SMALL if given.small else corpus.WHOLE)
-    data = corpus.digest(given.folder)
-    if done["runs"] and done.setdefault("data", "of an earlier text") != data:
-        raise SystemExit(f"{results} has runs on other data: move it away, and predict again")
-    done["data"] = data
-    parts = {share: corpus.shorter(given.folder, share) for share in (QUARTER, 1.0)}
+    problems, max_steps, hours = 2 if given.small else 164, 2 if given.small else None, spent()
+    with claimed(given.folder / "claims/data", wait=True):
+        corpus.make(given.folder, teacher_path(), corpus.SMALL if given.small else corpus.WHOLE)
+        data = corpus.digest(given.folder)
+        begin(results, data)
+        parts = {share: corpus.shorter(given.folder, share) for share in (QUARTER, 1.0)}
     judged = make_cache(given.folder, given.folder / "held-out.jsonl", "rich")
     kept = kept_layers()
     for arm in arms():
-        if arm.name in done["runs"]:
-            continue
-        done["core_hours"] = round(before + core_hours(), 3)
-        write_atomically(results, done)
-        if done["core_hours"] >= given.hours:
-            print(f"{done['core_hours']:.1f} core-hours are used: {arm.name} and what follows are left out")
-            break
-        run = train(given.folder, parts[arm.share], arm, kept[arm.layers], max_steps)
-        shown = problems if arm.share == 1.0 else 0
-        figures = held_out(str(run / "final"), judged, shown)
-        done["runs"][arm.name] = {"arm": arm._asdict(), "core_hours": done["core_hours"], **figures}
-        print(arm.name, figures["perplexity"], figures["kl"], flush=True)
-    done["teacher"] = done["teacher"] or held_out(teacher_path(), judged, problems)
-    done["core_hours"] = round(before + core_hours(), 3)
-    write_atomically(results, done)
-    print(table(done))
+        with claimed(given.folder / "claims" / arm.name) as ours:
+            with written(results, given.folder, hours) as done:
+                used, open_ = done["core_hours"], ours and arm.name not in done["runs"]
+            if open_ and used >= given.hours:
+                print(f"{used:.1f} core-hours are used: {arm.name} and what follows are left out")
+                break
+            if not open_:
+                continue
+            own = spent()
+            next(own)
+            run = train(given.folder, parts[arm.share], arm, kept[arm.layers], max_steps)
+            figures = held_out(str(run / "final"), judged, problems if arm.share == 1.0 else 0)
+            with written(results, given.folder, hours) as done:
+                done["runs"][arm.name] = {"arm": arm._asdict(), "core_hours": round(next(own), 3), **figures}
+            print(arm.name, figures["perplexity"], figures["kl"], flush=True)
+    with claimed(given.folder / "claims/teacher") as ours:
+        if ours and not json.loads(results.read_text())["teacher"]:
+            figures = held_out(teacher_path(), judged, problems)
+            with written(results, given.folder, hours) as done:
+                done["teacher"] = figures
+    print(table(json.loads(results.read_text())))
 
 
 if __name__ == "__main__":

@@ -147,6 +147,10 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _write(file: Path, records: list[dict[str, Any]]) -> None:
+    """Write a file, unless it is the same already: another process may read it."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if file.exists() and file.read_text() == text:
+        return
     partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
+    partial.write_text(text)
     partial.replace(file)
