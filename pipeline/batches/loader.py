@@ -1,12 +1,15 @@
 """A loader of batches for a loop of one's own: resumable within an epoch, on any number of workers and ranks."""
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from logitcask.cache.errors import CacheMismatchError, LogitcaskError, differences
 from logitcask.cache.labels import IntArray
@@ -46,16 +49,7 @@ class Loader:
         self._step = batch_size * ranks  # examples per step that this epoch was ordered for
         self._epoch = self._examples = 0
         self._resumed = False
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=self._plan,
-            collate_fn=collator,
-            num_workers=num_workers,
-            multiprocessing_context=worker_processes(num_workers),
-            worker_init_fn=prepare_worker,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        self._loader = data_loader(dataset, self._plan, collator, num_workers, pin_memory=torch.cuda.is_available())
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
@@ -127,3 +121,61 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def data_loader(
+    items: Dataset[Any], batches: Iterable[Any], collator: Callable[[Any], Batch], num_workers: int, *, pin_memory: bool
+) -> DataLoader[Any]:
+    """Return a DataLoader of the items that the sampler ``batches`` names, collated; workers last for all epochs."""
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        collate_fn=_Collated(collator) if num_workers else collator,
+        num_workers=num_workers,
+        multiprocessing_context=worker_processes(num_workers),
+        worker_init_fn=prepare_worker,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+class _Collated:
+    """Collates in a worker, and sends the batch through its pipe.
+
+    PyTorch sends tensors in /dev/shm, of which a container often has 64 MB; where that is full, the worker prints an
+    error, its batch never arrives, and the run waits for it forever.
+    """
+
+    def __init__(self, collator: Callable[[Any], Batch]) -> None:
+        self._collator = collator
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        batch = self._collator(examples)
+        return batch if get_worker_info() is None else _Sent(batch)
+
+
+class _Sent:
+    """A batch as bytes, which becomes the batch again where it is unpickled."""
+
+    def __init__(self, batch: Batch) -> None:
+        file = io.BytesIO()
+        _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(batch)
+        self._bytes = file.getvalue()
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Batch], tuple[bytes]]:
+        return pickle.loads, (self._bytes,)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors with their values."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        if value.dtype == torch.bfloat16:  # NumPy has no such type
+            return _bfloat16, (value.view(torch.int16).numpy(),)
+        return torch.from_numpy, (value.numpy(),)
+
+
+def _bfloat16(bits: IntArray) -> Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)

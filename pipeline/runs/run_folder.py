@@ -1,15 +1,18 @@
 """The folder of a run of stage 2: its log, settings and evaluations. Does not import torch."""
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from safetensors import SafetensorError
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.runs.evaluation import EVALUATION_FILE, Evaluation, parse_evaluation
@@ -49,6 +52,30 @@ def complete_checkpoints(run: Path) -> list[Path]:
 def latest_checkpoint(run: Path) -> Path | None:
     """Return the complete checkpoint with the most steps in a run's folder, None if there is none."""
     return max(complete_checkpoints(run), key=lambda folder: step_of(folder) or 0, default=None)
+
+
+@contextlib.contextmanager
+def explain_save_errors(output: Path) -> Iterator[None]:
+    """Turn a failed write into the run's folder into a LogitcaskError that says how to resume."""
+    try:
+        yield
+    except FileNotFoundError as error:  # as of watch_folder
+        reason = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+        raise LogitcaskError(
+            f"{output}: cannot save: {reason}: mount or move the folder back, then resume with "
+            "--resume-from-checkpoint latest, or start over without it if there is no checkpoint yet"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # raised by torch.save
+            raise
+        checkpoint = latest_checkpoint(output)
+        then = (
+            f"resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "remove the folder and start over"
+        )
+        raise LogitcaskError(
+            f"{output}: cannot save: {error} ({shutil.disk_usage(output).free:,} bytes are free there): make room, "
+            f"then {then}"
+        ) from error
 
 
 def source_of(model: Path) -> str | None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, TrainingExample
-from logitcask.pipeline.machine import prepare_worker, worker_processes
+from logitcask.pipeline.batches.loader import data_loader
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
 from logitcask.pipeline.settings.training.schedule import Ramp
@@ -115,17 +115,9 @@ class DistillationMixin(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return a loader of batches in the sampler's order."""
-        workers = self.args.dataloader_num_workers
-        loader: DataLoader[Any] = DataLoader(
-            self._items(),
-            batch_sampler=self._batches(),
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            multiprocessing_context=worker_processes(workers),
-            worker_init_fn=prepare_worker,
-            persistent_workers=workers > 0,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        args = self.args
+        workers, pinned = args.dataloader_num_workers, args.dataloader_pin_memory
+        loader = data_loader(self._items(), self._batches(), self.data_collator, workers, pin_memory=pinned)
         # the sampler already splits batches among ranks; accelerate's split would repeat examples to fill the last step
         prepared: DataLoader[Any] = prepare_data_loader(
             loader,
@@ -133,7 +125,7 @@ class DistillationMixin(Trainer):
             num_processes=1,
             process_index=0,
             put_on_device=True,
-            non_blocking=self.args.dataloader_pin_memory,
+            non_blocking=pinned,
         )
         return prepared
 

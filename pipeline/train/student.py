@@ -38,6 +38,7 @@ from logitcask.pipeline.runs.run_folder import (
     SETTINGS_FILE,
     divergence_name,
     ends_table,
+    explain_save_errors,
     write_json,
 )
 from logitcask.pipeline.settings.train import TrainSettings
@@ -46,7 +47,6 @@ from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.publish import CARD, model_card
 from logitcask.pipeline.train.resume.choose import Checkpoint
 from logitcask.pipeline.train.resume.identity import BASE_WEIGHTS
-from logitcask.pipeline.train.resume.saving import explain_save_errors
 from logitcask.pipeline.train.sources.source import Source
 
 

@@ -21,12 +21,13 @@ from logitcask.pipeline.batches.scheduled import ScheduledExamples, ScheduledSam
 from logitcask.pipeline.models.dense.rows import EXACT, DenseRows
 from logitcask.pipeline.models.load import probe_logits
 from logitcask.pipeline.models.losses import LossSettings, RouterLoss
+from logitcask.pipeline.runs.run_folder import explain_save_errors
 from logitcask.pipeline.settings.training.schedule import Ramp
 from logitcask.pipeline.text.tokenizer import make_loadable
 from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.mixin import DistillationMixin
-from logitcask.pipeline.train.resume.saving import explain_save_errors, load_weights
+from logitcask.pipeline.train.resume.saving import load_weights
 from logitcask.pipeline.train.selection import Selection
 
 

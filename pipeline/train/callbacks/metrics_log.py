@@ -14,8 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from logitcask.cache.storage.ownership import watch_folder
-from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, read_log
-from logitcask.pipeline.train.resume.saving import explain_save_errors
+from logitcask.pipeline.runs.run_folder import LOG_FILE, Line, explain_save_errors, read_log
 
 
 class MetricsLog(TrainerCallback):

@@ -2,14 +2,12 @@
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import wait_for_everyone
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.utils import logging
@@ -19,7 +17,7 @@ from logitcask.cache.storage.staging import lock_file
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import WEIGHTS_FILE as ADAPTER_WEIGHTS
 from logitcask.pipeline.models.adapters import has_adapter, load_adapter_weights
-from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint, write_json
+from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, write_json
 from logitcask.pipeline.train.resume.intact import WEIGHTS_FILE, damaged, instead_of
 
 PATIENCE = 15.0  # seconds to wait for the lock of a run's folder
@@ -92,30 +90,6 @@ def _lock(folder: Path, number: int) -> None:
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-@contextlib.contextmanager
-def explain_save_errors(output: Path) -> Iterator[None]:
-    """Turn a failed write into the run's folder into a LogitcaskError that says how to resume."""
-    try:
-        yield
-    except FileNotFoundError as error:  # as of watch_folder
-        reason = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-        raise LogitcaskError(
-            f"{output}: cannot save: {reason}: mount or move the folder back, then resume with "
-            "--resume-from-checkpoint latest, or start over without it if there is no checkpoint yet"
-        ) from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # raised by torch.save
-            raise
-        checkpoint = latest_checkpoint(output)
-        then = (
-            f"resume with --resume-from-checkpoint {checkpoint}" if checkpoint else "remove the folder and start over"
-        )
-        raise LogitcaskError(
-            f"{output}: cannot save: {error} ({shutil.disk_usage(output).free:,} bytes are free there): make room, "
-            f"then {then}"
-        ) from error
 
 
 class CompleteCheckpoint(TrainerCallback):

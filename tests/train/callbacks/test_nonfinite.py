@@ -263,13 +263,13 @@ def test_a_killed_worker_is_one_line_with_what_to_change(
     with monkeypatch.context() as patched:
         patched.setattr(DistillationTrainer, "training_step", kill_workers)
         with pytest.raises(LogitcaskError) as refused:
-            train(cache, run, num_workers=1, batch_size=4, max_steps=5, save_steps=2)
+            train(cache, run, num_workers=1, batch_size=4, max_steps=9, save_steps=2)
     line = str(refused.value)
     assert line.startswith("a process that reads batches was killed, usually because memory ran out (DataLoader ")
     assert "fewer --num-workers than 1 (each holds a shard); " in line
-    assert f"resume with --resume-from-checkpoint {run / 'checkpoint-2'}" in line
-    train(cache, run, batch_size=4, max_steps=5, save_steps=2, resume_from_checkpoint="latest")
-    assert len(losses(run)) == 5
+    assert f"resume with --resume-from-checkpoint {run / 'checkpoint-4'}" in line  # two batches had arrived
+    train(cache, run, batch_size=4, max_steps=9, save_steps=2, resume_from_checkpoint="latest")
+    assert len(losses(run)) == 9
 
 
 def test_the_savings_are_those_of_the_plan(tmp_path: Path) -> None:
