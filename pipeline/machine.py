@@ -92,11 +92,12 @@ def worker_processes(count: int) -> BaseContext | None:
 
 
 def prepare_worker(_: int) -> None:
-    """Make a DataLoader worker ignore SIGINT and end with the process that it works for, however that ends.
+    """Make a DataLoader worker ignore SIGINT and SIGHUP and end with the process that it works for, however that ends.
 
-    Ctrl-C in a terminal reaches it too, but the step still needs it.
+    Ctrl-C in a terminal, and its end, reach it too, but the step still needs it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 

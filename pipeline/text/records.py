@@ -60,6 +60,8 @@ def source_files(source: str) -> list[Path] | None:
         if not files:
             raise LogitcaskError(f"{source}: a folder without data files: give files ending in {', '.join(FILES)}")
         return files
+    if path.exists():
+        raise LogitcaskError(f"{source}: a pipe or a device, which can be read once only: write it to a file first")
     if any(sign in source for sign in "*?["):
         files = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         if not files:

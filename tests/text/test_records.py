@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def test_what_is_no_record_has_its_place_and_reason(
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # as of <(zcat …): it could not be read again to resume
     for source, reason in ((tmp_path / "none.jsonl", "no such data file"), (tmp_path / "empty", "without data files"),
+                           (tmp_path / "pipe", "a pipe or a device"),
                            (f"{tmp_path}/*.jsonl", "matches no file")):  # fmt: skip
         with pytest.raises(LogitcaskError, match=reason):
             read(source)

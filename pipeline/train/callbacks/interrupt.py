@@ -1,5 +1,6 @@
 """Ctrl-C in stage 2: the first saves a checkpoint after the current step and stops; the second stops at once."""
 
+import os
 import signal
 import sys
 from types import FrameType, TracebackType
@@ -11,13 +12,16 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # schedulers send SIGTERM before they reclaim a machine
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal is gone, as with a lost SSH connection; not on Windows
+# schedulers send SIGTERM before they reclaim a machine
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """Within its context the first SIGINT or SIGTERM makes the Trainer save and stop; the next has its usual effect.
+    """Within its context the first SIGINT, SIGTERM or SIGHUP makes the Trainer save and stop.
 
-    A signal that is ignored, as in background jobs, stays ignored. All ranks stop after the same step, one step later
+    The next has its usual effect, except SIGHUP, of which a session that ends sends several. A signal that is ignored,
+    as in background jobs or by ``nohup``, stays ignored. All ranks stop after the same step, one step later
     than a single rank would: requests gathered in one step are read in the next, so that no rank waits for its device.
     """
 
@@ -26,12 +30,14 @@ class SaveOnInterrupt(TrainerCallback):
         self._stopped_at: TrainerState | None = None
         self._handlers: dict[int, Any] = {}  # those to restore
         self._requests: Tensor | None = None  # (ranks,), of the step before
+        self._terminals: list[int] = []  # descriptors
 
     def __enter__(self) -> Self:
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
         for number in self._handlers:
             signal.signal(number, self._request_stop)
+        self._terminals = [number for number in range(3) if os.isatty(number)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -40,6 +46,12 @@ class SaveOnInterrupt(TrainerCallback):
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
+        if number == HANGUP:
+            signal.signal(number, signal.SIG_IGN)
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for terminal in self._terminals:  # writing to it would fail
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():

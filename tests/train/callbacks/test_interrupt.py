@@ -1,9 +1,14 @@
 """The first SIGINT or SIGTERM saves a training run and stops it, the second stops it at once; also on several ranks."""
 
+import json
 import multiprocessing
 import os
+import pty
+import runpy
+import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.train import TrainSettings
 from logitcask.pipeline.train.train import run_training
 from logitcask.pipeline.train.trainer import DistillationTrainer
-from tests.support.forked import forks
+from tests.support.forked import calling, forks
 from tests.support.runs import STUDENT, losses, metrics, train, train_settings, weights, write_config
 from tests.support.servers import free_port
 from tests.support.tiny import make_cache
@@ -119,6 +124,44 @@ def test_a_terminals_interrupt_leaves_the_loaders_workers_alone(
     interrupt(monkeypatch, 2, signal.SIGINT, send=send)
     run = train(folder / "cache", tmp_path / "run", **options(folder), num_workers=1)
     assert len(losses(run)) == 9  # with a worker, dropout differs after the first epoch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_terminal_that_is_gone_is_the_first(folder: Path, tmp_path: Path, workers: int) -> None:
+    """As where an SSH connection is lost: every process that it started gets SIGHUP, and writing to it fails."""
+    ours, theirs = pty.openpty()
+    run = tmp_path / "run"
+    words = ["train", "--cache", folder / "cache", "--student-config", folder / "student.json", "--output-dir", run,
+             "--max-steps", 5000, "--logging-steps", 1, "--num-workers", workers]  # fmt: skip
+    child = calling(train_in_a_terminal, os.ttyname(theirs), words)
+    child.start()
+    log, late = run / "metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert time.monotonic() < late
+        assert child.is_alive()
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 1 << 16)
+    os.close(theirs)
+    os.close(ours)
+    child.join(60)
+    assert child.exitcode == 130
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    assert (
+        losses(run)[-1] == json.loads((checkpoint / "trainer_state.json").read_text())["log_history"][-1]["total_loss"]
+    )
+
+
+def train_in_a_terminal(terminal: str, words: list[object]) -> None:
+    """Run a command in a session whose terminal this is."""
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)
+    for number in range(3):
+        os.dup2(opened, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    sys.argv = ["logitcask", *map(str, words)]
+    runpy.run_module("logitcask", run_name="__main__", alter_sys=True)
 
 
 def assert_whole(folder: Path, place: Path) -> None:
