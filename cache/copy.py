@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ from logitcask.cache.storage.open import (
 )
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
 from logitcask.cache.storage.remote import RemoteStore
+from logitcask.cache.storage.staging import scratch_folder
 from logitcask.cache.storage.zip import pack
 from logitcask.cache.writer import create_cache, is_torn, plan_digest
 
@@ -84,7 +84,7 @@ def copy_cache(
     with contextlib.ExitStack() as stack:
         constants = store
         if len(chosen) < manifest.shards.count:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-"))) / "part"
+            folder = stack.enter_context(scratch_folder()) / "part"
             manifest = _write_part_constants(source, chosen, folder)
             constants = open_store(folder, read_only=True)
         job = _Copy(store, opened, constants, manifest, chosen, destination, advance)

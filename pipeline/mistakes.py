@@ -18,6 +18,7 @@ SECTIONS = {
     "the-system-ended-a---num-workers-process": "a process that reads batches was killed",
     "the-disk-is-full-in-stage-1": "cannot write the cache: ",
     "the-disk-is-full-in-training": ": cannot save: …make room, then ",
+    "the-disk-of-temporary-files-is-full": ": no space is left there for temporary files: ",
     "the-runs-folder-is-gone": ": mount or move the folder back, then resume with ",
     "an-option-is-given-twice": ": is given twice, ",
     "windows": "writing needs file locks, which this system lacks",

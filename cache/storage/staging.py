@@ -1,6 +1,7 @@
 """Folders for what a run works with: removed at its end, kept for the same run again if it fails and left a ledger."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 from logitcask.cache.errors import LogitcaskError
 
+FULL = 1 << 20  # bytes: with less free, a disk is taken for the one that is full
 LEDGER = "ledger"  # in a folder that is to be resumed: what of it is whole
 
 
@@ -55,13 +57,30 @@ def end_staging(
 def temporary_folder(run: str) -> Iterator[Path]:
     """Yield a folder in the system's for temporary files: the same to every run of this user with this name.
 
-    While it is in use, or cannot be owned, it is one that no other run finds.
+    While it is in use, or cannot be owned, it is one that no other run finds. Raises LogitcaskError if that disk is full.
     """
     with contextlib.ExitStack() as stack:
-        folder = _own(run, stack)
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="logitcask-")))
-        yield folder
+        yield _own(run, stack) or stack.enter_context(scratch_folder())
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a new folder in the system's for temporary files. Raises LogitcaskError if that disk is full."""
+    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder, _explain_full_disk():
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _explain_full_disk() -> Iterator[None]:
+    place = tempfile.gettempdir()
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC or shutil.disk_usage(place).free >= FULL:
+            raise
+        raise LogitcaskError(
+            f"{place}: no space is left there for temporary files: set TMPDIR to a folder on a larger disk"
+        ) from error
 
 
 def _own(run: str, stack: contextlib.ExitStack) -> Path | None:
@@ -84,6 +103,7 @@ def _own(run: str, stack: contextlib.ExitStack) -> Path | None:
             stack.enter_context(opened.pop_all())
         stack.callback(_remove_unless_resumable, home)
         stack.push(lambda *failure: end_staging(home / "files", *failure))
+        stack.enter_context(_explain_full_disk())
         return home / "files"
     return None
 

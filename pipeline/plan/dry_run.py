@@ -1,8 +1,5 @@
 """precompute-logits --dry-run: report what stage 1 would do with these options, without the teacher's weights."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from pydantic import BaseModel
 from rich.table import Table
@@ -10,6 +7,7 @@ from rich.text import Text
 
 from logitcask.cache.fidelity import row_width
 from logitcask.cache.report.info import LABEL_PARTS
+from logitcask.cache.storage.staging import scratch_folder
 from logitcask.pipeline.console import counted, duration, results
 from logitcask.pipeline.models.shapes import Amount, shape_of_teacher
 from logitcask.pipeline.plan.estimates import (
@@ -104,11 +102,11 @@ def dry_run(settings: PrecomputeSettings, bad: BadRecords | None = None) -> DryR
 
 
 def _tokenize(settings: PrecomputeSettings, encoder: Encoder, reading: Reading, bad: BadRecords) -> TokenTable:
-    with tempfile.TemporaryDirectory(prefix="logitcask-") as folder:
+    with scratch_folder() as folder:
         return stage_tokens(
             encoder,
             settings.train_data,
-            Path(folder),
+            folder,
             bad=bad,
             max_seq_length=settings.max_seq_length,
             records=reading,

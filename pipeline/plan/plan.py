@@ -1,7 +1,6 @@
 """Estimate what a run will cost: bytes of the cache, hours of the teacher, memory of both stages."""
 
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
+from logitcask.cache.storage.staging import scratch_folder
 from logitcask.pipeline.console import counted, results
 from logitcask.pipeline.models.shapes import (
     Amount,
@@ -196,11 +196,11 @@ def count_data(
                 yield where, record
             read += 1
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         identity = stage_tokens(
             encoder,
             reading.sources,
-            Path(folder),
+            folder,
             bad=BadRecords(None, bad_share),
             max_seq_length=max_seq_length,
             records=sample,

@@ -1,12 +1,13 @@
 """A full disk, a read-only target, a second writer: a one-line error, and nothing committed is lost."""
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import Shard
 from logitcask.cache.storage.ownership import sole_writer, watch_folder
+from logitcask.cache.storage.staging import scratch_folder, temporary_folder
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import explain_limits, plan_strides
@@ -70,6 +72,22 @@ def test_a_full_disk_in_training_is_one_line_and_the_run_resumes(
     (small_disk / "fill").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 2**16))
     with pytest.raises(LogitcaskError, match=r"then resume with --resume-from-checkpoint .*checkpoint-4"):
         train(cache, small_disk / "other", **changes, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("folder", [scratch_folder, lambda: temporary_folder("run")], ids=["new", "a run's"])
+def test_a_full_disk_of_temporary_files_is_named(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, folder: Callable[[], contextlib.AbstractContextManager[Path]]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with (
+        pytest.raises(LogitcaskError, match=f"{small_disk}: no space is left there for temporary files: set TMPDIR to"),
+        folder() as place,
+    ):
+        (place / "file").write_bytes(bytes(1 << 20))
+    assert not list(small_disk.iterdir())
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    with pytest.raises(OSError, match="elsewhere"), folder():
+        raise OSError(errno.ENOSPC, "elsewhere")
 
 
 def test_a_read_only_target_is_one_line(tmp_path: Path, small_disk: Path) -> None:
