@@ -57,7 +57,8 @@ def end_staging(
 def temporary_folder(run: str) -> Iterator[Path]:
     """Yield a folder in the system's for temporary files: the same to every run of this user with this name.
 
-    While it is in use, or cannot be owned, it is one that no other run finds. Raises LogitcaskError if that disk is full.
+    While it is in use, or cannot be owned, it is one that no other run finds. Raises LogitcaskError if the
+    disk is full.
     """
     with contextlib.ExitStack() as stack:
         yield _own(run, stack) or stack.enter_context(scratch_folder())

@@ -79,10 +79,8 @@ def test_a_full_disk_of_temporary_files_is_named(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, folder: Callable[[], contextlib.AbstractContextManager[Path]]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    with (
-        pytest.raises(LogitcaskError, match=f"{small_disk}: no space is left there for temporary files: set TMPDIR to"),
-        folder() as place,
-    ):
+    said = f"{small_disk}: no space is left there for temporary files: set TMPDIR to a"
+    with pytest.raises(LogitcaskError, match=said), folder() as place:
         (place / "file").write_bytes(bytes(1 << 20))
     assert not list(small_disk.iterdir())
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
