@@ -1,6 +1,8 @@
 """``logitcask evaluate``: a student against a cache (text and teacher), HumanEval, tasks of lm-evaluation-harness."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -22,7 +24,7 @@ from logitcask.pipeline.train.sources.cache import cache_identity
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:
-    """Evaluate a model on what the settings name, and write the figures to ``--output`` if it is given.
+    """Evaluate a model on what the settings name; write each part of the figures to ``--output``, if it is given.
 
     Raises LogitcaskError if model and cache do not match, one of them or a package is missing, or memory runs out.
     """
@@ -31,10 +33,11 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
 
 
 def _evaluate(settings: EvaluateSettings) -> Evaluation:
-    if settings.output is not None and not settings.output.parent.is_dir():
-        raise LogitcaskError(
-            f"--output {settings.output}: there is no folder {settings.output.parent}: create it first"
-        )
+    if (output := settings.output) is not None:
+        if not output.parent.is_dir():
+            raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: create it first")
+        if output.is_dir() or not os.access(output.parent, os.W_OK):
+            raise LogitcaskError(f"--output {output}: cannot be written: choose another file")
     reader = None if settings.cache is None else CacheReader(settings.cache)
     if reader is not None:
         require_tokenizer(settings.model, reader.manifest.tokenizer.fingerprint, reader.path)
@@ -47,16 +50,14 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     require_finite(model, settings.model)
-    evaluation = Evaluation(
-        model=settings.model,
-        on_cache=None
-        if reader is None
-        else evaluate_on_cache(
+    found = Evaluation(model=settings.model, on_cache=None, humaneval=None, tasks=[])
+    if reader is not None:
+        on_cache = evaluate_on_cache(
             model, reader, settings.limit, settings.batch_size, settings.where, settings.temperatures
-        ),
-        humaneval=None
-        if problems is None
-        else humaneval(
+        )
+        found = _kept(output, found, on_cache=on_cache)
+    if problems is not None:
+        scores = humaneval(
             model,
             tokenizer,
             problems,
@@ -66,12 +67,27 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             seed=settings.seed,
-        ),
-        tasks=[] if tasks is None else tasks.run(model, tokenizer, settings.limit, settings.batch_size),
-    )
-    if settings.output is not None:
-        settings.output.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return evaluation
+        )
+        found = _kept(output, found, humaneval=scores)
+    if tasks is not None:
+        found = _kept(output, found, tasks=tasks.run(model, tokenizer, settings.limit, settings.batch_size))
+    return found
+
+
+def _kept(output: Path | None, found: Evaluation, **part: Any) -> Evaluation:
+    """Add a part to what is found, and write that: hours of HumanEval are not lost if a task fails after them."""
+    found = found.model_copy(update=part)
+    if output is not None:
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.replace(output)
+        except OSError as error:
+            say(found.model_dump_json(), "found")
+            raise LogitcaskError(
+                f"--output {output}: cannot be written: {error.strerror}: choose another file"
+            ) from error
+    return found
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.cli import main
 from logitcask.pipeline.evaluate import evaluate as evaluating
@@ -245,6 +246,37 @@ def test_the_command_prints_and_writes(
         assert word in out
 
 
+def test_what_is_found_is_kept_if_a_later_part_fails(
+    place: Path, tmp_path: Path, figures: OnCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LogitcaskError("the second part failed")
+
+    words = ("--model", place / "student", "--cache", place / "cache", "--output", tmp_path / "evaluation.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluating, "humaneval", fail)
+        assert run(patched, *words, "--humaneval", "--allow-code-execution") == 2
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (found["on_cache"], found["humaneval"]) == (figures.model_dump(), None)
+
+
+def test_what_cannot_be_written_is_printed(
+    place: Path, tmp_path: Path, figures: OnCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", place / "student", "--cache", place / "cache", "--output", tmp_path / "out/evaluation.json")
+    (tmp_path / "out").mkdir()
+
+    def unmounted(*given: Any) -> OnCache:
+        (tmp_path / "out").rmdir()
+        return figures
+
+    monkeypatch.setattr(evaluating, "evaluate_on_cache", unmounted)
+    assert run(monkeypatch, *words) == 2
+    err = capsys.readouterr().err
+    assert figures.model_dump_json() in err
+    assert "cannot be written: No such file or directory" in said(err)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -254,6 +286,7 @@ def test_the_command_prints_and_writes(
         ({"model": "{0}/short"}, "max_position_embeddings is 16, the longest example has"),
         ({"model": "{0}/broken"}, "already has non-finite parameters: 1"),
         ({"output": "{0}/none/x.json"}, "there is no folder"),
+        ({"output": "{0}"}, "cannot be written: choose another file"),
         ({"limit": "0"}, "--limit: must be greater than or equal to 1"),
     ],
 )
