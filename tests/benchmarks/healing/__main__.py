@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from logitcask.cache.reader import is_complete
+from logitcask.cache.report.info import describe
 from logitcask.cache.storage.staging import lock_file
 from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.models.generate import answer
@@ -103,6 +104,14 @@ def make_cache(folder: Path, data: Path, name: str) -> Path:
             how |= {"train_data": str(corpus.in_cache_order(data)), "output": place}
             precompute(PrecomputeSettings.model_validate({**SMOLLM2, **how}))
     return place
+
+
+def bytes_per_position(folder: Path, data: Path, objective: str) -> float | None:
+    """Return the size of a label and its text, without what does not grow with them; None if it is not stored."""
+    if objective not in LABELS:
+        return None
+    info = describe(make_cache(folder, data, objective))
+    return round(sum(info.bytes_by_array.values()) / info.positions, 1)
 
 
 def train(folder: Path, data: Path, arm: Arm, kept: str, max_steps: int | None) -> Path:
@@ -229,7 +238,9 @@ def main() -> None:
             run = train(given.folder, parts[arm.share], arm, kept[arm.layers], max_steps)
             figures = held_out(str(run / "final"), judged, problems if arm.share == 1.0 else 0)
             with written(results, given.folder, hours) as done:
-                done["runs"][arm.name] = {"arm": arm._asdict(), "core_hours": round(next(own), 3), **figures}
+                size = bytes_per_position(given.folder, parts[arm.share], arm.objective)
+                costs = {"core_hours": round(next(own), 3), "bytes_per_position": size}
+                done["runs"][arm.name] = {"arm": arm._asdict(), **costs, **figures}
             print(arm.name, figures["perplexity"], figures["kl"], flush=True)
     with claimed(given.folder / "claims/teacher") as ours:
         if ours and not json.loads(results.read_text())["teacher"]:
