@@ -36,7 +36,7 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     if (output := settings.output) is not None:
         if not output.parent.is_dir():
             raise LogitcaskError(f"--output {output}: there is no folder {output.parent}: create it first")
-        if output.is_dir() or not os.access(output.parent, os.W_OK):
+        if output.is_dir() or not os.access(output if _is_device(output) else output.resolve().parent, os.W_OK):
             raise LogitcaskError(f"--output {output}: cannot be written: choose another file")
     reader = None if settings.cache is None else CacheReader(settings.cache)
     if reader is not None:
@@ -78,16 +78,22 @@ def _kept(output: Path | None, found: Evaluation, **part: Any) -> Evaluation:
     """Add a part to what is found, and write that: hours of HumanEval are not lost if a task fails after them."""
     found = found.model_copy(update=part)
     if output is not None:
-        partial = output.with_name(f".{output.name}.partial")
+        file = output.resolve()  # what a link refers to is written
+        partial = file if _is_device(file) else file.with_name(f".{file.name}.partial")
         try:
             partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            partial.replace(output)
+            partial.replace(file)
         except OSError as error:
             say(found.model_dump_json(), "found")
             raise LogitcaskError(
                 f"--output {output}: cannot be written: {error.strerror}: choose another file"
             ) from error
     return found
+
+
+def _is_device(file: Path) -> bool:
+    """Return whether this is a device or a pipe, such as /dev/stdout: a file must not take its place."""
+    return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -1,6 +1,8 @@
 """logitcask evaluate against the dense float64 reference, computed with the models themselves."""
 
 import json
+import os
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -236,7 +238,9 @@ def test_the_command_prints_and_writes(
     place: Path, tmp_path: Path, figures: OnCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--model", place / "student", "--cache", place / "cache")
-    assert run(monkeypatch, *words, "--json", "--output", tmp_path / "evaluation.json") == 0
+    (tmp_path / "link.json").symlink_to("evaluation.json")
+    assert run(monkeypatch, *words, "--json", "--output", tmp_path / "link.json") == 0
+    assert (tmp_path / "link.json").is_symlink()
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "evaluation.json").read_text())
     assert printed["on_cache"] == figures.model_dump()
@@ -258,6 +262,13 @@ def test_what_is_found_is_kept_if_a_later_part_fails(
         assert run(patched, *words, "--humaneval", "--allow-code-execution") == 2
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert (found["on_cache"], found["humaneval"]) == (figures.model_dump(), None)
+
+
+def test_a_device_stays_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(os.devnull)
+    words = ("--model", place / "student", "--cache", place / "cache", "--limit", 1)
+    assert run(monkeypatch, *words, "--output", tmp_path / "link") == 0
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
 def test_what_cannot_be_written_is_printed(
