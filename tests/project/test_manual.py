@@ -61,17 +61,21 @@ def test_commands_are_shown_with_options_that_they_have() -> None:
 def test_the_readme_is_short_and_repeats_the_manual() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 250
-    study, first_run = ((DOCS / name).read_text() for name in ("results/study.md", "start/first-run.md"))
-    rows = [
-        re.split(r" *\| *", line.strip("| "))
-        for line in text.split("## How good is it?")[1].splitlines()
-        if " ± " in line
-    ]
-    found = [re.split(r" *\| *", line.strip("| ")) for line in study.splitlines() if line.startswith("| ")]
-    full = {row[0]: [row[1], *row[6:]] for row in found}
-    assert len(rows) == 3
-    for name, *cells in rows[:3]:
-        assert cells == full[name.replace("`", "").replace(",", "").removesuffix(" the default")], name
+    first_run = (DOCS / "start/first-run.md").read_text()
+    runs = json.loads((ROOT / "tests/benchmarks/results/healing.json").read_text())["runs"]
+
+    def cells(objective: str) -> list[str]:
+        of = {at: runs.get(f"{objective}_T{at}_0.25_20_seed0") for at in (1, 2)}
+        kl = {at: {each["temperature"]: f"{each['kl']:.3f}" for each in run["kl"]} for at, run in of.items() if run}
+        size = next(run for run in of.values() if run)["bytes_per_position"]
+        after_two = [kl[2][2.0], kl[2][1.0]] if 2 in kl else ["", ""]
+        return [f"{size:.0f}" if size else "–", *after_two, kl[1][1.0] if 1 in kl else ""]
+
+    names = {"the teacher in memory": "exact", "`exact`, 4 bits": "exact-labels", "`standard`, the default": "standard",
+             "top-64, renormalised": "top-64-renormalised", "the text alone": "cross-entropy"}  # fmt: skip
+    for name, objective in names.items():
+        row = next(line for line in text.split("## How good is it?")[1].splitlines() if line.startswith(f"| {name} |"))
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == cells(objective)
     output = text.split("## First run")[1].split("```")[1]
     assert not set(output.splitlines()) - set(first_run.splitlines())
 
@@ -145,6 +149,12 @@ def test_what_healed_students_were_predicted_to_be_is_beside_what_was_seen() -> 
         behind = ", ".join(f"+{a - b:.3f}" for a, b in zip(kl(objective.replace(" ", "-"), 2), exact, strict=True))
         assert f"| {objective}, more than that: KL at T=1, at T=2 | {predicted} | {behind} |" in page
     assert f"| at T=1: exact, KL at T=1 | 0.70 | {now[0]:.3f} |" in page
+    labels, default, top = (kl(name, 2)[0] - exact[0] for name in ("exact-labels", "standard", "top-64-renormalised"))
+    for text in (" ".join(page.split()), " ".join((DOCS / "results/study.md").read_text().split())):
+        said = (
+            f"to {labels:.3f} nats at T=2, the default label is {default:.3f} behind, and top-64 renormalised {top:.2f}"
+        )
+        assert said in text
     for objective, predicted in (("cross-entropy", "1.05, so +0.35"), ("standard", "within 0.015")):
         assert f"| {objective}, more than that | {predicted} | +{kl(objective, 1)[0] - now[0]:.3f} |" in page
 
