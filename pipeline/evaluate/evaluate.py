@@ -50,12 +50,12 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
     tokenizer = load_tokenizer(settings.model)
     model = load_causal_lm(settings.model, dtype=torch.float32).to(choose_device(settings.device)).eval()
     require_finite(model, settings.model)
-    found = Evaluation(model=settings.model, on_cache=None, humaneval=None, tasks=[])
+    evaluation = Evaluation(model=settings.model, on_cache=None, humaneval=None, tasks=[])
     if reader is not None:
         on_cache = evaluate_on_cache(
             model, reader, settings.limit, settings.batch_size, settings.where, settings.temperatures
         )
-        found = _kept(output, found, on_cache=on_cache)
+        evaluation = _kept(output, evaluation, on_cache=on_cache)
     if problems is not None:
         scores = humaneval(
             model,
@@ -68,27 +68,27 @@ def _evaluate(settings: EvaluateSettings) -> Evaluation:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        found = _kept(output, found, humaneval=scores)
+        evaluation = _kept(output, evaluation, humaneval=scores)
     if tasks is not None:
-        found = _kept(output, found, tasks=tasks.run(model, tokenizer, settings.limit, settings.batch_size))
-    return found
+        evaluation = _kept(output, evaluation, tasks=tasks.run(model, tokenizer, settings.limit, settings.batch_size))
+    return evaluation
 
 
-def _kept(output: Path | None, found: Evaluation, **part: Any) -> Evaluation:
-    """Add a part to what is found, and write that: hours of HumanEval are not lost if a task fails after them."""
-    found = found.model_copy(update=part)
+def _kept(output: Path | None, evaluation: Evaluation, **part: Any) -> Evaluation:
+    """Add a part to an evaluation, and write that: hours of HumanEval are not lost if a task fails after them."""
+    evaluation = evaluation.model_copy(update=part)
     if output is not None:
         file = output.resolve()  # what a link refers to is written
         partial = file if _is_device(file) else file.with_name(f".{file.name}.partial")
         try:
-            partial.write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
             partial.replace(file)
         except OSError as error:
-            say(found.model_dump_json(), "found")
+            say(evaluation.model_dump_json(), "figures")
             raise LogitcaskError(
                 f"--output {output}: cannot be written: {error.strerror}: choose another file"
             ) from error
-    return found
+    return evaluation
 
 
 def _is_device(file: Path) -> bool:
