@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -264,11 +263,16 @@ def test_what_is_found_is_kept_if_a_later_part_fails(
     assert (found["on_cache"], found["humaneval"]) == (figures.model_dump(), None)
 
 
-def test_a_device_stays_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "link").symlink_to(os.devnull)
+def test_a_pipe_stays_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a device, such as /dev/stdout: no file takes its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
     words = ("--model", place / "student", "--cache", place / "cache", "--limit", 1)
-    assert run(monkeypatch, *words, "--output", tmp_path / "link") == 0
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert run(monkeypatch, *words, "--output", pipe) == 0
+    assert pipe.is_fifo()
+    assert json.loads(os.read(reader, 1 << 16))["on_cache"]["examples"] == 1
+    os.close(reader)
 
 
 def test_what_cannot_be_written_is_printed(
