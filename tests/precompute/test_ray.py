@@ -233,6 +233,7 @@ def test_a_killed_worker_is_restarted(folder: Path, cluster: str, tmp_path: Path
     assert folder_bytes(tmp_path / "cache") == folder_bytes(folder / "want")
 
 
+@pytest.mark.nightly  # a killed worker, and a killed run without Ray, are tested in every check
 def test_a_killed_driver_is_followed_by_the_same_command(folder: Path, cluster: str, tmp_path: Path) -> None:
     run = start(words(folder, tmp_path / "cache", cluster))
     wait_for_shards(tmp_path / "cache", 2, run)

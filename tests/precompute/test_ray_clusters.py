@@ -129,7 +129,7 @@ def test_without_an_address_an_existing_cluster_is_used(
 
     monkeypatch.setattr(RayExecutor, "write_shards", spy)
     monkeypatch.setenv("RAY_ADDRESS", cluster)
-    precompute(settings(folder, tmp_path / "cache", "auto"))
+    precompute(settings(folder, tmp_path / "cache", "auto").model_copy(update={"workers": 1}))
     assert seen == [cluster]
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(LogitcaskError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
