@@ -60,7 +60,8 @@ def evaluate_on_cache(
         for first in range(0, len(chosen), batch_size):
             examples = [reader.example(int(i)) for i in chosen[first : first + batch_size]]
             batch = collator([TrainingExample(Encoded(e.input_ids, e.target_mask), None) for e in examples])
-            hidden = last_hidden_states(model, batch["input_ids"].to(model.device)).flatten(0, 1)
+            ids, lengths = batch["input_ids"].to(model.device), batch["is_token"].sum(1)
+            hidden = last_hidden_states(model, ids, lengths=lengths).flatten(0, 1)
             totals.add(examples, hidden[batch["target_index"].to(model.device)], head, batch["gold"])
             advance(len(examples))
     return totals.on_cache(str(reader.path))

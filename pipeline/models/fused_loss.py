@@ -77,7 +77,9 @@ def fused_position_losses(
             checkpoint(losses_of, part, hidden_NH[part], weight, bias, **how)  # type: ignore[arg-type]
             for part in parts
         ]
-    return torch.cat(losses) if losses else hidden_NH.sum(1)
+    if not losses:  # a rank without examples: its zero gradients are those of the others' tensors, for which DDP waits
+        return LMHead(weight, bias, head.scale, head.softcap).logits(hidden_NH).sum(1)
+    return torch.cat(losses)
 
 
 def _autocast(hidden_NH: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ Legend: N rows of hidden states, L probed tokens, H width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.pipeline.models.long_rope import short_and_long_apart, short_length
 
 SLICE_LOGITS = 1 << 24  # per matrix product: enough rows to run at full speed, 64 MiB in float32
 CACHED_LOGITS = 1 << 19  # per chunk of a slice on a CPU: what its cache holds
 EXACT = 1e-5  # relative difference allowed of what is measured in float32
 PROBED = 8  # tokens
+PACKED = (5, 9)  # tokens of two examples in a row
 SAMPLED_ROWS = 512  # of the head, compared with the model's own logits
 
 
@@ -57,15 +60,40 @@ class LMHead:
         return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)  # autograd saves the tanh
 
 
-def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def last_hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
     """Return the hidden states that a causal LM's head reads, shape (batch, length, width).
 
     ``position_ids`` has the shape of ``input_ids`` and restarts at 0 with each example packed in a row; see
-    ``keeps_apart``.
+    ``keeps_apart``. Given the ``lengths`` (batch,) of rows of one example each, whatever the model, a row's hidden
+    states do not depend on how long the others are.
     """
+    short = None if lengths is None else short_length(model)
+    if lengths is not None and short is not None and input_ids.shape[1] > short:
+        return short_and_long_apart(partial(last_hidden_states, model), input_ids, lengths, short)
     positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden: Tensor = _body(model)(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
     return hidden
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return how many tokens a model takes. The embedding inside an adapter has no ``num_embeddings``."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the relative difference allowed of what a model computes in a dtype, or in autocast's."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return max(1e-3, 8 * torch.finfo(dtype).eps)
+
+
+def _close(hidden: Tensor, expected: Tensor) -> bool:
+    """Return whether hidden states are those expected, up to rounding."""
+    allowed = _rounding(expected.dtype, expected.device)
+    most = float(expected.abs().nan_to_num(0.0, posinf=0.0).max())
+    return torch.allclose(hidden, expected, rtol=allowed, atol=allowed * most, equal_nan=True)
 
 
 def _body(model: PreTrainedModel) -> torch.nn.Module:
@@ -80,21 +108,23 @@ def _body(model: PreTrainedModel) -> torch.nn.Module:
 def keeps_apart(model: PreTrainedModel) -> bool:
     """Return whether examples packed in one row, separated by position_ids, get the hidden states they get alone.
 
-    Found by trying: it depends on the architecture, its attention kernel and the version of transformers.
+    Found by trying: it depends on the architecture, its attention kernel and the version of transformers. In two rows,
+    because transformers' flash attention takes the examples of a single row apart, but not those of more.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    alone = [torch.arange(length, device=device)[None] * 7 % vocabulary for length in (5, 9)]
-    positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in alone])[None]
+    ids = torch.arange(max(PACKED), device=device) * 7 % vocabulary_size(model)
+    rows = PACKED, PACKED[::-1]
+    positions = torch.stack([torch.cat([torch.arange(length, device=device) for length in row]) for row in rows])
     try:
-        expected = torch.cat([last_hidden_states(model, ids)[0] for ids in alone])
-        packed = last_hidden_states(model, torch.cat(alone, dim=1), positions)[0]
+        alone = {length: last_hidden_states(model, ids[None, :length])[0] for length in PACKED}
+        expected = torch.stack([torch.cat([alone[length] for length in row]) for row in rows])
+        packed = last_hidden_states(model, ids[positions], positions)
     except (TypeError, ValueError):  # the model takes no position_ids
         return False
     finally:
         model.train(was_training)
-    return torch.allclose(packed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    return _close(packed, expected)
 
 
 @torch.no_grad()
@@ -131,6 +161,7 @@ def read_head(model: PreTrainedModel) -> LMHead:
         config = model.config.get_text_config()
         read = LMHead(head.weight, bias, _as_configured(before * scale, config), cap and _as_configured(cap, config))
         _compare(model, read, hidden[0], model(input_ids=ids, use_cache=False).logits[0])
+        _require_causal(model, ids, hidden)
     finally:
         model.train(was_training)
     return read
@@ -141,7 +172,10 @@ def trained_head(module: Any) -> Any:
     copies = getattr(module, "modules_to_save", None)
     if copies is None:
         return module
-    return copies[module.active_adapters[0]]
+    active = module.active_adapters
+    if module.disable_adapters or not active or any(adapter not in copies for adapter in active):
+        return module.original_module
+    return copies[active[0]]
 
 
 def non_finite_remedy(dtype: str) -> str:
@@ -202,6 +236,17 @@ def _run_with(
     return given, logits
 
 
+def _require_causal(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> None:
+    """Raise LogitcaskError if another last token changes the hidden states (1, L, H) of those before it."""
+    other = ids.clone()
+    other[0, -1] = 0  # not among the probed ones
+    if not _close(last_hidden_states(model, other)[:, :-1], hidden[:, :-1]):
+        raise LogitcaskError(
+            f"{type(model).__name__}: not supported: its tokens see those that follow, so its logits would be of text "
+            "that they know: set use_bidirectional_attention to false in its config, or choose a causal language model"
+        )
+
+
 def _factor_before(model: PreTrainedModel, given: list[Tensor], hidden: Tensor) -> float:
     """Return by what a model multiplies hidden states before its head. Raises LogitcaskError if it does more."""
     if len(given) != 1 or given[0].shape != hidden.shape:
@@ -255,7 +300,7 @@ def _compare(model: PreTrainedModel, read: LMHead, hidden_LH: Tensor, own_LV: Te
     sampled = LMHead(read.weight[ids].cpu().double(), bias, read.scale, read.softcap)
     expected = sampled.logits(hidden_LH[finite].cpu().double())
     own = own_LV[finite][:, ids].cpu().double()
-    allowed = max(1e-3, 8 * torch.finfo(dtype).eps) * float(expected.abs().max())
+    allowed = _rounding(dtype, read.weight.device) * float(expected.abs().max())
     difference = float((own - expected).abs().max())
     if not difference <= allowed:
         raise _not_supported(

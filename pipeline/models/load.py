@@ -16,6 +16,7 @@ from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.gguf import parsed_once
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import adapted, adapter_differences, base_of, is_adapter
+from logitcask.pipeline.models.head import vocabulary_size
 from logitcask.pipeline.settings.base import config_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,7 +190,7 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
     """Return a row of token ids (1, L) on which models are compared, on the model's device."""
     length = min(24, max_positions(model) or 24)
     device = next(model.parameters()).device
-    ids: Tensor = torch.arange(length, device=device)[None] * 7 % model.get_input_embeddings().num_embeddings
+    ids: Tensor = torch.arange(length, device=device)[None] * 7 % vocabulary_size(model)
     return ids
 
 

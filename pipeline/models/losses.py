@@ -298,5 +298,5 @@ def require_known_loss(model: PreTrainedModel) -> None:
 
 def _probe(model: PreTrainedModel) -> Tensor:
     embeddings = model.get_input_embeddings()
-    ids: Tensor = torch.arange(1, 9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    ids: Tensor = torch.arange(1, 9, device=embeddings.weight.device)[None] % len(embeddings.weight)
     return ids

@@ -64,6 +64,11 @@ def padded(batch: Sequence[TokenizedExample | Encoded]) -> tuple[IntArray, NDArr
     return ids_BL, mask_BL
 
 
+def next_tokens(batch: Sequence[TokenizedExample | Encoded]) -> IntArray:
+    """Return the tokens after all target positions of a batch, (N,)."""
+    return np.concatenate([example.input_ids[1:][example.target_mask[:-1]] for example in batch])
+
+
 def teacher_id(source: str) -> str:
     """Return a teacher's name: its hub id, also that of a snapshot in the hub's cache, or the last part of a path."""
     if not Path(source).exists():

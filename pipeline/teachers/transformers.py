@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitcask.cache.exact.head import TeacherHead
-from logitcask.cache.labels import FloatArray, IntArray
+from logitcask.cache.labels import FloatArray
 from logitcask.cache.manifest import LabelSettings, MadeBy, TeacherIdentity
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device, device_name, why_slow
@@ -24,7 +23,16 @@ from logitcask.pipeline.teachers.exact.coder import HiddenCoder
 from logitcask.pipeline.teachers.exact.heads import stored_head
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import batch_draws, label_rows, slice_rows, split_rows
-from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, made_by, padded, teacher_id
+from logitcask.pipeline.teachers.teacher import (
+    Labelled,
+    TeacherFacts,
+    TokenizedExample,
+    made_by,
+    next_tokens,
+    padded,
+    teacher_id,
+)
+from logitcask.pipeline.text.tokens.encoded import Encoded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,15 +58,14 @@ class TransformersTeacher:
 
         Rows are padded on the right and run without a padding mask: attention is causal, so no real token sees padding.
         """
-        ids_BL, mask_BL = padded(batch)
-        counts = mask_BL.sum(1).tolist()
+        counts = [int(example.target_mask.sum()) for example in batch]
         with torch.inference_mode():
-            hidden_NH = self.target_states(ids_BL, mask_BL)
+            hidden_NH = self.target_states(batch)
             buffer = self.room(label)
             targets, fidelity = label_rows(
                 partial(self._head.logits, room=buffer),
                 hidden_NH,
-                np.roll(ids_BL, -1, axis=1)[mask_BL],
+                next_tokens(batch),
                 batch_draws(batch, counts, label),
                 np.concatenate([example.measured for example in batch]),
                 label,
@@ -73,16 +80,18 @@ class TransformersTeacher:
         """Its output head."""
         return self._head
 
-    def target_states(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+    def target_states(self, batch: Sequence[TokenizedExample | Encoded]) -> Tensor:
         """Return the last hidden states of the target positions, (N, H)."""
-        hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device))
+        ids_BL, mask_BL = padded(batch)
+        lengths_B = torch.tensor([len(example.input_ids) for example in batch])
+        hidden_BLH = last_hidden_states(self._model, torch.from_numpy(ids_BL).to(self._model.device), lengths=lengths_B)
         at_N = torch.from_numpy(np.flatnonzero(mask_BL)).to(hidden_BLH.device)
         return hidden_BLH.flatten(0, 1)[at_N]  # by a mask, the host would wait to learn how many there are
 
     def hidden_states(self, batch: Sequence[TokenizedExample]) -> FloatArray:
         """Return what the head reads at the target positions of a batch, (N, W)."""
         with torch.inference_mode():
-            hidden: FloatArray = self.target_states(*padded(batch)).float().cpu().numpy()
+            hidden: FloatArray = self.target_states(batch).float().cpu().numpy()
         return hidden
 
     def output_head(self, vocab_size: int) -> TeacherHead:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from logitcask.cache.errors import LogitcaskError, shown, shown_reason
+from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import choose_device
 from logitcask.pipeline.runs.run_folder import SETTINGS_FILE, latest_checkpoint
 from logitcask.pipeline.settings.base import flag_of
@@ -21,6 +23,7 @@ CHECKPOINTING = next(  # renamed in transformers 5.2x
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
+BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 WARMUP_SHARE = "warmup_ratio"  # of earlier versions of transformers, which now take a share as warmup_steps
 WARMUP = 20  # steps, unless a run is short
 OPTIONS = {
@@ -63,6 +66,7 @@ OURS = {
     *("train_sampling_strategy", "length_column_name", "ignore_data_skip", "auto_find_batch_size", "bf16_full_eval"),
     *("fp16_full_eval", "average_tokens_across_devices", "logging_nan_inf_filter", "save_on_each_node"),
     *("restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "logging_first_step"),
+    *("accelerator_config", "parallelism_config"),
 }
 
 
@@ -148,7 +152,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         dataloader_num_workers=settings.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         torch_compile=settings.torch_compile,
-        use_cpu=settings.device == "cpu",
+        use_cpu=choose_device(settings.device).type == "cpu",
         **{CHECKPOINTING: bool(settings.use_gradient_checkpointing)},
         report_to="none",  # trackers() reports instead
         project=settings.wandb_project,
@@ -158,16 +162,36 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     )
     try:
         arguments = TrainingArguments(**{**values, **_others(settings.training_args)})
-        if {"optim", "optim_args"} & settings.training_args.keys():
-            Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        _try(arguments, settings.training_args)
+    except (ValueError, TypeError, ImportError, RuntimeError, AttributeError, ArithmeticError) as error:
         if not settings.training_args:
             raise
         raise LogitcaskError(
             f"--training-args: transformers refuses them: {shown_reason(error)}: correct them"
         ) from error
     arguments.load_best_model_at_end = settings.load_best  # set here: the Trainer saves at each new best, at any step
+    if arguments.n_gpu > 1:  # otherwise the Trainer takes DataParallel, whose replicas do not compute our loss
+        say(f"1 of {arguments.n_gpu} GPUs is used: start with torchrun to use all of them")
+        arguments._n_gpu = 1
     return arguments
+
+
+def _try(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise what transformers raises about the optimizer, the schedule or the kernels that some arguments ask for."""
+    if {"optim", "optim_args"} & given.keys():
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs the package liger-kernel")
+    if not {"lr_scheduler_type", "lr_scheduler_kwargs"} & given.keys():
+        return
+    optimizer, steps = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate), 10
+    how = {"num_warmup_steps": 2, "num_training_steps": steps}
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type, optimizer, **how, scheduler_specific_kwargs=arguments.lr_scheduler_kwargs
+    )
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
 
 
 def _others(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +210,11 @@ def _others(given: Mapping[str, Any]) -> dict[str, Any]:
             raise LogitcaskError(
                 f"--training-args: TrainingArguments has no field {shown(name)}: did you mean {', '.join(close)}?"
             )
+    if given.get("lr_scheduler_type") in BY_METRIC:
+        raise LogitcaskError(
+            f"--training-args: lr_scheduler_type {given['lr_scheduler_type']} waits for the Trainer's evaluations, but "
+            "those are Logitcask's own: choose one by steps, such as cosine or constant_with_warmup"
+        )
     others = dict(given)
     share = others.pop(WARMUP_SHARE, None)
     if share is not None:

@@ -3,9 +3,10 @@
 Legend: R rows of a batch, L tokens per row, N target positions of the batch, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,67 +17,19 @@ from transformers import PreTrainedModel
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.labels import SoftLabels
 from logitcask.pipeline.batches.collate import Batch
-from logitcask.pipeline.models.dense.rows import EXACT, DenseRows, ExactLabels, ExactRows, for_divergence, log_probs
+from logitcask.pipeline.models.dense.rows import DenseRows, ExactLabels, ExactRows, for_divergence, log_probs
 from logitcask.pipeline.models.fused_loss import fused_loss, fused_position_losses
-from logitcask.pipeline.models.head import LMHead, keeps_apart, last_hidden_states, read_head, trained_head
-from logitcask.pipeline.models.losses import DIVERGENCES, LossSettings, OwnLoss, RouterLoss, position_losses
-from logitcask.pipeline.settings.training.schedule import Ramp
+from logitcask.pipeline.models.head import (
+    LMHead,
+    keeps_apart,
+    last_hidden_states,
+    read_head,
+    trained_head,
+    vocabulary_size,
+)
+from logitcask.pipeline.models.losses import LossSettings, OwnLoss, RouterLoss, position_losses
+from logitcask.pipeline.train.distillation import Distillation
 from logitcask.pipeline.train.selection import Selection, loss_of_replay, selected_loss
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """The loss: alpha * cross-entropy + (1 - alpha) * T^2 * divergence, or in its place a ``loss`` of your own.
-
-    ``alpha``: a number, or (first, last) for a straight line over the steps of a trainer, which evaluates by the last.
-    ``temperature``: None takes that of the labels; a number is compared with it. ``divergence``: forward-kl, or with
-    exact labels or those of tail="bucket" also reverse-kl, jsd and tvd. ``loss``: a function of the student's logits
-    (n, V) of n positions, at T=1, and their ``SoftLabels`` (ids, weights, log_probs, log_rest, temperature), of exact
-    labels with every token in the head; it returns n losses.
-
-        Distillation(alpha=0.1)
-    """
-
-    alpha: float | tuple[float, float] = 0.1
-    temperature: float | None = None
-    divergence: str = "forward-kl"
-    loss: OwnLoss | None = None
-
-    def __post_init__(self) -> None:
-        if not all(0.0 <= alpha <= 1.0 for alpha in Ramp.of(self.alpha)):
-            raise LogitcaskError(f"alpha must be between 0 and 1, got {self.alpha}")
-        if self.divergence not in DIVERGENCES:
-            raise LogitcaskError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
-        if self.loss is not None and self.divergence != "forward-kl":
-            raise LogitcaskError(f"divergence {self.divergence!r} and a loss of your own: give one of the two")
-
-    def settings(self, batch: Mapping[str, Any]) -> LossSettings:
-        """Return the loss of a batch at its labels' temperature. Raises LogitcaskError if its labels do not fit."""
-        labels: SoftLabels[Tensor] | ExactLabels[Tensor] | None = batch.get("soft_labels")
-        alpha = Ramp.of(self.alpha).last
-        if labels is None:
-            if alpha < 1.0 and len(batch["target_index"]):  # a rank may have no examples in the last step
-                raise LogitcaskError(
-                    f"alpha {alpha:g} needs soft labels, but the batch has none: take batches from a cache, or "
-                    "set alpha to 1"
-                )
-            return LossSettings(1.0, 1.0, "sampled", "forward-kl")
-        if len(labels.ids) != len(batch["target_index"]):
-            raise LogitcaskError(
-                f"the batch has labels for {len(labels.ids)} positions and {len(batch['target_index'])} target "
-                "positions: take both from one collator"
-            )
-        if self.temperature is not None and abs(self.temperature - labels.temperature) > 1e-6:
-            raise LogitcaskError(
-                f"temperature is {self.temperature:g}, but the batch's labels are at {labels.temperature:g}: give "
-                f"temperature={self.temperature:g} to the collator or loader, too"
-            )
-        if self.divergence != "forward-kl" and labels.tail not in ("bucket", EXACT):
-            raise LogitcaskError(
-                f"divergence {self.divergence} requires labels of tail='bucket', got {labels.tail!r}: give "
-                "tail='bucket' to the collator or loader, or take a cache of exact labels"
-            )
-        return LossSettings(alpha, labels.temperature, labels.tail, self.divergence, self.loss)
 
 
 def make_loss_forward(
@@ -108,12 +61,12 @@ def _install(
     *,
     per_position: bool = False,
 ) -> None:
-    model_forward, head = model.forward, model.get_output_embeddings()
-    head_forward = head.forward
+    """Replace the forward of a model and its head by methods, which a deep copy of the model has of its own."""
+    model_forward, head_forward = _function(model), _function(model.get_output_embeddings())
 
-    def head_loss(hidden: Tensor, batch: Batch | None = None, target: DenseRows | None = None) -> Any:
+    def head_loss(head: nn.Module, hidden: Tensor, batch: Batch | None = None, target: DenseRows | None = None) -> Any:
         if batch is None:
-            return head_forward(hidden)
+            return head_forward(head, hidden)
         run = trained_head(head)
         current = LMHead(run.weight, getattr(run, "bias", None), scale, softcap)
         settings = _at_step(how if isinstance(how, LossSettings) else how.settings(batch), batch)
@@ -122,13 +75,13 @@ def _install(
             return fused_position_losses(hidden, current, batch["gold"], batch.get("soft_labels"), settings)
         if "labelled" in batch:
             return loss_of_replay(hidden, current, batch, settings)
-        if selection is not None and model.training and "soft_labels" in batch:
+        if selection is not None and head.training and "soft_labels" in batch:
             return selected_loss(hidden, current, batch, settings, selection)
         return fused_loss(hidden, current, batch["gold"], target or batch.get("soft_labels"), settings)
 
-    def loss_forward(*args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
+    def loss_forward(model: PreTrainedModel, *args: Any, target_index: Tensor | None = None, **inputs: Any) -> Any:
         if target_index is None:
-            return model_forward(*args, **inputs)
+            return model_forward(model, *args, **inputs)
         batch = {**inputs, "target_index": target_index}
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         aux = None
@@ -139,13 +92,23 @@ def _install(
             outputs = model.base_model(input_ids=ids, use_cache=False, output_router_logits=True, **given)
             hidden = outputs.last_hidden_state
             aux = router(outputs.router_logits, inputs["is_token"])
+        head = model.get_output_embeddings()
         sums = head(hidden.flatten(0, 1)[target_index], batch, teacher(batch) if teacher else None)
         if router is None or aux is None:
             return sums
         aux = aux * len(target_index)
         return sums._replace(total=sums.total + router.coefficient * aux, aux=aux.detach())
 
-    model.forward, head.forward = loss_forward, head_loss
+    # compiled, the loss would be compiled again per number of positions
+    eager_head_loss = torch.compiler.disable(head_loss)  # type: ignore[no-untyped-call]
+    for module, method in ((model, loss_forward), (model.get_output_embeddings(), eager_head_loss)):
+        module.forward = MethodType(method, module)
+
+
+def _function(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's forward as a function of the module, too."""
+    forward = module.forward
+    return getattr(forward, "__func__", None) or (lambda _, *args, **named: forward(*args, **named))
 
 
 def with_rows(batch: Batch, device: torch.device) -> Batch:
@@ -219,6 +182,7 @@ def kd_loss(
     Raises LogitcaskError if model and batch do not fit each other.
     """
     how, bare = Distillation(alpha, temperature, divergence, loss), bare_model(model)
+    how.settings(batch)  # says early what does not fit
     device = bare.get_input_embeddings().weight.device
     if hasattr(bare, "_original_forward") and not torch.is_autocast_enabled(device.type):
         raise LogitcaskError(
@@ -227,7 +191,7 @@ def kd_loss(
     student = _students.get(bare)
     if student is None or batch["input_ids"].device.type == "cpu":
         _require_same_positions(batch)
-        _require_vocabulary(batch, bare.get_input_embeddings().num_embeddings, device)
+        _require_vocabulary(batch, vocabulary_size(bare), device)
     if student is None:
         read = read_head(bare)
         student = _students[bare] = _Student(read.scale, read.softcap)

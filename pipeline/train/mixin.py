@@ -1,7 +1,7 @@
 """Distillation from a cache in any subclass of transformers.Trainer: the loss, its normalisation, the order of data."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.batches.collate import Batch, TrainingExample
 from logitcask.pipeline.batches.loader import data_loader
-from logitcask.pipeline.models.head import keeps_apart
+from logitcask.pipeline.models.head import keeps_apart, vocabulary_size
 from logitcask.pipeline.models.losses import LossSums, read_router_loss
 from logitcask.pipeline.settings.training.schedule import Ramp
-from logitcask.pipeline.train.loss import Distillation, bare_model, make_loss_forward, require_apart, require_vocabulary
+from logitcask.pipeline.train.distillation import Distillation
+from logitcask.pipeline.train.loss import bare_model, make_loss_forward, require_apart, require_vocabulary
 from logitcask.pipeline.train.selection import Selection
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ else:
 
 SUMS = ("total", "hard", "soft", "teacher_mass", "student_mass")
 NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+OURS = {  # what transformers and TRL do to losses and batches of their own, with the values that ask for nothing
+    "label_smoothing_factor": (0.0,),
+    "loss_type": ("nll",),
+    "completion_only_loss": (None, False),
+    "assistant_only_loss": (False,),
+    "dataloader_drop_last": (False,),
+    "train_sampling_strategy": ("random",),
+    "group_by_length": (False, None),
+    "auto_find_batch_size": (False,),
+}
 
 
 class DistillationMixin(Trainer):
@@ -48,13 +59,16 @@ class DistillationMixin(Trainer):
     ) -> None:
         """Take the trainer's own arguments. Raises LogitcaskError if data, model and settings do not fit each other."""
         self.distillation = Distillation() if distillation is None else distillation
-        given = [name for name in NO_LOGITS if named.get(name) is not None]
-        if given:
-            raise LogitcaskError(f"{given[0]} takes logits of the whole vocabulary, which are never made: leave it out")
+        _require_supported(args, named)
         if any(parent.__name__ == "SFTTrainer" for parent in type(self).__mro__):
             self._init_sft(args, named)
         else:
             super().__init__(*args, train_dataset=train_dataset, **named)
+        if self.args.n_gpu > 1:
+            raise LogitcaskError(
+                f"{self.args.n_gpu} GPUs in one process: the Trainer would take DataParallel, whose replicas do not "
+                "compute the loss: start with torchrun or accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU"
+            )
         self.train_dataset, self.eval_dataset = train_dataset, named.get("eval_dataset")
         self._prepare_loss()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -93,7 +107,7 @@ class DistillationMixin(Trainer):
             raise LogitcaskError(f"train_dataset must be cache.dataset(), got {type(data).__name__}")
         if not hasattr(collator, "packed"):
             raise LogitcaskError(f"data_collator must be cache.collator(…), got {type(collator).__name__}")
-        require_vocabulary(data.vocab_size, model.get_input_embeddings().num_embeddings)
+        require_vocabulary(data.vocab_size, vocabulary_size(model))
         if collator.packed:
             require_apart(model, keeps_apart(model))
         make_loss_forward(model, self.distillation, None, read_router_loss(model, None))
@@ -235,6 +249,24 @@ class DistillationMixin(Trainer):
         if len(totals) > len(SUMS) + 2:
             metrics[f"{prefix}aux_loss"] = totals[-3] / count
         return metrics
+
+
+def _require_supported(args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Raise LogitcaskError if a trainer's arguments ask for what a cache's loss and batches would not do."""
+    given = [name for name in NO_LOGITS if named.get(name) is not None]
+    if given:
+        raise LogitcaskError(f"{given[0]} takes logits of the whole vocabulary, which are never made: leave it out")
+    if len(args) > 3:
+        raise LogitcaskError("give train_dataset and what follows it by name")
+    if named.get("model_init") is not None:
+        raise LogitcaskError("model_init makes models that lack the loss: give model, and make a trainer per run")
+    config = named.get("args", args[1] if len(args) > 1 else None)
+    for name, values in OURS.items() if config is not None else ():
+        value = getattr(config, name, values[0])
+        if value not in values:
+            raise LogitcaskError(
+                f"{name}={value!r} does not apply to a cache, which has its own targets, loss and order: leave it out"
+            )
 
 
 def _teacher_loss(examples: Sequence[TrainingExample]) -> float:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from logitcask.library.mix import Mix, mix
     from logitcask.library.training import loader
     from logitcask.pipeline.batches.loader import Loader
-    from logitcask.pipeline.train.loss import Distillation, kd_loss, kd_loss_from_logits
+    from logitcask.pipeline.train.distillation import Distillation
+    from logitcask.pipeline.train.loss import kd_loss, kd_loss_from_logits
     from logitcask.pipeline.train.mixin import DistillationMixin
 
 __all__ = [
@@ -60,7 +61,8 @@ _MODULES = {
     "library.mix": ("Mix", "mix"),
     "library.training": ("loader",),
     "pipeline.batches.loader": ("Loader",),
-    "pipeline.train.loss": ("Distillation", "kd_loss", "kd_loss_from_logits"),
+    "pipeline.train.distillation": ("Distillation",),
+    "pipeline.train.loss": ("kd_loss", "kd_loss_from_logits"),
     "pipeline.train.mixin": ("DistillationMixin",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

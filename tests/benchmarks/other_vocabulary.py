@@ -43,7 +43,7 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import shuffled
 from logitcask.pipeline.settings.precompute import PrecomputeSettings
-from logitcask.pipeline.teachers.teacher import TokenizedExample, padded
+from logitcask.pipeline.teachers.teacher import TokenizedExample
 from logitcask.pipeline.teachers.transformers import TransformersTeacher, load_teacher
 from logitcask.pipeline.teachers.translated.teacher import TranslatedTeacher
 from logitcask.pipeline.text.examples import Encoder
@@ -155,7 +155,7 @@ def sorted_probabilities(folder: Path) -> list[tuple[IntArray, np.ndarray[Any, A
         tops = []
         for (text, tokens, _), place in zip(read, places, strict=True):
             with torch.inference_mode():
-                hidden = teacher.target_states(*padded([text]))
+                hidden = teacher.target_states([text])
                 rows = np.cumsum(text.target_mask)[tokens[place] - 1] - 1
                 p = teacher.head.logits(hidden[torch.from_numpy(rows)]).softmax(1)
             tops.append(p.topk(SORTED, dim=1).values.numpy().astype(np.float16))
@@ -292,7 +292,7 @@ def labels(folder: Path, how: Setting, results: dict[str, Any]) -> None:
         own, tokens, offsets = unpack_companion(pair.companion)
         after = own.input_ids[np.flatnonzero(own.target_mask) + 1]
         with torch.inference_mode():
-            hidden = teacher.target_states(*padded([own]))
+            hidden = teacher.target_states([own])
             for piece in pieces(finder.positions(pair, own, tokens, offsets, 0), 64):
                 rows = slice(piece.first, piece.stop)
                 logits = teacher.head.logits(hidden[rows])

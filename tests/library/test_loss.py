@@ -233,7 +233,15 @@ BAD: list[tuple[Callable[[Batch], Batch], dict[str, Any], str]] = [
     (lambda b: b, {"temperature": 2.0}, "temperature is 2, but the batch's labels are at 1"),
     (lambda b: b, {"divergence": "jsd"}, "divergence jsd requires labels of tail='bucket', got 'sampled'"),
     (lambda b: b, {"divergence": "kl"}, "divergence must be one of forward-kl, reverse-kl, jsd, tvd, got 'kl'"),
-    (lambda b: b, {"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
+    (lambda b: b, {"alpha": 1.5}, "alpha must be a number between 0 and 1, .* got 1.5"),
+    (lambda b: b, {"alpha": "0.5"}, "alpha must be a number between 0 and 1, .* got '0.5'"),
+    (
+        lambda b: b,
+        {"alpha": [1, 0]},
+        r"alpha must be .* or \(first, last\) of two such, got \[1, 0",
+    ),
+    (lambda b: {name: value for name, value in b.items() if name != "gold"}, {}, "the batch has no gold: take it from"),
+    (lambda b: {"input_ids": b["input_ids"]}, {}, "the batch has no target_index: take it from the collator or"),
     (lambda b: b, {"divergence": "jsd", "loss": skewed_kl}, "give one of the two"),
 ]
 

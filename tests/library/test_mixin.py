@@ -152,6 +152,7 @@ BAD: list[tuple[Callable[[Any], dict[str, Any]], str]] = [
     (lambda cache: {"data_collator": None}, "data_collator must be cache.collator"),
     (lambda cache: {"compute_metrics": print}, "compute_metrics takes logits of the whole vocabulary"),
     (lambda cache: {"model": make_student(200)}, "the model's vocabulary has 200 tokens and the labels need 300"),
+    (lambda cache: {"model_init": make_student}, "model_init makes models that lack the loss: give model"),
 ]
 
 
@@ -164,6 +165,28 @@ def test_bad_use(folder: Path, tmp_path: Path, change: Callable[[Any], dict[str,
         CacheTrainer(**given)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label_smoothing_factor", 0.1), ("dataloader_drop_last", True), ("auto_find_batch_size", True),
+     ("train_sampling_strategy", "group_by_length")],
+)  # fmt: skip
+def test_what_the_trainer_does_to_its_own_loss_and_batches_is_refused(
+    folder: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    with pytest.raises(LogitcaskError, match=f"{name}={value!r} does not apply to a cache"):
+        trainer(folder, tmp_path, **{name: value})
+
+
+def test_several_gpus_in_one_process_are_refused(folder: Path, tmp_path: Path) -> None:
+    cache, seen = lc.open(folder / "cache"), arguments(tmp_path)
+    assert seen.n_gpu <= 1
+    seen._n_gpu = 2  # as where two are visible
+    with pytest.raises(LogitcaskError, match=r"2 GPUs in one process.* start with torchrun"):
+        CacheTrainer(make_student(), seen, cache.collator(), train_dataset=cache.dataset())
+    with pytest.raises(LogitcaskError, match="give train_dataset and what follows it by name"):
+        CacheTrainer(make_student(), arguments(tmp_path), cache.collator(), cache.dataset())
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,15 @@ def test_the_example(folder: Path, tmp_path: Path) -> None:
         assert lc.kd_loss(student, batch) < lc.kd_loss(before, batch)
 
 
+@pytest.mark.parametrize(
+    "change", [{"loss_type": "dft"}, {"completion_only_loss": True}, {"assistant_only_loss": True}]
+)
+def test_losses_of_trl_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(LogitcaskError, match=f"{name}={value!r} does not apply to a cache"):
+        trainer(folder, tmp_path, None, **change)
+
+
 def test_packing_is_the_collators(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LogitcaskError, match="packing and padding_free do not apply to a cache") as caught:
         trainer(folder, tmp_path, None, packing=True)

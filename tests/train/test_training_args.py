@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from logitcask.cache.errors import LogitcaskError
 from logitcask.pipeline.runs.run_folder import read_log
@@ -68,12 +70,40 @@ def test_compiled(cache: Path, options: dict[str, Any], tmp_path: Path) -> None:
         ({"optim": "galore_adamw"}, "transformers refuses them"),
         ({"warmup_ratio": 2}, "warmup_ratio must be at least 0 and below 1, got 2"),
         ({"hub_token": "secret"}, "hub_token is set by the login"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "accelerator_config cannot be set",
+        ),
+        ({"parallelism_config": {}}, "parallelism_config cannot be set"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau waits for the Trainer's evaluations"),
+        ({"lr_scheduler_type": "greedy"}, "greedy waits for the Trainer's evaluations"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "refuses them: TypeError: .*num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "refuses them: TypeError: .*'foo'"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}}, "ZeroDivisionError"),
+        ({"use_liger_kernel": True}, "needs the package liger-kernel"),
     ],
 )
 def test_those_that_are_refused(tmp_path: Path, given: dict[str, Any], rule: str) -> None:
     with pytest.raises(LogitcaskError, match=rule) as caught:
         training_arguments(train_settings("c", tmp_path / "run", training_args=given))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_mixed_precision_on_a_machine_without_a_gpu(tmp_path: Path, device: str) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    arguments = training_arguments(train_settings("c", tmp_path / "run", use_mixed_precision=True, device=device))
+    assert arguments.bf16
+    assert arguments.use_cpu
+
+
+def test_one_of_several_gpus_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Without torchrun the Trainer would run replicas of the student, which do not compute the loss."""
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 2, raising=False)
+    assert training_arguments(train_settings("c", tmp_path / "run")).n_gpu == 1
+    assert "1 of 2 GPUs is used: start with torchrun to use all of them" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "rule"), [("{1}", "must be a file or a JSON"), ("/no/file", "no such config file")])

@@ -19,7 +19,7 @@ from logitcask.cache.manifest import LabelSettings
 from logitcask.pipeline.models.head import LMHead
 from logitcask.pipeline.teachers.fidelity_probe import Probe
 from logitcask.pipeline.teachers.labelling import batch_draws, label_rows, slice_rows, split_rows
-from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, padded
+from logitcask.pipeline.teachers.teacher import Labelled, TeacherFacts, TokenizedExample, next_tokens
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.vocabulary.alignment import are_exchanged, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
@@ -38,7 +38,7 @@ class Reader(Protocol):
         """Its output head."""
         ...
 
-    def target_states(self, ids_BL: IntArray, mask_BL: NDArray[np.bool_]) -> Tensor:
+    def target_states(self, batch: Sequence[Encoded]) -> Tensor:
         """Return the last hidden states of the target positions, (R, H)."""
         ...
 
@@ -67,19 +67,18 @@ class TranslatedTeacher:
         """Return the labels of each example's target positions."""
         read = [unpack_companion(example.companion) for example in batch]
         texts = [teacher for teacher, _, _ in read]
-        ids_BL, mask_BL = padded(texts)
         counts = [int(example.target_mask.sum()) for example in batch]
         with torch.inference_mode():
-            hidden_RH = self._teacher.target_states(ids_BL, mask_BL)
+            hidden_RH = self._teacher.target_states(texts)
             own = [Encoded(example.input_ids, example.target_mask) for example in batch]
             if all(are_exchanged(*sides, self._bridge) for sides in zip(own, texts, strict=True)):
                 targets, fidelity = self._exchanged(hidden_RH, batch, counts, label)
                 nats = -float(targets.gold_logprobs.sum(dtype=np.float64))
-                size = sum(len(self._bridge.student[token] or b"") for token in _golds(batch).tolist())
+                size = sum(len(self._bridge.student[token] or b"") for token in next_tokens(batch).tolist())
                 projection = np.array([size, nats, nats])
             else:
                 positions = self._finder.batch(zip(own, read, strict=True))
-                own_R = np.roll(ids_BL, -1, axis=1)[mask_BL]
+                own_R = next_tokens(texts)
                 targets, fidelity, projection = self._projected(hidden_RH, own_R, positions, batch, counts, label)
         return Labelled(split_rows(targets, counts), fidelity, projection)
 
@@ -98,7 +97,7 @@ class TranslatedTeacher:
         return label_rows(
             logits,
             hidden_NH,
-            _golds(batch),
+            next_tokens(batch),
             batch_draws(batch, counts, label),
             np.concatenate([example.measured for example in batch]),
             label,
@@ -119,7 +118,7 @@ class TranslatedTeacher:
         own_size = len(self._bridge.teacher)
         rows = slice_rows(max(own_size, len(self._project.reached)), self._device, fresh=False)
         rows = max(1, rows // COPIES) if self._device.type == "cpu" else rows
-        golds, uniforms = _golds(batch), batch_draws(batch, counts, label)
+        golds, uniforms = next_tokens(batch), batch_draws(batch, counts, label)
         measured, done = np.concatenate([example.measured for example in batch]), 0
         parts, fidelity, total = list[SparseTargets](), FidelitySums.zeros(label.temperatures), np.zeros(3)
         for piece in pieces(positions, rows):
@@ -151,8 +150,3 @@ def _under_ids(targets: SparseTargets, tokens: IntArray) -> SparseTargets:
     """Return labels whose ids are places among some tokens with the tokens in their place."""
     tail_ids = np.where(targets.tail_counts > 0, tokens[targets.tail_ids], 0)
     return replace(targets, head_ids=tokens[targets.head_ids], tail_ids=tail_ids)
-
-
-def _golds(batch: Sequence[TokenizedExample]) -> IntArray:
-    """Return the student's tokens of all labelled positions, (N,)."""
-    return np.concatenate([example.input_ids[1:][example.target_mask[:-1]] for example in batch])

@@ -17,6 +17,7 @@ from logitcask.pipeline.batches.collate import Batch, Collator, TrainingExample
 from logitcask.pipeline.models.dense.rows import TeacherRows, TranslatedRows
 from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, keeps_apart, last_hidden_states, read_head
 from logitcask.pipeline.models.load import load_causal_lm, weights_fingerprint
+from logitcask.pipeline.models.long_rope import short_length
 from logitcask.pipeline.vocabulary.alignment import are_exchanged, unpack_companion
 from logitcask.pipeline.vocabulary.bridge import Bridge
 from logitcask.pipeline.vocabulary.covers import CoverFinder, Position
@@ -39,14 +40,19 @@ class OnlineTeacher:
         """Return the teacher's last hidden states at the batch's N target positions, with its head."""
         ids = batch["input_ids"]
         with torch.autocast(ids.device.type, enabled=False):
-            hidden = last_hidden_states(self.model, ids, batch.get("position_ids"))
+            hidden = last_hidden_states(self.model, ids, batch.get("position_ids"), self._lengths(batch))
         return TeacherRows(hidden.flatten(0, 1)[batch["target_index"]], self.head, self.vocab_size)
+
+    def _lengths(self, batch: Batch) -> Tensor | None:
+        """Return the tokens of each row, if each is an example."""
+        return None if "position_ids" in batch else batch["is_token"].sum(1)
 
 
 def load_online_teacher(source: str, vocab_size: int, device: torch.device) -> OnlineTeacher:
     """Load a teacher onto a device. Raises LogitcaskError if it cannot be loaded or its head cannot be separated."""
     model = load_causal_lm(source, dtype=torch.float32).eval().requires_grad_(False).to(device)
-    return OnlineTeacher(model, read_head(model), vocab_size, keeps_apart(model), weights_fingerprint(model))
+    packs = short_length(model) is None and keeps_apart(model)
+    return OnlineTeacher(model, read_head(model), vocab_size, packs, weights_fingerprint(model))
 
 
 @dataclass(frozen=True)
