@@ -44,7 +44,6 @@ from logitcask.cache.storage.open import (
     drop_partial_objects,
     flush_names_above,
     is_empty,
-    is_url,
     is_zip,
     open_store,
     write_objects,
@@ -52,6 +51,7 @@ from logitcask.cache.storage.open import (
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
 from logitcask.cache.storage.remote import RemoteStore
 from logitcask.cache.storage.staging import scratch_folder
+from logitcask.cache.storage.url import is_url
 from logitcask.cache.storage.zip import pack
 from logitcask.cache.writer import create_cache, is_torn, plan_digest
 

@@ -22,8 +22,9 @@ from logitcask.cache.layout import shard_specs
 from logitcask.cache.manifest import Manifest
 from logitcask.cache.reader import CacheReader, read_manifest
 from logitcask.cache.storage.bounded import require_inside
-from logitcask.cache.storage.open import delete_objects, is_url, open_store
+from logitcask.cache.storage.open import delete_objects, open_store
 from logitcask.cache.storage.ownership import sole_writer
+from logitcask.cache.storage.url import is_url
 
 
 @dataclass(frozen=True)

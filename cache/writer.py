@@ -47,13 +47,13 @@ from logitcask.cache.storage.open import (
     flush_names_above,
     flush_objects,
     is_empty,
-    is_url,
     list_objects,
     open_store,
     remove_objects,
     write_objects,
 )
 from logitcask.cache.storage.ownership import explain_write_errors, in_turn, watch_folder
+from logitcask.cache.storage.url import is_url
 
 OWN_KEYS = re.compile(
     rf"zarr\.json|(commits|seal|shard_examples|tokenizer|head|{'|'.join(ARRAYS)})/zarr\.json"
@@ -87,6 +87,10 @@ class CacheWriter:
     def missing_shards(self) -> list[int]:
         """Return this writer's shards that are not committed yet, in order."""
         return sorted(self._shards - committed_shards(self._store, self.manifest.shards.count))
+
+    def written_shards(self) -> list[int]:
+        """Return the shards that are committed, by any writer, in order."""
+        return sorted(committed_shards(self._store, self.manifest.shards.count))
 
     def write_shard(self, index: int, shard: Shard) -> None:
         """Write every object of a shard, then its commit record. Raises LogitcaskError if a label is impossible."""

@@ -17,6 +17,7 @@ from zarr.storage import LocalStore, ZipStore
 from logitcask.cache.errors import CacheFormatError, LogitcaskError, shown
 from logitcask.cache.storage.disk_cache import DiskCache
 from logitcask.cache.storage.remote import RemoteStore
+from logitcask.cache.storage.url import is_url
 
 REASON = 200  # characters of zipfile's message shown: it quotes names from the file, of up to 64 kB
 CONCURRENT = 64  # local objects whose sizes are queried at once
@@ -29,11 +30,6 @@ SYSTEM_NAMES = frozenset(  # what systems, desktops and the hub put into any fol
         *("System Volume Information", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", ".directory", "@eaDir", ".snapshot"),
     }
 )
-
-
-def is_url(path: str | Path) -> bool:
-    """Return whether a cache's path is a URL, on another machine."""
-    return isinstance(path, str) and "://" in path
 
 
 def open_store(path: str | Path, *, read_only: bool, disk_cache: DiskCache | None = None) -> Store:

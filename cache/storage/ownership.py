@@ -25,9 +25,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.cache.storage.open import OWN, delete_objects, is_url, write_objects
+from logitcask.cache.storage.open import OWN, delete_objects, write_objects
 from logitcask.cache.storage.remote import RemoteStore, split_url
 from logitcask.cache.storage.staging import begin_staging, end_staging, is_resumable, lock_file, temporary_folder
+from logitcask.cache.storage.url import is_url
 
 T = TypeVar("T")
 Part = tuple[int, int]  # part i of n, from 1
@@ -53,6 +54,7 @@ def sole_writer(
             stack.enter_context(_lease(str(path), part, notify))
             yield stack.enter_context(temporary_folder(f"{path} {part}"))
             return
+        _require_outside(path)
         with explain_write_errors(path):
             Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
             stem = _stem(path)
@@ -124,6 +126,13 @@ def watch_folder(path: str | Path) -> Callable[[], None]:
             raise FileNotFoundError(errno.ENOENT, "its folder was moved, removed or unmounted during the run")
 
     return check
+
+
+def _require_outside(path: str | Path) -> None:
+    """Raise LogitcaskError if a folder is inside a cache."""
+    for parent in Path(os.path.realpath(path)).parents:
+        if (parent / "zarr.json").exists() and (parent / "commits").exists():
+            raise LogitcaskError(f"{path}: is inside the cache {parent}: choose a folder outside of it")
 
 
 def _stems(path: str | Path) -> tuple[Path, Path]:

@@ -162,6 +162,7 @@ def _models(folder: Path, chosen: str, sizes: Sizes, teacher: Path) -> list[Mode
         figures = evaluate_on_cache(model.eval(), reader, None, sizes.batch)
         answer = answer_of(model, tokenizer, PROMPT, sizes.new_tokens)
         models.append(Model(name, figures.perplexity, figures.kl[0].kl, answer))
+        assert figures.teacher_perplexity is not None  # stage 1 measures it
         return figures.teacher_perplexity
 
     whole = load_causal_lm(str(teacher), dtype=torch.float32)

@@ -122,7 +122,8 @@ class _Totals:
             first = targets.head_ids[:, 0]
             self._agreed += int((top == first).sum())
             self._teacher_bins += calibration_bins(_teacher_confidence(targets, temperatures), first == gold)
-        columns = [np.ones(len(gold)), metrics.hard_n.cpu().double().numpy(), -targets.gold_logprobs.astype(np.float64)]
+        of_teacher = -targets.gold_logprobs.astype(np.float64) if self._label.knows("gold") else np.zeros(len(gold))
+        columns = [np.ones(len(gold)), metrics.hard_n.cpu().double().numpy(), of_teacher]
         return np.concatenate([np.stack(columns, axis=1), metrics.kl_nJ.cpu().double().numpy()], axis=1)
 
     def on_cache(self, cache: str) -> OnCache:
@@ -143,7 +144,7 @@ class _Totals:
             kl=[Divergence(temperature=t, kl=value, standard_error=spread) for t, value, spread in kl],
             top1_agreement=self._agreed / self._positions if has_head else None,
             calibration_error=calibration_error(self._bins, self._positions),
-            teacher_perplexity=teacher_perplexity,
+            teacher_perplexity=teacher_perplexity if self._label.knows("gold") else None,
             teacher_calibration_error=calibration_error(self._teacher_bins, self._positions) if has_head else None,
             groups=[self._group(*group) for group in sorted(self._groups)],
         )

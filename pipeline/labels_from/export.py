@@ -1,7 +1,8 @@
 """``logitcask cache export``: the heads of a cache's labels as rows that ``datasets`` and the hub's viewer read.
 
-A row is an example: ``input_ids`` and ``target_mask`` (L,), and for each of its N target positions ``token_ids`` and
-``logprobs`` (K each, most probable first, as stored), ``log_rest`` and ``gold_logprobs`` at T=1; null is -infinity.
+A row is an example: ``input_ids`` and ``labels`` (L,), which are -100 off targets, and for each of its N targets
+``token_ids`` and ``logprobs`` (K each, most probable first, as stored), ``log_rest`` and ``gold_logprobs`` at T=1; null
+is -infinity.
 """
 
 import json
@@ -18,6 +19,7 @@ from logitcask.cache.errors import LogitcaskError, shown
 from logitcask.cache.labels import Example, FloatArray
 from logitcask.cache.reader import CacheReader
 from logitcask.pipeline.console import say, track
+from logitcask.pipeline.text.tokens.ready import IGNORED_LABEL
 
 Row = dict[str, Any]
 ROWS = 64  # examples per group of rows of a Parquet file
@@ -34,6 +36,8 @@ def export_labels(cache: str, output: Path, form: str, *, overwrite: bool = Fals
     label = reader.manifest.label
     if not label.head_size or 1.0 not in label.temperatures:
         raise LogitcaskError(f"{cache}: has no head at T=1 to export: make a cache with --head-size and temperature 1")
+    if output.is_dir():
+        raise LogitcaskError(f"{output}: is a folder: --output must name a file in it")
     if output.exists() and not overwrite:
         raise LogitcaskError(f"{output}: already exists: choose another --output or pass --overwrite")
     if label.tail_draws or label.exact or len(label.temperatures) > 1:
@@ -50,11 +54,11 @@ def export_labels(cache: str, output: Path, form: str, *, overwrite: bool = Fals
 
 
 def _row(example: Example, j: int, rest_is_known: bool, advance: Callable[[int], None]) -> Row:
-    targets = example.targets
+    targets, is_target = example.targets, np.roll(example.target_mask, 1)  # which is false at the last token
     advance(1)
     row: Row = {
         "input_ids": example.input_ids.tolist(),
-        "target_mask": example.target_mask.astype(np.int8).tolist(),
+        "labels": np.where(is_target, example.input_ids, IGNORED_LABEL).tolist(),
         "token_ids": targets.head_ids.tolist(),
         "logprobs": [_nullable(values) for values in targets.head_logprobs],
         "log_rest": _nullable(targets.log_tail_mass[:, j]) if rest_is_known else None,
@@ -79,7 +83,7 @@ def _write_parquet(file: Path, rows: Iterator[Row]) -> None:
     schema = pyarrow.schema(
         {
             "input_ids": integers,
-            "target_mask": pyarrow.list_(pyarrow.int8()),
+            "labels": integers,
             "token_ids": pyarrow.list_(integers),
             "logprobs": pyarrow.list_(numbers),
             "log_rest": numbers,

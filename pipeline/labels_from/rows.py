@@ -124,7 +124,7 @@ def places(rows: int, length: int, mask: NDArray[np.bool_] | None, name: str) ->
 
 
 def targets_of(record: Mapping[str, Any], length: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
-    """Return which tokens are targets by ``labels`` (-100: not) or ``target_mask``, and that mask, (L,) each.
+    """Return which tokens are targets by ``labels`` (-100: not) or ``target_mask``, and which precede one, (L,) each.
 
     Raises RecordError if one has another length than the text.
     """
@@ -132,6 +132,7 @@ def targets_of(record: Mapping[str, Any], length: int) -> tuple[NDArray[np.bool_
     mask: NDArray[np.bool_] | None = None
     if record.get("labels") is not None:
         wanted = token_ids(record, "labels") != -100
+        mask = np.append(wanted[1:], False)
     elif record.get("target_mask") is not None:
         marks = _array(record["target_mask"], "target_mask").astype(bool)
         mask = marks if marks.ndim == 1 else np.asarray(marks.any(-1))  # axolotl's has one per entry

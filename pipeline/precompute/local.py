@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.exact.head import TeacherHead
 from logitcask.cache.manifest import ExactCode, LabelSettings, Manifest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
+from logitcask.pipeline.precompute.same_teacher import example_of, require_same_labels
 from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
-from logitcask.pipeline.teachers.served.teacher import ENGINE, SAME_WEIGHTS, distance
 from logitcask.pipeline.teachers.teacher import ExactTeacher, TokenizedExample
 
 
@@ -37,18 +36,8 @@ class LocalExecutor:
         return fitted_head(self._teacher, batches, label, bits)
 
     def check_resumed(self, work: Work, done: Sequence[int]) -> None:
-        """Raise LogitcaskError if servers give other labels than a committed shard, as those of other weights do."""
-        if self.teacher.identity.engine != ENGINE or not done:
-            return
-        example = work.batches(done[0])[-1][-1]
-        (targets,) = self._teacher.label([example], work.label).targets
-        stored = CacheReader(self._output, partial=True).example(example.index)
-        difference = distance(targets.gold_logprobs, stored.targets.gold_logprobs)
-        if difference > SAME_WEIGHTS:
-            raise LogitcaskError(
-                f"{self._output}: its labels differ from the server's by {difference:.3g} nats on average: it was made "
-                "from other weights: serve those, or choose another --output"
-            )
+        """Raise LogitcaskError if the teacher gives other labels than a committed shard has."""
+        require_same_labels(self._teacher, example_of(work, done), work.label, str(self._output))
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the tokens of each example."""

@@ -111,14 +111,14 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
             manifest, missing = writer.manifest, writer.missing_shards()
             if missing and executor.teacher.identity.engine in IN_VLLM and not settings.skip_engine_check:
                 executor.check_engine(work.batches(missing[0])[-1], work.label)
-            if missing and isinstance(executor, LocalExecutor):
-                executor.check_resumed(work, [shard for shard in mine if shard not in missing])
-            found, tokens = len(mine) - len(missing), [work.tokens(shard) for shard in missing]
-            if found:
-                say(f"{found:,} of {len(mine):,} shards are already written", "resumed")
+            done, tokens = [shard for shard in mine if shard not in missing], [work.tokens(shard) for shard in missing]
+            if done:
+                say(f"{len(done):,} of {len(mine):,} shards are already written", "resumed")
+            if missing and (written := writer.written_shards()):
+                executor.check_resumed(work, written)
             with track("labelling", sum(tokens), "tokens", place=shard_place(tokens)) as advance:
                 executor.write_shards(work, missing, manifest, advance)
-    return PrecomputeReport(manifest, len(missing), found, time.monotonic() - started)
+    return PrecomputeReport(manifest, len(missing), len(done), time.monotonic() - started)
 
 
 def _resumed(settings: PrecomputeSettings, stored: Manifest | None) -> PrecomputeSettings:

@@ -20,6 +20,7 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
+from logitcask.pipeline.precompute.same_teacher import example_of, require_same_labels
 from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
@@ -50,6 +51,10 @@ class Labeller:
     def check_engine(self, batch: Sequence[TokenizedExample], label: LabelSettings) -> None:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         check_engine(self._teacher, self._spec, batch, label)
+
+    def check_resumed(self, example: TokenizedExample, label: LabelSettings) -> None:
+        """Raise LogitcaskError if the teacher gives other labels than the cache has."""
+        require_same_labels(self._teacher, example, label, str(self._output))
 
     def fitted_head(
         self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int
@@ -107,6 +112,11 @@ class RayExecutor:
         """Raise LogitcaskError if the engine's labels differ from those of transformers."""
         with _explain_worker_errors():
             self._ray.get(self._actors[0].check_engine.remote(batch, label))
+
+    def check_resumed(self, work: Work, done: Sequence[int]) -> None:
+        """Raise LogitcaskError if the teacher gives other labels than a committed shard has."""
+        with _explain_worker_errors():
+            self._ray.get(self._actors[0].check_resumed.remote(example_of(work, done), work.label))
 
     def fitted_head(
         self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int

@@ -43,7 +43,7 @@ class OnCache(_Record):
     kl: list[Divergence]
     top1_agreement: float | None  # None if the labels have no head
     calibration_error: float
-    teacher_perplexity: float
+    teacher_perplexity: float | None  # None if the labels do not say how probable the text was
     teacher_calibration_error: float | None
     groups: list[Group] = []  # by column and value, if the cache has such columns
 
@@ -121,7 +121,7 @@ def _cache_rows(on_cache: OnCache) -> dict[str, str | None]:
         },
         "top-1 agreement with the teacher": _percent(on_cache.top1_agreement),
         "calibration error, 15 bins": _percent(on_cache.calibration_error),
-        "the teacher's perplexity": f"{on_cache.teacher_perplexity:,.3f}",
+        "the teacher's perplexity": _number(on_cache.teacher_perplexity),
         "the teacher's calibration error": _percent(on_cache.teacher_calibration_error),
         **{
             f"{group.column} {group.value or '(none)'}": f"{group.examples:,} examples, {group.positions:,} positions, "
@@ -143,6 +143,10 @@ def _humaneval_rows(humaneval: HumanEval) -> dict[str, str | None]:
         "HumanEval programs stopped by the sandbox": f"{humaneval.stopped:,}" if humaneval.stopped else None,
         "HumanEval prompts too long for the model": f"{humaneval.without_room:,}" if humaneval.without_room else None,
     }
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.3f}"
 
 
 def _with_error(value: float, error: float | None) -> str:

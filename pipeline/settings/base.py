@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from logitcask.cache.errors import LogitcaskError, shown
+from logitcask.cache.storage.url import is_url
 from logitcask.pipeline.mistakes import did_you_mean, meant
 
 Temperature = Annotated[float, Field(gt=0, le=1e4, allow_inf_nan=False)]
@@ -45,7 +46,7 @@ def expand_home(value: Any) -> Any:
 
 def path_or_url(value: Any) -> Any:
     """Return a URL as text, else a path with a name: the files beside a cache are named after its folder."""
-    if not isinstance(value, str | Path) or "://" in str(value):
+    if not isinstance(value, str | Path) or is_url(value):
         return value
     path = Path(expand_home(value))
     return path if path.name not in ("", "..") else path.resolve()

@@ -51,6 +51,7 @@ OPTIONAL = {
     "instruction": ("input", "system"),
 }
 READ = {"role", "content", "name", "reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id"}
+SOFT_LABELS = {"token_ids", "logprobs"}
 FLAGS = ("weight", "train", "loss_mask")  # a message's own word whether it is a target
 MEANINGFUL = re.compile("weight|loss|mask|train|target|label|ignore|skip", re.IGNORECASE)
 MOST_VALUES, LONGEST_VALUE = 1_000, 100
@@ -100,6 +101,11 @@ def shape_record(raw: Mapping[str, Any], renamed: Mapping[str, str]) -> Record:
     used = {*shape, *OPTIONAL.get(shape[0], ())}
     unused = frozenset(columns.keys() - used - KEPT)
     if shape[0] == "input_ids":
+        if "target_mask" in shape and columns.keys() >= SOFT_LABELS:
+            raise RecordError(
+                "target_mask among soft labels (token_ids, logprobs) marks the positions before targets: give labels, "
+                "-100 off targets, or bring in the soft labels with cache import"
+            )
         return Record("tokens", tokens={name: columns[name] for name in used & columns.keys()}, unused=unused)
     if shape == ("text",):
         return Record("text", text=_text(columns, "text"), unused=unused)

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from logitcask.pipeline.text.bad_records import EACH, LAST, ONE, PROMPT, WHOLE, 
 from logitcask.pipeline.text.chats.chat import ChatError, Segment, cut_chat
 from logitcask.pipeline.text.chats.forms import Message
 from logitcask.pipeline.text.columns import Record, RecordError, metadata_of, shape_record
+from logitcask.pipeline.text.tokenizer import tokenizer_size
 from logitcask.pipeline.text.tokens.encoded import Encoded
 from logitcask.pipeline.text.tokens.ready import ready_rows
 
@@ -80,7 +82,7 @@ class Encoder:
             for column in sorted(record.unused):
                 self._say_once(f"column {column!r} is not used")
             if record.tokens is not None:
-                encoded = [Encoded(*row) for row in ready_rows(record.tokens, len(self._tokenizer))]
+                encoded = [Encoded(*row) for row in ready_rows(record.tokens, self._vocab_size)]
                 shape = "token ids, packed rows" if len(encoded) > 1 else "token ids"
             else:
                 shape, parts = self._parts(record)
@@ -93,6 +95,11 @@ class Encoder:
         self.notices.count(shape, len(encoded))
         metadata = metadata_of(raw, self._columns)
         return [replace(example, metadata=metadata) for example in encoded] if metadata else encoded
+
+    @cached_property
+    def _vocab_size(self) -> int:
+        """The largest token id plus one: ids may have gaps, as those of tokens added with a reserve do."""
+        return tokenizer_size(self._tokenizer)
 
     def outcome(self, record: Mapping[str, Any] | RecordError) -> Outcome:
         """Return the examples of what was read, or why it cannot be used."""

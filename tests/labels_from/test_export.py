@@ -12,9 +12,11 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
+from logitcask.pipeline.evaluate.evaluate import evaluate
 from logitcask.pipeline.labels_from.export import export_labels
 from logitcask.pipeline.labels_from.import_labels import import_labels
 from logitcask.pipeline.settings.cache import ImportSettings
+from logitcask.pipeline.settings.evaluate import EvaluateSettings
 from tests.labels_from.test_import import TEXTS, K, bring, labels_of, manifest_of, tokenizer
 from tests.support.foreign import top_k_row
 from tests.support.runs import train
@@ -62,6 +64,18 @@ def test_the_heads_of_stage_1_come_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(targets.log_tail_mass[:, 0], want.targets.log_tail_mass[:, 0])
 
 
+def test_what_is_exported_is_training_data_of_the_same_targets(tmp_path: Path) -> None:
+    """A cache that is labelled anew, by another teacher say."""
+    cache = make_cache(tmp_path)
+    export_labels(str(cache), tmp_path / "heads.jsonl", "topk-jsonl")
+    make_cache(tmp_path, tmp_path / "teacher", train_data=str(tmp_path / "heads.jsonl"), output=tmp_path / "anew")
+    first, again = (
+        {tuple(ids.tolist()): (mask.tolist(), targets.head_ids.tolist()) for ids, mask, targets in labels_of(folder)}
+        for folder in (cache, tmp_path / "anew")
+    )
+    assert first == again
+
+
 def test_datasets_reads_what_is_exported(bring: Any, tmp_path: Path) -> None:
     bring([top_k_row(text, K) for text in TEXTS])
     want = CacheReader(tmp_path / "cache").example(3)
@@ -77,6 +91,8 @@ def test_datasets_reads_what_is_exported(bring: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.float32(rows[3]["logprobs"]), want.targets.head_logprobs)
     with pytest.raises(LogitcaskError, match="already exists: choose another --output or pass --overwrite"):
         export_labels(str(tmp_path / "cache"), tmp_path / name, form)
+    with pytest.raises(LogitcaskError, match="is a folder: --output must name a file"):
+        export_labels(str(tmp_path / "cache"), tmp_path, form, overwrite=True)
     with pytest.raises(LogitcaskError, match="--format: must be parquet or topk-jsonl, got 'csv'"):
         export_labels(str(tmp_path / "cache"), tmp_path / "x", "csv")
     assert not list(tmp_path.glob(".*"))
@@ -92,6 +108,13 @@ def test_a_student_trains_on_imported_labels(bring: Any, tmp_path: Path) -> None
     train(tmp_path / "bare", tmp_path / "run-bare", max_steps=2)
     with pytest.raises(LogitcaskError, match="--tail bucket needs the mass outside the head, which the source of"):
         train(tmp_path / "bare", tmp_path / "run", tail="bucket")
+    for name in ("known", "bare"):
+        student = str(tmp_path / f"run-{name}/final")
+        settings = EvaluateSettings.model_validate({"model": student, "cache": str(tmp_path / name), "device": "cpu"})
+        with np.errstate(all="raise", under="ignore"):
+            figures = evaluate(settings).on_cache
+        assert figures is not None
+        assert figures.teacher_perplexity is None  # of next tokens outside the head nothing is known
     label = manifest_of(tmp_path / "bare").label
     for tail in ("bucket", "sampled"):
         assert label.tail_fault(tail) is not None

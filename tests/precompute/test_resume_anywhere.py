@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from logitcask.cache.errors import CacheMismatchError
+from logitcask.cache.errors import CacheMismatchError, LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import describe, render
 from logitcask.cache.verify import verify
@@ -295,3 +295,19 @@ def test_a_writer_without_a_record_leaves_it_empty(tmp_path: Path) -> None:
     assert CacheReader(cache).made_by(0) is None
     assert "not recorded (1 shards)" in render(describe(cache))
     assert verify(cache).problems == []
+
+
+@pytest.mark.parametrize("more", [{}, {"preset": "exact", "tail_draws": 0}, {"ray": "local", "workers": 1}], ids=str)
+def test_a_cache_is_not_finished_by_a_teacher_with_another_config(tmp_path: Path, more: dict[str, Any]) -> None:
+    """The weights are the same, and so is the identity in the manifest; its labels are not."""
+    teacher = make_teacher(tmp_path / "teacher")
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    first, rest = (precompute_settings(tmp_path, shards=part, **more) for part in ("1/2", "2/2"))
+    precompute(first)
+    before = (teacher / "config.json").read_text()
+    (teacher / "config.json").write_text(json.dumps({**json.loads(before), "rms_norm_eps": 1.0}))
+    with pytest.raises(LogitcaskError, match=r"its labels differ from the teacher's by .* other settings, such as"):
+        precompute(rest)
+    (teacher / "config.json").write_text(before)
+    assert precompute(rest).shards_written == 2
+    assert verify(str(rest.output)).problems == []

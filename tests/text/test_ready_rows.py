@@ -1,8 +1,11 @@
 """Records that are token ids already: labels or masks, packed rows, and what is checked of them."""
 
+import json
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from logitcask.pipeline.text.columns import RecordError
 from logitcask.pipeline.text.examples import Encoder
@@ -48,6 +51,7 @@ def test_rows(record: dict[str, Any], wanted: list[tuple[list[int], list[int]]])
         ({"labels": [-100, 6, 7, -100, 9, 11]}, "labels must be -100 or equal to input_ids at the same place"),
         ({"labels": [-100] * 6}, "no target"),
         ({"target_mask": [0, 1, 2, 0, 1, 1]}, "target_mask must hold 0 and 1 alone"),
+        ({"target_mask": [0, 1, 1, 0, 1, 1], "token_ids": [[1]], "logprobs": [[0.0]]}, "marks the positions before"),
         ({"labels": LABELS, "seq_lengths": [3, 4]}, "sum to the number of input_ids, 6"),
         ({"labels": LABELS, "seq_lengths": [6, 0]}, "seq_lengths must be positive"),
         ({"labels": LABELS, "position_ids": [0, 1, 2, 0, 1]}, "position_ids must have 6 entries, got 5"),
@@ -58,3 +62,18 @@ def test_rows(record: dict[str, Any], wanted: list[tuple[list[int], list[int]]])
 def test_what_does_not_fit_is_refused(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecordError, match=reason):
         rows(**{"input_ids": IDS, **record})
+
+
+def test_ids_with_gaps() -> None:
+    """As of tokens that were added at a reserved place: the largest id is more than the number of tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer_json = json.loads(tokenizer.backend_tokenizer.to_str())
+    last = max(tokenizer_json["model"]["vocab"], key=tokenizer_json["model"]["vocab"].get)
+    tokenizer_json["model"]["vocab"][last] = 310
+    gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer_json)))
+    assert len(gapped) <= 300
+    encoder = Encoder(gapped, prompt_loss=False, report=lambda _: None)
+    (example,) = encoder.examples({"input_ids": [5, 310], "labels": [5, 310]})
+    assert example.input_ids.tolist() == [5, 310]
+    with pytest.raises(RecordError, match="input_ids must be from 0 to 310, got 5 to 311"):
+        encoder.examples({"input_ids": [5, 311], "labels": [5, 311]})

@@ -200,10 +200,11 @@ def load_served_teacher(
     return ServedTeacher(model, connection, loaded, head_size)
 
 
-def distance(one: FloatArray, other: FloatArray) -> float:
-    """Return by how many nats log-probabilities of the same tokens differ on average."""
+def distance(one: FloatArray, other: FloatArray, rounding: float = 0.0) -> float:
+    """Return by how many nats log-probabilities of the same tokens differ on average, beyond a rounding of each."""
     low = np.float32(IMPROBABLE)
-    return float(np.abs(np.maximum(one, low) - np.maximum(other, low)).mean())
+    apart = np.abs(np.maximum(one, low) - np.maximum(other, low))
+    return float(np.maximum(0.0, apart - rounding).mean())
 
 
 def _remedy(error: RefusedError) -> str:

@@ -15,7 +15,7 @@ from logitcask.cache.labels import Example, IntArray
 from logitcask.cache.manifest import LabelSettings
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.report.info import CacheInfo, describe
-from logitcask.cache.storage.open import is_url
+from logitcask.cache.storage.url import is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -34,8 +34,9 @@ from logitcask.cache.manifest import (
     flatten,
 )
 from logitcask.cache.reader import CacheReader, read_manifest
-from logitcask.cache.storage.open import flush_names_above, is_url, is_zip, open_store
+from logitcask.cache.storage.open import flush_names_above, is_zip, open_store
 from logitcask.cache.storage.ownership import explain_write_errors, sole_writer
+from logitcask.cache.storage.url import is_url
 from logitcask.cache.writer import CacheWriter, create_cache, plan_digest, replace_constants, stored_manifest
 from logitcask.library.caches import Cache
 

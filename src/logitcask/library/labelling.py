@@ -22,9 +22,10 @@ def label_settings(
 ) -> LabelSettings:
     """Return how labels are made: their head, their draws outside it, the temperatures students can train at.
 
-        label = logitcask.label_settings(len(tokenizer), head_size=8, tail_draws=24)
+        label = logitcask.label_settings(max(tokenizer.get_vocab().values()) + 1, head_size=8, tail_draws=24)
 
-    ``vocab_size`` counts the tokenizer's tokens (largest id plus one), without a padded model's rest. Raises
+    ``vocab_size`` is the tokenizer's largest id plus one, without a padded model's rest: ``len(tokenizer)`` is less if
+    ids have gaps. Raises
     LogitcaskError if a number is out of range.
     """
     from pydantic import ValidationError

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import logitcask as lc
+from logitcask.cache.copy import copy_cache
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.storage.open import SYSTEM_NAMES, list_objects, object_sizes, open_store
@@ -158,3 +160,32 @@ def test_a_second_repair_says_that_nothing_is_damaged(
     assert texts[1] == f"nothing to repair: {rest}"
     assert run(monkeypatch, "cache", "verify", tmp_path / "cache") == 2
     assert capsys.readouterr().err == error_lines(f"{tmp_path}/cache: 1 problems: {rest}", "")
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/x", "hf:/datasets/a/b", "https:/host/x"])
+def test_a_url_with_one_slash_is_no_folder(
+    cache: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scheme, rest = place.split(":/")
+    stage_1 = ["precompute-logits", "--teacher-model", "t", "--train-data", "d", "--output", place]
+    for words in (["cache", "copy", cache, place], ["cache", "info", place], stage_1):
+        assert run(monkeypatch, *words) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "a URL has two slashes after its scheme" in shown
+        assert f"write {scheme}://{rest}, as text" in shown
+    with pytest.raises(LogitcaskError, match="a URL has two slashes"):
+        lc.open(Path(f"{scheme}://{rest}"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_is_not_written_into_another(cache: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(cache, whole)
+    before = folder_bytes(whole)
+    for inside in (whole / "other", whole / "commits/c"):
+        with pytest.raises(LogitcaskError, match=r"is inside the cache .*: choose a folder outside of it"):
+            copy_cache(str(cache), str(inside), None)
+    with pytest.raises(LogitcaskError, match="is inside the cache"):
+        make_cache(tmp_path, output=whole / "other")
+    assert folder_bytes(whole) == before
