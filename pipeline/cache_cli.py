@@ -134,11 +134,12 @@ def cache_verify(
 
     from logitcask.cache import verify as verification
     from logitcask.cache.errors import CacheFormatError
-    from logitcask.pipeline.console import counted, track
+    from logitcask.pipeline.console import track
 
     with track("verifying", _shard_count(path), "shards") as advance:
         report = verification.verify(path, advance)
-    summary = "\n".join(report.problems) or f"{path}: all {counted(report.shards, 'shard')} are intact"
+    intact = "its shard is intact" if report.shards == 1 else f"all {report.shards:,} shards are intact"
+    summary = "\n".join(report.problems) or f"{path}: {intact}"
     typer.echo(dumps({"path": path, **asdict(report)}, indent=2) if json else summary)
     if not report.problems:
         return

@@ -111,8 +111,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # what is typed: the options that may 
 
 def meant(typed: str, options: Collection[str]) -> list[str]:
     """Return which of a command's ``options`` may be meant by what was typed: known synonyms, else similar names."""
-    found = [option for option in SYNONYMS.get(typed.replace("_", "-"), ()) if option in options]
-    return found or difflib.get_close_matches(typed.replace("_", "-"), options, 3, 0.7)
+    synonyms = [option for option in SYNONYMS.get(typed.replace("_", "-"), ()) if option in options]
+    return synonyms or difflib.get_close_matches(typed.replace("_", "-"), options, 3, 0.7)
 
 
 def did_you_mean(options: Collection[str]) -> str:
@@ -139,7 +139,7 @@ def error_lines(message: str, help_command: str) -> str:
 def section_of(message: str) -> str | None:
     """Return the anchor of the manual's section on a message, None if there is none; of several the one named first."""
     parts = {anchor: words.split("…") for anchor, words in SECTIONS.items()}
-    found = {
+    places = {
         anchor: message.find(words[0]) for anchor, words in parts.items() if all(word in message for word in words)
     }
-    return min(found, key=lambda anchor: found[anchor], default=None)
+    return min(places, key=lambda anchor: places[anchor], default=None)

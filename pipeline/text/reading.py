@@ -48,7 +48,7 @@ class Reading:
         if not self.where:
             yield from records
             return
-        found, others = False, dict[str, None]()
+        chosen, others = False, dict[str, None]()
         for where, record in records:
             named = (
                 {self.renamed.get(name, name): value for name, value in record.items()}
@@ -56,11 +56,11 @@ class Reading:
                 else None
             )
             if named is None or all(str(named.get(column)) in allowed for column, allowed in self.where.items()):
-                found = True
+                chosen = True
                 yield where, record
             elif len(others) < VALUES_SHOWN:
                 others[shown({column: named.get(column) for column in self.where})] = None
-        if not found:
+        if not chosen:
             wanted = ",".join(f"{column}={value}" for column, values in self.where.items() for value in values)
             raise LogitcaskError(f"{source}: no record has --where {wanted}; there are {', '.join(others)}")
 

@@ -72,11 +72,11 @@ class CoverFinder:
 
         Rows are those of the teacher's target tokens of the batch, in order.
         """
-        found, first_row = list[Position](), 0
+        batch, first_row = list[Position](), 0
         for student, (teacher, tokens, offsets) in examples:
-            found += self.positions(student, teacher, tokens, offsets, first_row)
+            batch += self.positions(student, teacher, tokens, offsets, first_row)
             first_row += int(np.count_nonzero(teacher.target_mask))
-        return found
+        return batch
 
     def positions(
         self, student: Encoded, teacher: Encoded, tokens: IntArray, offsets: IntArray, first_row: int
@@ -88,7 +88,7 @@ class CoverFinder:
         rows = (first_row + np.cumsum([0, *teacher.target_mask])).tolist()
         golds = student.input_ids[np.flatnonzero(student.target_mask) + 1].tolist()
         reach = _Reach(ids, starts, whole, rows, teacher.target_mask.tolist())
-        found = list[Position]()
+        positions = list[Position]()
         for region in _regions(tokens.tolist(), offsets.tolist(), golds, starts, self.bridge):
             path = [(starts[token] + offset, gold) for token, offset, gold in region]
             last = path[-1][0] + len(self.bridge.student[path[-1][1]] or b"")
@@ -100,8 +100,8 @@ class CoverFinder:
                 borders.append(self._border(reach, path, [*bytes_, last], end, last - starts[end]))
             for index, (_, gold) in enumerate(path):
                 end_border = None if special and index + 1 == len(path) else borders[index + 1]
-                found.append(Position(gold, borders[index], end_border))
-        return found
+                positions.append(Position(gold, borders[index], end_border))
+        return positions
 
     def _border(
         self, reach: "_Reach", path: list[tuple[int, int]], borders: list[int], token: int, offset: int
