@@ -9,6 +9,8 @@ values that saturate any soft-cap; what arrives at the head and what comes out s
 Legend: N rows of hidden states, L probed tokens, H width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,19 +113,17 @@ def keeps_apart(model: PreTrainedModel) -> bool:
     Found by trying: it depends on the architecture, its attention kernel and the version of transformers. In two rows,
     because transformers' flash attention takes the examples of a single row apart, but not those of more.
     """
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     ids = torch.arange(max(PACKED), device=device) * 7 % vocabulary_size(model)
     rows = PACKED, PACKED[::-1]
     positions = torch.stack([torch.cat([torch.arange(length, device=device) for length in row]) for row in rows])
     try:
-        alone = {length: last_hidden_states(model, ids[None, :length])[0] for length in PACKED}
-        expected = torch.stack([torch.cat([alone[length] for length in row]) for row in rows])
-        packed = last_hidden_states(model, ids[positions], positions)
+        with _evaluating(model):
+            alone = {length: last_hidden_states(model, ids[None, :length])[0] for length in PACKED}
+            expected = torch.stack([torch.cat([alone[length] for length in row]) for row in rows])
+            packed = last_hidden_states(model, ids[positions], positions)
     except (TypeError, ValueError):  # the model takes no position_ids
         return False
-    finally:
-        model.train(was_training)
     return _close(packed, expected)
 
 
@@ -147,9 +147,7 @@ def read_head(model: PreTrainedModel) -> LMHead:
         )
     if own_parameters:
         raise _not_supported(model, f"its head has parameters of its own, {', '.join(own_parameters)}")
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         ids = torch.arange(1, 1 + PROBED, device=head.weight.device)[None] % head.weight.shape[0]
         hidden = last_hidden_states(model, ids)
         probe, raw = _probe_hidden(hidden), _probe_raw(head.weight)
@@ -162,9 +160,30 @@ def read_head(model: PreTrainedModel) -> LMHead:
         read = LMHead(head.weight, bias, _as_configured(before * scale, config), cap and _as_configured(cap, config))
         _compare(model, read, hidden[0], model(input_ids=ids, use_cache=False).logits[0])
         _require_causal(model, ids, hidden)
+    return read
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and back."""
+    keep_as_loaded(model)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return read
+
+
+def keep_as_loaded(model: torch.nn.Module) -> None:
+    """Keep weights in 4 bits as they are, for training.
+
+    On a CPU with AVX-512 BF16, bitsandbytes packs those of a layer anew when it is first evaluated: scales lose digits,
+    and from then on no gradient passes through the layer.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 -- bitsandbytes has no types
 
 
 def trained_head(module: Any) -> Any:

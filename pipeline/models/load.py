@@ -16,7 +16,7 @@ from logitcask.cache.errors import LogitcaskError, shown, shown_reason
 from logitcask.pipeline.gguf import parsed_once
 from logitcask.pipeline.machine import out_of_memory
 from logitcask.pipeline.models.adapters import adapted, adapter_differences, base_of, is_adapter
-from logitcask.pipeline.models.head import vocabulary_size
+from logitcask.pipeline.models.head import keep_as_loaded, vocabulary_size
 from logitcask.pipeline.settings.base import config_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,6 +73,8 @@ def load_causal_lm(
     _require_all_weights(source, report)
     if path.suffix == ".gguf":
         forget_quantization(model)
+    if quantization is not None:
+        keep_as_loaded(model)
     loaded: PreTrainedModel = model
     return loaded
 

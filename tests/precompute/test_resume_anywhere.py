@@ -297,7 +297,11 @@ def test_a_writer_without_a_record_leaves_it_empty(tmp_path: Path) -> None:
     assert verify(cache).problems == []
 
 
-@pytest.mark.parametrize("more", [{}, {"preset": "exact", "tail_draws": 0}, {"ray": "local", "workers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"preset": "exact", "tail_draws": 0}, pytest.param({"ray": "local", "workers": 1}, marks=pytest.mark.nightly)],
+    ids=str,
+)
 def test_a_cache_is_not_finished_by_a_teacher_with_another_config(tmp_path: Path, more: dict[str, Any]) -> None:
     """The weights are the same, and so is the identity in the manifest; its labels are not."""
     teacher = make_teacher(tmp_path / "teacher")

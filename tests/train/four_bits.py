@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import logitcask as lc
+from logitcask.pipeline.models.adapters import four_bits
+from tests.support.distilled import gradients
 from tests.support.runs import losses, metrics, train
 from tests.support.tiny import make_cache, make_teacher
 from tests.train.test_lora import logits
@@ -33,3 +36,26 @@ def test_on_a_base_in_four_bits(tmp_path: Path) -> None:
     plain = logits(AutoModelForCausalLM.from_pretrained(whole))
     unmerged = logits(AutoPeftModelForCausalLM.from_pretrained(run / "final").get_base_model())
     torch.testing.assert_close(plain, unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_pass_through_it_after_an_evaluation(tmp_path: Path) -> None:
+    """On a CPU with AVX-512 BF16, bitsandbytes packs evaluated layers anew, and they have no gradient."""
+    opened = lc.open(make_cache(tmp_path))
+    base = make_teacher(tmp_path / "base", seed=1, width=128)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits())
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    batch = opened.collator()([opened.dataset()[i] for i in range(8)])
+    logits_before = adapted.train()(input_ids=batch["input_ids"]).logits  # before any evaluation, as kd_loss does one
+    torch.autograd.backward(lc.kd_loss_from_logits(logits_before, batch))
+    plain = gradients(adapted)
+    for _ in range(2):
+        adapted.zero_grad()
+        torch.autograd.backward(lc.kd_loss(adapted.train(), batch))
+        for name, gradient in gradients(adapted).items():
+            assert (gradient - plain[name]).norm() < 0.02 * plain[name].norm(), name
+        with torch.no_grad():
+            adapted.eval()(input_ids=batch["input_ids"])
