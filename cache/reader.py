@@ -118,10 +118,10 @@ class CacheReader:
             self.opened = opened
             self._require_unchanged()
         count = self.manifest.shards.count
-        committed = committed_shards(self._store, count)
-        if len(committed) < count and not partial:
+        self.committed = committed_shards(self._store, count)
+        if len(self.committed) < count and not partial:
             raise IncompleteCacheError(
-                f"{self.path}: {len(committed)} of {count} shards are committed: finish it with the same "
+                f"{self.path}: {len(self.committed)} of {count} shards are committed: finish it with the same "
                 "logitcask precompute-logits or cache copy command that started it"
             )
         self._specs = shard_specs(self.manifest)

@@ -88,10 +88,6 @@ class CacheWriter:
         """Return this writer's shards that are not committed yet, in order."""
         return sorted(self._shards - committed_shards(self._store, self.manifest.shards.count))
 
-    def written_shards(self) -> list[int]:
-        """Return the shards that are committed, by any writer, in order."""
-        return sorted(committed_shards(self._store, self.manifest.shards.count))
-
     def write_shard(self, index: int, shard: Shard) -> None:
         """Write every object of a shard, then its commit record. Raises LogitcaskError if a label is impossible."""
         require_possible(index, shard, self.manifest)

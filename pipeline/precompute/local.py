@@ -8,7 +8,7 @@ from logitcask.cache.manifest import ExactCode, LabelSettings, Manifest
 from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.machine import share_one_heap
-from logitcask.pipeline.precompute.same_teacher import example_of, require_same_labels
+from logitcask.pipeline.precompute.same_teacher import require_same_labels, written_example
 from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
@@ -35,9 +35,11 @@ class LocalExecutor:
         assert isinstance(self._teacher, ExactTeacher), "the settings refuse other engines"
         return fitted_head(self._teacher, batches, label, bits)
 
-    def check_resumed(self, work: Work, done: Sequence[int]) -> None:
+    def check_resumed(self, work: Work) -> None:
         """Raise LogitcaskError if the teacher gives other labels than a committed shard has."""
-        require_same_labels(self._teacher, example_of(work, done), work.label, str(self._output))
+        example = written_example(work, str(self._output))
+        if example is not None:
+            require_same_labels(self._teacher, example, work.label, str(self._output))
 
     def write_shards(self, work: Work, shards: Sequence[int], manifest: Manifest, advance: Advance) -> None:
         """Label and write shards, one after another, calling ``advance`` with the tokens of each example."""

@@ -114,8 +114,8 @@ def _precompute(settings: PrecomputeSettings, started: float) -> PrecomputeRepor
             done, tokens = [shard for shard in mine if shard not in missing], [work.tokens(shard) for shard in missing]
             if done:
                 say(f"{len(done):,} of {len(mine):,} shards are already written", "resumed")
-            if missing and (written := writer.written_shards()):
-                executor.check_resumed(work, written)
+            if missing and before is not None:
+                executor.check_resumed(work)
             with track("labelling", sum(tokens), "tokens", place=shard_place(tokens)) as advance:
                 executor.write_shards(work, missing, manifest, advance)
     return PrecomputeReport(manifest, len(missing), len(done), time.monotonic() - started)

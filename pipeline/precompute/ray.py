@@ -20,7 +20,7 @@ from logitcask.cache.reader import CacheReader
 from logitcask.cache.writer import CacheWriter
 from logitcask.pipeline.console import say
 from logitcask.pipeline.machine import explain_out_of_memory, share_one_heap
-from logitcask.pipeline.precompute.same_teacher import example_of, require_same_labels
+from logitcask.pipeline.precompute.same_teacher import require_same_labels, written_example
 from logitcask.pipeline.precompute.sharding import Work
 from logitcask.pipeline.teachers.labelling import Advance, fitted_head, label_shard
 from logitcask.pipeline.teachers.load import TeacherSpec, check_engine, load_engine
@@ -86,7 +86,7 @@ class RayExecutor:
             import ray
         except ImportError as error:
             raise LogitcaskError("--ray needs Ray: pip install 'logitcask[ray]'") from error
-        self._ray = ray
+        self._ray, self._output = ray, output
         with contextlib.ExitStack() as cleanup, _explain_worker_errors():
             cleanup.callback(ray.shutdown)
             _connect(address)  # unless tokenizing has
@@ -113,10 +113,12 @@ class RayExecutor:
         with _explain_worker_errors():
             self._ray.get(self._actors[0].check_engine.remote(batch, label))
 
-    def check_resumed(self, work: Work, done: Sequence[int]) -> None:
+    def check_resumed(self, work: Work) -> None:
         """Raise LogitcaskError if the teacher gives other labels than a committed shard has."""
-        with _explain_worker_errors():
-            self._ray.get(self._actors[0].check_resumed.remote(example_of(work, done), work.label))
+        example = written_example(work, str(self._output))
+        if example is not None:
+            with _explain_worker_errors():
+                self._ray.get(self._actors[0].check_resumed.remote(example, work.label))
 
     def fitted_head(
         self, batches: Sequence[Sequence[TokenizedExample]], label: LabelSettings, bits: int

@@ -1,7 +1,5 @@
 """Whether a teacher gives the labels of a cache that it is to finish."""
 
-from collections.abc import Sequence
-
 from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.layout import GOLD_SCALE
 from logitcask.cache.manifest import LabelSettings
@@ -14,9 +12,10 @@ SAME_CONFIG = {"float32": 0.02}  # nats by which labels may differ on average, b
 SAME_CONFIG_HALF = 0.1  # in 16 bits, on another kind of GPU too
 
 
-def example_of(work: Work, done: Sequence[int]) -> TokenizedExample:
-    """Return the longest example of the first shard that is written, for its labels to be compared."""
-    return work.batches(done[0])[0][0]
+def written_example(work: Work, cache: str) -> TokenizedExample | None:
+    """Return the longest example of the first shard that a cache has, by whichever part; None if it has none."""
+    first = min(CacheReader(cache, partial=True).committed, default=None)
+    return None if first is None else work.batches(first)[0][0]
 
 
 def require_same_labels(teacher: Teacher, example: TokenizedExample, label: LabelSettings, cache: str) -> None:
