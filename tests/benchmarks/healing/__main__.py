@@ -55,6 +55,7 @@ PROMPTS = (
     "What is the capital of France? Answer in one sentence.",
     "Explain in two sentences what a hash table is.",
 )
+SHOWN = 120  # characters of an answer
 PREDICTED = (
     "After a first table of T=1 (results/healing_first.json), before any run of this one. At T=1 and 100k positions, "
     "held-out KL: exact online 0.70, exact labels and rich within 0.01 of it, standard within 0.015, lean and draws "
@@ -199,6 +200,23 @@ def table(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def answered(done: dict[str, Any]) -> str:
+    """Return HumanEval's scores and the answers as Markdown: of the teacher, and of the runs that have them."""
+    runs = {"teacher": done["teacher"]}
+    runs |= {f"{run['arm']['objective']}, {run['arm']['share']:g}": run for run in done["runs"].values()}
+    models = {name: run for name, run in runs.items() if run.get("humaneval")}
+    scores = ["| model | HumanEval pass@1 |", "|---" * 2 + "|"]
+    for name, run in models.items():
+        ((rate, error),) = ((each["rate"], each["standard_error"]) for each in run["humaneval"]["pass_rates"])
+        scores.append(f"| {name} | {100 * rate:.1f} % ± {100 * error:.1f} |")
+    lines = [f"| {' | '.join(('', *models))} |", "|---" * (1 + len(models)) + "|"]
+    for prompt in PROMPTS:
+        texts = [" ".join(run["answers"][prompt].replace("```", "").split()) for run in models.values()]
+        cut = [text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()}…" for text in texts]
+        lines.append(f"| {' | '.join((prompt, *cut))} |")
+    return "\n".join([*scores, "", *lines])
+
+
 def begin(results: Path, data: str) -> None:
     """Write the prediction before there is anything to see. Raises SystemExit if there are runs on other data."""
     done: dict[str, Any] = {"predicted": PREDICTED, "core_hours": 0.0, "teacher": {}, "runs": {}, "data": data}
@@ -247,7 +265,8 @@ def main() -> None:
             figures = held_out(teacher_path(), judged, problems)
             with written(results, given.folder, hours) as done:
                 done["teacher"] = figures
-    print(table(json.loads(results.read_text())))
+    done = json.loads(results.read_text())
+    print(table(done), answered(done), sep="\n\n")
 
 
 if __name__ == "__main__":
