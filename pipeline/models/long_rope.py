@@ -1,4 +1,4 @@
-"""LongRoPE (Ding et al., 2024), as Phi-3 and MiniCPM have it: rows of more tokens than the model was first trained on
+"""LongRoPE (Ding et al., 2024), as Phi-3 and MiniCPM3 have it: rows of more tokens than the model was first trained on
 have other rotary embeddings, and transformers takes those of the batch's longest row for all of its rows.
 
 Legend: B rows, L tokens of the longest, H width.

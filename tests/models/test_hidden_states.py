@@ -3,6 +3,7 @@
 Legend: L tokens, H width.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,25 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from logitcask.cache.errors import LogitcaskError
+from logitcask.cache.reader import CacheReader
+from logitcask.pipeline.batches.collate import Collator
+from logitcask.pipeline.batches.examples import CacheExamples
+from logitcask.pipeline.evaluate.on_cache import evaluate_on_cache
 from logitcask.pipeline.models.head import keeps_apart, last_hidden_states, read_head
+from logitcask.pipeline.models.load import load_causal_lm
+from logitcask.pipeline.train.sources.teacher import load_online_teacher
 from tests.models.test_head import VOCABULARY, tiny
+from tests.support.tiny import make_cache, make_tokenizer
 
 LENGTHS = (5, 12, 8, 9)
 SHORT = 8
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.5, 3.0, 6.0, 9.0]}
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, **FACTORS}
+OF_TWO = {**LONG_ROPE, "short_factor": [1.0, 1.5], "long_factor": [2.0, 9.0], "original_max_position_embeddings": SHORT}
+LONG: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": SHORT}),
+    ("minicpm3", {"rope_parameters": OF_TWO, "dim_model_base": 10, "num_key_value_heads": 4}),
+]
 
 
 def one_row_alone(
@@ -69,9 +82,10 @@ def test_rounding_to_16_bits_is_not_a_leak(flash: str, autocast: bool) -> None:
         assert not keeps_apart(model)
 
 
-def test_long_rope_does_not_depend_on_the_longest_row() -> None:
+@pytest.mark.parametrize(("model_type", "settings"), LONG)
+def test_long_rope_does_not_depend_on_the_longest_row(model_type: str, settings: dict[str, Any]) -> None:
     """In transformers all rows of a batch have the embeddings of its longest."""
-    model = tiny("phi3", rope_parameters=LONG_ROPE, original_max_position_embeddings=SHORT)
+    model = tiny(model_type, **settings)
     rows = [torch.arange(1, 1 + length) * 5 % VOCABULARY for length in LENGTHS]
     with torch.no_grad():
         alone = [last_hidden_states(model, row[None])[0] for row in rows]
@@ -89,3 +103,40 @@ def test_a_model_whose_tokens_see_what_follows_is_refused(dtype: torch.dtype) ->
     read_head(tiny("gemma3_text").to(dtype))
     with pytest.raises(LogitcaskError, match="its tokens see those that follow"):
         read_head(tiny("gemma3_text", use_bidirectional_attention=True).to(dtype))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LongRoPE teacher, and its caches, labelled in batches of one and of several examples, short ones and long."""
+    folder = tmp_path_factory.mktemp("long")
+    model = tiny("phi3", vocab_size=300, **{**LONG[0][1], "original_max_position_embeddings": 20})
+    model.save_pretrained(folder / "teacher")
+    make_tokenizer().save_pretrained(folder / "teacher")
+    for size in (1, 8):
+        make_cache(folder, folder / "teacher", output=folder / f"cache{size}", batch_size=size)
+    return folder
+
+
+def test_labels_do_not_depend_on_the_batch(place: Path) -> None:
+    one, other = (CacheReader(place / f"cache{size}") for size in (1, 8))
+    lengths = {len(one.example(index).input_ids) > 20 for index in range(len(one))}
+    assert lengths == {True, False}
+    for index in range(len(one)):
+        alone, beside = one.example(index).targets, other.example(index).targets
+        torch.testing.assert_close(torch.from_numpy(beside.log_partition), torch.from_numpy(alone.log_partition))
+
+
+def test_an_evaluation_does_not_depend_on_the_batch(place: Path) -> None:
+    model, reader = load_causal_lm(str(place / "teacher"), dtype=torch.float32).eval(), CacheReader(place / "cache1")
+    alone, beside = (evaluate_on_cache(model, reader, None, size) for size in (1, 8))
+    assert beside.hard_loss == pytest.approx(alone.hard_loss, rel=1e-5)
+    assert beside.kl[0].kl == pytest.approx(alone.kl[0].kl, abs=1e-5)
+
+
+def test_a_teacher_in_memory_does_not_depend_on_the_batch(place: Path) -> None:
+    teacher = load_online_teacher(str(place / "teacher"), 300, torch.device("cpu"))
+    assert not teacher.packs  # examples of one row would have the embeddings of the longest
+    source = CacheExamples(str(place / "cache1"), with_targets=False)
+    collate, examples = Collator(0, (), 1.0, "sampled"), [source[index] for index in range(8)]
+    alone = torch.cat([teacher(collate([example])).logits(slice(None)) for example in examples])
+    torch.testing.assert_close(teacher(collate(examples)).logits(slice(None)), alone, rtol=1e-4, atol=1e-4)

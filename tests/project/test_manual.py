@@ -150,6 +150,8 @@ def test_what_healed_students_were_predicted_to_be_is_beside_what_was_seen() -> 
         behind = ", ".join(f"+{a - b:.3f}" for a, b in zip(kl(objective.replace(" ", "-"), 2), exact, strict=True))
         assert f"| {objective}, more than that: KL at T=1, at T=2 | {predicted} | {behind} |" in page
     assert f"| at T=1: exact, KL at T=1 | 0.70 | {now[0]:.3f} |" in page
+    spent = json.loads((ROOT / "tests/benchmarks/results/healing.json").read_text())
+    assert f"({spent['core_hours']:.1f} are used, about {spent['lost_hours']} of them" in page
     whole = [runs[f"{name}_T1_1_20_seed0"]["kl"][0]["kl"] for name in ("cross-entropy", "standard")]
     assert f"| all of the data, T=1: cross-entropy | 0.95 | {whole[0]:.3f} |" in page
     assert f"| standard | 0.5, within 0.01 of exact | {whole[1]:.3f}, exact not run |" in page

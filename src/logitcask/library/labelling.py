@@ -25,8 +25,7 @@ def label_settings(
         label = logitcask.label_settings(max(tokenizer.get_vocab().values()) + 1, head_size=8, tail_draws=24)
 
     ``vocab_size`` is the tokenizer's largest id plus one, without a padded model's rest: ``len(tokenizer)`` is less if
-    ids have gaps. Raises
-    LogitcaskError if a number is out of range.
+    ids have gaps. Raises LogitcaskError if a number is out of range.
     """
     from pydantic import ValidationError
 
