@@ -144,8 +144,6 @@ def precompute_logits(settings: PrecomputeSettings) -> None:
 @options_from(TrainSettings)
 def train(settings: TrainSettings) -> None:
     """Stage 2: train a student from the cache, without a teacher in memory."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then uses huge pages for large tensors on a CPU
-
     from logitcask.pipeline.console import hide_bars
     from logitcask.pipeline.train.train import run_training
 
@@ -249,7 +247,6 @@ def demo(folder: Annotated[Path, new_folder("where everything is written [defaul
 
     Needs the teacher's package, and nothing else that is not installed already. Run it again to resume.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as for train
     from logitcask.pipeline.demo.demo import run_demo
 
     run_demo(folder)

@@ -18,8 +18,7 @@ import torch
 
 from logitcask.cache.errors import LogitcaskError, first_line
 
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h of glibc
-OWN_MAPPING = 1 << 20  # bytes: larger blocks get a memory mapping each
+M_ARENA_MAX = -8  # malloc.h of glibc
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "std::bad_alloc")
 
 
@@ -106,29 +105,14 @@ def _end_with(process: BaseProcess) -> None:
     os._exit(1)
 
 
-def free_large_blocks() -> None:
-    """Make the allocator return every freed block of 1 MiB or more to the system immediately (for stage 2).
-
-    By default glibc raises its threshold and serves blocks of up to 32 MiB from one heap. There, long-lived gradients
-    and moments end up between short-lived activations, and the gaps have the wrong sizes. Does nothing with other C
-    libraries.
-    """
-    _set_malloc_option(M_MMAP_THRESHOLD, OWN_MAPPING)
-
-
 def share_one_heap() -> None:
     """Make all threads started from now on share one heap (for stage 1).
 
     By default each thread has its own, and over many shards every heap grows to the peak that any thread ever needs.
-    ``free_large_blocks`` would slow stage 1 down: it computes small results through many blocks of a few MiB and would
-    wait for new pages every time.
+    Does nothing with other C libraries.
     """
-    _set_malloc_option(M_ARENA_MAX, 1)
-
-
-def _set_malloc_option(option: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(option, value)
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def out_of_memory(error: BaseException) -> bool:

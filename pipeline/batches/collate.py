@@ -25,6 +25,7 @@ from logitcask.cache.labels import (
 from logitcask.pipeline.models.dense.rows import EXACT, CodedHead, ExactLabels
 from logitcask.pipeline.text.tokens.encoded import Encoded
 
+CPU_PART = 1024  # places for tokens in a forward pass on a CPU: enough for products at full speed
 Batch = dict[str, Any]  # tensors by name, and SoftLabels or ExactLabels of tensors
 TeacherHead = Callable[[torch.device], CodedHead]
 
@@ -188,6 +189,43 @@ class MixedCollator(Collator):
                 own = soft_labels(joined, temperatures, self.temperature_of(examples), self.tail)
                 labels.append(cut_head(own, self.head_size))
         return merge_rows(labels, rows) if labels else None
+
+
+def rows_at_once(length: int, places: int) -> int:
+    """Return how many rows of so many tokens a part has."""
+    return max(1, places // length)
+
+
+def in_parts(batch: Batch, places: int) -> list[Batch]:
+    """Return a batch as batches of whole rows, each with at most so many places for tokens, or of a single row.
+
+    Padding that no row of a part needs is cut off. One with ``both_sides``, whose examples are not rows, stays whole.
+    """
+    rows, length = batch["input_ids"].shape
+    at_once = rows_at_once(length, places)
+    if at_once >= rows or "both_sides" in batch:
+        return [batch]
+    row_of = batch["target_index"] // length
+    return [_rows_of(batch, row_of, first, min(first + at_once, rows)) for first in range(0, rows, at_once)]
+
+
+def _rows_of(batch: Batch, row_of: torch.Tensor, first: int, end: int) -> Batch:
+    """Return the rows from ``first`` to ``end`` of a batch whose targets (N,) are in the rows ``row_of``."""
+    before = batch["input_ids"].shape[1]
+    length = int(batch["is_token"][first:end].any(0).nonzero().max()) + 1
+    names = [name for name in ("input_ids", "is_token", "position_ids") if name in batch]
+    part: Batch = {name: batch[name][first:end, :length] for name in names}
+    chosen = ((row_of >= first) & (row_of < end)).nonzero().flatten()
+    part["target_index"] = (row_of[chosen] - first) * length + batch["target_index"][chosen] % before
+    part["gold"] = batch["gold"][chosen]
+    part["slots"] = torch.stack([part["is_token"].sum(), batch["slots"].new_tensor(part["is_token"].numel())])
+    labels = chosen
+    if "labelled" in batch:
+        part["labelled"] = batch["labelled"][chosen]
+        labels = (batch["labelled"].cumsum(0) - 1)[chosen[part["labelled"]]]
+    if "soft_labels" in batch and (len(labels) or "labelled" not in batch):
+        part["soft_labels"] = batch["soft_labels"].map(lambda values: values[labels])
+    return part
 
 
 def cut_head(labels: SoftLabels[Array], head_size: int) -> SoftLabels[Array]:

@@ -17,6 +17,7 @@ from logitcask.pipeline.models.head import SLICE_LOGITS as LOSS_SLICE
 from logitcask.pipeline.models.load import count_parameters, student_from_config
 
 GB = 10**9
+HEAP = 1.75  # what activations take of a heap on a CPU, relative to their own size
 
 
 @dataclass(frozen=True)
@@ -172,16 +173,18 @@ def student_memory(
     product (4 f). With mixed precision the norms stay in float32 and each of the five linear maps after one stores its
     own 16-bit copy (16 h + 10 h bytes, the rest halved). On a CPU a block stores its input and the results of all
     matrix products but the last (``models/recompute.py``): 2 h, 4 a and 2 f, the products' in 16 bits with mixed
-    precision; one block at a time is recomputed in full.
+    precision; one block at a time is recomputed in full. There a heap holds all of it, whose gaps take three quarters
+    as much again.
     If only ``trained`` parameters learn, the others have neither gradients nor moments.
     ``python -m tests.benchmarks.memory_model`` compares the formula with real training.
     """
     h, a, f = student.hidden, student.attention, student.inner
     block = 26 * h + 8 * a + 8 * f if mixed else 24 * h + 16 * a + 16 * f
     products = 6 * h + 8 * a + 4 * f if mixed else 8 * h + 16 * a + 8 * f
-    stored = student.layers * block
+    stored: float = student.layers * block
     if checkpointing or on_cpu:
         stored = student.layers * (4 * h if checkpointing else products) + block
+    stored *= HEAP if on_cpu else 1.0
     learning = student.parameters if trained is None else trained
     return {
         "weights": (6.0 if mixed else 4.0) * student.parameters,  # float32, and autocast's 16-bit copy

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
+from logitcask.pipeline.batches.collate import CPU_PART, rows_at_once
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.console import amount, counted
 from logitcask.pipeline.machine import out_of_memory
@@ -63,12 +64,14 @@ class StepSize:
     from_cache: bool
     trained: int | None = None  # parameters that learn, if not all do
     teacher_bytes: int = 0  # of the head that reads exact labels
+    in_parts: bool = False  # whether a batch is trained on some rows after the other
 
     def memory(self) -> float:
         """Return the estimated peak memory of a step, in bytes."""
+        at_once = rows_at_once(self.longest, CPU_PART) if self.in_parts else self.batch_size
         parts = student_memory(
             self.student,
-            self.batch_size * self.longest,
+            min(self.batch_size, at_once) * self.longest,
             checkpointing=self.checkpointing,
             mixed=self.mixed,
             on_cpu=self.on_cpu,

@@ -27,7 +27,7 @@ from logitcask.pipeline.models.load import (
     trained_parameters,
     weights_fingerprint,
 )
-from logitcask.pipeline.models.losses import require_known_loss
+from logitcask.pipeline.models.losses import read_router_loss, require_known_loss
 from logitcask.pipeline.models.recompute import require_checkpointing
 from logitcask.pipeline.models.shapes import shape_of_model
 from logitcask.pipeline.models.students.choose import PROBE_TOKENS, choose_layers
@@ -136,6 +136,7 @@ def step_size(
     settings: TrainSettings, model: PreTrainedModel, longest: int, on_cpu: bool, teacher_bytes: int
 ) -> StepSize:
     """Return what determines the memory of a step of this student."""
+    router = read_router_loss(model, settings.router_aux_loss_coef)
     return StepSize(
         student=shape_of_model(model, "student"),
         trained=trained_parameters(model),
@@ -147,6 +148,7 @@ def step_size(
         mixed=bool(settings.use_mixed_precision),
         from_cache=settings.cache is not None,
         teacher_bytes=teacher_bytes,
+        in_parts=on_cpu and settings.cache is not None and router is None,
     )
 
 

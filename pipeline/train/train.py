@@ -34,7 +34,7 @@ from logitcask.pipeline.batches.examples import CacheExamples
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.console import announce, notices, say
-from logitcask.pipeline.machine import free_large_blocks, free_memory, why_slow
+from logitcask.pipeline.machine import free_memory, why_slow
 from logitcask.pipeline.models.head import keeps_apart
 from logitcask.pipeline.models.losses import LossSettings, load_loss, read_router_loss
 from logitcask.pipeline.models.recompute import keep_products_only
@@ -141,8 +141,8 @@ def _train(
         setattr(arguments, CHECKPOINTING, True)
         memory.append(("memory", reason))
     record["use_gradient_checkpointing"] = step.checkpointing
-    if step.on_cpu:
-        _spare_memory(model, recompute=not step.checkpointing and not settings.torch_compile)
+    if step.on_cpu and not step.checkpointing and not settings.torch_compile:
+        keep_products_only(model)
     if arguments.process_index == 0:
         loss = loss_words(settings, divergence_name(record), why_rate)
         where, free = f"{_precision(settings)} on {arguments.device}", free_memory(arguments.device)
@@ -195,13 +195,6 @@ def _ended(
         else:
             announce(f"{settings.output_dir}: {finished}, final/ is saved; nothing to do", "complete")
     return ended
-
-
-def _spare_memory(model: PreTrainedModel, *, recompute: bool) -> None:
-    """Make a step on a CPU take less memory; with ``recompute`` activations that are cheap are computed again."""
-    free_large_blocks()
-    if recompute:
-        keep_products_only(model)
 
 
 def _end_of(checkpoint: Checkpoint, steps: int, settings: TrainSettings) -> str | None:

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerCallback
 
 from logitcask.cache.errors import LogitcaskError
-from logitcask.pipeline.batches.collate import Batch, Collator, Examples
+from logitcask.pipeline.batches.collate import CPU_PART, Batch, Collator, Examples, in_parts
 from logitcask.pipeline.batches.order import BatchSampler
 from logitcask.pipeline.batches.scheduled import ScheduledExamples, ScheduledSampler
 from logitcask.pipeline.models.dense.rows import EXACT, DenseRows
@@ -136,9 +136,20 @@ class DistillationTrainer(DistillationMixin, Trainer):
         epochs, *rest = super().set_initial_training_values(*given, **named)
         return 0 if self.finished else epochs, *rest
 
-    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
-        """Run the Trainer's step and note its loss for the check of finiteness."""
-        loss: Tensor = super().training_step(*arguments, **named)
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Run the Trainer's step, on a CPU on some rows after the other, and note its loss for the check of finiteness.
+
+        The gradients of the parts add up to the batch's, and only one part's activations are in memory. A router's loss
+        is one of the whole batch.
+        """
+        whole = self.args.device.type != "cpu" or self._router is not None
+        *others, last = [inputs] if whole else in_parts(inputs, CPU_PART)
+        losses = []
+        for part in others:
+            with self.accelerator.no_sync(model):  # ranks average their gradients once
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        loss = torch.stack(losses).sum()
         self._nonfinite.note_loss(loss)
         return loss
 

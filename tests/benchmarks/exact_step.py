@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.dense.rows import CodedHead, ExactLabels
 from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import LMHead, read_head
@@ -89,7 +88,6 @@ def step_ways(wanted: str | None = None) -> dict[str, Way]:
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
 
         def step(student: Any = student, own: dict[str, Any] = own, optimizer: Any = optimizer) -> None:
-            free_large_blocks()
             torch.autograd.backward(student(**batch, **own).total / len(at))
             optimizer.step()
             optimizer.zero_grad()

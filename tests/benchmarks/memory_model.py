@@ -5,7 +5,6 @@ Run as ``python -m tests.benchmarks.memory_model`` (about three minutes on two c
 own; measured is the growth of its peak resident memory from before the student is made.
 """
 
-import os
 import resource
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from logitcask.cache.labels import SoftLabels
-from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.load import student_from_config
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.recompute import keep_products_only
@@ -48,8 +46,6 @@ def resident() -> int:
 
 def measure(name: str, examples: int, length: int, checkpointing: bool, mixed: bool) -> int:
     """Return the bytes by which two steps raise this process's peak."""
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the command does
-    free_large_blocks()
     torch.ones(64, 64).matmul(torch.ones(64, 64))
     before = resident()
     model = student_from_config(config_path(name), MEASURED_VOCABULARY)

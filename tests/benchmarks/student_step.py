@@ -1,20 +1,19 @@
 """What distillation costs the student compared with plain training: the loss alone, and a whole step.
 
 Each row is a ratio of medians in one run, variants in turns. Peak memory (Linux) is that of a separate process less
-what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Ours and
-online run as ``logitcask train`` does on a CPU: layers that keep the results of products, freed blocks given back, huge
-pages. In the process that takes times all ways have huge pages, plain training too. Run as
-``python -m tests.benchmarks.student_step [loss|step|online] [REPEATS]``; on two cores the losses take about ten
-minutes, the steps about twenty, online beside a larger teacher about ten.
+what it held before: for a loss its inputs, for a step nothing, so that parameters and optimizer are in it. Steps are
+timed in those processes, too: in a common one, what plain training left in the heap would spare ours the pages. Ours
+and online run as ``logitcask train`` does on a CPU: some rows after the other, layers that keep the results of
+products. Run as ``python -m tests.benchmarks.student_step [loss|step|online] [REPEATS]``; on two cores the
+losses take about ten minutes, the steps about twenty, online beside a larger teacher about ten; 24 GB of memory.
 """
 
-import ctypes
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -23,10 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from logitcask.cache.labels import SoftLabels
-from logitcask.pipeline.machine import M_MMAP_THRESHOLD, free_large_blocks
+from logitcask.pipeline.batches.collate import CPU_PART, Batch, in_parts
 from logitcask.pipeline.models.dense.rows import TeacherRows
 from logitcask.pipeline.models.fused_loss import fused_loss
 from logitcask.pipeline.models.head import SLICE_LOGITS, LMHead, last_hidden_states, read_head
@@ -43,9 +41,8 @@ HEAD, DRAWS, TOP = 8, 24, 64
 HYBRID = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
 LOGIT_1 = LossSettings(alpha=0.0, temperature=1.0, tail="sampled", divergence="forward-kl")
 PLAIN, OURS, LARGE = "plain cross-entropy", "ours, hybrid at T=2", "online, a random teacher of 0.95B in memory"
+OURS_1, USUAL, ONLINE = "ours, logit at T=1", "full logits, top-64, T=2", "online, teacher 135M in memory, fused"
 THRIFTY = ("ours", "online")  # prefixes of the variants that train as ``logitcask train`` does
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-GLIBC_LARGEST = 32 << 20  # largest heap block to which glibc adjusts its threshold by itself
 Way = Callable[[], None]
 
 
@@ -89,109 +86,127 @@ def loss_ways(vocab: int, n: int) -> dict[str, Way]:
         "the three matrix products": products,
         PLAIN: lambda: backward(functional.cross_entropy(hidden @ weight.t(), gold, reduction="sum")),
         OURS: lambda: backward(fused_loss(hidden, head, gold, sparse, HYBRID).total),
-        "ours, logit at T=1": lambda: backward(fused_loss(hidden, head, gold, sparse, LOGIT_1).total),
-        "full logits, top-64, T=2": lambda: backward(peers(hidden @ weight.t(), gold, top, HYBRID)),
+        OURS_1: lambda: backward(fused_loss(hidden, head, gold, sparse, LOGIT_1).total),
+        USUAL: lambda: backward(peers(hidden @ weight.t(), gold, top, HYBRID)),
     }
 
 
-def step_ways(wanted: str | None = None, checkpointing: bool = False, alone: bool = False) -> dict[str, Way]:
-    """Return whole steps of the 100m student in float32 with AdamW; each row's last position alone is no target."""
+def step_ways(name: str, checkpointing: bool = False) -> Way:
+    """Return a whole step of the 100m student in float32 with AdamW; each row's last position alone is no target."""
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (BATCH, LENGTH))
     at = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)[:, :-1].reshape(-1)
     gold, n = ids.view(-1)[at + 1], len(at)
-    found: dict[str, Way] = {}
+    batch: Batch = {"input_ids": ids, "target_index": at, "gold": gold, "is_token": torch.ones_like(ids).bool()}
+    batch["slots"] = torch.tensor([ids.numel(), ids.numel()])
+    student = student_from_config(STUDENT, VOCAB).train()
+    thrifty = name.startswith(THRIFTY)
+    if checkpointing:
+        student.gradient_checkpointing_enable()
+    elif thrifty:
+        keep_products_only(student)
+    how = LOGIT_1 if name == OURS_1 else HYBRID
 
-    def add(name: str, make: Callable[[PreTrainedModel], Callable[[], Tensor]]) -> None:
-        if wanted not in (None, name):
-            return
-        student = student_from_config(STUDENT, VOCAB).train()
-        thrifty = name.startswith(THRIFTY)
-        if checkpointing:
-            student.gradient_checkpointing_enable()
-        elif thrifty:
-            keep_products_only(student)
-        loss = make(student)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)  # the Trainer's default
+    def plain() -> Iterator[Tensor]:
+        yield student(input_ids=ids, labels=ids).loss
 
-        def step() -> None:
-            if thrifty:
-                free_large_blocks()
-            elif not alone:  # another variant made this process release everything
-                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GLIBC_LARGEST)
-            torch.autograd.backward(loss())
-            optimizer.step()
-            optimizer.zero_grad()
-
-        found[name] = step
-
-    def plain(student: PreTrainedModel) -> Callable[[], Tensor]:
-        return lambda: student(input_ids=ids, labels=ids).loss
-
-    def ours(how: LossSettings) -> Callable[[PreTrainedModel], Callable[[], Tensor]]:
-        sparse = labels(n, VOCAB)
-        batch = {"input_ids": ids, "target_index": at, "gold": gold, "soft_labels": sparse}
-
-        def make(student: PreTrainedModel) -> Callable[[], Tensor]:
-            make_loss_forward(student, how)
-            return lambda: student(**batch).total / n
-
-        return make
-
-    def usual(student: PreTrainedModel) -> Callable[[], Tensor]:
+    def usual() -> Iterator[Tensor]:
         top = labels(n, VOCAB, TOP)
-        return lambda: peers(student(input_ids=ids).logits.flatten(0, 1)[at], gold, top, HYBRID) / n
+        yield peers(student(input_ids=ids).logits.flatten(0, 1)[at], gold, top, HYBRID) / n
 
-    def online(load: Callable[[], PreTrainedModel]) -> Callable[[PreTrainedModel], Callable[[], Tensor]]:
-        def make(student: PreTrainedModel) -> Callable[[], Tensor]:
-            teacher = load().eval()
-            head, own = read_head(teacher), read_head(student)
+    def by_parts() -> Iterator[Tensor]:
+        for part in in_parts(batch, CPU_PART):
+            yield student(**part).total / n
 
-            def loss() -> Tensor:
-                with torch.no_grad():
-                    rows = last_hidden_states(teacher, ids).flatten(0, 1)[at]
-                target, hidden = TeacherRows(rows, head, VOCAB), last_hidden_states(student, ids).flatten(0, 1)[at]
-                return fused_loss(hidden, own, gold, target, HYBRID).total / n
+    if thrifty:
+        teacher = None if name.startswith("ours") else _teacher(name)
+        if teacher is None:
+            batch["soft_labels"] = labels(n, VOCAB)
+        make_loss_forward(student, how, teacher)
+    losses = by_parts if thrifty else plain if name == PLAIN else usual
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)  # the Trainer's default
 
-            return loss
+    def step() -> None:
+        for loss in losses():
+            torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
 
-        return make
-
-    add(PLAIN, plain)
-    add(OURS, ours(HYBRID))
-    add("ours, logit at T=1", ours(LOGIT_1))
-    add("full logits, top-64, T=2", usual)
-    add("online, teacher 135M in memory, fused", online(lambda: load_causal_lm(teacher_path(), dtype=torch.float32)))
-    if wanted == LARGE:
-        add(LARGE, online(lambda: student_from_config(TEACHER, VOCAB)))
-    return found
+    return step
 
 
-def peak(kind: str, name: str, vocab: int, n: int) -> float:
-    """Return the peak memory in MB that a variant adds, in a separate process."""
-    command = [sys.executable, "-m", "tests.benchmarks.student_step", "peak", kind, name, str(vocab), str(n)]
-    system = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=system)
+def _teacher(name: str) -> Callable[[Batch], TeacherRows]:
+    """Return what gives the rows of a teacher in memory for a batch."""
+    model = (
+        student_from_config(TEACHER, VOCAB) if name == LARGE else load_causal_lm(teacher_path(), dtype=torch.float32)
+    )
+    head = read_head(model.eval())
+
+    def rows(batch: Batch) -> TeacherRows:
+        with torch.no_grad():
+            hidden = last_hidden_states(model, batch["input_ids"]).flatten(0, 1)[batch["target_index"]]
+        return TeacherRows(hidden, head, VOCAB)
+
+    return rows
+
+
+def _command(kind: str, name: str, vocab: int = 0, n: int = 0) -> list[str]:
+    return [sys.executable, "-m", "tests.benchmarks.student_step", "alone", kind, name, str(vocab), str(n)]
+
+
+def peak(kind: str, name: str, vocab: int = 0, n: int = 0) -> float:
+    """Return the peak memory in MB that two rounds of a variant add, in a separate process."""
+    done = subprocess.run(_command(kind, name, vocab, n), check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     return float(json.loads(done.stdout)["mb"])
 
 
-def measure_peak(kind: str, name: str, vocab: int, n: int) -> None:
-    """Print what ``peak`` reads."""
+@contextmanager
+def apart(name: str) -> Iterator[tuple[Way, float]]:
+    """Start a process that repeats a variant of a step; yield what does so once, and the peak memory of two in MB."""
+    command = _command("step", name)
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        said, given = child.stdout, child.stdin
+
+        def again() -> None:
+            given.write("again\n")
+            given.flush()
+            if not said.readline():
+                sys.exit(f"{name}: its process ended")
+
+        try:
+            yield again, float(json.loads(said.readline())["mb"])
+        finally:
+            given.close()
+
+
+def run_alone(kind: str, name: str, vocab: int, n: int) -> None:
+    """Print the peak memory of two rounds, then repeat the variant, once per line of standard input."""
     way = loss_ways(vocab, n)[name] if kind == "loss" else None
-    if kind != "loss" and name.startswith(THRIFTY):
-        os.environ[HUGE_PAGES] = "1"  # as the command does; torch looks at the first large tensor
     start = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    way = way or step_ways(name, kind == "checkpointed step", alone=True)[name]
+    way = way or step_ways(name, kind == "checkpointed step")
     for _ in range(2):
         way()
-    print(json.dumps({"mb": resident("VmHWM") - start}))
+    print(json.dumps({"mb": resident("VmHWM") - start}), flush=True)
+    for _ in sys.stdin:
+        way()
+        print("done", flush=True)
 
 
 def resident(name: str) -> float:
     """Return MB of memory as the system reports them: VmRSS is current, VmHWM the peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
+
+
+def compare_steps(title: str, names: list[str], repeats: int) -> Table:
+    """Return the table of variants of a step, each in a process of its own."""
+    with ExitStack() as stack:
+        started = {name: stack.enter_context(apart(name)) for name in names}
+        ways, peaks = {n: way for n, (way, _) in started.items()}, {n: mb for n, (_, mb) in started.items()}
+        return compare(title, ways, peaks, BATCH * LENGTH, repeats)
 
 
 def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions: int, repeats: int) -> Table:
@@ -219,8 +234,8 @@ def compare(title: str, ways: dict[str, Way], peaks: dict[str, float], positions
 def main() -> None:
     """Print the requested tables, or both."""
     arguments = sys.argv[1:]
-    if arguments[:1] == ["peak"]:
-        measure_peak(arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))
+    if arguments[:1] == ["alone"]:
+        run_alone(arguments[1], arguments[2], int(arguments[3]), int(arguments[4]))
         return
     console, repeats = Console(width=140), int(next((a for a in arguments if a.isdigit()), "5"))
     kinds = [a for a in arguments if not a.isdigit()] or ["loss", "step", "online"]
@@ -229,19 +244,15 @@ def main() -> None:
             ways = loss_ways(vocab, n)
             peaks = {name: peak("loss", name, vocab, n) for name in ways}
             console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
-    os.environ[HUGE_PAGES] = "1"
     if "step" in kinds:
-        ways = step_ways()
-        peaks = {name: peak("step", name, 0, 0) for name in ways}
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
-        console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
-        plain, ours = (peak("checkpointed step", name, 0, 0) for name in (PLAIN, OURS))
+        for names in ([PLAIN, OURS, OURS_1, ONLINE], [PLAIN, USUAL]):  # what is idle keeps its heap
+            console.print(compare_steps(title, names, repeats))
+        plain, ours = (peak("checkpointed step", name) for name in (PLAIN, OURS))
         console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")
     if "online" in kinds:
-        ways = {name: step_ways(name)[name] for name in (PLAIN, OURS, LARGE)}
-        peaks = {name: peak("step", name, 0, 0) for name in ways}
         title = f"the same, a larger teacher, medians of {repeats}"
-        console.print(compare(title, ways, peaks, BATCH * LENGTH, repeats))
+        console.print(compare_steps(title, [PLAIN, OURS, LARGE], repeats))
 
 
 if __name__ == "__main__":

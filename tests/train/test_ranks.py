@@ -132,6 +132,11 @@ def test_two_ranks_are_one_with_the_whole_batch(folder: Path, one: Path) -> None
     assert curve(read_log(two), "tokens") == curve(read_log(one), "tokens")
 
 
+def test_in_parts_they_average_the_gradients_of_a_batch_once(folder: Path, one: Path) -> None:
+    two = run(folder, "parts", FORKED, batch_size=4, epochs=2, module="tests.support.one_row_at_a_time")
+    assert_same(two, one)
+
+
 @pytest.mark.nightly
 def test_accelerate_launches_the_same(folder: Path, one: Path) -> None:
     assert_same(run(folder, "accelerated", ACCELERATE, batch_size=4, epochs=2), one)

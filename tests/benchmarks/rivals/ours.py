@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import logitcask as lc
 from logitcask.cache.labels import IntArray
-from logitcask.pipeline.machine import free_large_blocks
 from logitcask.pipeline.models.recompute import keep_products_only
 from logitcask.pipeline.precompute.precompute import precompute
 from logitcask.pipeline.precompute.sharding import shuffled
@@ -105,9 +104,8 @@ def read(place: Path) -> Read:
 
 
 def prepare(student: PreTrainedModel) -> None:
-    """Do what ``logitcask train`` does on a CPU: keep the results of products alone, give freed blocks back."""
+    """Do what ``logitcask train`` does on a CPU: keep the results of products alone."""
     keep_products_only(student)
-    free_large_blocks()
 
 
 def _loss(name: str, alpha: float, *, timed: bool = False) -> Loss:

@@ -1,12 +1,11 @@
 """A step of each system: processor seconds and peak memory, each system in a process of its own.
 
-The same student, text and shape of labels, whose values change no cost; float32, AdamW, one thread. Every process gets
-huge pages, which ``logitcask train`` turns on and the others do not. Run by ``__main__``; alone it is what it starts.
+The same student, text and shape of labels, whose values change no cost; float32, AdamW, one thread. Run by
+``__main__``; alone it is what it starts.
 """
 
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.benchmarks.rivals.stock import Sizes, part, the_teacher
 from tests.benchmarks.rivals.stores import stores
 from tests.benchmarks.rivals.systems import System, Text, plain, windows_of
-from tests.benchmarks.student_step import HUGE_PAGES, STUDENT, resident
+from tests.benchmarks.student_step import STUDENT, resident
 
 RANDOM = 4.0  # spread of the logits whose labels are timed
 
@@ -75,8 +74,7 @@ def measure(folder: Path, systems: list[System], paths: dict[str, str], text: Te
 def apart(asked: dict[str, Any]) -> dict[str, Any]:
     """Return what ``main`` prints in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.rivals.steps", json.dumps(asked)]
-    system = os.environ | {HUGE_PAGES: "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=system)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
