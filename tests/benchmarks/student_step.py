@@ -41,6 +41,7 @@ HEAD, DRAWS, TOP = 8, 24, 64
 HYBRID = LossSettings(alpha=0.5, temperature=2.0, tail="sampled", divergence="forward-kl")
 LOGIT_1 = LossSettings(alpha=0.0, temperature=1.0, tail="sampled", divergence="forward-kl")
 PLAIN, OURS, LARGE = "plain cross-entropy", "ours, hybrid at T=2", "online, a random teacher of 0.95B in memory"
+PLAIN_PARTS = "plain cross-entropy, some rows after the other"
 OURS_1, USUAL, ONLINE = "ours, logit at T=1", "full logits, top-64, T=2", "online, teacher 135M in memory, fused"
 THRIFTY = ("ours", "online")  # prefixes of the variants that train as ``logitcask train`` does
 Way = Callable[[], None]
@@ -108,7 +109,9 @@ def step_ways(name: str, checkpointing: bool = False) -> Way:
     how = LOGIT_1 if name == OURS_1 else HYBRID
 
     def plain() -> Iterator[Tensor]:
-        yield student(input_ids=ids, labels=ids).loss
+        for part in [batch] if name == PLAIN else in_parts(batch, CPU_PART):
+            shown = part["input_ids"]
+            yield student(input_ids=shown, labels=shown).loss * len(shown) / BATCH
 
     def usual() -> Iterator[Tensor]:
         top = labels(n, VOCAB, TOP)
@@ -123,7 +126,7 @@ def step_ways(name: str, checkpointing: bool = False) -> Way:
         if teacher is None:
             batch["soft_labels"] = labels(n, VOCAB)
         make_loss_forward(student, how, teacher)
-    losses = by_parts if thrifty else plain if name == PLAIN else usual
+    losses = by_parts if thrifty else usual if name == USUAL else plain
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)  # the Trainer's default
 
     def step() -> None:
@@ -246,7 +249,11 @@ def main() -> None:
             console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
     if "step" in kinds:
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
-        for names in ([PLAIN, OURS, OURS_1, ONLINE], [PLAIN, USUAL]):  # what is idle keeps its heap
+        for names in (
+            [PLAIN, OURS, OURS_1, ONLINE],
+            [PLAIN, PLAIN_PARTS],
+            [PLAIN, USUAL],
+        ):  # what is idle keeps its heap
             console.print(compare_steps(title, names, repeats))
         plain, ours = (peak("checkpointed step", name) for name in (PLAIN, OURS))
         console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -87,6 +88,28 @@ def test_the_table_of_the_demos_settings_is_the_measured_one() -> None:
         f"{row['steps']} | {row['processor_seconds']:.0f} | {row['perplexity']:.2f} | {row['kl']:.3f}"
         for row in results["students"].values()
     )
+
+
+def test_steps_and_loading_are_the_measured_ones() -> None:
+    page = " ".join((DOCS / "results/benchmarks.md").read_text().split())
+    steps, loading = (
+        json.loads((ROOT / f"tests/benchmarks/results/{name}.json").read_text())["ratios"]
+        for name in ("student_step", "loader")
+    )
+    for way in ("hybrid at T=2", "logit at T=1"):
+        seconds, memory = (
+            SimpleNamespace(**steps[f"a step of 100m, batch 8 x 512, V=49,152: {unit} of ours, {way} / plain"])
+            for unit in ("s", "MB")
+        )
+        figures = f"{seconds.one:.2f} | {seconds.ratio:.2f} | {8 * 512 / seconds.one:.0f}"
+        assert f"| from a cache, {way} | {figures} | {memory.one:,.0f} | {memory.ratio:.2f} |" in page
+        assert f"| plain cross-entropy | {seconds.other:.2f} | 1.00 " in page
+        assert f" | {memory.other:,.0f} | 1.00 |" in page
+    alone, worker = (loading[f"tiny: s a step, {way} / in memory"] for way in ("no worker", "one worker"))
+    assert f"took {alone['other']:.3f} s, from the demo's" in page
+    assert f"{alone['one']:.3f}, with a worker {worker['one']:.3f};" in page
+    read = loading["positions/s: lc.loader / train's"]
+    assert f"{read['other']:,.0f} target positions per second there, `lc.loader` {read['one']:,.0f}." in page
 
 
 def test_the_table_of_layers_left_out_is_the_measured_one() -> None:

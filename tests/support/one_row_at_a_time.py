@@ -20,7 +20,7 @@ def counted(accelerator: Accelerator, model: Any) -> Any:
     return no_sync(accelerator, model)
 
 
-Accelerator.no_sync = counted  # type: ignore[method-assign]
+Accelerator.no_sync = counted
 try:
     cli.main()
 finally:

@@ -85,16 +85,21 @@ def test_a_batch_that_fits_is_one_part(mixed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient_accumulation_steps": 2}, {"select": "entropy:0.5"}, {"exact": True}], ids=str
+    "changes",
+    [{}, {"gradient_accumulation_steps": 2}, {"select": "entropy:0.5"}, {"labels": "exact"}, {"labels": "none"}],
+    ids=str,
 )
 def test_a_run_in_parts_is_the_same(
     cache: Path, options: dict[str, Any], tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = {**options, "max_steps": 3, "save_steps": 3, "alpha": 0.5} | changes
-    if how.pop("exact", False):
-        make_cache(tmp_path, preset="exact", head_size=4, tail_draws=0)
-        cache = tmp_path / "cache"
-    whole = train(cache, tmp_path / "whole", **how)
+    source: Path | None = cache
+    if labels := how.pop("labels", None):
+        source = make_cache(tmp_path, preset="exact", head_size=4, tail_draws=0)
+    if labels == "none":  # the teacher is in memory
+        source, data = None, {"train_data": str(tmp_path / "train.jsonl"), "max_seq_length": 64}
+        how |= {**data, "teacher_model": str(tmp_path / "teacher")}
+    whole = train(source, tmp_path / "whole", **how)
     given, compute = list[int](), DistillationTrainer.compute_loss
 
     def counted(trainer: Any, model: Any, inputs: Batch, *args: Any, **named: Any) -> Any:
@@ -103,7 +108,7 @@ def test_a_run_in_parts_is_the_same(
 
     monkeypatch.setattr(DistillationTrainer, "compute_loss", counted)
     monkeypatch.setattr("logitcask.pipeline.train.trainer.CPU_PART", 1)
-    parts = train(cache, tmp_path / "parts", **how)
+    parts = train(source, tmp_path / "parts", **how)
     assert set(given) == {1}
     assert len(given) > 3 * how.get("gradient_accumulation_steps", 1)
     for name in ("total_loss", "hard_loss", "soft_loss", "grad_norm"):
