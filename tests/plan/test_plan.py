@@ -228,6 +228,17 @@ def test_optimizer_checkpointing_and_batch_affect_the_students_memory() -> None:
     assert twice["activations"] == 2 * plain["activations"]
 
 
+def test_on_a_cpu_a_batch_is_planned_in_parts() -> None:
+    same = {"tokens": 1_000_000, "teacher_model": "135M", "student_config": "100m", "max_seq_length": 512}
+    one, two, eight = (
+        make_plan(PlanSettings.model_validate({**same, "batch_size": n, "device": "2-core-CPU"})).student_memory
+        for n in (1, 2, 8)
+    )
+    assert eight == two != one
+    on_gpu = [make_plan(PlanSettings.model_validate({**same, "batch_size": n, "device": "L4"})) for n in (2, 8)]
+    assert on_gpu[0].student_memory != on_gpu[1].student_memory
+
+
 def test_a_teachers_memory_is_its_weights_and_little_else() -> None:
     need = teacher_memory(shape_of_size("13B"), 8192, 2)
     assert need["weights"] == 26e9
