@@ -92,7 +92,7 @@ def loss_ways(vocab: int, n: int) -> dict[str, Way]:
     }
 
 
-def step_ways(name: str, checkpointing: bool = False) -> Way:
+def step_way(name: str, checkpointing: bool = False) -> Way:
     """Return a whole step of the 100m student in float32 with AdamW; each row's last position alone is no target."""
     torch.manual_seed(0)
     ids = torch.randint(VOCAB, (BATCH, LENGTH))
@@ -107,6 +107,7 @@ def step_ways(name: str, checkpointing: bool = False) -> Way:
     elif thrifty:
         keep_products_only(student)
     how = LOGIT_1 if name == OURS_1 else HYBRID
+    top = labels(n, VOCAB, TOP)
 
     def plain() -> Iterator[Tensor]:
         for part in [batch] if name == PLAIN else in_parts(batch, CPU_PART):
@@ -114,7 +115,6 @@ def step_ways(name: str, checkpointing: bool = False) -> Way:
             yield student(input_ids=shown, labels=shown).loss * len(shown) / BATCH
 
     def usual() -> Iterator[Tensor]:
-        top = labels(n, VOCAB, TOP)
         yield peers(student(input_ids=ids).logits.flatten(0, 1)[at], gold, top, HYBRID) / n
 
     def by_parts() -> Iterator[Tensor]:
@@ -189,7 +189,7 @@ def run_alone(kind: str, name: str, vocab: int, n: int) -> None:
     way = loss_ways(vocab, n)[name] if kind == "loss" else None
     start = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    way = way or step_ways(name, kind == "checkpointed step")
+    way = way or step_way(name, kind == "checkpointed step")
     for _ in range(2):
         way()
     print(json.dumps({"mb": resident("VmHWM") - start}), flush=True)
@@ -249,11 +249,12 @@ def main() -> None:
             console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
     if "step" in kinds:
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
-        for names in (
+        memory_allows = [
             [PLAIN, OURS, OURS_1, ONLINE],
             [PLAIN, PLAIN_PARTS],
             [PLAIN, USUAL],
-        ):  # what is idle keeps its heap
+        ]  # the idle keep their heaps
+        for names in memory_allows:
             console.print(compare_steps(title, names, repeats))
         plain, ours = (peak("checkpointed step", name) for name in (PLAIN, OURS))
         console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")
