@@ -12,12 +12,14 @@ import logitcask as lc
 from logitcask.pipeline.batches.collate import Batch, in_parts
 from logitcask.pipeline.models.losses import LossSettings
 from logitcask.pipeline.models.shapes import shape_of_size
+from logitcask.pipeline.train.callbacks.nonfinite import StopOnNonFinite
 from logitcask.pipeline.train.loss import make_loss_forward
 from logitcask.pipeline.train.memory_advice import StepSize
 from logitcask.pipeline.train.selection import Selection
 from logitcask.pipeline.train.trainer import DistillationTrainer
+from tests.models.test_router_loss import MIXTRAL
 from tests.support.distilled import make_student, mixed_lengths
-from tests.support.runs import losses, train, weights
+from tests.support.runs import losses, train, weights, write_config
 from tests.support.tiny import make_cache
 
 EXAMPLES = (0, 9, 17, 3, 21, 1)
@@ -116,6 +118,29 @@ def test_a_run_in_parts_is_the_same(
     ends = weights(parts / "final")
     for name, tensor in weights(whole / "final").items():
         torch.testing.assert_close(ends[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_of_a_step_is_that_of_all_its_parts(
+    cache: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted, note = list[float](), StopOnNonFinite.note_loss
+
+    def kept(check: StopOnNonFinite, loss: Tensor) -> None:
+        noted.append(float(loss))
+        note(check, loss)
+
+    monkeypatch.setattr(StopOnNonFinite, "note_loss", kept)
+    monkeypatch.setattr("logitcask.pipeline.train.trainer.CPU_PART", 1)
+    run = train(cache, tmp_path / "run", **{**options, "max_steps": 3, "save_steps": 3})
+    assert noted == pytest.approx(losses(run), rel=1e-5)
+
+
+def test_a_mixture_of_experts_takes_a_batch_whole(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = write_config(tmp_path / "student.json", MIXTRAL)
+    how: dict[str, Any] = {"student_config": student, "max_steps": 2, "save_steps": 2, "batch_size": 4}
+    whole = train(cache, tmp_path / "whole", **how)
+    monkeypatch.setattr("logitcask.pipeline.train.trainer.CPU_PART", 1)
+    assert losses(train(cache, tmp_path / "run", **how), "aux_loss") == losses(whole, "aux_loss")
 
 
 def test_the_estimate_of_memory_is_that_of_a_part() -> None:
