@@ -191,9 +191,9 @@ class MixedCollator(Collator):
         return merge_rows(labels, rows) if labels else None
 
 
-def rows_at_once(length: int, places: int) -> int:
-    """Return how many rows of so many tokens a part has."""
-    return max(1, places // length)
+def places_at_once(rows: int, length: int, places: int = CPU_PART) -> int:
+    """Return how many places for tokens the largest part has, of a batch of so many rows of a length."""
+    return min(rows, max(1, places // length)) * length
 
 
 def in_parts(batch: Batch, places: int) -> list[Batch]:
@@ -202,8 +202,8 @@ def in_parts(batch: Batch, places: int) -> list[Batch]:
     Padding that no row of a part needs is cut off. One with ``both_sides``, whose examples are not rows, stays whole.
     """
     rows, length = batch["input_ids"].shape
-    at_once = rows_at_once(length, places)
-    if at_once >= rows or "both_sides" in batch:
+    at_once = places_at_once(rows, length, places) // length
+    if at_once == rows or "both_sides" in batch:
         return [batch]
     row_of = batch["target_index"] // length
     return [_rows_of(batch, row_of, first, min(first + at_once, rows)) for first in range(0, rows, at_once)]

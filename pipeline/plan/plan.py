@@ -13,7 +13,7 @@ from logitcask.cache.errors import LogitcaskError
 from logitcask.cache.integrity import CONSTANT_LEVEL
 from logitcask.cache.report.info import LABEL_PARTS
 from logitcask.cache.storage.staging import scratch_folder
-from logitcask.pipeline.batches.collate import CPU_PART, rows_at_once
+from logitcask.pipeline.batches.collate import places_at_once
 from logitcask.pipeline.console import counted, results
 from logitcask.pipeline.models.shapes import (
     Amount,
@@ -108,10 +108,9 @@ def make_plan(settings: PlanSettings) -> Plan:
     if settings.teacher_tokens_per_second is not None:
         seconds = amount.tokens / settings.teacher_tokens_per_second
     teacher_bytes = teacher_memory(teacher, batch_tokens, device.weight_bytes)
-    at_once = rows_at_once(settings.max_seq_length, CPU_PART) if device == CPU else settings.batch_size
     student_bytes = student_memory(
         student,
-        min(settings.batch_size, at_once) * settings.max_seq_length,
+        places_at_once(settings.batch_size, settings.max_seq_length) if device == CPU else batch_tokens,
         checkpointing=settings.use_gradient_checkpointing,
         mixed=settings.use_mixed_precision,
         on_cpu=device == CPU,

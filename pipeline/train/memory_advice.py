@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from logitcask.cache.errors import LogitcaskError, first_line
-from logitcask.pipeline.batches.collate import CPU_PART, rows_at_once
+from logitcask.pipeline.batches.collate import places_at_once
 from logitcask.pipeline.batches.mixture import Mixture
 from logitcask.pipeline.console import amount, counted
 from logitcask.pipeline.machine import out_of_memory
@@ -68,10 +68,9 @@ class StepSize:
 
     def memory(self) -> float:
         """Return the estimated peak memory of a step, in bytes."""
-        at_once = rows_at_once(self.longest, CPU_PART) if self.in_parts else self.batch_size
         parts = student_memory(
             self.student,
-            min(self.batch_size, at_once) * self.longest,
+            places_at_once(self.batch_size, self.longest) if self.in_parts else self.batch_size * self.longest,
             checkpointing=self.checkpointing,
             mixed=self.mixed,
             on_cpu=self.on_cpu,

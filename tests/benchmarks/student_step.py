@@ -249,12 +249,8 @@ def main() -> None:
             console.print(compare(f"the loss alone, V={vocab:,}, {n:,} positions", ways, peaks, n, repeats))
     if "step" in kinds:
         title = f"a step of 100m, batch {BATCH} x {LENGTH}, V={VOCAB:,}"
-        memory_allows = [
-            [PLAIN, OURS, OURS_1, ONLINE],
-            [PLAIN, PLAIN_PARTS],
-            [PLAIN, USUAL],
-        ]  # the idle keep their heaps
-        for names in memory_allows:
+        # not all at a time: the idle keep their heaps
+        for names in ([PLAIN, OURS, OURS_1, ONLINE], [PLAIN, PLAIN_PARTS], [PLAIN, USUAL]):
             console.print(compare_steps(title, names, repeats))
         plain, ours = (peak("checkpointed step", name) for name in (PLAIN, OURS))
         console.print(f"with gradient checkpointing: {plain:,.0f} MB and {ours:,.0f} MB, {ours / plain:.2f} of plain")
